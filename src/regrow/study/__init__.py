@@ -1,0 +1,1 @@
+"""The researcher's half: data, reference nets, the training loop, comparison, report."""
