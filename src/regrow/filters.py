@@ -1,0 +1,156 @@
+"""What a filter is: row i of a convolution's weight, found by the layer's qualified name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile`` and data-parallel wrappers.
+
+    Names taken from it carry no ``module.`` or ``_orig_mod.`` prefix, so what is saved under a
+    wrapper loads without one.
+
+    Raises:
+        ValueError: the model is sharded (FSDP): its filters are spread over processes.
+    """
+    while True:
+        if "FullyShardedDataParallel" in type(model).__name__ or "FSDPModule" in type(model).__name__:
+            raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def rows(weight: Tensor) -> Tensor:
+    """``weight`` [filters, channels, *kernel] as a matrix [filters, channels · kernel]."""
+    return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
+
+
+def convolutions(model: nn.Module) -> dict[str, Convolution]:
+    """Every Conv1d, Conv2d and Conv3d of ``model`` by qualified name, in order of registration."""
+    return {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """The convolutions whose filters are not comparable or not ours to change: {name: reason}."""
+    seen: dict[int, str] = {}
+    reasons: dict[str, str] = {}
+    for name, conv in convolutions(model).items():
+        weight = conv._parameters.get("weight")
+        if weight is None:
+            reasons[name] = "its weight is computed from other parameters (a parametrization)"
+        elif isinstance(weight, nn.parameter.UninitializedParameter):
+            reasons[name] = "its weight is not there before a first forward pass (a lazy layer)"
+        elif conv.groups > 1:
+            reasons[name] = "grouped: its filters read different channels, so their overlap means nothing"
+        elif conv.out_channels < 2:
+            reasons[name] = "it has a single filter"
+        elif id(weight) in seen:
+            reasons[name] = reasons[seen[id(weight)]] = f"it shares its weight with {seen[id(weight)]!r}"
+            reasons[seen[id(weight)]] = f"it shares its weight with {name!r}"
+        elif not weight.requires_grad:
+            reasons[name] = "its weight is frozen (requires_grad is False)"
+        else:
+            seen[id(weight)] = name
+    return reasons
+
+
+def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolution]:
+    """The convolutions whose filters can be scored, cut and regrown, without those in ``exclude``.
+
+    Args:
+        model: any module; wrappers are looked through.
+        exclude: qualified names of convolutions to leave alone. The name of a container leaves out
+            every convolution inside it.
+
+    Raises:
+        ValueError: a name in ``exclude`` matches no convolution, or none is left.
+    """
+    every = convolutions(model)
+    unknown = left_out(model)
+    dropped = {name for pattern in exclude for name in matching(pattern, every)}
+    found = {name: conv for name, conv in every.items() if name not in dropped and name not in unknown}
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unknown.items() if name not in dropped)
+        raise ValueError(
+            f"no convolution is left to work on: the model has {len(every)}, {len(dropped)} are excluded"
+            + (f", and these cannot be used: {reasons}" if reasons else "")
+            + ". Exclude fewer layers, or pass a model with Conv1d, Conv2d or Conv3d layers of two or more "
+            "filters."
+        )
+    return found
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names equal to ``pattern`` or inside the container of that name.
+
+    Raises:
+        ValueError: there is none; the nearest names are suggested.
+    """
+    names = list(names)
+    if isinstance(pattern, str):
+        found = [name for name in names if name == pattern or name.startswith(pattern + ".")]
+        if found:
+            return found
+    raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: what ``word`` was probably meant to be, and what there is."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
+    shown = ", ".join(repr(name) for name in known[:12])
+    return f"; choose from {shown}{', …' if len(known) > 12 else ''}"
+
+
+def check_finite(convs: Mapping[str, Convolution]) -> None:
+    """Raise ``ValueError`` naming the first layer that holds NaN or infinite weights."""
+    for name, conv in convs.items():
+        if not torch.isfinite(conv.weight.detach()).all():
+            raise ValueError(
+                f"{name!r} holds NaN or infinite weights, so its filters have no score. Go back to the last "
+                "good state, and train with a lower rate or with gradient clipping."
+            )
+
+
+def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``keep`` checked against ``model``: known names, boolean masks of the right length, one filter alive.
+
+    Returns:
+        {name: BoolTensor[filters]} on the CPU.
+
+    Raises:
+        ValueError: with the name of the layer, what is wrong and what it should be.
+    """
+    convs = convolutions(model)
+    checked = {}
+    for name, mask in keep.items():
+        if name not in convs:
+            raise ValueError(f"no convolution is named {name!r}{nearest(name, convs)}")
+        mask = torch.as_tensor(mask).cpu()
+        filters = convs[name].out_channels
+        if mask.dtype != torch.bool or mask.shape != (filters,):
+            raise ValueError(
+                f"keep[{name!r}] must be a boolean mask of {filters} filters, got {mask.dtype} of shape "
+                f"{list(mask.shape)}."
+            )
+        if not mask.any():
+            raise ValueError(f"keep[{name!r}] leaves no filter alive: keep at least one.")
+        checked[name] = mask
+    return checked

@@ -1,0 +1,101 @@
+"""What reads the channels of a convolution, and how to silence a channel for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import Convolution, unwrap
+
+Norm = (
+    nn.modules.batchnorm._BatchNorm
+    | nn.InstanceNorm1d
+    | nn.InstanceNorm2d
+    | nn.InstanceNorm3d
+    | nn.GroupNorm
+    | nn.LayerNorm
+)
+Consumer = Convolution | nn.Linear
+
+
+@dataclass
+class Reads:
+    """That a layer reads channels of a convolution: pairs of a filter and an index into the layer."""
+
+    filters: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+
+    def of(self, dropped: Iterable[int]) -> list[int]:
+        """The layer's indices that carry the filters in ``dropped``."""
+        wanted = set(dropped)
+        return [i for f, i in zip(self.filters, self.indices, strict=True) if f in wanted]
+
+
+@dataclass
+class Readers:
+    """What reads the channels of one convolution.
+
+    Attributes:
+        norms: the normalisation layers that see these channels alone, before any sum. With them a
+            silenced channel stays silent.
+        consumers: the convolutions and linear layers that read the channels; an index is an input
+            channel of the layer.
+        mixed: empty, or why zeroing the consumers' columns would not hide a channel from the rest of the
+            network (it is added to other channels, it leaves as output, an activation turns 0 into
+            something else, …).
+        norm_first: the channels reach the rest of the network through ``norms`` alone, so a norm weight
+            of 0 hides a channel even where it is mixed.
+    """
+
+    norms: dict[str, Reads] = field(default_factory=dict)
+    consumers: dict[str, Reads] = field(default_factory=dict)
+    mixed: str = ""
+    norm_first: bool = False
+
+
+def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
+    """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor[rows, columns].
+
+    In a grouped convolution an input channel is read by the rows of its own group only.
+    """
+    rows, columns = layer.weight.shape[:2]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device=layer.weight.device)
+    rows_per_group = rows // getattr(layer, "groups", 1)
+    for index in indices:
+        group, column = divmod(index, columns)
+        mask[group * rows_per_group : (group + 1) * rows_per_group, column] = True
+    return mask
+
+
+@torch.no_grad()
+def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]) -> None:
+    """Make the filters ``dropped`` of convolution ``name`` emit exactly 0, in train and eval mode.
+
+    Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
+    zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
+    """
+    model = unwrap(model)
+    for tensor, indices in silent_entries(model, name, readers, dropped):
+        tensor.index_fill_(0, indices, 0)
+    for norm_name, reads in readers.norms.items():
+        norm = model.get_submodule(norm_name)
+        if isinstance(mean := getattr(norm, "running_mean", None), Tensor):
+            mean[reads.of(dropped)] = 0
+
+
+def silent_entries(
+    model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
+    model = unwrap(model)
+    parts: list[tuple[nn.Module, Sequence[int]]] = [(model.get_submodule(name), dropped)]
+    parts += [(model.get_submodule(norm), reads.of(dropped)) for norm, reads in readers.norms.items()]
+    return [
+        (parameter, torch.tensor(indices, device=parameter.device))
+        for module, indices in parts
+        for parameter in (module._parameters.get("weight"), module._parameters.get("bias"))
+        if isinstance(parameter, nn.Parameter) and len(indices)
+    ]

@@ -1,0 +1,102 @@
+"""Criteria: how much a filter is worth keeping. One pure function each; ``score`` by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import check_finite, eligible, nearest, rows
+
+
+def overlap(weight: Tensor) -> Tensor:
+    """How much each filter points along the others of its layer (RePr, eq. 1–2).
+
+    ``O[f] = Σ_j |Ŵ Ŵᵀ − I|[f, j] / J`` with the rows of ``Ŵ`` scaled to unit length. High = redundant.
+    A zero row has no direction: its overlap is 0, and it adds nothing to the others'.
+
+    Args:
+        weight: [filters, channels, *kernel] of an ungrouped convolution.
+
+    Returns:
+        Tensor[filters], each in [0, 1), float32 (float64 for float64 weights).
+    """
+    matrix = rows(weight.detach())
+    if matrix.dtype != torch.float64:
+        matrix = matrix.float()
+    # Scaling by the largest entry first keeps the squares of very small or very large rows in range.
+    largest = matrix.abs().amax(1, keepdim=True)
+    unit = nn.functional.normalize(matrix / torch.where(largest > 0, largest, 1), dim=1)
+    cosine = (unit @ unit.T).abs_()
+    cosine.fill_diagonal_(0)
+    return cosine.sum(1) / len(matrix)
+
+
+def ortho(weight: Tensor) -> Tensor:
+    """The negative overlap: high = points where no other filter does (RePr, eq. 2). Tensor[filters]."""
+    return -overlap(weight)
+
+
+def ortho_corrected(weight: Tensor) -> Tensor:
+    """``ortho`` in units of what chance gives: two random unit vectors of dimension D have
+    E|cos| ≈ sqrt(2 / (π D)), so plain overlap blames layers with short filters. Tensor[filters]."""
+    return ortho(weight) / math.sqrt(2 / (math.pi * rows(weight).shape[1]))
+
+
+def l1(weight: Tensor) -> Tensor:
+    """Sum of the absolute weights of each filter (Li et al. 2017). Tensor[filters]."""
+    return rows(weight.detach()).float().abs().sum(1)
+
+
+def l2(weight: Tensor) -> Tensor:
+    """Euclidean length of each filter. Tensor[filters]."""
+    return rows(weight.detach()).float().norm(dim=1)
+
+
+WEIGHT_CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
+    "ortho": ortho,
+    "ortho-corrected": ortho_corrected,
+    "l1": l1,
+    "l2": l2,
+}
+CRITERIA = (*WEIGHT_CRITERIA, "random")
+
+
+def check_criterion(criterion: str) -> None:
+    """Raise ``ValueError`` with the nearest names unless ``criterion`` is one of ``CRITERIA``."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}{nearest(str(criterion), CRITERIA)}")
+
+
+def score(
+    model: nn.Module, criterion: str = "ortho", *, exclude: Iterable[str] = (), seed: int | None = None
+) -> dict[str, Tensor]:
+    """Score every filter of every ungrouped convolution; higher = keep.
+
+    Args:
+        model: any module with convolutions; it is only read.
+        criterion: ``"ortho"`` (the paper's), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``.
+        exclude: qualified names of convolutions, or of containers of them, to leave out.
+        seed: for ``"random"``: the same seed gives the same scores.
+
+    Returns:
+        {qualified name: Tensor[filters]} on the weights' device.
+
+    Raises:
+        ValueError: unknown criterion or layer name, no convolution left, NaN or infinite weights,
+            ``"random"`` without a seed.
+    """
+    check_criterion(criterion)
+    convs = eligible(model, exclude)
+    check_finite(convs)
+    if criterion != "random":
+        return {name: WEIGHT_CRITERIA[criterion](conv.weight) for name, conv in convs.items()}
+    if seed is None:
+        raise ValueError("criterion 'random' needs a seed: score(model, 'random', seed=0)")
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(conv.out_channels, generator=generator).to(conv.weight.device)
+        for name, conv in convs.items()
+    }

@@ -1,0 +1,115 @@
+"""From scores to keep masks: which filters go, at which fraction, ranked over what."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from regrow.filters import matching, nearest
+
+SCOPES = ("global", "layer")
+
+
+def check_selection(fraction: float, scope: str, floor: float) -> None:
+    """Raise ``ValueError`` for a fraction outside [0, 1), a floor outside [0, 1] or an unknown scope."""
+    if not (isinstance(fraction, int | float) and 0 <= fraction < 1):
+        raise ValueError(
+            f"fraction is the share of filters removed, 0 <= fraction < 1, got {fraction!r}. For 30 % write "
+            "fraction=0.3."
+        )
+    if not (isinstance(floor, int | float) and 0 <= floor <= 1):
+        raise ValueError(
+            f"floor is the share of each layer kept alive, 0 <= floor <= 1, got {floor!r}. For a tenth write "
+            "floor=0.1."
+        )
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}{nearest(str(scope), SCOPES)}")
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    fraction: float,
+    *,
+    scope: str = "global",
+    floor: float = 0.1,
+    exclude: Iterable[str] = (),
+) -> dict[str, Tensor]:
+    """Keep masks that drop the lowest scores.
+
+    Args:
+        scores: {name: Tensor[filters]}, higher = keep, as ``score`` gives them.
+        fraction: share of the ranked filters to drop, rounded to a whole number of filters.
+        scope: ``"global"`` ranks all filters of all layers together (RePr §3), ``"layer"`` drops the
+            same share of each layer.
+        floor: share of each layer that stays alive whatever the ranking says, rounded up; never less
+            than one filter.
+        exclude: names left out of the ranking: their filters are neither dropped nor counted.
+
+    Returns:
+        {name: BoolTensor[filters]} on the CPU for every ranked layer, True = alive. Equal scores fall in
+        order of layer and index, so the result is the same on every machine and rank.
+
+    Raises:
+        ValueError: arguments out of range, unknown names, nothing left to rank, NaN scores.
+
+    Warns:
+        UserWarning: the floor leaves fewer filters to drop than ``fraction`` asks for; those are dropped.
+    """
+    check_selection(fraction, scope, floor)
+    dropped_names = {name for pattern in exclude for name in matching(pattern, scores)}
+    ranked = {
+        name: torch.as_tensor(values).detach().double().cpu()
+        for name, values in scores.items()
+        if name not in dropped_names
+    }
+    if not ranked:
+        raise ValueError("no layer is left to select from: exclude fewer layers.")
+    for name, values in ranked.items():
+        if values.dim() != 1 or not len(values):
+            raise ValueError(f"scores[{name!r}] must hold one number per filter, got {list(values.shape)}.")
+        if values.isnan().any():
+            raise ValueError(f"scores[{name!r}] holds NaN: look for NaN weights in that layer.")
+
+    room = {name: len(values) - _protected(len(values), floor) for name, values in ranked.items()}
+    if scope == "layer":
+        wanted = {name: _rounded(fraction * len(values)) for name, values in ranked.items()}
+        counts = {name: min(wanted[name], room[name]) for name in ranked}
+        keep = {name: _without_lowest(values, counts[name]) for name, values in ranked.items()}
+        asked, got = sum(wanted.values()), sum(counts.values())
+    else:
+        asked = _rounded(fraction * sum(len(values) for values in ranked.values()))
+        got = min(asked, sum(room.values()))
+        # The best filters of each layer, as many as the floor asks for, are out of the ranking's reach:
+        # the same filters a greedy walk from the lowest score would spare.
+        reachable = [
+            values.masked_fill(_without_lowest(values, room[name]), math.inf)
+            for name, values in ranked.items()
+        ]
+        flat = _without_lowest(torch.cat(reachable), got)
+        keep = dict(zip(ranked, flat.split([len(values) for values in ranked.values()]), strict=True))
+    if got < asked:
+        warnings.warn(
+            f"floor={floor} leaves {got} of the {asked} filters to drop that fraction={fraction} asks for: "
+            f"{got} are dropped. Lower the floor or the fraction.",
+            stacklevel=2,
+        )
+    return keep
+
+
+def _protected(filters: int, floor: float) -> int:
+    # 0.1 · 30 is 3.0000000000000004 in binary: without the slack a fourth filter would be protected.
+    return max(1, math.ceil(floor * filters - 1e-9))
+
+
+def _rounded(count: float) -> int:
+    return math.floor(count + 0.5 + 1e-9)
+
+
+def _without_lowest(values: Tensor, count: int) -> Tensor:
+    keep = torch.ones(len(values), dtype=torch.bool)
+    keep[values.argsort(stable=True)[:count]] = False
+    return keep

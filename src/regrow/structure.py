@@ -1,0 +1,300 @@
+"""Which layers read which channels: the one adapter to torch-pruning's dependency graph.
+
+The graph takes every operation it does not know for an element-wise one, so what it says is a proposal:
+``read_structure`` gives it out only after forward passes with silenced and with scrambled filters have
+confirmed it. All of it happens on a copy; the model is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import convolutions, unwrap
+from regrow.readers import Consumer, Norm, Readers, Reads, column_mask, silence
+
+_SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """``model`` applied to a tensor, to a tuple or list of arguments, or to a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
+    """Find what reads the channels of each convolution that ``example_inputs`` reach.
+
+    Args:
+        model: any module; wrappers are looked through.
+        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords; one
+            picture is enough.
+
+    Returns:
+        {qualified name: readers}, in the order the forward pass reaches the convolutions.
+
+    Raises:
+        ValueError: the model cannot be copied, or its forward pass fails on ``example_inputs``.
+    """
+    try:
+        probe = copy.deepcopy(unwrap(model)).eval().requires_grad_(True)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied to read its structure ({error}). Build regrow's objects before a "
+            "forward pass leaves tensors with a gradient on the model."
+        ) from error
+    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        order, behind = _direct_norms(probe, example_inputs)
+        readers = {name: Readers() for name in order}
+        try:
+            graph = _trace(probe, example_inputs)
+        except Exception as error:  # torch-pruning raises whatever it stumbled over
+            for name, norms in behind.items():
+                filters = list(range(convolutions(probe)[name].out_channels))
+                readers[name].norms = {norm: Reads(filters, filters) for norm in norms}
+                readers[name].mixed = f"torch-pruning could not trace the model ({type(error).__name__})"
+        else:
+            names = {module: name for name, module in probe.named_modules()}
+            for name in order:
+                _walk(graph, probe.get_submodule(name), names, readers[name])
+        with torch.no_grad():
+            _confirm(probe, example_inputs, readers)
+    return readers
+
+
+def _direct_norms(probe: nn.Module, example_inputs: Any) -> tuple[list[str], dict[str, list[str]]]:
+    """Convolutions in order of execution, and the norms whose input is a convolution's own output."""
+    produced: dict[int, tuple[str, Tensor]] = {}
+    behind: dict[str, list[str]] = {}
+
+    def made(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            behind.setdefault(name, [])
+            produced[id(output)] = (name, output)  # holding the tensor keeps its id from being used again
+
+        return hook
+
+    def read(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: Any) -> None:
+            if inputs and id(inputs[0]) in produced:
+                behind[produced[id(inputs[0])][0]].append(name)
+
+        return hook
+
+    handles = [conv.register_forward_hook(made(name)) for name, conv in convolutions(probe).items()]
+    handles += [
+        module.register_forward_pre_hook(read(name))
+        for name, module in probe.named_modules()
+        if isinstance(module, Norm)
+    ]
+    try:
+        call(probe, example_inputs)
+    except Exception as error:
+        raise ValueError(
+            f"the model's forward pass fails on example_inputs: {error}. Pass what the model takes, for "
+            "example one batch of your loader, x[:1]; a tuple for several arguments, a dict for keywords."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(behind), behind
+
+
+def _trace(probe: nn.Module, example_inputs: Any) -> Any:
+    import torch_pruning  # it imports timm and torchvision where they are installed: seconds
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch_pruning.DependencyGraph().build_dependency(
+            probe, example_inputs=example_inputs, forward_fn=call, verbose=False
+        )
+
+
+def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Readers) -> None:
+    """Follow a convolution's channels forward until something multiplies them by weights or adds to them."""
+    from torch_pruning._helpers import _HybridIndex
+
+    if conv not in graph.module2node:
+        readers.mixed = "its output does not reach the network's"
+        return
+    start = graph.module2node[conv]
+    readers.norm_first = bool(start.outputs) and all(isinstance(n.module, Norm) for n in start.outputs)
+    stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
+    visited = set()
+    while stack:
+        node, indices = stack.pop()
+        key = (id(node), tuple(indices))
+        if key in visited:
+            continue
+        visited.add(key)
+        if not node.outputs:
+            readers.mixed = readers.mixed or "it is part of the network's output"
+        for edge in node.dependencies:
+            if edge.source is not node or not any(edge.target is output for output in node.outputs):
+                continue
+            mapped = indices
+            for mapping in edge.index_mapping:
+                mapped = mapped if mapping is None else mapping(mapped)
+            if not mapped:
+                continue
+            target = edge.target.module
+            if isinstance(target, Norm | Consumer):
+                reads = readers.norms if isinstance(target, Norm) else readers.consumers
+                entry = reads.setdefault(names[target], Reads())
+                entry.filters += [index.root_idx for index in mapped]
+                entry.indices += [index.idx for index in mapped]
+                if isinstance(target, Consumer):
+                    continue
+            elif isinstance(target, nn.Parameter) or (
+                target in names and any(True for _ in target.parameters())
+            ):
+                if not isinstance(target, nn.PReLU):
+                    readers.mixed = readers.mixed or f"it is read by a {type(target).__name__}"
+                    continue
+            elif len(edge.target.inputs) > 1 and str(getattr(target, "_grad_fn", "")).startswith(_SUMS):
+                readers.mixed = readers.mixed or "it is added to other channels"
+                continue
+            stack.append((edge.target, mapped))
+
+
+def _confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
+    """Take back whatever forward passes on ``probe`` (which is changed for good) contradict."""
+    generator = torch.Generator().manual_seed(0)
+    _unsettle(probe, generator)
+    some = {}
+    for name in readers:
+        filters = convolutions(probe)[name].out_channels
+        some[name] = torch.randperm(filters, generator=generator)[: max(1, filters // 2)].tolist()
+    state = copy.deepcopy(probe.state_dict())
+
+    loud = _nonzero_inputs(probe, example_inputs, readers, some)
+    probe.load_state_dict(state)
+    for name, found in readers.items():
+        found.norms = {norm: reads for norm, reads in found.norms.items() if (name, norm) not in loud}
+        found.norm_first = found.norm_first and bool(found.norms)
+        for consumer in found.consumers:
+            if (name, consumer) in loud:
+                found.mixed = found.mixed or f"a silenced channel does not reach {consumer!r} as 0"
+
+    hidden = [name for name, found in readers.items() if not found.mixed]
+    for group in [hidden, *([name] for name in hidden)]:
+        moved = _moves(probe, example_inputs, readers, {name: some[name] for name in group})
+        probe.load_state_dict(state)
+        if not moved and group is hidden:
+            break
+        if moved and group is not hidden:
+            readers[group[0]].mixed = "forward passes did not confirm which layers read it"
+
+
+def _unsettle(probe: nn.Module, generator: torch.Generator) -> None:
+    """Give norms and biases values at which a mistake shows: a fresh norm passes 0 on as 0."""
+
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None:
+            tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+
+    for module in probe.modules():
+        if isinstance(module, Norm):
+            uniform(module.weight, 0.5, 1.5)
+            uniform(module.bias, 0.2, 0.5)
+            uniform(getattr(module, "running_mean", None), -0.1, 0.1)
+            uniform(getattr(module, "running_var", None), 0.5, 1.5)
+        elif isinstance(module, Consumer):
+            uniform(module.bias, -0.1, 0.1)
+
+
+def _nonzero_inputs(
+    probe: nn.Module,
+    example_inputs: Any,
+    readers: Mapping[str, Readers],
+    dropped: Mapping[str, Sequence[int]],
+) -> set[tuple[str, str]]:
+    """Silence ``dropped`` and list the (convolution, reader) pairs where a reader still sees something."""
+    for name, found in readers.items():
+        silence(probe, name, found, dropped[name])
+    loud = set()
+
+    def watch(name: str, reader: str, indices: list[int]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            seen = inputs[0]
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                dim = seen.dim() - 1
+            elif isinstance(module, Consumer):
+                dim = seen.dim() - module.weight.dim() + 1
+            else:
+                dim = 1
+            if (
+                max(indices) >= seen.shape[dim]
+                or seen.index_select(dim, torch.tensor(indices).to(seen.device)).any()
+            ):
+                loud.add((name, reader))
+
+        return hook
+
+    handles = []
+    for name, found in readers.items():
+        for reader, reads in [*found.norms.items(), *found.consumers.items()]:
+            if indices := reads.of(dropped[name]):
+                module = probe.get_submodule(reader)
+                handles.append(module.register_forward_pre_hook(watch(name, reader, indices)))
+    try:
+        call(probe, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return loud
+
+
+def _moves(
+    probe: nn.Module,
+    example_inputs: Any,
+    readers: Mapping[str, Readers],
+    dropped: Mapping[str, Sequence[int]],
+) -> bool:
+    """Whether scrambling the channels ``dropped`` moves the output though their columns are zeroed."""
+    for name, indices in dropped.items():
+        for consumer, reads in readers[name].consumers.items():
+            layer: Any = probe.get_submodule(consumer)
+            layer.weight[column_mask(layer, reads.of(indices))] = 0
+    before = _tensors(call(probe, example_inputs))
+    generator = torch.Generator().manual_seed(1)
+
+    def scramble(indices: Sequence[int]) -> Callable[..., Tensor]:
+        def hook(module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            dim = output.dim() - module.weight.dim() + 1
+            noise = torch.randn(output.shape, generator=generator).to(output)
+            index = torch.tensor(indices, device=output.device)
+            return output.index_copy(dim, index, noise.index_select(dim, index))
+
+        return hook
+
+    handles = [probe.get_submodule(n).register_forward_hook(scramble(i)) for n, i in dropped.items()]
+    try:
+        after = _tensors(call(probe, example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return not all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() if a.numel() else 0))
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors in a nested output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return []

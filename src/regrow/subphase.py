@@ -1,0 +1,178 @@
+"""The sub phase of a RePr cycle: filters dropped and held dead, then restored with new directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import rows
+from regrow.masking import Hold
+from regrow.readers import Readers, column_mask, silence, silent_entries
+from regrow.regrowth import orthogonal_rows
+from regrow.slots import refresh_slots
+
+CONSUMERS = ("keep", "zero", "init")
+
+
+class SubPhase:
+    """Holds ``dropped`` filters of ``model`` dead from its construction until ``restore`` or ``release``.
+
+    Args:
+        model: the user's own module, no wrapper.
+        optimizer: the one that trains it.
+        readers: {qualified name: what reads its channels}, of every layer in ``dropped``.
+        dropped: {qualified name: indices of the filters}.
+        consumers: what their consumers do after the restore, one of ``CONSUMERS``.
+        memory: ``old_rows`` and ``old_columns`` of an earlier ``state``; without it they are taken from
+            the model as it is.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        readers: Mapping[str, Readers],
+        dropped: Mapping[str, list[int]],
+        consumers: str,
+        memory: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._readers = readers
+        self._consumers = consumers
+        self.dropped = {name: list(indices) for name, indices in dropped.items()}
+        if memory is not None:
+            self._old_rows = _copy(memory["old_rows"])
+            self._old_columns = _copy(memory["old_columns"])
+        else:
+            self._old_rows = {name: self._weight(name)[i].clone() for name, i in self.dropped.items()}
+            self._old_columns = {}
+            if consumers == "keep":
+                self._old_columns = {name: weight[mask].clone() for name, weight, mask in self._columns()}
+        for name, indices in self.dropped.items():
+            silence(model, name, readers[name], indices)
+        if memory is None:
+            self._forget(self._dead_entries())
+        self._hold = Hold(self._dead_entries(), optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """What ``memory`` takes, with ``dropped`` beside it: tensors, numbers and strings only."""
+        return {
+            "dropped": {name: list(indices) for name, indices in self.dropped.items()},
+            "old_rows": _copy(self._old_rows),
+            "old_columns": _copy(self._old_columns),
+        }
+
+    def release(self) -> None:
+        """Stop holding the filters; they stay at 0 until something writes them."""
+        self._hold.release()
+
+    @torch.no_grad()
+    def restore(self, generator: torch.Generator) -> tuple[list[str], list[str]]:
+        """Regrow the dropped filters (RePr §3, step 5 of METHODS: new rows, fresh norms, cleared slots).
+
+        Returns:
+            The layers whose null space was too small for orthogonal rows, and notes on layers whose
+            consumers could not be treated as asked.
+        """
+        self.release()
+        # The consumers first: restored rows must be orthogonal to the kept rows as they will be.
+        columns = self._columns()
+        for consumer, parameter, mask in columns:
+            self._set_columns(consumer, parameter, mask, generator)
+        least_covered, notes = [], []
+        for name, indices in self.dropped.items():
+            weight = self._weight(name)
+            alive = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
+            alive[indices] = False
+            old = rows(self._old_rows[name]).to(weight)
+            new, fallback = orthogonal_rows(rows(weight)[alive], old, generator=generator)
+            weight[indices] = new.view_as(weight[indices])
+            if fallback:
+                least_covered.append(name)
+            if note := self._wake_norms(name, indices):
+                notes.append(note)
+        self._forget(self._dead_entries(), columns)
+        return least_covered, notes
+
+    def _weight(self, layer: str) -> Tensor:
+        weight = self._model.get_submodule(layer).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def _columns(self) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """The consumers of dropped filters: (name, weight, BoolTensor[rows, columns] of what reads them).
+
+        Rows that are dropped themselves are left out: they get wholly new values.
+        """
+        masks: dict[str, Tensor] = {}
+        for name, indices in self.dropped.items():
+            if self._readers[name].mixed:
+                continue
+            for consumer, reads in self._readers[name].consumers.items():
+                layer: Any = self._model.get_submodule(consumer)
+                mask = column_mask(layer, reads.of(indices))
+                mask[self.dropped.get(consumer, [])] = False
+                masks[consumer] = masks[consumer] | mask if consumer in masks else mask
+        weights: dict[str, Any] = {name: self._model.get_submodule(name).weight for name in masks}
+        return [(name, weights[name], mask) for name, mask in masks.items()]
+
+    def _set_columns(self, name: str, weight: Tensor, mask: Tensor, generator: torch.Generator) -> None:
+        if self._consumers == "zero":
+            weight[mask] = 0
+        elif self._consumers == "keep":
+            weight[mask] = self._old_columns[name].to(weight)
+        else:
+            bound = weight[0].numel() ** -0.5  # PyTorch's own initialisation of both kinds of layer
+            drawn = torch.rand(weight[mask].shape, generator=generator) * 2 - 1
+            weight[mask] = (drawn * bound).to(weight)
+
+    def _wake_norms(self, name: str, indices: list[int]) -> str:
+        """Norms behind restored filters: weight 1, bias 0, running statistics 0 and 1. Returns a note."""
+        readers = self._readers[name]
+        # Where a channel is added to others no column can hide it, but a norm weight of 0 before the sum can.
+        hide = self._consumers == "zero" and bool(readers.mixed)
+        for norm_name, reads in readers.norms.items():
+            norm: Any = self._model.get_submodule(norm_name)
+            for tensor, value in (
+                (norm.weight, 0 if hide and readers.norm_first else 1),
+                (norm.bias, 0),
+                (getattr(norm, "running_mean", None), 0),
+                (getattr(norm, "running_var", None), 1),
+            ):
+                if tensor is not None:
+                    tensor[reads.of(indices)] = value
+        if hide and not readers.norm_first:
+            return f"{name}: the output moves at this restore, because {readers.mixed}."
+        return ""
+
+    def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
+        return [
+            entry
+            for name, indices in self.dropped.items()
+            for entry in silent_entries(self._model, name, self._readers[name], indices)
+        ]
+
+    def _forget(
+        self,
+        entries: list[tuple[nn.Parameter, Tensor]],
+        columns: list[tuple[str, nn.Parameter, Tensor]] | None = None,
+    ) -> None:
+        """Clear the optimizer's memory of rows, and of the consumers' columns."""
+        fresh: dict[nn.Parameter, Tensor] = {}
+        for parameter, indices in entries:
+            shape = parameter.shape[:2]
+            mask = fresh.setdefault(parameter, torch.zeros(shape, dtype=torch.bool, device=parameter.device))
+            mask[indices] = True
+        for _, parameter, mask in columns or ():
+            fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
+        for parameter, mask in fresh.items():
+            refresh_slots(self._optimizer, parameter, mask)
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
