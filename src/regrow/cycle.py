@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, convolutions, eligible, left_out, matching, nearest, unwrap
+from regrow.filters import check_finite, convolutions, eligible, left_out, matching, unwrap
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
 from regrow.structure import read_structure
 from regrow.subphase import CONSUMERS, SubPhase
+from regrow.suggest import nearest
 
 _VERSION = 1
 # Below a tenth of the highest rate a cut or a restart has too little left to heal with.

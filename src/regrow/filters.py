@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from regrow.suggest import nearest
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -107,16 +108,6 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
         if found:
             return found
     raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: what ``word`` was probably meant to be, and what there is."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    if close:
-        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
-    shown = ", ".join(repr(name) for name in known[:12])
-    return f"; choose from {shown}{', …' if len(known) > 12 else ''}"
 
 
 def check_finite(convs: Mapping[str, Convolution]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, eligible, nearest, rows
+from regrow.filters import check_finite, eligible, rows
+from regrow.suggest import nearest
 
 
 def overlap(weight: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from regrow.filters import matching, nearest
+from regrow.filters import matching
+from regrow.suggest import nearest
 
 SCOPES = ("global", "layer")
 

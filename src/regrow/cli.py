@@ -1,0 +1,140 @@
+"""The command ``regrow``. PyTorch and the study are imported only once something is to be done."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regrow.study.config import RunConfig, make_config, read_settings
+
+app = typer.Typer(
+    help="Train better convolutional filters with RePr, and find out whether it helps you.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", rich_help_panel="Run")]
+Rerun = Annotated[bool, typer.Option("--rerun", help="Run again what is finished.", rich_help_panel="Run")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of settings; flags override it.", rich_help_panel="Run"),
+]
+
+
+def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for every setting in ``RunConfig``; it receives those given as ``settings``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name != "settings"]
+        flags = [_flag(name) for name in RunConfig.model_fields if name not in without]
+
+        def run(**given: Any) -> None:
+            settings = {flag.name: given.pop(flag.name) for flag in flags}
+            command(**given, settings={k: v for k, v in settings.items() if v is not None and v != []})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature([*flags, *own])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _flag(name: str) -> inspect.Parameter:
+    field = RunConfig.model_fields[name]
+    flag = "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag]
+    extra = field.json_schema_extra
+    panel = extra["panel"] if isinstance(extra, dict) else None
+    help = field.description or ""
+    if field.default not in (None, ()):
+        shown = ("on" if field.default else "off") if field.annotation is bool else field.default
+        help += f" (default: {shown})"
+    kind: Any = list[str] if name == "exclude" else field.annotation
+    option = typer.Option(*names, help=help, rich_help_panel=str(panel), show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+@app.command()
+@_with_settings()
+def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: Rerun = False) -> None:
+    """Train one network and leave a run folder: settings, curves, what was cut when, weights.
+
+    Example: regrow train --data digits --model convnet --method repr --seed 3 --epochs 14 --out runs/one
+    """
+    run_config = make_config({**(read_settings(config) if config else {}), **settings})
+    from regrow.study import records
+    from regrow.study.progress import Progress
+    from regrow.study.train import train as run
+
+    ran = run(run_config, out, rerun=rerun, progress=Progress())
+    result = records.read_run(out).result or {}
+    typer.echo(
+        f"{'' if ran else 'already finished (--rerun trains it again): '}"
+        f"test accuracy {result['test_accuracy']:.2%}, trained in {result['train_seconds']:.1f} s, see {out}"
+    )
+
+
+@app.command()
+@_with_settings(without=["method", "seed"])
+def compare(
+    out: Out,
+    settings: dict[str, Any],
+    methods: Annotated[
+        str, typer.Option(help="Which to compare, the baseline first.", rich_help_panel="Comparison")
+    ] = "standard,repr",
+    seeds: Annotated[
+        str,
+        typer.Option(
+            help="Seeds, such as 0,1,2 or 0-4; each method trains with each.", rich_help_panel="Comparison"
+        ),
+    ] = "0-2",
+    config: ConfigFile = None,
+    rerun: Rerun = False,
+) -> None:
+    """Train every method with every seed, compare them pair by pair, and write a report.
+
+    Example: regrow compare --data digits --epochs 30 --seeds 0-4 --out runs/digits
+    """
+    from regrow.study.seeds import parse_methods, parse_seeds
+
+    pairs = [(method, seed) for seed in parse_seeds(seeds) for method in parse_methods(methods)]
+    shared = {**(read_settings(config) if config else {}), **settings}
+    shared = {key: value for key, value in shared.items() if key not in ("method", "seed")}
+    configs = [make_config({**shared, "method": method, "seed": seed}) for method, seed in pairs]
+    from regrow.study.launch import run_comparison
+
+    run_comparison(configs, out, rerun=rerun)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write (default: report.html in the first folder).")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "standard",
+) -> None:
+    """Write one self-contained HTML page about finished runs: numbers, curves, what was off when."""
+    from regrow.study.records import find_runs
+    from regrow.study.report import write_report
+
+    runs = find_runs(*folders)
+    typer.echo(f"wrote {write_report(runs, out or folders[0] / 'report.html')}")
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one line on standard error, and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, ArithmeticError, OSError) as error:
+        typer.secho(f"regrow: {error}", fg="red", err=True)
+        sys.exit(1)

@@ -1,0 +1,151 @@
+"""Every setting of a run, in one table: the command's flags, the YAML keys and the record come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from regrow.study.schedule import Cycle, place_cycle
+from regrow.suggest import nearest
+
+Augmentation = Literal["none", "shift", "flip", "shift-flip"]
+_DATA, _MODEL, _TRAINING, _REPR, _RUN = "Data", "Model", "Training", "RePr", "Run"
+
+
+def _setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"panel": panel}, **limits)
+
+
+class RunConfig(BaseModel):
+    """The settings of one training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    data: Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"] = _setting(
+        "digits", _DATA, "Pictures to train on. digits come with scikit-learn."
+    )
+    data_dir: str | None = _setting(
+        None, _DATA, "Where the data lies or is downloaded to (default: $REGROW_DATA, or ./data)."
+    )
+    image_size: int | None = _setting(None, _DATA, "Side of the pictures of --data folder, in pixels.", ge=4)
+    train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1)
+    label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
+    augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
+    split_seed: int = _setting(0, _DATA, "Fixes the split into train, validation and test.", ge=0)
+
+    model: str = _setting(
+        "convnet", _MODEL, "convnet, vgg, resnet (CIFAR family), wrn, or any torchvision or timm name."
+    )
+    depth: int | None = _setting(None, _MODEL, "Layers: convnet 3, vgg 16, resnet 20, wrn 16.", ge=1)
+    width: float | None = _setting(
+        None, _MODEL, "Filters: convnet 32, resnet 16; factor: vgg 1, wrn 4.", gt=0
+    )
+    batch_norm: bool = _setting(True, _MODEL, "Batch norm behind the convolutions (convnet, vgg).")
+    pooling: Literal["max", "avg", "none"] = _setting(
+        "max", _MODEL, "Pooling between the convolutions of convnet."
+    )
+
+    epochs: int = _setting(30, _TRAINING, "Passes over the training pictures.", ge=1)
+    batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2)
+    optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd is with Nesterov momentum.")
+    lr: float | None = _setting(
+        None, _TRAINING, "Highest learning rate (default: sgd 0.05, adam and adamw 0.002).", gt=0
+    )
+    momentum: float = _setting(0.9, _TRAINING, "Momentum of sgd.", ge=0, lt=1)
+    weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0)
+    schedule: Literal["hold-cosine", "cosine", "step", "constant"] = _setting(
+        "hold-cosine",
+        _TRAINING,
+        "Learning rate. hold-cosine holds it through the cycles and anneals after the last restore; "
+        "standard training gets the same.",
+    )
+
+    method: Literal["standard", "repr"] = _setting("standard", _REPR, "How to train.")
+    fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
+    cycles: int | None = _setting(
+        None, _REPR, "How often to drop and restore (default: placed in the epochs).", ge=1
+    )
+    full: int | None = _setting(None, _REPR, "Epochs of a cycle with all filters (default: placed).", ge=1)
+    sub: int | None = _setting(
+        None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1
+    )
+    criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
+        "ortho", _REPR, "What ranks the filters. ortho is the paper's overlap."
+    )
+    consumers: Literal["keep", "zero", "init"] = _setting(
+        "keep",
+        _REPR,
+        "What readers of a restored filter do: old weights, zero (output does not move), fresh.",
+    )
+    scope: Literal["global", "layer"] = _setting(
+        "global", _REPR, "Rank over the whole net or within each layer."
+    )
+    floor: float = _setting(0.1, _REPR, "Share of each layer that always stays alive.", ge=0, le=1)
+    exclude: tuple[str, ...] = _setting((), _REPR, "Layers to leave alone; may be given several times.")
+    skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
+
+    seed: int = _setting(
+        0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0
+    )
+    device: str = _setting("auto", _RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")
+    threads: int | None = _setting(None, _RUN, "CPU threads (default: PyTorch's choice).", ge=1)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        if self.lr is not None:
+            return self.lr
+        return 0.05 if self.optimizer == "sgd" else 0.002
+
+    @property
+    def cycle(self) -> Cycle:
+        """Where RePr's cycles lie in the epochs; standard training takes its learning rate from it too."""
+        return place_cycle(self.epochs, full=self.full, sub=self.sub, cycles=self.cycles)
+
+
+def make_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A checked ``RunConfig``.
+
+    Raises:
+        ValueError: an unknown key (the nearest is suggested), a value of the wrong type or out of range,
+            or cycles that do not fit into the epochs.
+    """
+    settings = {key: value for key, value in settings.items() if key != "version"}
+    for key in settings:
+        if key not in RunConfig.model_fields:
+            raise ValueError(f"unknown setting {key!r}{nearest(str(key), RunConfig.model_fields)}")
+    try:
+        config = RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]}, got {e['input']!r}"
+                for e in error.errors()
+            )
+        ) from None
+    if config.method == "repr" or any(v is not None for v in (config.full, config.sub, config.cycles)):
+        config.cycle.check(config.epochs)
+    return config
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file: a flat mapping of the names in ``RunConfig``.
+
+    Raises:
+        ValueError: the file is not there or does not hold a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no configuration file {path}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold settings, one 'name: value' a line, such as 'epochs: 30'.")
+    return loaded

@@ -1,0 +1,203 @@
+"""The house's nets for small pictures: one function per family, plain modules with readable names."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from regrow.study.names import POOLINGS
+
+_VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_VGG_FILTERS = (64, 128, 256, 512, 512)
+
+
+def convnet(
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    *,
+    depth: int = 3,
+    width: float | int = 32,
+    batch_norm: bool = True,
+    pooling: str = "max",
+) -> nn.Sequential:
+    """RePr's vanilla net: ``depth`` 3×3 convolutions of ``width`` filters, then a global average.
+
+    Every block but the last ends in a 2×2 pool while the picture is at least 4 pixels a side.
+    """
+    _check_pooling(pooling)
+    if depth < 1:
+        raise ValueError(f"convnet takes a depth from 1, not {depth}.")
+    filters = _filters("convnet", width)
+    blocks, inputs, side = [], channels, min(size)
+    for layer in range(depth):
+        pooled = pooling != "none" and layer < depth - 1 and side >= 4
+        blocks.append(_block(inputs, filters, batch_norm, pooling if pooled else "none"))
+        inputs, side = filters, side // 2 if pooled else side
+    return _classifier(nn.Sequential(*blocks), filters, classes)
+
+
+def vgg(
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    *,
+    depth: int = 16,
+    width: float | int = 1.0,
+    batch_norm: bool = True,
+    pooling: str = "max",
+) -> nn.Sequential:
+    """VGG for small pictures: five stages of ``width`` × (64 … 512) filters, one linear layer.
+
+    A 2×2 pool ends each stage while the picture is at least 2 pixels a side.
+    """
+    _check_pooling(pooling)
+    if depth not in _VGG_STAGES:
+        raise ValueError(f"vgg takes a depth of {', '.join(map(str, _VGG_STAGES))}, not {depth}.")
+    blocks, inputs, side = [], channels, min(size)
+    for layers, filters in zip(_VGG_STAGES[depth], _scaled("vgg", _VGG_FILTERS, width), strict=True):
+        for layer in range(layers):
+            pooled = pooling != "none" and layer == layers - 1 and side >= 2
+            blocks.append(_block(inputs, filters, batch_norm, pooling if pooled else "none"))
+            inputs, side = filters, side // 2 if pooled else side
+    return _classifier(nn.Sequential(*blocks), inputs, classes)
+
+
+def resnet(classes: int, channels: int, *, depth: int = 20, width: float | int = 16) -> nn.Sequential:
+    """The CIFAR ResNet of He et al. 2015 (section 4.2): depth 6n+2, ``width`` filters at first.
+
+    Where a stage halves the picture the shortcut is their option B, a 1×1 projection with batch
+    norm, not the option A of their CIFAR table: padding with zero channels leaves nothing to cut.
+    ResNet-20 so has 272,474 parameters in place of 269,722.
+    """
+    if depth not in range(20, 111, 6):
+        raise ValueError(f"resnet takes a depth of 6n+2 from 20 to 110 (20, 26, 32, …), not {depth}.")
+    first = _filters("resnet", width)
+    features: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=_block(channels, first, batch_norm=True, pooling="none"),
+        stages=_stages(_Residual, (depth - 2) // 6, first, [first, 2 * first, 4 * first]),
+    )
+    return _classifier(nn.Sequential(features), 4 * first, classes)
+
+
+def wrn(classes: int, channels: int, *, depth: int = 16, width: float | int = 4) -> nn.Sequential:
+    """The wide ResNet of Zagoruyko & Komodakis 2016: depth 6n+4, ``width`` × (16, 32, 64) filters."""
+    if depth < 10 or depth % 6 != 4:
+        raise ValueError(f"wrn takes a depth of 6n+4 from 10 (10, 16, 22, 28, …), not {depth}.")
+    filters = _scaled("wrn", (16, 32, 64), width)
+    features: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=nn.Sequential(OrderedDict(conv=_conv(channels, 16))),
+        stages=_stages(_PreActivated, (depth - 4) // 6, 16, filters),
+        norm=nn.BatchNorm2d(filters[-1]),
+        relu=nn.ReLU(),
+    )
+    return _classifier(nn.Sequential(features), filters[-1], classes)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def _check_pooling(pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling is one of {', '.join(POOLINGS)}, not {pooling!r}.")
+
+
+def _filters(family: str, width: float | int) -> int:
+    if width < 1 or not float(width).is_integer():
+        raise ValueError(f"{family} takes a width that is a number of filters (1, 2, …), not {width}.")
+    return int(width)
+
+
+def _scaled(family: str, filters: tuple[int, ...], width: float | int) -> list[int]:
+    if not 0 < width < float("inf"):
+        raise ValueError(f"{family} takes a width above 0, which multiplies its filters, not {width}.")
+    return [max(1, round(base * width)) for base in filters]
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    """A convolution with He et al.'s start: normal, variance 2 / (filters · kernel²); bias 0."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _block(inputs: int, outputs: int, batch_norm: bool, pooling: str) -> nn.Sequential:
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=_conv(inputs, outputs, bias=not batch_norm))
+    if batch_norm:
+        layers["norm"] = nn.BatchNorm2d(outputs)
+    layers["relu"] = nn.ReLU()
+    if pooling != "none":
+        layers["pool"] = nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2)
+    return nn.Sequential(layers)
+
+
+def _classifier(features: nn.Module, filters: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            features=features,
+            average=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(filters, classes),
+        )
+    )
+
+
+class _Residual(nn.Module):
+    """Convolution, norm, ReLU, convolution, norm, plus the shortcut, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, outputs, stride=stride)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = _conv(inputs, outputs, kernel=1, stride=stride)
+            self.shortcut = nn.Sequential(OrderedDict(conv=projection, norm=nn.BatchNorm2d(outputs)))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(y + self.shortcut(x))
+
+
+class _PreActivated(nn.Module):
+    """Norm, ReLU, convolution, norm, ReLU, convolution, plus the shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = _conv(inputs, outputs, stride=stride)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = None if same else _conv(inputs, outputs, kernel=1, stride=stride)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.norm1(x))
+        y = self.conv2(self.relu(self.norm2(self.conv1(activated))))
+        # As in the authors' code: a projection reads the activated input, the identity the raw one.
+        return y + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def _stages(
+    block: Callable[[int, int, int], nn.Module], blocks: int, inputs: int, filters: list[int]
+) -> nn.Sequential:
+    """One stage of ``blocks`` per entry of ``filters``; every stage but the first halves the picture."""
+    stages = []
+    for stage, outputs in enumerate(filters):
+        members = []
+        for index in range(blocks):
+            members.append(block(inputs, outputs, 2 if stage > 0 and index == 0 else 1))
+            inputs = outputs
+        stages.append(nn.Sequential(*members))
+    return nn.Sequential(*stages)

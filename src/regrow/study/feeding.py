@@ -1,0 +1,122 @@
+"""Pictures in memory to normalised batches: order and augmentation fixed by seed and epoch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.study.augment import flip, padding, shift
+from regrow.study.images import Images
+from regrow.study.names import AUGMENTATIONS
+
+
+class Batches:
+    """The batches of each epoch: float32 [batch, channels, height, width] and labels int64 [batch].
+
+    What epoch e yields depends on ``seed`` and e alone, and the order not on the augmentation; the
+    global random generators are neither read nor changed. A last batch of a single picture is left
+    out when shuffling: batch norm cannot train on one.
+
+    Args:
+        images: moved to ``device`` whole.
+        batch_size: the last batch may be smaller.
+        mean: of each channel of ``images``, in 0..1 units; subtracted.
+        std: likewise; divided by.
+        augmentation: ``none``, ``shift`` (a crop after zero padding by ``augment.padding``), ``flip``
+            (left and right, half of the pictures) or ``shift-flip``. Padding is black before
+            normalisation.
+        seed: 0 or more.
+        shuffle: False keeps the order of ``images``, for evaluation.
+        device: where ``images`` are held and batches are made.
+        channels: 3 repeats the channel of grey pictures. Default: as ``images`` have.
+
+    Raises:
+        ValueError: a bad value, or no pictures.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: str = "none",
+        seed: int = 0,
+        shuffle: bool = True,
+        device: torch.device | str = "cpu",
+        channels: int | None = None,
+    ) -> None:
+        own = images.pixels.shape[1]
+        if len(images) == 0:
+            raise ValueError("there are no pictures to make batches of.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}.")
+        if len(mean) != own or len(std) != own or min(std) <= 0:
+            raise ValueError(
+                f"mean and std need one number for each of the {own} channels, std above 0, not "
+                f"{tuple(mean)} and {tuple(std)}."
+            )
+        if augmentation not in AUGMENTATIONS:
+            near = difflib.get_close_matches(augmentation, AUGMENTATIONS, n=1)
+            question = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"unknown augmentation {augmentation!r}.{question} There are {', '.join(AUGMENTATIONS)}."
+            )
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {seed}.")
+        if channels not in (None, own) and own != 1:
+            raise ValueError(f"only grey pictures can be repeated to {channels} channels; these have {own}.")
+        self.pixels = images.pixels.to(device)
+        self.labels = images.labels.to(device)
+        self.batch_size = batch_size
+        self.augmentation = augmentation
+        self.seed = seed
+        self.shuffle = shuffle
+        self.channels = own if channels is None else channels
+        self._mean = torch.tensor(mean, device=device).mul(255).view(1, -1, 1, 1)
+        self._scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, -1, 1, 1)
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        whole, left = divmod(len(self.labels), self.batch_size)
+        dropped = self.shuffle and whole > 0 and left == 1
+        return whole + (left > 0 and not dropped)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch ``number``, counted from 0.
+
+        Raises:
+            ValueError: a negative number.
+        """
+        if number < 0:
+            raise ValueError(f"epochs are counted from 0: there is no epoch {number}.")
+        return self._batches(number)
+
+    def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count, device = len(self.labels), self.pixels.device
+        # PyTorch's CPU generator reads 32 bits of a seed: mix both numbers into these.
+        mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
+        order = torch.randperm(count, generator=generator).to(device) if self.shuffle else None
+        pad = padding((self.pixels.shape[2], self.pixels.shape[3]))
+        # Drawn for the whole epoch at once: a draw per batch costs more than the shift itself.
+        offsets = torch.randint(2 * pad + 1, (2, count), generator=generator).to(device)
+        mirrored = torch.randint(2, (count,), generator=generator).bool().to(device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            here = slice(start, min(start + self.batch_size, count))
+            chosen = here if order is None else order[here]
+            pictures = self.pixels[chosen]
+            if "shift" in self.augmentation:
+                pictures = shift(pictures, offsets[0, here], offsets[1, here], pad)
+            if "flip" in self.augmentation:
+                pictures = flip(pictures, mirrored[here])
+            # Bytes until here: a quarter of the memory to move, and float once per batch.
+            batch = pictures.float().sub_(self._mean).mul_(self._scale)
+            if batch.shape[1] != self.channels:
+                batch = batch.expand(-1, self.channels, -1, -1).contiguous()
+            yield batch, self.labels[chosen]

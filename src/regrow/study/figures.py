@@ -1,0 +1,335 @@
+"""The report's figures, drawn by matplotlib as SVG text: wide for a page, narrow for a phone."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regrow.study.compare import Paired, label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from regrow.study.records import RunRecord
+
+# Inches; 96 CSS pixels each.
+WIDE, NARROW = 10.0, 3.9
+# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for lines.
+COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_INK, _FAINT, _SHADE, _ALIVE = "#2b2b2b", "#d5d5d2", "#ecebe6", "#dfe9f0"
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+_LONGEST = 26
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "regrow",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.edgecolor": "#8a8a86",
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e5e1",
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method as it is drawn: its finished runs and its colour."""
+
+    method: str
+    color: str
+    runs: Sequence[RunRecord]
+
+
+def svg(draw: Callable[[float], Figure], width: float) -> str:
+    """What ``draw`` makes at ``width`` inches, as SVG; the same figure gives the same text."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser's fonts are not matplotlib's.
+        warnings.filterwarnings("ignore", message="Glyph")
+        file = io.StringIO()
+        draw(width).savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    # Laid out with the fonts matplotlib brings, which are wider than what readers have.
+    names = ", ".join(
+        name if name == "sans-serif" else f"'{name}'" for name in matplotlib.rcParams["font.sans-serif"]
+    )
+    return text[text.index("<svg") :].replace(names, _FONTS)
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """``text`` without control characters, shortened in the middle to ``longest`` characters."""
+    text = "".join(letter if letter.isprintable() else "�" for letter in text)
+    if longest is None or len(text) <= longest:
+        return text
+    tail = longest // 2
+    return f"{text[: longest - tail - 1]}…{text[-tail:]}"
+
+
+def sub_phases(run: RunRecord) -> list[tuple[int, int]]:
+    """First and last epoch of each stretch of epochs trained with the sub-network."""
+    found: list[tuple[int, int]] = []
+    for epoch in run.epochs:
+        number = epoch["epoch"]
+        if epoch["phase"] != "sub":
+            continue
+        if found and found[-1][1] == number - 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return found
+
+
+def off_map(run: RunRecord) -> NDArray[np.bool_]:
+    """Which filter was off in which epoch: bool [filters of all layers in record order, epochs].
+
+    A filter dropped after epoch a and restored after epoch b is off in epochs a+1 to b.
+    """
+    sizes: dict[str, int] = run.result["filters"] if run.result is not None else {}
+    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+    last = run.epochs[-1]["epoch"] if run.epochs else 0
+    off = np.zeros((sum(sizes.values()), last), dtype=bool)
+    for event in run.events:
+        for layer, indices in event["filters"].items():
+            rows = starts[layer] + np.asarray(indices, dtype=int)
+            off[rows, event["epoch"] :] = event["kind"] == "drop"
+    return off
+
+
+def dots(series: Sequence[Series], differences: Mapping[str, Paired], width: float) -> Figure:
+    """Test accuracy of every run by method, and beside it the paired differences with their interval."""
+    from matplotlib.figure import Figure
+
+    compared = [each for each in series if each.method in differences]
+    row, frame = 0.42, 0.75
+    heights = [row * len(series) + frame] + ([row * len(compared) + frame] if compared else [])
+    beside = width > 6 and bool(compared)
+    figure = Figure(figsize=(width, max(heights) if beside else sum(heights)), layout="constrained")
+    if beside:
+        panels = figure.subplots(1, 2, squeeze=False, width_ratios=[1.25, 1]).ravel()
+    else:
+        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    _accuracy_dots(panels[0], series)
+    if compared:
+        shown = series if beside else compared
+        _difference_dots(panels[1], shown, differences)
+        if beside:
+            panels[1].tick_params(axis="y", labelleft=False)
+    return figure
+
+
+def learning_curves(series: Sequence[Series], width: float) -> Figure:
+    """Validation accuracy by epoch, over a strip with the learning rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 0.3 * width + 1.9), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[7, 1])
+    _shade(upper, series, width)
+    _shade(lower, series, None)
+    _curves(upper, series, "validation_accuracy", scale=100)
+    upper.set_ylabel("validation accuracy, %")
+    upper.set_ylim(bottom=_focus(series))
+    upper.tick_params(axis="x", length=0)
+    for each in series:
+        epochs, values = _by_epoch(each, "learning_rate")
+        lower.plot(epochs, values[0], color=each.color, linewidth=1, drawstyle="steps-mid")
+    rates = [value for each in series for value in _by_epoch(each, "learning_rate")[1][0] if value > 0]
+    if rates and max(rates) > 20 * min(rates):
+        lower.set_yscale("log")
+    else:
+        lower.set_ylim(bottom=0)
+        lower.locator_params(axis="y", nbins=2)
+    lower.set_ylabel("rate" if width < 6 else "learning\nrate")
+    lower.set_xlabel("epoch")
+    return figure
+
+
+def overlap_curves(series: Sequence[Series], width: float) -> Figure:
+    """Sum of overlap over training, with a dashed line at each restore."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 0.2 * width + 1.7), layout="constrained")
+    axes = figure.subplots()
+    _shade(axes, series, width)
+    _curves(axes, series, "overlap", scale=1)
+    for each in series:
+        for epoch in sorted({e["epoch"] for run in each.runs for e in run.events if e["kind"] == "restore"}):
+            axes.axvline(epoch + 0.5, color=each.color, linewidth=0.9, linestyle=(0, (3, 2)))
+    axes.set_ylabel("sum of overlap")
+    axes.set_xlabel("epoch")
+    return figure
+
+
+def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
+    """Which filter was off when: one panel a run, rows are filters by layer, columns are epochs."""
+    from matplotlib.figure import Figure
+
+    height = min(8.0, max(1.6, 0.028 * off_map(runs[0]).shape[0]))
+    beside = width > 6
+    shape = (1, len(runs)) if beside else (len(runs), 1)
+    figure = Figure(figsize=(width, (height + 0.7) * shape[0]), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
+    for index, (axes, run) in enumerate(zip(panels, runs, strict=True)):
+        _map_panel(axes, run, color, height)
+        axes.set_title(f"seed {run.seed}", fontsize=9, loc="left")
+        if beside or index == len(runs) - 1:
+            axes.set_xlabel("epoch")
+    return figure
+
+
+def _accuracy_dots(axes: Axes, series: Sequence[Series]) -> None:
+    values = [
+        {run.seed: 100 * run.result["test_accuracy"] for run in each.runs if run.result} for each in series
+    ]
+    for row, (above, below) in enumerate(pairwise(values)):
+        for seed in above.keys() & below.keys():
+            axes.plot([above[seed], below[seed]], [row, row + 1], color=_FAINT, linewidth=0.8, zorder=1)
+    for row, (each, found) in enumerate(zip(series, values, strict=True)):
+        numbers = list(found.values())
+        axes.scatter(
+            numbers, [row] * len(numbers), s=22, color=each.color, alpha=0.75, linewidths=0, zorder=3
+        )
+        axes.plot([np.mean(numbers)] * 2, [row - 0.27, row + 0.27], color=each.color, linewidth=2, zorder=4)
+    _name_rows(axes, series)
+    axes.set_xlabel("test accuracy, %")
+
+
+def _difference_dots(axes: Axes, series: Sequence[Series], differences: Mapping[str, Paired]) -> None:
+    axes.axvline(0, color=COLORS[0], linewidth=0.9)
+    for row, each in enumerate(series):
+        if each.method not in differences:
+            continue
+        found = differences[each.method]
+        numbers = list(found.differences.values())
+        axes.scatter(
+            numbers, [row] * len(numbers), s=14, color=each.color, alpha=0.45, linewidths=0, zorder=3
+        )
+        if found.low is not None and found.high is not None:
+            axes.plot([found.low, found.high], [row, row], color=each.color, linewidth=1.8, zorder=4)
+        axes.scatter([found.mean], [row], s=42, marker="D", color=each.color, zorder=5)
+    _name_rows(axes, series)
+    axes.set_xlabel("difference, points")
+
+
+def _name_rows(axes: Axes, series: Sequence[Series]) -> None:
+    axes.set_yticks(range(len(series)), [printable(label(each.method), _LONGEST) for each in series])
+    axes.set_ylim(len(series) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.08)
+
+
+def _by_epoch(series: Series, key: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Epoch numbers [epochs] and the values of ``key`` [runs, epochs], NaN where there is none."""
+    found = [{epoch["epoch"]: epoch[key] for epoch in run.epochs} for run in series.runs]
+    epochs = sorted(set().union(*found))
+    values = np.array([[one.get(epoch) for epoch in epochs] for one in found], dtype=float)
+    return np.array(epochs, dtype=np.int64), values.reshape(len(found), len(epochs))
+
+
+def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> None:
+    """Each method's mean line, its band from the lowest to the highest seed, and its seeds, faint."""
+    for each in series:
+        epochs, values = _by_epoch(each, key)
+        known = np.isfinite(values).any(axis=0)
+        numbers, epochs = scale * values[:, known], epochs[known]
+        if len(numbers) > 1:
+            for one in numbers:
+                axes.plot(epochs, one, color=each.color, linewidth=0.6, alpha=0.35)
+            axes.fill_between(
+                epochs,
+                np.nanmin(numbers, axis=0),
+                np.nanmax(numbers, axis=0),
+                color=each.color,
+                alpha=0.13,
+                linewidth=0,
+            )
+        axes.plot(epochs, np.nanmean(numbers, axis=0), color=each.color, linewidth=1.7)
+    axes.locator_params(axis="x", integer=True)
+    axes.margins(x=0.01)
+
+
+def _focus(series: Sequence[Series]) -> float | None:
+    """A lower end of the accuracy axis that leaves out the steep first tenth of training."""
+    lowest = []
+    for each in series:
+        _, values = _by_epoch(each, "validation_accuracy")
+        late = values[:, math.ceil(values.shape[1] / 10) :]
+        if np.isfinite(late).any():
+            lowest.append(100 * float(np.nanmin(late)))
+    return None if not lowest else max(0.0, min(lowest) - 2)
+
+
+def _shade(axes: Axes, series: Sequence[Series], width: float | None) -> None:
+    """Shade the sub phases; number them above the axes where ``width`` (inches) leaves room."""
+    with_phases = [(each, sub_phases(each.runs[0])) for each in series if sub_phases(each.runs[0])]
+    for each, phases in with_phases:
+        shared = all(other == phases for _, other in with_phases)
+        for number, (first, last) in enumerate(phases, start=1):
+            color, alpha = (_SHADE, 1.0) if shared else (each.color, 0.1)
+            axes.axvspan(first - 0.5, last + 0.5, color=color, alpha=alpha, linewidth=0, zorder=0)
+            if width is None or not shared or each is not with_phases[0][0]:
+                continue
+            points = 62 * width * (last - first + 1) / each.runs[0].epochs[-1]["epoch"]
+            text = f"sub {number}" if points > 26 else str(number) if points > 8 else ""
+            axes.text(
+                (first + last) / 2,
+                1.01,
+                text,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color="#6a6a66",
+            )
+
+
+def _map_panel(axes: Axes, run: RunRecord, color: str, height: float) -> None:
+    from matplotlib.colors import ListedColormap
+
+    off = off_map(run)
+    rows, epochs = off.shape
+    axes.imshow(
+        off,
+        cmap=ListedColormap([_ALIVE, color]),
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="none",
+        extent=(0.5, epochs + 0.5, rows - 0.5, -0.5),
+    )
+    sizes: dict[str, int] = run.result["filters"] if run.result is not None else {}
+    ticks: list[float] = []
+    names: list[str] = []
+    start = 0
+    for layer, size in sizes.items():
+        middle = start + (size - 1) / 2
+        # Names of layers too thin for the line height would run into each other.
+        if not ticks or (middle - ticks[-1]) * height * 72 / rows > 9:
+            ticks.append(middle)
+            names.append(printable(layer, _LONGEST))
+        start += size
+        if start < rows:
+            axes.axhline(start - 0.5, color="white", linewidth=1.2 if len(sizes) < 30 else 0.4)
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.locator_params(axis="x", integer=True)

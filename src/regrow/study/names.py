@@ -1,0 +1,8 @@
+"""The names a study is put together from, importable without PyTorch."""
+
+from __future__ import annotations
+
+DATA_NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
+AUGMENTATIONS = ("none", "shift", "flip", "shift-flip")
+MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
+POOLINGS = ("max", "avg", "none")

@@ -1,0 +1,429 @@
+"""What a run leaves on disk: versioned YAML, JSON and JSON lines, without torch.
+
+A **run folder** is one training run (one method, one seed):
+
+- ``config.yaml``: every setting, enough to repeat the run;
+- ``environment.json``: versions, processor, device, the command;
+- ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1;
+- ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
+  happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
+- ``result.json``: written last; a run that has it is finished;
+- ``weights.safetensors``: the final weights.
+
+A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+_INTEGER = (int,)
+_NUMBER = (int, float)
+_NUMBER_OR_NONE = (int, float, type(None))
+_TEXT = (str,)
+_TEXT_OR_NONE = (str, type(None))
+_MAPPING = (dict,)
+_Kinds = Mapping[str, tuple[type, ...]]
+
+_CONFIG: _Kinds = {"method": _TEXT, "seed": _INTEGER}
+_ENVIRONMENT: _Kinds = {
+    "regrow": _TEXT_OR_NONE,
+    "python": _TEXT,
+    "torch": _TEXT_OR_NONE,
+    "torchvision": _TEXT_OR_NONE,
+    "numpy": _TEXT_OR_NONE,
+    "platform": _TEXT,
+    "processor": _TEXT,
+    "cores": _INTEGER,
+    "threads": _INTEGER,
+    "device": _TEXT,
+    "command": _TEXT,
+}
+# What a diverging run cannot give as a number is None.
+_EPOCH: _Kinds = {
+    "epoch": _INTEGER,
+    "phase": _TEXT,
+    "learning_rate": _NUMBER_OR_NONE,
+    "train_loss": _NUMBER_OR_NONE,
+    "train_accuracy": _NUMBER_OR_NONE,
+    "validation_loss": _NUMBER_OR_NONE,
+    "validation_accuracy": _NUMBER_OR_NONE,
+    "overlap": _NUMBER_OR_NONE,
+    "alive": _INTEGER,
+    "filters": _INTEGER,
+    "seconds": _NUMBER,
+}
+_EVENT: _Kinds = {
+    "epoch": _INTEGER,
+    "kind": _TEXT,
+    "cycle": _INTEGER,
+    "filters": _MAPPING,
+    "notes": (list,),
+}
+_RESULT: _Kinds = {
+    "test_accuracy": _NUMBER,
+    "test_loss": _NUMBER_OR_NONE,
+    "validation_accuracy": _NUMBER,
+    "train_seconds": _NUMBER,
+    "seconds": _NUMBER,
+    "parameters": _INTEGER,
+    "filters": _MAPPING,
+}
+
+
+def config_path(folder: str | Path) -> Path:
+    return Path(folder) / "config.yaml"
+
+
+def environment_path(folder: str | Path) -> Path:
+    return Path(folder) / "environment.json"
+
+
+def epochs_path(folder: str | Path) -> Path:
+    return Path(folder) / "epochs.jsonl"
+
+
+def events_path(folder: str | Path) -> Path:
+    return Path(folder) / "events.jsonl"
+
+
+def result_path(folder: str | Path) -> Path:
+    return Path(folder) / "result.json"
+
+
+def weights_path(folder: str | Path) -> Path:
+    return Path(folder) / "weights.safetensors"
+
+
+def comparison_path(folder: str | Path) -> Path:
+    return Path(folder) / "comparison.json"
+
+
+def run_folder(comparison: str | Path, method: str, seed: int) -> Path:
+    """Where the run of ``method`` with ``seed`` lives inside a comparison folder."""
+    return Path(comparison) / f"{method}-seed{seed}"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all; missing parent folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode("utf-8", errors="replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as JSON, whole or not at all; NaN and infinity become null.
+
+    Raises:
+        ValueError: a value that JSON cannot hold, such as a tensor.
+    """
+    write_text(path, _to_json(path, data, indent=2) + "\n")
+
+
+def write_yaml(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as YAML in its own order, whole or not at all; NaN and infinity become null.
+
+    Raises:
+        ValueError: a value that plain YAML cannot hold, such as a tensor or a path.
+    """
+    import yaml
+
+    try:
+        text = yaml.safe_dump(_without_nan(data), sort_keys=False, allow_unicode=True)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path}: {error.args[-1]!r} cannot be written as YAML. Use numbers, strings, booleans, None, "
+            "lists and mappings."
+        ) from error
+    write_text(path, text)
+
+
+def append_line(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Append ``data`` to a JSON-lines file in one write; NaN and infinity become null.
+
+    The torn last line of a killed run, if there is one, is cut off first.
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
+    """
+    path = Path(path)
+    line = _to_json(path, data) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_torn_line(path)
+    with path.open("ab") as file:
+        file.write(line.encode())
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none when the file is not there.
+
+    A last line without a line end is what a killed run leaves, and is dropped.
+
+    Raises:
+        ValueError: any other line that is not a JSON object, named by file and line number.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def rewind(folder: str | Path, epoch: int) -> None:
+    """Forget the epochs and events after ``epoch``, so that a run can go on from a checkpoint of it."""
+    for path, kinds in ((epochs_path(folder), _EPOCH), (events_path(folder), _EVENT)):
+        if path.exists():
+            kept = [line for line in _read_records(path, kinds) if line["epoch"] <= epoch]
+            write_text(path, "".join(_to_json(path, line) + "\n" for line in kept))
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """The contents of ``environment.json``: versions, machine, and the command of this process."""
+    return {
+        "version": VERSION,
+        "regrow": _installed("regrow"),
+        "python": platform.python_version(),
+        "torch": _installed("torch"),
+        "torchvision": _installed("torchvision"),
+        "numpy": _installed("numpy"),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": threads,
+        "device": device,
+        "command": _command(sys.argv),
+    }
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder, read and checked. ``result`` is None while the run is unfinished."""
+
+    folder: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether the run in ``folder`` has written its result, which it does last."""
+    return result_path(folder).exists()
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read and check one run folder.
+
+    Raises:
+        ValueError: it is not a run folder, was written by a newer regrow, or a file in it is malformed;
+            the message names the file and the key or line.
+    """
+    folder = Path(folder)
+    if not config_path(folder).exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml.")
+    finished = is_finished(folder)
+    return _checked(
+        RunRecord(
+            folder=folder,
+            config=_read_config(config_path(folder)),
+            # A run that has only just started may not have written it yet.
+            environment=_read_json(environment_path(folder), _ENVIRONMENT)
+            if finished or environment_path(folder).exists()
+            else {},
+            epochs=_read_records(epochs_path(folder), _EPOCH),
+            events=_read_records(events_path(folder), _EVENT),
+            result=_read_json(result_path(folder), _RESULT) if finished else None,
+        )
+    )
+
+
+def find_runs(*folders: str | Path) -> list[RunRecord]:
+    """Every run in ``folders`` and below them, sorted by parent folder, method and seed; none twice.
+
+    Raises:
+        ValueError: a folder is not there, holds no run, or holds one that cannot be read.
+    """
+    found: dict[Path, RunRecord] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}.")
+        for config in folder.rglob("config.yaml"):
+            if config.resolve() not in found:
+                found[config.resolve()] = read_run(config.parent)
+    if not found:
+        raise ValueError(
+            f"no run found in {', '.join(map(str, folders)) or 'no folder'}. A run folder holds config.yaml, "
+            "epochs.jsonl and, once finished, result.json; `regrow train` makes one."
+        )
+    return sorted(found.values(), key=lambda run: (str(run.folder.parent), run.method, run.seed))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return _check(data, _CONFIG, str(path))
+
+
+def _read_json(path: Path, kinds: _Kinds) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path} is missing from a finished run.")
+    return _check(_from_json(path.read_bytes(), str(path)), kinds, str(path))
+
+
+def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
+    return [
+        _check(line, kinds, f"{path}, line {number}") for number, line in enumerate(read_lines(path), start=1)
+    ]
+
+
+def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
+    """``data`` when it is a mapping of a known version with the keys and types of ``kinds``."""
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ValueError(f"{where} must hold a mapping from names to values, got {type(data).__name__}.")
+    for key, types in {"version": _INTEGER, **kinds}.items():
+        if key not in data:
+            raise ValueError(f"{where} has no {key!r}.")
+        value = data[key]
+        # A newer version may have other keys and types, so it is the first thing to be looked at.
+        if key == "version" and isinstance(value, int) and value > VERSION:
+            raise ValueError(
+                f"{where} was written by a newer regrow (record version {value}, this one knows {VERSION}): "
+                "upgrade regrow."
+            )
+        wrong = not isinstance(value, types) or isinstance(value, bool)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"{where}: {key!r} must be {names}, got {value!r}.")
+        if key.endswith("accuracy") and value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{where}: {key!r} must be a fraction from 0 to 1, got {value!r}.")
+    return data
+
+
+def _checked(run: RunRecord) -> RunRecord:
+    """``run`` when its files agree: epochs in order, and events about filters that exist."""
+    path, number = epochs_path(run.folder), 0
+    for line, epoch in enumerate(run.epochs, start=1):
+        if epoch["epoch"] <= number:
+            raise ValueError(f"{path}, line {line}: epoch {epoch['epoch']} comes after epoch {number}.")
+        number = epoch["epoch"]
+    sizes = None if run.result is None else run.result["filters"]
+    if sizes is not None and not all(_is_index(size) for size in sizes.values()):
+        raise ValueError(f"{result_path(run.folder)}: 'filters' must give each layer's number of filters.")
+    for line, event in enumerate(run.events, start=1):
+        where = f"{events_path(run.folder)}, line {line}"
+        if event["kind"] not in ("drop", "restore"):
+            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {event['kind']!r}.")
+        for layer, indices in event["filters"].items():
+            if not isinstance(indices, list) or not all(_is_index(index) for index in indices):
+                raise ValueError(f"{where}: 'filters' must give a list of indices for {layer!r}.")
+            if sizes is not None and any(index >= sizes.get(layer, 0) for index in indices):
+                raise ValueError(
+                    f"{where}: {layer!r} has {sizes.get(layer, 0)} filters by result.json, which leaves no "
+                    f"filter {max(indices)}."
+                )
+    return run
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _to_json(path: str | Path, data: Mapping[str, Any], indent: int | None = None) -> str:
+    try:
+        return json.dumps(_without_nan(data), indent=indent, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: cannot be written as JSON: {error}. Use numbers, strings, booleans, None, lists and "
+            "mappings."
+        ) from error
+
+
+def _from_json(text: bytes, where: str) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        data = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name as people know it; ``platform.processor()`` is often empty on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return next(iter(names), "") or platform.processor() or platform.machine()
+
+
+def _command(arguments: list[str]) -> str:
+    """The command line, without the folder the program is installed in."""
+    program = Path(arguments[0]).name if arguments else ""
+    return shlex.join(["regrow" if program == "__main__.py" else program, *arguments[1:]])
