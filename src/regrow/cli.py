@@ -127,8 +127,8 @@ def report(
     from regrow.study.records import find_runs
     from regrow.study.report import write_report
 
-    runs = find_runs(*folders)
-    typer.echo(f"wrote {write_report(runs, out or folders[0] / 'report.html')}")
+    page = write_report(find_runs(*folders), out or folders[0] / "report.html", baseline=baseline)
+    typer.echo(f"report: {page}")
 
 
 def main() -> None:

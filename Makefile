@@ -1,0 +1,37 @@
+# `make demo` and `make test` are all that is needed: each sets everything up first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+SEEDS ?= 0-2
+
+.PHONY: help setup demo test lint types check clean
+
+help:
+	@echo "make demo   train, compare and report on the bundled digits: runs/demo/report.html"
+	@echo "make test   lint, types and the tests"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/regrow compare --data digits --model convnet --epochs 60 --seeds $(SEEDS) --out runs/demo
+
+test: $(READY) lint types check
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: $(READY)
+	$(BIN)/python scripts/fetch_fashion_mnist.py
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

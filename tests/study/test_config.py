@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from regrow import scoring, selection, subphase
+from regrow.study import names
+from regrow.study.config import RunConfig, make_config, read_settings
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("data", names.DATA_NAMES),
+        ("augmentation", names.AUGMENTATIONS),
+        ("pooling", names.POOLINGS),
+        ("criterion", scoring.CRITERIA),
+        ("consumers", subphase.CONSUMERS),
+        ("scope", selection.SCOPES),
+    ],
+)
+def test_every_choice_of_the_library_can_be_named_and_no_other(field: str, known: tuple[str, ...]) -> None:
+    assert set(get_args(RunConfig.model_fields[field].annotation)) == set(known)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for name, field in RunConfig.model_fields.items():
+        assert field.description, name
+
+
+def test_defaults_run_standard_training_on_digits() -> None:
+    config = make_config({})
+    assert (config.data, config.model, config.method, config.rate) == ("digits", "convnet", "standard", 0.05)
+    assert make_config({"optimizer": "adam"}).rate == 0.002
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        ({"fraction": 1.0}, "fraction: input should be less than 1, got 1.0"),
+        ({"fraction": float("nan")}, "fraction"),
+        ({"criterion": "orto"}, "criterion: .*'ortho'.*got 'orto'"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": "many"}, "epochs: .*got 'many'"),
+        ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
+        ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),
+    ],
+)
+def test_bad_settings_say_what_to_write(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_config(settings)
+
+
+def test_a_yaml_file_holds_settings(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("version: 1\nepochs: 7\nexclude: [features.0]\n")
+    config = make_config({**read_settings(tmp_path / "run.yaml"), "epochs": 8})
+    assert (config.epochs, config.exclude) == (8, ("features.0",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("- epochs", "name: value"), ("a: [", "not YAML"), (None, "no configuration file")]
+)
+def test_a_file_that_holds_none_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / "run.yaml")

@@ -1,0 +1,166 @@
+"""Whole runs on real pictures: the bundled digits, and a little of Fashion-MNIST."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from regrow.study import records
+from regrow.study.config import make_config
+from regrow.study.data import load_data
+from regrow.study.feeding import Batches
+from regrow.study.models import build_model
+from regrow.study.train import Diverged, evaluate, settings_of, train
+
+SMALL: dict[str, Any] = {"data": "digits", "width": 8, "train_size": 300, "epochs": 4, "threads": 1}
+
+
+def run(folder: Path, **settings: Any) -> records.RunRecord:
+    train(make_config({**SMALL, **settings}), folder)
+    return records.read_run(folder)
+
+
+def test_a_run_leaves_its_settings_curves_events_and_weights(tmp_path: Path) -> None:
+    record = run(tmp_path / "run", method="repr", epochs=6, full=2, sub=1, cycles=1, seed=3)
+    assert record.result is not None
+    assert [line["epoch"] for line in record.epochs] == [1, 2, 3, 4, 5, 6]
+    assert [line["phase"] for line in record.epochs] == ["full", "full", "sub", "full", "full", "full"]
+    # 24 filters, of which the 16 behind the first convolution are ranked; 30 % of them are 5.
+    assert [line["alive"] for line in record.epochs] == [24, 24, 19, 24, 24, 24]
+    drop, restore = record.events
+    assert (drop["kind"], drop["epoch"], restore["kind"], restore["epoch"]) == ("drop", 2, "restore", 3)
+    assert drop["filters"] == restore["filters"]
+    assert sum(map(len, drop["filters"].values())) == 5
+    assert record.result["filters"] == {f"features.{i}.conv": 8 for i in range(3)}
+    assert record.epochs[0]["learning_rate"] == record.epochs[2]["learning_rate"] == 0.05
+    assert record.epochs[-1]["learning_rate"] < 0.05
+    assert record.environment["threads"] == 1
+
+    splits = load_data("digits", train_size=300)
+    model = build_model("convnet", classes=10, channels=1, size=(8, 8), width=8)
+    model.load_state_dict(load_file(tmp_path / "run" / "weights.safetensors"))
+    test = Batches(splits.test, batch_size=500, mean=splits.mean, std=splits.std, shuffle=False)
+    assert evaluate(model, test)["accuracy"] == record.result["test_accuracy"]
+    assert record.result["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["standard", "repr"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method: str) -> None:
+    for name in ("a", "b"):
+        run(tmp_path / name, method=method, seed=5)
+        torch.rand(3)  # whatever else the process draws
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    run(tmp_path / "c", method=method, seed=6)
+    other = load_file(tmp_path / "c" / "weights.safetensors")
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
+
+
+def test_the_runs_of_a_pair_are_the_same_until_the_first_cut(tmp_path: Path) -> None:
+    settings = {"epochs": 8, "full": 3, "sub": 1, "cycles": 1}
+    standard = run(tmp_path / "standard", **settings)
+    regrown = run(tmp_path / "repr", method="repr", **settings)
+    for one, other in zip(standard.epochs[:3], regrown.epochs[:3], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert standard.epochs[3]["train_loss"] != regrown.epochs[3]["train_loss"]
+    rates = [[line["learning_rate"] for line in record.epochs] for record in (standard, regrown)]
+    assert rates[0] == rates[1]
+
+
+def test_a_finished_run_is_not_run_again_unless_asked(tmp_path: Path) -> None:
+    config = make_config(SMALL)
+    assert train(config, tmp_path / "run")
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    assert not train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"epochs=4 \(asked for: 5\).*--rerun"):
+        train(make_config({**SMALL, "epochs": 5}), tmp_path / "run")
+    assert train(make_config({**SMALL, "epochs": 5}), tmp_path / "run", rerun=True)
+    assert len(records.read_run(tmp_path / "run").epochs) == 5
+
+
+def test_an_unfinished_run_is_started_again(tmp_path: Path) -> None:
+    whole = run(tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run(tmp_path / "run")
+    assert len(again.epochs) == 4
+    assert again.result is not None
+    assert whole.result is not None
+    assert again.result["test_loss"] == whole.result["test_loss"]
+
+
+def test_the_recorded_settings_repeat_the_run(tmp_path: Path) -> None:
+    first = run(tmp_path / "a", method="repr", epochs=6)
+    config = make_config(first.config)
+    assert settings_of(config) == {k: v for k, v in first.config.items() if k != "version"}
+    train(config, tmp_path / "b")
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("a", "b"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_loss_of_nan_ends_the_run_and_names_step_rate_and_last_good_state(tmp_path: Path) -> None:
+    settings = {"lr": 1e30, "batch_norm": False, "batch_size": 100}
+    with pytest.raises(Diverged, match=r"(nan|inf) in epoch 1, step [23] of 3, at a learning rate of 1e\+30"):
+        run(tmp_path / "run", **settings)
+    good = load_file(tmp_path / "run" / "last-good.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in good.values())
+    assert not records.is_finished(tmp_path / "run")
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a run folder"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "convnt"}, "convnet"),
+        ({"train_size": 5000}, "available"),
+        ({"device": "cuda:77"}, "--device cpu"),
+        ({"method": "repr", "exclude": ["features.9"]}, "did you mean 'features"),
+        ({"data": "folder"}, "--data-dir"),
+    ],
+)
+def test_bad_input_is_refused_before_a_folder_is_made(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "standard"},
+        {"method": "repr", "consumers": "zero", "criterion": "ortho-corrected", "optimizer": "adam"},
+    ],
+)
+def test_fashion_mnist_end_to_end(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = {"data": "fashion-mnist", "train_size": 1000, "width": 16, "epochs": 4, "batch_size": 50}
+    record = run(tmp_path / "run", **config, **settings)
+    assert record.result is not None
+    # Ten classes: chance is 0.1. A working pipeline is far above it after 80 steps.
+    assert record.result["test_accuracy"] > 0.3
+    assert len(record.events) == (2 if settings["method"] == "repr" else 0)
+
+
+@pytest.mark.parametrize("model", ["resnet", "torchvision:resnet18", "timm:resnet10t"])
+def test_repr_trains_residual_nets(tmp_path: Path, model: str) -> None:
+    size = {"depth": 20, "width": 4} if model == "resnet" else {"width": None}
+    data = {
+        "model": model,
+        "train_size": 40,
+        "batch_size": 20,
+        "epochs": 3,
+        "method": "repr",
+        "consumers": "zero",
+    }
+    record = run(tmp_path / "run", **size, **data)
+    assert [event["kind"] for event in record.events] == ["drop", "restore"]
+    assert record.result is not None

@@ -1,0 +1,97 @@
+"""The command as a person calls it, in a process of its own where that matters."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from regrow.cli import app
+
+SMALL = ["--width", "4", "--train-size", "100", "--threads", "1"]
+
+
+def regrow(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "regrow", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = "train --data digits --model convnet --method repr --seed 3 --epochs 14 --out".split()
+    done = regrow(*arguments, out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("test accuracy ")
+    assert done.stderr == "", "a progress bar outside a terminal"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "environment.json", "epochs.jsonl", "events.jsonl", "result.json", "weights.safetensors",
+    ]  # fmt: skip
+    assert len((out / "epochs.jsonl").read_text().splitlines()) == 14
+    again = regrow(*arguments, out, *SMALL)
+    assert again.stdout.startswith("already finished")
+
+
+def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    failed = regrow("train", "--model", "vg", "--out", tmp_path / "run")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("regrow: ")
+    assert "vgg" in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"]])
+def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['regrow', *{command}, '--help']\n"
+        "from regrow.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'scipy', 'matplotlib'} & set(sys.modules), 'imported for --help'"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    for word in {"train": ["--data", "--out", "Example:"], "compare": ["--seeds", "--methods"]}.get(
+        "".join(command), ["report"]
+    ):
+        assert word in shown.stdout
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("epochs: 5\nmethod: repr\nexclude: [features.1]\nskip_first: false\n")
+    out = tmp_path / "run"
+    done = CliRunner().invoke(
+        app, ["train", "--config", str(file), "--epochs", "3", "--out", str(out), *SMALL]
+    )
+    assert done.exit_code == 0, done.output
+    recorded = (out / "config.yaml").read_text()
+    assert "epochs: 3" in recorded
+    assert "method: repr" in recorded
+    assert "- features.1" in recorded
+    assert "skip_first: false" in recorded
+
+
+def test_compare_and_report(tmp_path: Path) -> None:
+    runner = CliRunner()
+    arguments = ["compare", "--seeds", "0,1", "--epochs", "3", "--out", str(tmp_path / "cmp"), *SMALL]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "cmp" / "report.html").exists()
+    page = tmp_path / "page.html"
+    done = runner.invoke(app, ["report", str(tmp_path / "cmp"), "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    assert page.read_text().count("<html") == 1
+
+
+def test_unknown_values_are_refused(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["compare", "--methods", "standard,rper"], "rper"),
+        (["compare", "--seeds", "x"], "0-4"),
+        (["train", "--config", str(tmp_path / "none.yaml")], "no configuration file"),
+        (["report", str(tmp_path)], "no run found"),
+    ):
+        out = [] if arguments[0] == "report" else ["--out", str(tmp_path / "o")]
+        failed = CliRunner().invoke(app, [*arguments, *out])
+        assert failed.exit_code == 1
+        assert message in str(failed.exception)
