@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
     from regrow.study.records import RunRecord
 
-# The settings a method brings with it: methods may differ in these, and in nothing else.
-METHOD_SETTINGS = frozenset(
-    {"fraction", "full", "sub", "cycles", "criterion", "consumers", "scope", "floor", "exclude", "compact"}
-)
+# The settings a method brings with it: methods may differ in these, and in nothing else. The lengths of
+# the cycle are not among them: the learning rate of every method, standard training too, follows them.
+METHOD_SETTINGS = frozenset({"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first"})
 _LABELS = {"standard": "Standard training", "repr": "RePr"}
 _MISSING = object()
 
@@ -160,6 +159,11 @@ def label(method: str) -> str:
     return _LABELS.get(method, method)
 
 
+def mention(method: str) -> str:
+    """The name of ``method`` inside a sentence."""
+    return "standard training" if method == "standard" else label(method)
+
+
 def headline(summaries: Sequence[MethodSummary]) -> str:
     """What was found: one line of plain sentences per method that is compared with the baseline.
 
@@ -177,26 +181,22 @@ def headline(summaries: Sequence[MethodSummary]) -> str:
 
 
 def table(summaries: Sequence[MethodSummary]) -> Table:
-    """The methods as a table for the terminal."""
+    """The methods as a table for the terminal, 80 columns wide at most with the usual names."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table()
-    shown.add_column("method")
-    for column in ("n", "test accuracy", "validation accuracy", "difference, 95 % interval"):
-        shown.add_column(column, justify="right")
-    shown.add_column("")
-    shown.add_column("training time", justify="right")
-    shown.add_column("×", justify="right")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("method", overflow="fold")
+    for column in ("n", "test accuracy", "points [95 % interval]", "time", "×"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         difference = summary.difference
         cells = [
             label(summary.method),
             str(summary.n),
             percent(summary.test_accuracy),
-            percent(summary.validation_accuracy),
-            "" if difference is None else f"{signed(difference.mean)} {interval(difference)}".rstrip(),
-            summary.verdict,
+            summary.verdict if difference is None else f"{signed(difference.mean)} {interval(difference)}",
             duration(summary.seconds),
             "" if summary.time_ratio is None else f"{summary.time_ratio:.2f}",
         ]
@@ -289,11 +289,10 @@ def _comparison(summary: MethodSummary, difference: Paired) -> str:
         )
     relation = "over" if difference.mean >= 0 else "against"
     verdict = {"gain": "a gain", "loss": "a loss"}.get(difference.verdict, difference.verdict)
-    baseline = label(summary.baseline).replace("Standard", "standard")
     cost = "" if summary.time_ratio is None else f" It took {summary.time_ratio:.2f} × the training time."
     return (
         f"{label(summary.method)}: {signed(difference.mean, places)} points test accuracy {relation} "
-        f"{baseline} ({certainty}): {verdict}.{cost}"
+        f"{mention(summary.baseline)} ({certainty}): {verdict}.{cost}"
     )
 
 

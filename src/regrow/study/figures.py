@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from regrow.study.records import RunRecord
 
 # Inches; 96 CSS pixels each.
-WIDE, NARROW = 10.0, 3.9
+WIDE, NARROW = 10.9, 3.9
 # Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for lines.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _INK, _FAINT, _SHADE, _ALIVE = "#2b2b2b", "#d5d5d2", "#ecebe6", "#dfe9f0"
@@ -77,8 +77,8 @@ def svg(draw: Callable[[float], Figure], width: float) -> str:
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """``text`` without control characters, shortened in the middle to ``longest`` characters."""
-    text = "".join(letter if letter.isprintable() else "�" for letter in text)
+    """``text`` without control and format characters, its middle left out beyond ``longest`` letters."""
+    text = "".join("�" if unicodedata.category(letter)[0] == "C" else letter for letter in text)
     if longest is None or len(text) <= longest:
         return text
     tail = longest // 2
@@ -152,12 +152,9 @@ def learning_curves(series: Sequence[Series], width: float) -> Figure:
     for each in series:
         epochs, values = _by_epoch(each, "learning_rate")
         lower.plot(epochs, values[0], color=each.color, linewidth=1, drawstyle="steps-mid")
-    rates = [value for each in series for value in _by_epoch(each, "learning_rate")[1][0] if value > 0]
-    if rates and max(rates) > 20 * min(rates):
-        lower.set_yscale("log")
-    else:
-        lower.set_ylim(bottom=0)
-        lower.locator_params(axis="y", nbins=2)
+    lower.set_ylim(bottom=0)
+    lower.margins(x=0.01)
+    lower.locator_params(axis="y", nbins=2)
     lower.set_ylabel("rate" if width < 6 else "learning\nrate")
     lower.set_xlabel("epoch")
     return figure
@@ -221,7 +218,7 @@ def _difference_dots(axes: Axes, series: Sequence[Series], differences: Mapping[
         found = differences[each.method]
         numbers = list(found.differences.values())
         axes.scatter(
-            numbers, [row] * len(numbers), s=14, color=each.color, alpha=0.45, linewidths=0, zorder=3
+            numbers, [row + 0.25] * len(numbers), s=16, color=each.color, alpha=0.6, linewidths=0, zorder=3
         )
         if found.low is not None and found.high is not None:
             axes.plot([found.low, found.high], [row, row], color=each.color, linewidth=1.8, zorder=4)
@@ -272,7 +269,7 @@ def _focus(series: Sequence[Series]) -> float | None:
     lowest = []
     for each in series:
         _, values = _by_epoch(each, "validation_accuracy")
-        late = values[:, math.ceil(values.shape[1] / 10) :]
+        late = values[:, values.shape[1] // 10 :]
         if np.isfinite(late).any():
             lowest.append(100 * float(np.nanmin(late)))
     return None if not lowest else max(0.0, min(lowest) - 2)

@@ -53,7 +53,9 @@ def run_comparison(configs: Sequence[RunConfig], folder: Path, *, rerun: bool = 
     )
     runs = [records.read_run(run) for run in folders]
     summaries = summarise(runs, baseline)
-    page = write_report(runs, folder / "report.html", title=f"{configs[0].model} on {configs[0].data}")
+    page = write_report(
+        runs, folder / "report.html", baseline=baseline, title=f"{configs[0].model} on {configs[0].data}"
+    )
     console.print(table(summaries))
     console.print(headline(summaries), highlight=False)
     console.print(f"report: {page}", highlight=False)

@@ -189,14 +189,6 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def rewind(folder: str | Path, epoch: int) -> None:
-    """Forget the epochs and events after ``epoch``, so that a run can go on from a checkpoint of it."""
-    for path, kinds in ((epochs_path(folder), _EPOCH), (events_path(folder), _EVENT)):
-        if path.exists():
-            kept = [line for line in _read_records(path, kinds) if line["epoch"] <= epoch]
-            write_text(path, "".join(_to_json(path, line) + "\n" for line in kept))
-
-
 def environment(device: str, threads: int) -> dict[str, Any]:
     """The contents of ``environment.json``: versions, machine, and the command of this process."""
     return {

@@ -1,0 +1,141 @@
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regrow.study import figures
+from regrow.study.compare import paired
+from regrow.study.figures import NARROW, WIDE, Series, off_map, printable, sub_phases, svg
+from regrow.study.records import RunRecord
+
+
+def make_run(seed=0, phases="FFSSF", *, events=True, method="repr", layers=None, accuracy=0.5):
+    """A finished run; one letter of ``phases`` per epoch, F for full and S for sub."""
+    layers = layers or {"a": 2, "b": 3}
+    return RunRecord(
+        folder=Path(f"{method}-seed{seed}"),
+        config={"method": method, "seed": seed},
+        environment={},
+        epochs=[
+            {
+                "epoch": number,
+                "phase": "sub" if phase == "S" else "full",
+                "learning_rate": 0.1,
+                "validation_accuracy": accuracy,
+                "overlap": 2.0,
+            }
+            for number, phase in enumerate(phases, start=1)
+        ],
+        events=[
+            {"epoch": 2, "kind": "drop", "cycle": 1, "filters": {"b": [0, 2]}},
+            {"epoch": 4, "kind": "restore", "cycle": 1, "filters": {"b": [0, 2]}},
+        ]
+        if events
+        else [],
+        result={"filters": layers, "test_accuracy": 0.6},
+    )
+
+
+def test_off_map_by_hand():
+    expected = np.zeros((5, 5), dtype=bool)
+    expected[[2, 4], 2:4] = True  # filters 0 and 2 of b lie behind the two of a; off in epochs 3 and 4
+    assert np.array_equal(off_map(make_run()), expected)
+
+
+def test_off_map_of_a_run_without_events_is_all_on():
+    assert not off_map(make_run(events=False)).any()
+
+
+def test_a_filter_never_restored_stays_off_to_the_end():
+    run = make_run()
+    run.events.pop()
+    assert off_map(run)[2].tolist() == [False, False, True, True, True]
+
+
+def test_sub_phases_by_hand():
+    assert sub_phases(make_run(phases="FFSSFSFS")) == [(3, 4), (6, 6), (8, 8)]
+    assert sub_phases(make_run(phases="FFF")) == []
+
+
+def test_printable_replaces_what_cannot_be_seen_and_shortens_in_the_middle():
+    assert printable("a\x00b\u202ec\ud800") == "a�b�c�"
+    assert printable("größe 95\u00a0%") == "größe 95\u00a0%"
+    assert printable("abcdefghij", 7) == "abc…hij"
+    assert printable("abcdefg", 7) == "abcdefg"
+
+
+def series(method="repr", runs=2, **settings):
+    return Series(method, "#D55E00", [make_run(seed, method=method, **settings) for seed in range(runs)])
+
+
+DRAWINGS = {
+    "dots": lambda width: figures.dots(
+        [series("standard"), series()], {"repr": paired({0: 1.0, 1: 2.0}, {0: 2.0, 1: 2.5})}, width
+    ),
+    "curves": lambda width: figures.learning_curves([series("standard", events=False), series()], width),
+    "overlap": lambda width: figures.overlap_curves([series()], width),
+    "map": lambda width: figures.filter_map(series(runs=3).runs, "#D55E00", width),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_figures_are_svg_of_the_width_asked_for_and_the_same_each_time(name):
+    wide, narrow = svg(DRAWINGS[name], WIDE), svg(DRAWINGS[name], NARROW)
+    assert ET.fromstring(wide).get("width") == f"{72 * WIDE:g}pt"
+    assert float(ET.fromstring(narrow).get("width").removesuffix("pt")) == pytest.approx(72 * NARROW)
+    assert svg(DRAWINGS[name], WIDE) == wide
+
+
+def texts(drawing):
+    return [
+        "".join(node.itertext()) for node in ET.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def test_the_map_names_layers_seeds_and_axis():
+    found = texts(svg(DRAWINGS["map"], WIDE))
+    for text in ("a", "b", "seed 0", "seed 1", "seed 2", "epoch"):
+        assert text in found
+
+
+def test_sub_phases_are_labelled_where_there_is_room():
+    assert "sub 1" in texts(svg(DRAWINGS["overlap"], WIDE))
+    crowded = [series(phases="FFS" + "F" * 60)]
+    assert not any(
+        text.startswith("sub") for text in texts(svg(lambda w: figures.overlap_curves(crowded, w), 4))
+    )
+
+
+def test_hostile_names_are_text_and_not_markup_or_mathematics():
+    hostile = "<script>$x_1$</script>\x07"
+    run = make_run(layers={hostile: 2, "b": 3})
+    assert any(
+        text.startswith("<script>$x_1$")
+        for text in texts(svg(lambda w: figures.filter_map([run], "red", w), WIDE))
+    )
+    drawing = svg(lambda w: figures.dots([series(hostile)], {}, w), NARROW)
+    assert "<script>$x_1$</script>�" in texts(drawing)
+
+
+def test_unknown_values_leave_gaps_instead_of_errors():
+    broken = series()
+    for run in broken.runs:
+        run.epochs[2].update(validation_accuracy=None, overlap=None, learning_rate=None)
+    empty = series(runs=1)
+    for epoch in empty.runs[0].epochs:
+        epoch.update(validation_accuracy=None, overlap=None, learning_rate=None)
+    for draw in (figures.learning_curves, figures.overlap_curves):
+        assert svg(lambda width, draw=draw: draw([broken, empty], width), NARROW).startswith("<svg")
+
+
+def test_many_thin_layers_do_not_print_over_each_other():
+    run = make_run(layers={**{f"layer{index}": 1 for index in range(300)}, "b": 3})
+    drawing = ET.fromstring(svg(lambda width: figures.filter_map([run], "red", width), WIDE))
+    heights = sorted(
+        float(node.get("y"))
+        for node in drawing.iter("{http://www.w3.org/2000/svg}text")
+        if (node.text or "").startswith("layer")
+    )
+    assert len(heights) > 20
+    assert min(np.diff(heights)) > 8

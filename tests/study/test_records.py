@@ -1,0 +1,298 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from regrow.study import records
+
+EPOCH = {
+    "version": 1,
+    "epoch": 1,
+    "phase": "full",
+    "learning_rate": 0.1,
+    "train_loss": 1.5,
+    "train_accuracy": 0.5,
+    "validation_loss": 1.4,
+    "validation_accuracy": 0.55,
+    "overlap": 3.25,
+    "alive": 6,
+    "filters": 6,
+    "seconds": 2.5,
+}
+EVENT = {
+    "version": 1,
+    "epoch": 2,
+    "kind": "drop",
+    "cycle": 1,
+    "filters": {"features.0.conv": [1, 3]},
+    "notes": [],
+}
+RESULT = {
+    "version": 1,
+    "test_accuracy": 0.6,
+    "test_loss": 1.2,
+    "validation_accuracy": 0.62,
+    "train_seconds": 5.0,
+    "seconds": 6.0,
+    "parameters": 99,
+    "filters": {"features.0.conv": 4, "features.1.conv": 2},
+}
+
+
+def make_run(folder: Path, method: str = "repr", seed: int = 0, *, finished: bool = True) -> Path:
+    records.write_yaml(
+        records.config_path(folder), {"version": 1, "method": method, "seed": seed, "epochs": 3}
+    )
+    records.write_json(records.environment_path(folder), records.environment("cpu", threads=2))
+    for epoch in (1, 2, 3):
+        records.append_line(records.epochs_path(folder), EPOCH | {"epoch": epoch})
+    records.append_line(records.events_path(folder), EVENT)
+    if finished:
+        records.write_json(records.result_path(folder), RESULT)
+    return folder
+
+
+def test_one_path_per_artifact():
+    assert records.run_folder("out", "repr", 3) == Path("out/repr-seed3")
+    names = [
+        path("run").name
+        for path in (
+            records.config_path,
+            records.environment_path,
+            records.epochs_path,
+            records.events_path,
+            records.result_path,
+            records.weights_path,
+            records.comparison_path,
+        )
+    ]
+    assert names == [
+        "config.yaml",
+        "environment.json",
+        "epochs.jsonl",
+        "events.jsonl",
+        "result.json",
+        "weights.safetensors",
+        "comparison.json",
+    ]
+
+
+def test_write_json_turns_nan_and_infinity_into_null_at_every_depth(tmp_path):
+    path = tmp_path / "new folder" / "a.json"
+    records.write_json(path, {"a": float("nan"), "b": {"c": [1.5, float("inf")]}, "d": np.float64(0.5)})
+    assert json.loads(path.read_text()) == {"a": None, "b": {"c": [1.5, None]}, "d": 0.5}
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+@pytest.mark.parametrize("write", [records.write_json, records.write_yaml, records.append_line])
+def test_what_cannot_be_written_leaves_the_old_file_whole(tmp_path, write):
+    path = tmp_path / "a"
+    path.write_text('{"old": 1}\n')
+    with pytest.raises(ValueError, match="Use numbers, strings, booleans, None, lists and mappings"):
+        write(path, {"new": object()})
+    assert path.read_text() == '{"old": 1}\n'
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failed_replace_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_json(path, {"a": 1})
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_written_files_have_the_permissions_of_any_new_file(tmp_path):
+    records.write_text(tmp_path / "a", "")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_write_yaml_keeps_order_values_and_letters(tmp_path):
+    data = {"z": 1e-05, "a": "größe", "list": [1, "x"], "none": None, "yes": "yes", "tuple": (1, 2)}
+    records.write_yaml(tmp_path / "a.yaml", data)
+    back = yaml.safe_load((tmp_path / "a.yaml").read_text(encoding="utf-8"))
+    assert back == data | {"tuple": [1, 2]}
+    assert list(back) == list(data)
+    assert "größe" in (tmp_path / "a.yaml").read_text(encoding="utf-8")
+
+
+def test_lines_come_back_as_written(tmp_path):
+    path = tmp_path / "folder" / "a.jsonl"
+    assert records.read_lines(path) == []
+    lines = [{"epoch": 1, "note": "two\nlines"}, {"epoch": 2, "note": "é", "loss": None}]
+    for line in lines:
+        records.append_line(path, line)
+    assert records.read_lines(path) == lines
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_a_torn_last_line_is_dropped_and_cut_off_by_the_next_append(tmp_path):
+    path = tmp_path / "a.jsonl"
+    records.append_line(path, {"epoch": 1})
+    with path.open("a") as file:
+        file.write('{"epoch": 2, "los')
+    assert records.read_lines(path) == [{"epoch": 1}]
+    records.append_line(path, {"epoch": 2})
+    assert path.read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_a_file_that_is_one_torn_line_has_no_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"epo')
+    assert records.read_lines(path) == []
+    records.append_line(path, {"epoch": 1})
+    assert records.read_lines(path) == [{"epoch": 1}]
+
+
+@pytest.mark.parametrize("bad", [b"{", b"", b"[1]", b'"text"', b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000])
+def test_any_other_corrupt_line_is_named_by_file_and_number(tmp_path, bad):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n' + bad + b'\n{"epoch": 3}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2"):
+        records.read_lines(path)
+
+
+def test_environment_has_every_documented_key_and_a_command_without_folders(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/opt/venv/bin/regrow", "train", "--title", "two words"])
+    found = records.environment("cuda:0", threads=3)
+    assert list(found) == [
+        "version",
+        "regrow",
+        "python",
+        "torch",
+        "torchvision",
+        "numpy",
+        "platform",
+        "processor",
+        "cores",
+        "threads",
+        "device",
+        "command",
+    ]
+    assert found["command"] == "regrow train --title 'two words'"
+    assert (found["device"], found["threads"], found["numpy"]) == ("cuda:0", 3, np.__version__)
+    assert found["processor"]
+    assert found["cores"] >= 1
+
+
+def test_environment_names_the_program_when_run_as_a_module(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/lib/regrow/__main__.py", "compare"])
+    assert records.environment("cpu", 1)["command"] == "regrow compare"
+
+
+def test_environment_says_none_for_what_is_not_installed(monkeypatch):
+    def missing(name):
+        raise records.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(records.metadata, "version", missing)
+    assert records.environment("cpu", 1)["torchvision"] is None
+
+
+def test_a_run_comes_back_as_written(tmp_path):
+    run = records.read_run(make_run(tmp_path / "repr-seed4", seed=4))
+    assert (run.method, run.seed) == ("repr", 4)
+    assert run.config["epochs"] == 3
+    assert run.environment["device"] == "cpu"
+    assert [epoch["epoch"] for epoch in run.epochs] == [1, 2, 3]
+    assert run.events == [EVENT]
+    assert run.result == RESULT
+
+
+def test_a_run_is_unfinished_until_its_result_is_there(tmp_path):
+    folder = make_run(tmp_path, finished=False)
+    records.environment_path(folder).unlink()
+    assert not records.is_finished(folder)
+    run = records.read_run(folder)
+    assert (run.result, run.environment) == (None, {})
+    records.write_json(records.result_path(folder), RESULT)
+    assert records.is_finished(folder)
+    with pytest.raises(ValueError, match=r"environment\.json is missing from a finished run"):
+        records.read_run(folder)
+
+
+def test_a_diverged_run_can_be_read(tmp_path):
+    folder = make_run(tmp_path)
+    records.append_line(
+        records.epochs_path(folder),
+        EPOCH | {"epoch": 4, "train_loss": float("nan"), "overlap": float("inf")},
+    )
+    last = records.read_run(folder).epochs[-1]
+    assert (last["train_loss"], last["overlap"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "environment.json", "epochs.jsonl", "events.jsonl", "result.json"]
+)
+def test_a_newer_version_says_to_upgrade(tmp_path, name):
+    path = make_run(tmp_path) / name
+    path.write_text(
+        path.read_text().replace('"version": 1', '"version": 2').replace("version: 1", "version: 2")
+    )
+    with pytest.raises(ValueError, match=rf"{name}.*newer regrow .*upgrade regrow"):
+        records.read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "- a\n", "must hold a mapping"),
+        ("config.yaml", "", "must hold a mapping"),
+        ("config.yaml", "1: 2\n", "must hold a mapping"),
+        ("config.yaml", "a: [", "not valid YAML"),
+        ("config.yaml", "method: repr\nseed: 0\n", "has no 'version'"),
+        ("config.yaml", "version: 1\nmethod: repr\n", "has no 'seed'"),
+        ("config.yaml", "version: 1\nmethod: repr\nseed: true\n", "'seed' must be int, got True"),
+        ("config.yaml", "version: 1\nmethod: 3\nseed: 1\n", "'method' must be str, got 3"),
+        ("environment.json", '{"version": 1}', "has no 'regrow'"),
+        ("environment.json", "{", "not valid JSON"),
+        ("result.json", "[]", "must hold a JSON object"),
+        ("result.json", json.dumps(RESULT | {"test_accuracy": 88.1}), "'test_accuracy' must be a fraction"),
+        ("result.json", json.dumps(RESULT | {"test_accuracy": None}), "'test_accuracy' must be int or float"),
+        ("result.json", json.dumps(RESULT).replace("1.2", "1e999"), "'test_loss' must be"),
+        ("result.json", json.dumps(RESULT | {"filters": {"a": "4"}}), "each layer's number of filters"),
+        ("epochs.jsonl", json.dumps({"version": 1, "epoch": 1}) + "\n", "line 1 has no 'phase'"),
+        ("epochs.jsonl", (json.dumps(EPOCH) + "\n") * 2, "line 2: epoch 1 comes after epoch 1"),
+        (
+            "events.jsonl",
+            json.dumps(EVENT | {"kind": "cut"}) + "\n",
+            "must be 'drop' or 'restore', got 'cut'",
+        ),
+        ("events.jsonl", json.dumps(EVENT | {"filters": {"a": 1}}) + "\n", "list of indices for 'a'"),
+        ("events.jsonl", json.dumps(EVENT | {"filters": {"features.0.conv": [4]}}) + "\n", "no filter 4"),
+        ("events.jsonl", json.dumps(EVENT | {"filters": {"other": [0]}}) + "\n", "'other' has 0 filters"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_key(tmp_path, name, content, message):
+    (make_run(tmp_path) / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        records.read_run(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_find_runs_looks_below_and_counts_no_run_twice(tmp_path):
+    make_run(tmp_path / "a" / "standard-seed10", "standard", 10)
+    make_run(tmp_path / "a" / "standard-seed2", "standard", 2, finished=False)
+    make_run(tmp_path / "a" / "repr-seed2", "repr", 2)
+    make_run(tmp_path / "single")
+    runs = records.find_runs(tmp_path / "a", str(tmp_path / "a" / "repr-seed2"), tmp_path / "single")
+    assert [run.folder.name for run in runs] == ["single", "repr-seed2", "standard-seed2", "standard-seed10"]
+
+
+def test_find_runs_says_what_a_run_folder_is(tmp_path):
+    with pytest.raises(ValueError, match=r"no run found in .*A run folder holds config\.yaml"):
+        records.find_runs(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
+        records.find_runs(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is not a run folder"):
+        records.read_run(tmp_path)

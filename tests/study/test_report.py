@@ -1,0 +1,360 @@
+import base64
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from regrow.study import records
+from regrow.study.report import cut_shares, write_report
+
+HOSTILE = '<img src=x onerror="alert(1)">&'
+# Test accuracies by seed: differences 1, 2, 3 points, so 2 ± 4.303 · 1/√3 = [−0.48, +4.48].
+ACCURACY = {"standard": (0.80, 0.81, 0.82), "repr": (0.81, 0.83, 0.85)}
+
+
+def make_run(
+    folder, method="standard", seed=0, *, finished=True, layer="features.1.conv", epochs=12, **settings
+):
+    """A run folder as training leaves it: a cycle of 6 full and 3 sub epochs for repr."""
+    is_repr = method == "repr"
+    layers = {"features.0.conv": 4, layer: 8}
+    config = {"version": 1, "method": method, "seed": seed, "data": "digits", "epochs": 12, "fraction": 0.3}
+    records.write_yaml(records.config_path(folder), config | settings)
+    environment = records.environment("cpu", threads=1) | {
+        "processor": "A <fine> processor",
+        "command": "regrow it",
+    }
+    records.write_json(records.environment_path(folder), environment)
+    for epoch in range(1, epochs + 1):
+        off = is_repr and 7 <= epoch <= 9
+        records.append_line(
+            records.epochs_path(folder),
+            {
+                "version": 1,
+                "epoch": epoch,
+                "phase": "sub" if off else "full",
+                "learning_rate": 0.1 if epoch < 10 else 0.01,
+                "train_loss": 1 / epoch,
+                "train_accuracy": 0.9,
+                "validation_loss": 1.1 / epoch,
+                "validation_accuracy": 0.9 - 0.5 / epoch,
+                "overlap": 3.0 - off,
+                "alive": 10 if off else 12,
+                "filters": 12,
+                "seconds": 0.5,
+            },
+        )
+    if is_repr:
+        for epoch, kind in ((6, "drop"), (9, "restore")):
+            records.append_line(
+                records.events_path(folder),
+                {
+                    "version": 1,
+                    "epoch": epoch,
+                    "kind": kind,
+                    "cycle": 1,
+                    "filters": {layer: list(range(2 + seed))},
+                    "least_covered": [layer] if kind == "restore" and seed == 0 else [],
+                    "notes": [f"a note on {layer}"] if kind == "drop" else [],
+                },
+            )
+    if finished:
+        records.write_json(
+            records.result_path(folder),
+            {
+                "version": 1,
+                "test_accuracy": ACCURACY.get(method, ACCURACY["standard"])[seed],
+                "test_loss": 0.5,
+                "validation_accuracy": 0.85,
+                "train_seconds": 30.0 if is_repr else 20.0,
+                "seconds": 40.0,
+                "parameters": 1234,
+                "filters": layers,
+            },
+        )
+    return folder
+
+
+class Page(HTMLParser):
+    """What the tests look at in a page: tags, attributes, the text of cells, and all text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.rows, self.text, self.ids = [], [], [], [], []
+        self.in_cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.in_cell = False
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.in_cell and data.strip():
+            self.rows[-1][-1] = f"{self.rows[-1][-1]} {data.strip()}".strip()
+
+    def row(self, *start):
+        return next(row for row in self.rows if row[: len(start)] == list(start))
+
+    def words(self):
+        return " ".join(" ".join(self.text).replace("\u00a0", " ").split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A comparison of two methods over three seeds, with an unfinished run, and its report."""
+    root = tmp_path_factory.mktemp("comparison")
+    for method in ("standard", "repr"):
+        for seed in range(3):
+            make_run(records.run_folder(root, method, seed), method, seed)
+    make_run(root / "repr-seed7", "repr", 7, finished=False, epochs=4)
+    assert (
+        write_report(records.find_runs(root), root / "report.html", title="A title & more")
+        == root / "report.html"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_asks_for_nothing_from_outside(folder, page):
+    for tag, key, value in page.attributes:
+        if key in ("src", "href", "srcset", "data", "action", "poster"):
+            assert value.startswith(("data:", "#")), (tag, key, value[:60])
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert not {"link", "iframe", "object", "embed", "base"} & {
+        tag
+        for tag, key, value in page.attributes
+        if key in ("href", "src") and not value.startswith(("data:", "#"))
+    }
+    assert "default-src 'none'" in text
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_the_pictures_ask_for_nothing_from_outside(page):
+    pictures = [value for tag, key, value in page.attributes if key in ("src", "srcset")]
+    assert len(pictures) == 8  # dots, curves, overlap and map, wide and narrow
+    for picture in pictures:
+        drawing = base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")).decode()
+        assert drawing.startswith("<svg")
+        links = re.findall(r'(?:xlink:)?href="([^"]*)"', drawing)
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+
+
+def test_every_section_is_there_and_linked(page):
+    sections = ["results", "seeds", "curves", "overlap", "map", "cuts", "settings", "environment", "repeat"]
+    assert page.ids == sections
+    assert [value for tag, key, value in page.attributes if tag == "a" and key == "href"] == [
+        f"#{section}" for section in sections
+    ]
+    assert ("meta", "name", "viewport") in page.attributes
+
+
+def test_every_picture_has_a_text_for_those_who_cannot_see_it(page):
+    assert page.tags.count("img") == len(
+        [value for tag, key, value in page.attributes if key == "alt" and value]
+    )
+
+
+def test_the_headline_says_no_gain_shown_and_the_cost(page):
+    assert (
+        "RePr: +2.0 points test accuracy over standard training (95 % interval −0.5 to +4.5, n = 3 seeds): "
+        "no gain shown. It took 1.50 × the training time." in page.words()
+    )
+
+
+def test_the_numbers_in_the_table_of_methods(page):
+    assert page.row("Standard training", "3") == [
+        "Standard training",
+        "3",
+        "81.00 ± 1.00 %",
+        "85.00 ± 0.00 %",
+        "—",
+        "—",
+        "baseline",
+        "20.0 ± 0.0 s",
+        "—",
+    ]
+    assert page.row("RePr", "3") == [
+        "RePr",
+        "3",
+        "83.00 ± 2.00 %",
+        "85.00 ± 0.00 %",
+        "+2.00 [−0.48, +4.48]",
+        "3 of 3",
+        "no gain shown",
+        "30.0 ± 0.0 s",
+        "1.50",
+    ]
+
+
+def test_every_finished_run_has_its_row_and_the_unfinished_one_has_none(page):
+    assert page.row("RePr", "1") == [
+        "RePr",
+        "1",
+        "83.00 %",
+        "85.00 %",
+        "+2.00",
+        "30.0",
+        "12",
+        "1,234",
+        "repr-seed1",
+    ]
+    assert not [row for row in page.rows if "repr-seed7" in row]
+    assert "RePr, seed 7: 4 of 12 epochs" in page.words()
+
+
+def test_what_was_cut_and_regrown(page):
+    # Of 8 filters, seeds 0, 1, 2 dropped 2, 3, 4; of all 12 filters that is 17 to 33 %.
+    assert page.row("features.0.conv") == ["features.0.conv", "4", "0 %"]
+    assert page.row("features.1.conv") == ["features.1.conv", "8", "38 % 25–50"]
+    assert page.row("all layers") == ["all layers", "12", "25 % 17–33"]
+    assert "features.1.conv (1 of 3 restores)" in page.words()
+    assert "a note on features.1.conv (3 times)" in page.words()
+
+
+def test_settings_environment_and_command(page):
+    assert page.row("fraction") == ["fraction", "—", "0.3"]
+    assert page.row("data") == ["data", "digits"]
+    assert page.row("processor") == ["processor", "A <fine> processor"]
+    assert "regrow train --config repr-seed2/config.yaml --out again" in page.words()
+    assert "regrow it" in page.words()
+
+
+def test_results_json_has_every_run_and_method(folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["version"], results["baseline"], results["title"]) == (1, "standard", "A title & more")
+    standard, other = results["methods"]
+    assert standard["difference_points"] is None
+    assert other["difference_points"] == pytest.approx(2)
+    assert other["difference_low"] == pytest.approx(2 - 4.302653 / 3**0.5, abs=1e-5)
+    assert (other["verdict"], other["gains"], other["time_ratio"]) == ("no gain shown", 3, 1.5)
+    assert [(run["method"], run["seed"], run["finished"]) for run in results["runs"]] == [
+        ("standard", 0, True),
+        ("standard", 1, True),
+        ("standard", 2, True),
+        ("repr", 0, True),
+        ("repr", 1, True),
+        ("repr", 2, True),
+        ("repr", 7, False),
+    ]
+
+
+def test_results_csv_has_a_row_per_run_and_per_method(folder):
+    with (folder / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["level"] for row in rows] == ["run"] * 7 + ["method"] * 2
+    assert (rows[0]["test_accuracy"], rows[0]["difference_points"]) == ("0.8", "")
+    assert float(rows[4]["difference_points"]) == pytest.approx(2)
+    assert rows[6]["test_accuracy"] == ""
+    assert (rows[8]["method"], rows[8]["n"], rows[8]["verdict"]) == ("repr", "3", "no gain shown")
+
+
+def test_hostile_names_are_shown_and_not_obeyed(tmp_path):
+    make_run(tmp_path / "a", "repr", layer=HOSTILE, note=HOSTILE)
+    make_run(tmp_path / "=cmd()", HOSTILE, note=HOSTILE)
+    runs = records.find_runs(tmp_path)
+    text = write_report(runs, tmp_path / "report.html", title=HOSTILE, baseline=HOSTILE).read_text(
+        encoding="utf-8"
+    )
+    assert "<img src=x" not in text
+    assert "&lt;img src=x onerror=&#34;alert(1)&#34;&gt;&amp;" in text
+    hostile = Page(text)
+    assert not [key for _, key, _ in hostile.attributes if key.startswith("on")]
+    assert hostile.row(HOSTILE, "8") == [HOSTILE, "8", "25 %"]
+    assert "'=cmd()" in (tmp_path / "results.csv").read_text()
+
+
+def test_one_run_without_events(tmp_path):
+    make_run(tmp_path / "run")
+    page = Page(write_report(records.find_runs(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "Standard training: 80.00 % test accuracy (n = 1 seed)" in page.words()
+    assert {"map", "cuts"}.isdisjoint(page.ids)
+    assert {"results", "seeds", "curves", "overlap", "settings"} <= set(page.ids)
+    assert page.row("Standard training", "1") == ["Standard training", "1", "80.00 %", "85.00 %", "20.0 s"]
+
+
+def test_one_seed_of_two_methods_and_no_epochs(tmp_path):
+    for method in ("standard", "repr"):
+        make_run(tmp_path / method, method, epochs=0)
+    page = Page(write_report(records.find_runs(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "(n = 1 seed, too few for an interval): no gain shown." in page.words()
+    assert {"curves", "map"}.isdisjoint(page.ids)
+    assert page.row("RePr", "1")[4] == "+1.00"
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path):
+    make_run(tmp_path / "run")
+    runs = records.find_runs(tmp_path)
+    first = write_report(runs, tmp_path / "page.html").read_bytes()
+    assert write_report(runs, tmp_path / "page.html").read_bytes() == first
+
+
+def test_nothing_is_written_when_there_is_nothing_to_say(tmp_path):
+    make_run(tmp_path / "run", finished=False)
+    runs = records.find_runs(tmp_path)
+    with pytest.raises(ValueError, match="none of the 1 runs is finished"):
+        write_report(runs, tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_is_a_page(tmp_path):
+    with pytest.raises(ValueError, match=r"write .*report\.html instead of"):
+        write_report([], tmp_path)
+    with pytest.raises(ValueError, match="one HTML page"):
+        write_report([], tmp_path / "results.json")
+
+
+def test_runs_elsewhere_are_named_without_their_place(tmp_path):
+    make_run(tmp_path / "far" / "run")
+    text = write_report(records.find_runs(tmp_path / "far"), tmp_path / "near" / "report.html").read_text()
+    assert str(tmp_path) not in text
+
+
+def test_settings_and_machines_that_differ_are_listed_with_their_runs(tmp_path):
+    for seed in (0, 1):
+        run = make_run(tmp_path / f"run{seed}", seed=seed)
+        environment = json.loads(records.environment_path(run).read_text()) | {"cores": 2 + seed}
+        records.write_json(records.environment_path(run), environment)
+    page = Page(write_report(records.find_runs(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.row("cores") == ["cores", "2 (run0)"]
+    assert page.rows[page.rows.index(page.row("cores")) + 1][-1] == "3 (run1)"
+
+
+def test_cut_shares_by_hand(tmp_path):
+    runs = [records.read_run(make_run(tmp_path / str(seed), "repr", seed)) for seed in (0, 2)]
+    shares = cut_shares(runs)
+    assert shares["events"] == [(1, 6)]
+    assert shares["rows"] == [
+        {"name": "features.0.conv", "filters": 4, "shares": [(0, 0, 0)]},
+        {"name": "features.1.conv", "filters": 8, "shares": [(3 / 8, 2 / 8, 4 / 8)]},
+        {"name": "all layers", "filters": 12, "shares": [(3 / 12, 2 / 12, 4 / 12)]},
+    ]
+    assert cut_shares([records.read_run(make_run(tmp_path / "standard"))]) is None
+
+
+def test_reading_runs_and_writing_reports_imports_neither_torch_nor_matplotlib_early():
+    code = (
+        "import sys, regrow.study.records, regrow.study.compare, regrow.study.report;"
+        "print([name for name in ('torch', 'matplotlib', 'scipy', 'jinja2', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
