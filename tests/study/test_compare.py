@@ -153,12 +153,17 @@ def test_runs_with_other_settings_are_not_comparable():
 def test_methods_may_differ_in_their_own_settings_but_seeds_of_one_may_not():
     runs = [
         run("standard", 0),
-        run("repr", 0, fraction=0.3, cycles=2),
-        run("repr", 1, fraction=0.3, cycles=2),
+        run("repr", 0, fraction=0.3),
+        run("repr", 1, fraction=0.3),
     ]
     check_comparable(runs)
     with pytest.raises(ValueError, match=r"fraction is 0\.3 and 0\.2.*differ in the seed only"):
-        check_comparable([*runs, run("repr", 2, fraction=0.2, cycles=2)])
+        check_comparable([*runs, run("repr", 2, fraction=0.2)])
+
+
+def test_cycles_of_other_lengths_are_another_learning_rate_for_every_method():
+    with pytest.raises(ValueError, match="cycles is 3 and 2"):
+        check_comparable([run("standard", 0, cycles=3), run("repr", 0, cycles=2)])
 
 
 def test_the_same_method_and_seed_twice_is_refused():

@@ -75,7 +75,7 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
         width=config.width,
         batch_norm=config.batch_norm,
         pooling=config.pooling,
-    ).to(device)
+    ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels = model_channels(config.model, splits.channels)
     feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
     train_batches = Batches(
@@ -224,7 +224,7 @@ def train_epoch(
     looked = 0
     for step, (images, labels) in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
-        logits = model(images)
+        logits = model(images.contiguous(memory_format=torch.channels_last))
         loss = nn.functional.cross_entropy(logits, labels)
         loss.backward()
         rates.append(optimizer.param_groups[0]["lr"])
@@ -250,7 +250,7 @@ def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
     model.eval()
     loss, correct, seen = 0.0, 0, 0
     for images, labels in batches.epoch(0):
-        logits = model(images)
+        logits = model(images.contiguous(memory_format=torch.channels_last))
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(1) == labels).sum())
         seen += len(labels)
