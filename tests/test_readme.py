@@ -1,0 +1,52 @@
+"""What the README and the examples show is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_lines_for_ones_own_loop_run_as_printed() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(),
+        nn.Linear(128, 4),
+    )  # fmt: skip
+    x = torch.randn(6, 1, 8, 8)
+    events = []
+
+    def train_one_epoch(model: nn.Module, loader: object, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    scope = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), 0.01, momentum=0.9),
+        "x": x,
+        "epochs": 91,
+        "loader": None,
+        "train_one_epoch": train_one_epoch,
+        "note": events.append,
+    }
+    exec(blocks[0].replace("event = cycle.step()", "event = cycle.step(); note(event)"), scope)
+    kinds = {number: event.kind for number, event in enumerate(events, start=1) if event is not None}
+    assert kinds == {20: "drop", 30: "restore", 50: "drop", 60: "restore", 80: "drop", 90: "restore"}
+    assert sum(map(len, events[19].filters.values())) == 2  # 30 % of the 8 behind the first convolution
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(script: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
