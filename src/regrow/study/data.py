@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from regrow.study.images import Images, Source
 from regrow.study.names import DATA_NAMES
 from regrow.study.sources import DataNotFound, cifar, default_folder, digits, fashion_mnist
 from regrow.study.splits import channel_statistics, noisy_labels, stratified_split
+from regrow.suggest import nearest
 
 __all__ = ["DataNotFound", "Images", "Splits", "load_data"]
 
@@ -66,9 +66,7 @@ def load_data(
         ValueError: an unknown name, a bad value, or damaged data.
     """
     if name not in DATA_NAMES:
-        near = difflib.get_close_matches(name, DATA_NAMES, n=1)
-        question = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown data {name!r}.{question} There are {', '.join(DATA_NAMES)}.")
+        raise ValueError(f"unknown data {name!r}{nearest(name, DATA_NAMES)}")
     if split_seed < 0:
         raise ValueError(f"split_seed must be 0 or more, not {split_seed}.")
     if not 0 <= label_noise < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from regrow.study.augment import flip, padding, shift
 from regrow.study.images import Images
 from regrow.study.names import AUGMENTATIONS
+from regrow.suggest import nearest
 
 _PIXELS_AT_ONCE = 2**21  # 8 MiB as float32
 
@@ -64,11 +64,7 @@ class Batches:
                 f"{tuple(mean)} and {tuple(std)}."
             )
         if augmentation not in AUGMENTATIONS:
-            near = difflib.get_close_matches(augmentation, AUGMENTATIONS, n=1)
-            question = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"unknown augmentation {augmentation!r}.{question} There are {', '.join(AUGMENTATIONS)}."
-            )
+            raise ValueError(f"unknown augmentation {augmentation!r}{nearest(augmentation, AUGMENTATIONS)}")
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, not {seed}.")
         if channels not in (None, own) and own != 1:

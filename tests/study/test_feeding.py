@@ -1,0 +1,179 @@
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from regrow.study import feeding
+from regrow.study.feeding import Batches
+from regrow.study.images import Images
+
+
+def numbered(count: int, channels: int = 1, side: int = 8) -> Images:
+    """Random pictures; each has its place as its label."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (count, channels, side, side), dtype=torch.uint8, generator=generator)
+    return Images(pixels, torch.arange(count))
+
+
+def make(images: Images, batch_size: int = 4, **options: object) -> Batches:
+    channels = images.pixels.shape[1]
+    return Batches(images, batch_size=batch_size, mean=[0.5] * channels, std=[0.25] * channels, **options)
+
+
+def order(batches: Batches, epoch: int) -> list[int]:
+    return [label for _, labels in batches.epoch(epoch) for label in labels.tolist()]
+
+
+def equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+    )
+
+
+def test_normalised_by_hand() -> None:
+    pixels = torch.tensor([[[[0, 255]], [[0, 51]]]], dtype=torch.uint8)
+    batches = Batches(
+        Images(pixels, torch.tensor([3])), batch_size=1, mean=(0.5, 0.2), std=(0.5, 0.1), shuffle=False
+    )
+    ((pictures, labels),) = batches.epoch(0)
+    assert pictures.dtype == torch.float32
+    assert pictures.flatten().tolist() == pytest.approx([-1, 1, -2, 0], abs=1e-6)
+    assert labels.tolist() == [3]
+
+
+def test_evaluation_keeps_the_order_and_every_picture() -> None:
+    images = numbered(9)
+    batches = make(images, shuffle=False)
+    assert len(batches) == 3
+    assert [len(labels) for _, labels in batches.epoch(0)] == [4, 4, 1]
+    assert order(batches, 0) == list(range(9))
+    pictures = torch.cat([pictures for pictures, _ in batches.epoch(0)])
+    torch.testing.assert_close(pictures, (images.pixels / 255 - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(8, 4, [4, 4]), (9, 4, [4, 4]), (10, 4, [4, 4, 2]), (3, 4, [3]), (1, 4, [1]), (3, 1, [1, 1, 1])],
+)
+def test_last_training_batch(count: int, batch_size: int, sizes: list[int]) -> None:
+    batches = make(numbered(count), batch_size)
+    assert [len(labels) for _, labels in batches.epoch(0)] == sizes
+    assert len(batches) == len(sizes)
+
+
+def test_an_epoch_has_every_picture_once() -> None:
+    batches = make(numbered(50))
+    assert sorted(order(batches, 0)) == list(range(50))
+    assert order(batches, 0) != order(batches, 1)
+    assert order(batches, 0) != order(make(numbered(50), seed=1), 0)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift", "flip", "shift-flip"])
+def test_an_epoch_is_a_function_of_seed_and_number(augmentation: str) -> None:
+    images = numbered(30)
+    through = make(images, augmentation=augmentation, seed=5)
+    epochs = [list(through.epoch(number)) for number in range(4)]
+    torch.manual_seed(123)
+    resumed = make(images, augmentation=augmentation, seed=5)
+    assert equal(list(resumed.epoch(3)), epochs[3])
+    assert equal(list(through.epoch(0)), epochs[0])
+    assert not equal(epochs[0], epochs[1])
+
+
+def test_large_seeds_differ() -> None:
+    images = numbered(50)
+    assert order(make(images, seed=2**32), 0) != order(make(images, seed=0), 0)
+
+
+def test_global_generators_are_left_alone() -> None:
+    before = torch.get_rng_state(), random.getstate()
+    list(make(numbered(20), augmentation="shift-flip").epoch(0))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_order_does_not_depend_on_the_augmentation() -> None:
+    images = numbered(30)
+    orders = [order(make(images, augmentation=name), 2) for name in feeding.AUGMENTATIONS]
+    assert orders[1:] == orders[:1] * 3
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift-flip"])
+def test_how_many_batches_are_made_at_once_changes_nothing(
+    augmentation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = make(numbered(31), augmentation=augmentation)
+    together = list(batches.epoch(1))
+    for pixels in (1, 2 * 4 * 64, 3 * 4 * 64):
+        monkeypatch.setattr(feeding, "_PIXELS_AT_ONCE", pixels)
+        assert equal(list(batches.epoch(1)), together)
+
+
+def test_padding_is_black_before_normalisation() -> None:
+    white = Images(torch.full((64, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    ((pictures, _),) = make(white, batch_size=64, augmentation="shift").epoch(0)
+    assert pictures.unique().tolist() == pytest.approx([-2, 2])
+    # Shifted by one row, one column, or both: 8 or 15 black pixels. All nine offsets are met.
+    black = (pictures < 0).sum((1, 2, 3))
+    assert sorted(black.unique().tolist()) == [0, 8, 15]
+
+
+def test_flip_takes_about_half() -> None:
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(4000, 1, 1, 2)
+    images = Images(pixels, torch.zeros(4000, dtype=torch.int64))
+    ((pictures, _),) = make(images, batch_size=4000, augmentation="flip").epoch(0)
+    flipped = (pictures[:, 0, 0, 0] > 0).sum().item()
+    assert abs(flipped - 2000) < 160  # five standard deviations of 31.6
+
+
+def test_augmented_pictures_keep_their_labels() -> None:
+    shade = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1) + 1
+    images = Images(shade.expand(40, 1, 8, 8).contiguous(), torch.arange(40))
+    for pictures, labels in make(images, augmentation="shift-flip").epoch(0):
+        brightest = (pictures.amax((1, 2, 3)) * 0.25 + 0.5) * 255
+        torch.testing.assert_close(brightest, labels + 1.0, atol=1e-3, rtol=0)
+
+
+def test_grey_pictures_are_repeated() -> None:
+    images = numbered(8)
+    grey = list(make(images, augmentation="shift").epoch(0))
+    colour = list(make(images, augmentation="shift", channels=3).epoch(0))
+    for (one, _), (three, _) in zip(grey, colour, strict=True):
+        assert three.shape == (4, 3, 8, 8)
+        assert three.is_contiguous()
+        assert (three == one).all()
+    assert next(make(numbered(4, channels=3), channels=3).epoch(0))[0].shape == (4, 3, 8, 8)
+
+
+def test_pictures_in_memory_stay_as_they_are() -> None:
+    images = numbered(8)
+    before = images.pixels.clone()
+    for pictures, _ in make(images, augmentation="shift-flip").epoch(0):
+        pictures.zero_()
+    assert torch.equal(images.pixels, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"augmentation": "shfit"}, "did you mean 'shift'"),
+        ({"augmentation": "blur"}, "choose from 'none', 'shift', 'flip', 'shift-flip'"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"mean": [0.5, 0.5]}, "one number for each of the 1 channels"),
+        ({"std": [0.0]}, "std above 0"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batches(numbered(4), **{"batch_size": 4, "mean": [0.5], "std": [0.5], **options})
+
+
+def test_other_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="no pictures"):
+        make(numbered(0))
+    with pytest.raises(ValueError, match="only grey pictures can be repeated to 1 channels; these have 3"):
+        make(numbered(4, channels=3), channels=1)
+    with pytest.raises(ValueError, match="no epoch -1"):
+        make(numbered(4)).epoch(-1)
