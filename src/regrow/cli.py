@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,8 +132,14 @@ def report(
     typer.echo(f"report: {page}")
 
 
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    # The place in the source that Python's own format shows says nothing to who types a command.
+    typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
+
+
 def main() -> None:
     """Run the command; an error that the user can mend is one line on standard error, and exit code 1."""
+    warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:

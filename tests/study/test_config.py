@@ -30,7 +30,7 @@ def test_every_setting_says_what_it_is() -> None:
 
 def test_defaults_run_standard_training_on_digits() -> None:
     config = make_config({})
-    assert (config.data, config.model, config.method, config.rate) == ("digits", "convnet", "standard", 0.05)
+    assert (config.data, config.model, config.method, config.rate) == ("digits", "convnet", "standard", 0.1)
     assert make_config({"optimizer": "adam"}).rate == 0.002
 
 

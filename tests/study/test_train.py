@@ -34,8 +34,8 @@ def test_a_run_leaves_its_settings_curves_events_and_weights(tmp_path: Path) -> 
     assert drop["filters"] == restore["filters"]
     assert sum(map(len, drop["filters"].values())) == 5
     assert record.result["filters"] == {f"features.{i}.conv": 8 for i in range(3)}
-    assert record.epochs[0]["learning_rate"] == record.epochs[2]["learning_rate"] == 0.05
-    assert record.epochs[-1]["learning_rate"] < 0.05
+    assert record.epochs[0]["learning_rate"] == record.epochs[2]["learning_rate"] == 0.1
+    assert record.epochs[-1]["learning_rate"] < 0.1
     assert record.environment["threads"] == 1
 
     splits = load_data("digits", train_size=300)

@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2)
     optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd is with Nesterov momentum.")
     lr: float | None = _setting(
-        None, _TRAINING, "Highest learning rate (default: sgd 0.05, adam and adamw 0.002).", gt=0
+        None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0
     )
     momentum: float = _setting(0.9, _TRAINING, "Momentum of sgd.", ge=0, lt=1)
     weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0)
@@ -99,7 +99,7 @@ class RunConfig(BaseModel):
         """The highest learning rate."""
         if self.lr is not None:
             return self.lr
-        return 0.05 if self.optimizer == "sgd" else 0.002
+        return 0.1 if self.optimizer == "sgd" else 0.002
 
     @property
     def cycle(self) -> Cycle:
