@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, convolutions, eligible, left_out, matching, unwrap
+from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
+from regrow.readers import silent_entries
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
 from regrow.structure import read_structure
-from regrow.subphase import CONSUMERS, SubPhase
+from regrow.subphase import CONSUMERS, SubPhase, check_memory
 from regrow.suggest import nearest
 
 _VERSION = 1
@@ -111,6 +112,11 @@ class RePr:
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
+                "such as optimizer.optimizer."
+            )
         if example_inputs is None:
             raise ValueError("example_inputs is needed to trace the model: pass one picture, such as x[:1].")
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -126,15 +132,8 @@ class RePr:
         self._readers = read_structure(model, example_inputs)
         self.left_out = self._find_left_out(exclude, skip_first)
         names = eligible(self._model, self.left_out)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, conv in names.items() if id(conv.weight) not in held]:
-            raise ValueError(
-                f"the optimizer does not hold the weight of {', '.join(map(repr, missing[:3]))}"
-                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-                + ". Build it from this model's parameters, after the model has been moved to its device; "
-                "or name the layers it leaves alone in exclude=."
-            )
         self._layers = {name: self._readers[name] for name in names}
+        self._check_held()
         for readers in self._layers.values():
             for consumer in readers.consumers:
                 weight = self._model.get_submodule(consumer)._parameters.get("weight")
@@ -145,9 +144,27 @@ class RePr:
         self._sub: SubPhase | None = None
         self._removed = False
 
+    def _check_held(self) -> None:
+        # A bias that another optimizer moves would revive a dropped filter.
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        needed = {
+            id(parameter)
+            for name, readers in self._layers.items()
+            for parameter, _ in silent_entries(self._model, name, readers, [0])
+            if parameter.requires_grad
+        }
+        missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not hold {', '.join(map(repr, missing[:3]))}"
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+                + ". Build it from all of this model's parameters, after the model has been moved to its "
+                "device; or name the layers it leaves alone in exclude=, or freeze them."
+            )
+
     def _find_left_out(self, exclude: list[str], skip_first: bool) -> dict[str, str]:
         every = convolutions(self._model)
-        reasons = {name: "excluded by name" for pattern in exclude for name in matching(pattern, every)}
+        reasons = dict.fromkeys(sorted(excluded(exclude, every)), "excluded by name")
         if skip_first and self._readers:
             reasons.setdefault(
                 next(iter(self._readers)), "the first convolution (skip_first=False takes it in)"
@@ -158,14 +175,14 @@ class RePr:
             if name not in self._readers:
                 reasons.setdefault(name, "example_inputs do not reach it")
                 continue
+            if self._readers[name].output:
+                reasons.setdefault(name, "its filters are the network's output, like a classifier's")
+            if norm := self._readers[name].unsilenced:
+                reasons.setdefault(name, f"{norm!r} behind it cannot be silenced for its channels alone")
             for norm in self._readers[name].norms:
                 affine = list(self._model.get_submodule(norm).parameters(recurse=False))
                 if any(not parameter.requires_grad for parameter in affine):
                     reasons.setdefault(name, f"the norm behind it, {norm!r}, is frozen")
-                if not affine and isinstance(self._model.get_submodule(norm), nn.GroupNorm | nn.LayerNorm):
-                    reasons.setdefault(
-                        name, f"{norm!r} without weights turns a channel of 0 into something else"
-                    )
         if len(reasons) == len(every):
             listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
             raise ValueError(
@@ -203,8 +220,7 @@ class RePr:
         Warns:
             UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far.
         """
-        if self._removed:
-            raise ValueError("this RePr has been removed from its model; build a new one.")
+        self._check_not_removed()
         self._highest_rate = max(self._highest_rate, self._rate())
         length = self._settings["full"] + self._settings["sub"]
         cycle, position = divmod(self._step, length)
@@ -261,6 +277,7 @@ class RePr:
             ValueError: the state is of a newer version, of other settings or of another model. Nothing is
                 changed.
         """
+        self._check_not_removed()
         missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
         if missing:
             raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
@@ -278,12 +295,8 @@ class RePr:
                 f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
             )
         sub = state["sub_phase"]
-        for name, indices in (sub["dropped"] if sub else {}).items():
-            if name not in self._layers:
-                raise ValueError(f"the state names {name!r}, which this RePr does not work on.")
-            weight, old = self._conv(name).weight, sub["old_rows"].get(name)
-            if old is None or old.shape != (len(indices), *weight.shape[1:]) or max(indices) >= len(weight):
-                raise ValueError(f"the state does not fit {name!r} of shape {list(weight.shape)}.")
+        if sub:
+            check_memory(self._model, self._layers, self._settings["consumers"], sub)
         if self._sub is not None:
             self._sub.release()
         self._step = int(state["step"])
@@ -293,11 +306,16 @@ class RePr:
     def remove(self) -> None:
         """Take every hook off: a plain module and optimizer again.
 
-        Filters that are dropped at this moment stay at 0, and are free to be trained.
+        Filters that are dropped at this moment stay at 0. Nothing holds them there any more, but behind
+        a ReLU no gradient reaches them: remove RePr in a full phase, or cut them out.
         """
         if self._sub is not None:
             self._sub.release()
         self._sub, self._removed = None, True
+
+    def _check_not_removed(self) -> None:
+        if self._removed:
+            raise ValueError("this RePr has been removed from its model; build a new one.")
 
     def _conv(self, name: str) -> Any:
         return self._model.get_submodule(name)

@@ -17,13 +17,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     Names taken from it carry no ``module.`` or ``_orig_mod.`` prefix, so what is saved under a
     wrapper loads without one.
-
-    Raises:
-        ValueError: the model is sharded (FSDP): its filters are spread over processes.
     """
     while True:
-        if "FullyShardedDataParallel" in type(model).__name__ or "FSDPModule" in type(model).__name__:
-            raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -35,6 +30,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def rows(weight: Tensor) -> Tensor:
     """``weight`` [filters, channels, *kernel] as a matrix [filters, channels · kernel]."""
     return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """``matrix`` [n, D] with every row scaled to length 1; a row of zeros stays one."""
+    # Scaling by the largest entry first keeps the squares of very small or very large rows in range.
+    largest = matrix.abs().amax(1, keepdim=True)
+    return nn.functional.normalize(matrix / torch.where(largest > 0, largest, 1), dim=1)
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
@@ -79,11 +81,16 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
             every convolution inside it.
 
     Raises:
-        ValueError: a name in ``exclude`` matches no convolution, or none is left.
+        ValueError: a name in ``exclude`` matches no convolution, none is left, or the model is sharded
+            (FSDP): its filters are spread over processes.
     """
+    # fully_shard puts FSDPModule among the bases of the model, or of some of its parts.
+    bases = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    if bases & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
     every = convolutions(model)
     unknown = left_out(model)
-    dropped = {name for pattern in exclude for name in matching(pattern, every)}
+    dropped = excluded(exclude, every)
     found = {name: conv for name, conv in every.items() if name not in dropped and name not in unknown}
     if not found:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unknown.items() if name not in dropped)
@@ -96,18 +103,20 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
     return found
 
 
-def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names equal to ``pattern`` or inside the container of that name.
+def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Those of ``names`` that are in ``exclude`` (one name or several), or inside a container that is.
 
     Raises:
-        ValueError: there is none; the nearest names are suggested.
+        ValueError: an entry of ``exclude`` matches none; the nearest names are suggested.
     """
     names = list(names)
-    if isinstance(pattern, str):
-        found = [name for name in names if name == pattern or name.startswith(pattern + ".")]
-        if found:
-            return found
-    raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
+    found: set[str] = set()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        matching = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
+        if not matching:
+            raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
+        found |= matching
+    return found
 
 
 def check_finite(convs: Mapping[str, Convolution]) -> None:

@@ -25,6 +25,10 @@ class Hold:
 
     def __init__(self, entries: Entries, optimizer: torch.optim.Optimizer) -> None:
         self._entries = list(entries)
+        # What accumulated before the hooks were there would reach the next step, and gradient clipping.
+        for parameter, rows in entries:
+            if parameter.grad is not None:
+                parameter.grad.index_fill_(0, rows, 0)
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._zero)]
         self._handles += [p.register_hook(_without(rows)) for p, rows in entries if p.requires_grad]
 

@@ -46,14 +46,19 @@ class Readers:
         mixed: empty, or why zeroing the consumers' columns would not hide a channel from the rest of the
             network (it is added to other channels, it leaves as output, an activation turns 0 into
             something else, …).
-        norm_first: the channels reach the rest of the network through ``norms`` alone, so a norm weight
-            of 0 hides a channel even where it is mixed.
+        norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
+            statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
+        output: the channels leave the network with no weights behind them, as a classifier's do.
+        unsilenced: empty, or the name of a norm that sees the channels and cannot be silenced for them
+            alone (it serves other channels too, it has no weight to be set to 0, …).
     """
 
     norms: dict[str, Reads] = field(default_factory=dict)
     consumers: dict[str, Reads] = field(default_factory=dict)
     mixed: str = ""
     norm_first: bool = False
+    output: bool = False
+    unsilenced: str = ""
 
 
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
@@ -63,10 +68,9 @@ def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
     """
     rows, columns = layer.weight.shape[:2]
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=layer.weight.device)
-    rows_per_group = rows // getattr(layer, "groups", 1)
-    for index in indices:
-        group, column = divmod(index, columns)
-        mask[group * rows_per_group : (group + 1) * rows_per_group, column] = True
+    groups = getattr(layer, "groups", 1)
+    index = torch.tensor(indices, dtype=torch.long, device=mask.device)
+    mask.view(groups, rows // groups, columns)[index // columns, :, index % columns] = True
     return mask
 
 

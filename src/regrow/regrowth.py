@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regrow.filters import unit_rows
+
 
 def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator) -> tuple[Tensor, bool]:
     """New rows for dropped filters, orthogonal to the kept rows and to the dropped ones' old values.
@@ -24,10 +26,11 @@ def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator
         the fallback was needed, because the null space was too small.
     """
     wanted, dimension = dropped.shape
-    old = torch.cat([_unit_rows(kept), _unit_rows(dropped)])
-    length = kept.detach().double().norm(dim=1).mean()
+    kept_rows, dropped_rows = kept.detach().double().cpu(), dropped.detach().double().cpu()
+    old = torch.cat([unit_rows(kept_rows), unit_rows(dropped_rows)])
+    length = kept_rows.norm(dim=1).mean()
     if length == 0:
-        length = dropped.detach().double().norm(dim=1).mean()
+        length = dropped_rows.norm(dim=1).mean()
     random = torch.randn(wanted, dimension, generator=generator, dtype=torch.float64)
 
     fallback = False
@@ -38,19 +41,15 @@ def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator
         _, singular, directions = torch.linalg.svd(old, full_matrices=True)
         size = torch.zeros(dimension, dtype=torch.float64)
         size[: len(singular)] = singular
-        null = int((size < 1e-9 * size.max()).sum())
+        null = int((size <= 1e-9 * size.max()).sum())
         fallback = null < wanted
         if fallback:
             count = min(wanted, dimension)
-            new = torch.cat([directions[dimension - count :].flip(0), _unit_rows(random[count:])])
+            new = torch.cat([directions[dimension - count :].flip(0), unit_rows(random[count:])])
         else:
             basis = directions[: dimension - null].T
             new = _orthonormal(_away_from(basis, random))
-    return (new * length.cpu()).to(kept), fallback
-
-
-def _unit_rows(matrix: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(matrix.detach().double().cpu(), dim=1)
+    return (new * length).to(kept), fallback
 
 
 def _away_from(basis: Tensor, vectors: Tensor) -> Tensor:

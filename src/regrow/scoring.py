@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, eligible, rows
+from regrow.filters import check_finite, eligible, rows, unit_rows
 from regrow.suggest import nearest
 
 
@@ -27,9 +27,7 @@ def overlap(weight: Tensor) -> Tensor:
     matrix = rows(weight.detach())
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
-    # Scaling by the largest entry first keeps the squares of very small or very large rows in range.
-    largest = matrix.abs().amax(1, keepdim=True)
-    unit = nn.functional.normalize(matrix / torch.where(largest > 0, largest, 1), dim=1)
+    unit = unit_rows(matrix)
     cosine = (unit @ unit.T).abs_()
     cosine.fill_diagonal_(0)
     return cosine.sum(1) / len(matrix)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from regrow.filters import matching
+from regrow.filters import excluded
 from regrow.suggest import nearest
 
 SCOPES = ("global", "layer")
@@ -61,11 +61,11 @@ def select(
         UserWarning: the floor leaves fewer filters to drop than ``fraction`` asks for; those are dropped.
     """
     check_selection(fraction, scope, floor)
-    dropped_names = {name for pattern in exclude for name in matching(pattern, scores)}
+    out = excluded(exclude, scores)
     ranked = {
         name: torch.as_tensor(values).detach().double().cpu()
         for name, values in scores.items()
-        if name not in dropped_names
+        if name not in out
     }
     if not ranked:
         raise ValueError("no layer is left to select from: exclude fewer layers.")
@@ -86,11 +86,10 @@ def select(
         got = min(asked, sum(room.values()))
         # The best filters of each layer, as many as the floor asks for, are out of the ranking's reach:
         # the same filters a greedy walk from the lowest score would spare.
-        reachable = [
-            values.masked_fill(_without_lowest(values, room[name]), math.inf)
-            for name, values in ranked.items()
-        ]
-        flat = _without_lowest(torch.cat(reachable), got)
+        spared = torch.cat([_without_lowest(values, room[name]) for name, values in ranked.items()])
+        order = torch.cat(list(ranked.values())).argsort(stable=True)
+        flat = torch.ones(len(order), dtype=torch.bool)
+        flat[order[~spared[order]][:got]] = False
         keep = dict(zip(ranked, flat.split([len(values) for values in ranked.values()]), strict=True))
     if got < asked:
         warnings.warn(
@@ -102,7 +101,7 @@ def select(
 
 
 def _protected(filters: int, floor: float) -> int:
-    # 0.1 · 30 is 3.0000000000000004 in binary: without the slack a fourth filter would be protected.
+    # 0.07 · 100 is 7.000000000000001 in binary: without the slack an eighth filter would be protected.
     return max(1, math.ceil(floor * filters - 1e-9))
 
 

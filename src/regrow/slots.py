@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Running averages of squares (Adam and its kin, RMSprop, Adagrad, Adadelta, Adamax). At 0 they would
-# make the first step after a restart many times too long.
-_MAGNITUDES = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta"}
+# Running averages of squares (Adam and its kin, RMSprop, Adagrad, Adadelta, Adamax): at 0 they would
+# make the first step after a restart many times too long. Rprop's step size: at 0 there is no step.
+_MAGNITUDES = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta", "step_size"}
 
 
 @torch.no_grad()
 def refresh_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, fresh: Tensor) -> None:
     """Clear every slot of ``parameter``'s entries marked in ``fresh``.
 
-    Signed slots (momentum, Adam's first moment) become 0. Running averages of squares become the mean
-    over the parameter's other entries. Slots of another shape than the parameter are left alone.
+    Signed slots (momentum, Adam's first moment) become 0. Running averages of squares and
+    step sizes become the mean over the parameter's other entries. Slots of another shape than the
+    parameter are left alone.
 
     Args:
         optimizer: may not know the parameter, or have no state for it yet: then nothing is done.

@@ -49,7 +49,8 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
     except Exception as error:
         raise ValueError(
             f"the model cannot be copied to read its structure ({error}). Build regrow's objects before a "
-            "forward pass leaves tensors with a gradient on the model."
+            "forward pass leaves tensors with a gradient on the model, and take weight_norm from "
+            "torch.nn.utils.parametrizations."
         ) from error
     device = next((p.device for p in probe.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
@@ -112,10 +113,13 @@ def _direct_norms(probe: nn.Module, example_inputs: Any) -> tuple[list[str], dic
 def _trace(probe: nn.Module, example_inputs: Any) -> Any:
     import torch_pruning  # it imports timm and torchvision where they are installed: seconds
 
+    def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+        return [tensor for tensor in _tensors(call(model, inputs)) if tensor.requires_grad]
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch_pruning.DependencyGraph().build_dependency(
-            probe, example_inputs=example_inputs, forward_fn=call, verbose=False
+            probe, example_inputs=example_inputs, forward_fn=outputs, verbose=False
         )
 
 
@@ -127,7 +131,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
         readers.mixed = "its output does not reach the network's"
         return
     start = graph.module2node[conv]
-    readers.norm_first = bool(start.outputs) and all(isinstance(n.module, Norm) for n in start.outputs)
+    readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
     stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
     visited = set()
     while stack:
@@ -137,6 +141,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
             continue
         visited.add(key)
         if not node.outputs:
+            readers.output = True
             readers.mixed = readers.mixed or "it is part of the network's output"
         for edge in node.dependencies:
             if edge.source is not node or not any(edge.target is output for output in node.outputs):
@@ -154,6 +159,8 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
                 entry.indices += [index.idx for index in mapped]
                 if isinstance(target, Consumer):
                     continue
+                if not _per_channel(target):
+                    readers.mixed = readers.mixed or f"{names[target]!r} normalises several channels together"
             elif isinstance(target, nn.Parameter) or (
                 target in names and any(True for _ in target.parameters())
             ):
@@ -166,23 +173,54 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
             stack.append((edge.target, mapped))
 
 
+def _per_channel(norm: nn.Module) -> bool:
+    """Whether a norm's output in one channel depends on that channel alone."""
+    return not isinstance(norm, nn.LayerNorm) and (
+        not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
+    )
+
+
+def _hides(module: Any) -> bool:
+    """Whether a weight of 0 in this module hides a channel from everything behind it."""
+    return isinstance(module, Norm) and _per_channel(module) and module.weight is not None
+
+
+def _revives(norm: Any) -> bool:
+    """Whether a norm turns a channel of 0 into something else and has no weight to prevent it."""
+    return not _per_channel(norm) and norm.weight is None
+
+
 def _confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
     """Take back whatever forward passes on ``probe`` (which is changed for good) contradict."""
     generator = torch.Generator().manual_seed(0)
     _unsettle(probe, generator)
-    some = {}
+    some, rest = {}, {}
     for name in readers:
-        filters = convolutions(probe)[name].out_channels
-        some[name] = torch.randperm(filters, generator=generator)[: max(1, filters // 2)].tolist()
+        order = torch.randperm(convolutions(probe)[name].out_channels, generator=generator).tolist()
+        some[name], rest[name] = order[: max(1, len(order) // 2)], order[max(1, len(order) // 2) :]
     state = copy.deepcopy(probe.state_dict())
+    tied = _tied(probe)
 
-    loud = _nonzero_inputs(probe, example_inputs, readers, some)
-    probe.load_state_dict(state)
+    while True:
+        loud = set()
+        # Silenced together, layers that share a reader could hide each other's mistakes.
+        for group in _apart(readers):
+            for dropped in (some, rest):
+                loud |= _loud(probe, example_inputs, {name: readers[name] for name in group}, dropped)
+                probe.load_state_dict(state)
+        lost = [(name, reader) for name, reader in loud if reader in readers[name].norms]
+        for name, found in readers.items():
+            lost += [(name, n) for n in found.norms if n in tied or _revives(probe.get_submodule(n))]
+        if not lost:
+            break
+        for name, norm in lost:  # without it other readers may see something: look again
+            readers[name].norms.pop(norm, None)
+            readers[name].unsilenced, readers[name].norm_first = norm, False
     for name, found in readers.items():
-        found.norms = {norm: reads for norm, reads in found.norms.items() if (name, norm) not in loud}
-        found.norm_first = found.norm_first and bool(found.norms)
         for consumer in found.consumers:
-            if (name, consumer) in loud:
+            if consumer in tied:
+                found.mixed = found.mixed or f"{consumer!r} shares its weight with another layer"
+            elif (name, consumer) in loud:
                 found.mixed = found.mixed or f"a silenced channel does not reach {consumer!r} as 0"
 
     hidden = [name for name, found in readers.items() if not found.mixed]
@@ -195,13 +233,41 @@ def _confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Reader
             readers[group[0]].mixed = "forward passes did not confirm which layers read it"
 
 
+def _tied(probe: nn.Module) -> set[str]:
+    """The modules that hold a parameter which another module holds too."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in probe.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    return {name for names in holders.values() if len(names) > 1 for name in names}
+
+
+def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:
+    """The convolutions in groups, in each of which no two have an index of a reader in common."""
+    groups: list[tuple[list[str], set[tuple[str, int]]]] = []
+    for name, found in readers.items():
+        both = [*found.norms.items(), *found.consumers.items()]
+        used = {(reader, index) for reader, reads in both for index in reads.indices}
+        for names, taken in groups:
+            if taken.isdisjoint(used):
+                names.append(name)
+                taken.update(used)
+                break
+        else:
+            groups.append(([name], used))
+    return [names for names, _ in groups]
+
+
 def _unsettle(probe: nn.Module, generator: torch.Generator) -> None:
-    """Give norms and biases values at which a mistake shows: a fresh norm passes 0 on as 0."""
+    """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0."""
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
         if tensor is not None:
             tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
 
+    for tensor in [*probe.parameters(), *probe.buffers()]:
+        if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+            uniform(tensor, 0.5, 1.5)
     for module in probe.modules():
         if isinstance(module, Norm):
             uniform(module.weight, 0.5, 1.5)
@@ -212,29 +278,24 @@ def _unsettle(probe: nn.Module, generator: torch.Generator) -> None:
             uniform(module.bias, -0.1, 0.1)
 
 
-def _nonzero_inputs(
+def _loud(
     probe: nn.Module,
     example_inputs: Any,
     readers: Mapping[str, Readers],
     dropped: Mapping[str, Sequence[int]],
 ) -> set[tuple[str, str]]:
-    """Silence ``dropped`` and list the (convolution, reader) pairs where a reader still sees something."""
+    """Silence ``dropped`` on ``probe`` and find the (convolution, reader) pairs where a silenced channel is
+    not 0: where it reaches the reader, and for a norm where it leaves it too."""
     for name, found in readers.items():
         silence(probe, name, found, dropped[name])
     loud = set()
 
     def watch(name: str, reader: str, indices: list[int]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any) -> None:
-            seen = inputs[0]
-            if isinstance(module, nn.Linear | nn.LayerNorm):
-                dim = seen.dim() - 1
-            elif isinstance(module, Consumer):
-                dim = seen.dim() - module.weight.dim() + 1
-            else:
-                dim = 1
-            if (
-                max(indices) >= seen.shape[dim]
-                or seen.index_select(dim, torch.tensor(indices).to(seen.device)).any()
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen = [*inputs[:1], output] if isinstance(module, Norm) else [*inputs[:1]]
+            if not inputs or not any(
+                all(_is_silent(tensor, dim, indices) for tensor in seen)
+                for dim in _channel_dims(module, inputs[0])
             ):
                 loud.add((name, reader))
 
@@ -245,13 +306,30 @@ def _nonzero_inputs(
         for reader, reads in [*found.norms.items(), *found.consumers.items()]:
             if indices := reads.of(dropped[name]):
                 module = probe.get_submodule(reader)
-                handles.append(module.register_forward_pre_hook(watch(name, reader, indices)))
+                handles.append(module.register_forward_hook(watch(name, reader, indices)))
     try:
         call(probe, example_inputs)
     finally:
         for handle in handles:
             handle.remove()
     return loud
+
+
+def _channel_dims(module: nn.Module, seen: Tensor) -> list[int]:
+    """Where ``module`` may expect the channels of its input: layer norms come in two layouts."""
+    if isinstance(module, nn.Linear):
+        return [seen.dim() - 1]
+    if isinstance(module, nn.LayerNorm):
+        return [seen.dim() - 1, 1]
+    if isinstance(module, Consumer):
+        return [seen.dim() - module.weight.dim() + 1]
+    return [1]
+
+
+def _is_silent(tensor: Tensor, dim: int, indices: list[int]) -> bool:
+    if dim >= tensor.dim() or max(indices) >= tensor.shape[dim]:
+        return False
+    return not tensor.index_select(dim, torch.tensor(indices, device=tensor.device)).any()
 
 
 def _moves(

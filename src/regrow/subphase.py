@@ -45,6 +45,7 @@ class SubPhase:
         self._readers = readers
         self._consumers = consumers
         self.dropped = {name: list(indices) for name, indices in dropped.items()}
+        columns = private_columns(model, readers, self.dropped)
         if memory is not None:
             self._old_rows = _copy(memory["old_rows"])
             self._old_columns = _copy(memory["old_columns"])
@@ -52,7 +53,7 @@ class SubPhase:
             self._old_rows = {name: self._weight(name)[i].clone() for name, i in self.dropped.items()}
             self._old_columns = {}
             if consumers == "keep":
-                self._old_columns = {name: weight[mask].clone() for name, weight, mask in self._columns()}
+                self._old_columns = {name: weight[mask].clone() for name, weight, mask in columns}
         for name, indices in self.dropped.items():
             silence(model, name, readers[name], indices)
         if memory is None:
@@ -81,7 +82,7 @@ class SubPhase:
         """
         self.release()
         # The consumers first: restored rows must be orthogonal to the kept rows as they will be.
-        columns = self._columns()
+        columns = private_columns(self._model, self._readers, self.dropped)
         for consumer, parameter, mask in columns:
             self._set_columns(consumer, parameter, mask, generator)
         least_covered, notes = [], []
@@ -94,7 +95,8 @@ class SubPhase:
             weight[indices] = new.view_as(weight[indices])
             if fallback:
                 least_covered.append(name)
-            if note := self._wake_norms(name, indices):
+            self._wake_norms(name, indices)
+            if note := self._note(name):
                 notes.append(note)
         self._forget(self._dead_entries(), columns)
         return least_covered, notes
@@ -103,23 +105,6 @@ class SubPhase:
         weight = self._model.get_submodule(layer).weight
         assert isinstance(weight, Tensor)
         return weight.detach()
-
-    def _columns(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        """The consumers of dropped filters: (name, weight, BoolTensor[rows, columns] of what reads them).
-
-        Rows that are dropped themselves are left out: they get wholly new values.
-        """
-        masks: dict[str, Tensor] = {}
-        for name, indices in self.dropped.items():
-            if self._readers[name].mixed:
-                continue
-            for consumer, reads in self._readers[name].consumers.items():
-                layer: Any = self._model.get_submodule(consumer)
-                mask = column_mask(layer, reads.of(indices))
-                mask[self.dropped.get(consumer, [])] = False
-                masks[consumer] = masks[consumer] | mask if consumer in masks else mask
-        weights: dict[str, Any] = {name: self._model.get_submodule(name).weight for name in masks}
-        return [(name, weights[name], mask) for name, mask in masks.items()]
 
     def _set_columns(self, name: str, weight: Tensor, mask: Tensor, generator: torch.Generator) -> None:
         if self._consumers == "zero":
@@ -131,23 +116,29 @@ class SubPhase:
             drawn = torch.rand(weight[mask].shape, generator=generator) * 2 - 1
             weight[mask] = (drawn * bound).to(weight)
 
-    def _wake_norms(self, name: str, indices: list[int]) -> str:
-        """Norms behind restored filters: weight 1, bias 0, running statistics 0 and 1. Returns a note."""
+    def _wake_norms(self, name: str, indices: list[int]) -> None:
+        """Norms behind restored filters: weight 1, bias 0, running statistics 0 and 1."""
         readers = self._readers[name]
         # Where a channel is added to others no column can hide it, but a norm weight of 0 before the sum can.
-        hide = self._consumers == "zero" and bool(readers.mixed)
+        hide = self._consumers == "zero" and bool(readers.mixed) and readers.norm_first
         for norm_name, reads in readers.norms.items():
             norm: Any = self._model.get_submodule(norm_name)
             for tensor, value in (
-                (norm.weight, 0 if hide and readers.norm_first else 1),
+                (norm.weight, 0 if hide else 1),
                 (norm.bias, 0),
                 (getattr(norm, "running_mean", None), 0),
                 (getattr(norm, "running_var", None), 1),
             ):
                 if tensor is not None:
                     tensor[reads.of(indices)] = value
-        if hide and not readers.norm_first:
+
+    def _note(self, name: str) -> str:
+        """What could not be done as asked with the channels of ``name``, or nothing."""
+        readers = self._readers[name]
+        if readers.mixed and self._consumers == "zero" and not readers.norm_first:
             return f"{name}: the output moves at this restore, because {readers.mixed}."
+        if readers.mixed and self._consumers == "init":
+            return f"{name}: its consumers keep their weights, because {readers.mixed}."
         return ""
 
     def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -172,6 +163,47 @@ class SubPhase:
             fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
         for parameter, mask in fresh.items():
             refresh_slots(self._optimizer, parameter, mask)
+
+
+def private_columns(
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, list[int]]
+) -> list[tuple[str, nn.Parameter, Tensor]]:
+    """What reads dropped filters and nothing else: (consumer, weight, BoolTensor[rows, columns]).
+
+    Rows that are dropped themselves are left out: they get wholly new values.
+    """
+    masks: dict[str, Tensor] = {}
+    for name, indices in dropped.items():
+        if readers[name].mixed:
+            continue
+        for consumer, reads in readers[name].consumers.items():
+            layer: Any = model.get_submodule(consumer)
+            mask = column_mask(layer, reads.of(indices))
+            mask[dropped.get(consumer, [])] = False
+            masks[consumer] = masks[consumer] | mask if consumer in masks else mask
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in masks}
+    return [(name, weights[name], mask) for name, mask in masks.items()]
+
+
+def check_memory(
+    model: nn.Module, readers: Mapping[str, Readers], consumers: str, state: Mapping[str, Any]
+) -> None:
+    """Raise ``ValueError`` naming the layer unless ``state``, from ``SubPhase.state``, fits ``model``."""
+    for name, indices in state["dropped"].items():
+        if name not in readers:
+            raise ValueError(f"the state names {name!r}, which this RePr does not work on.")
+        weight: Any = model.get_submodule(name).weight
+        old = state["old_rows"].get(name)
+        if old is None or old.shape != (len(indices), *weight.shape[1:]) or max(indices) >= len(weight):
+            raise ValueError(f"the state does not fit {name!r} of shape {list(weight.shape)}.")
+    if consumers == "keep":
+        columns = private_columns(model, readers, state["dropped"])
+        shapes = {name: weight[mask].shape for name, weight, mask in columns}
+        if other := shapes.items() ^ {name: old.shape for name, old in state["old_columns"].items()}.items():
+            raise ValueError(
+                f"the state was saved where other channels were read by {min(other)[0]!r}: load it into a "
+                "model of the same structure."
+            )
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

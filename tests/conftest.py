@@ -1,0 +1,62 @@
+"""What every test shares: one thread, reproducible draws, and small nets to work on."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+torch.set_num_threads(1)
+settings.register_profile("regrow", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("regrow")
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_net() -> Callable[..., nn.Sequential]:
+    """``make_net(filters)`` → conv1, norm1, relu1, conv2, … pool, flatten, head (4 classes)."""
+
+    def make(
+        filters: tuple[int, ...] = (6, 8, 8),
+        *,
+        dim: int = 2,
+        norm: Callable[[int], nn.Module] | None = None,
+        bias: bool = True,
+        kernel: int = 3,
+    ) -> nn.Sequential:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels = 3
+        for i, width in enumerate(filters, 1):
+            layers[f"conv{i}"] = _CONVS[dim](channels, width, kernel, padding=kernel // 2, bias=bias)
+            layers[f"norm{i}"] = (norm or _BATCH_NORMS[dim])(width)
+            layers[f"relu{i}"] = nn.ReLU()
+            channels = width
+        layers["pool"], layers["flatten"] = _POOLS[dim](1), nn.Flatten()
+        layers["head"] = nn.Linear(channels, 4)
+        return nn.Sequential(layers)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., None]:
+    """``train(model, optimizer, steps, x)``: steps of cross entropy on one fixed batch."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, x: torch.Tensor) -> None:
+        labels = torch.arange(len(x)) % 4
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+    return run

@@ -1,0 +1,65 @@
+"""What an import costs: checked in fresh processes, for this one has loaded everything already."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = (
+    "torchvision",
+    "matplotlib",
+    "timm",
+    "typer",
+    "lightning",
+    "transformers",
+    "torch_pruning",
+    "scipy",
+    "ray",
+)
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules in ``sys.modules`` after a fresh process has run ``code``."""
+    script = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_import_regrow_waits_for_nothing():
+    loaded = loaded_by("import regrow; dir(regrow); regrow.__version__")
+    assert "regrow" in loaded
+    assert not loaded & {"torch", "numpy", "regrow.cycle", "regrow.study", *HEAVY}
+
+
+def test_every_public_name_is_there_and_none_needs_an_extra():
+    loaded = loaded_by(
+        "import regrow\nfor name in regrow.__all__: assert getattr(regrow, name) is not None, name"
+    )
+    assert {"torch", "regrow.cycle", "regrow.scoring", "regrow.selection"} <= loaded
+    assert not loaded & {"regrow.study", "regrow.cli", *HEAVY}
+
+
+@pytest.mark.parametrize(
+    "module", ["regrow.cli", "regrow.study.records", "regrow.study.compare", "regrow.study.report"]
+)
+def test_what_reads_files_needs_no_torch(module):
+    loaded = loaded_by(f"import {module}")
+    assert module in loaded
+    assert not loaded & {"torch", "torchvision", "timm", "regrow.cycle"}
+
+
+def test_help_names_the_commands_and_needs_no_torch():
+    code = "import sys; sys.argv = ['regrow', '--help']\nfrom regrow.__main__ import main\n"
+    code += "try: main()\nexcept SystemExit as stop: assert not stop.code\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "compare", "report"):
+        assert command in done.stdout
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import regrow
+
+    with pytest.raises(AttributeError, match="module 'regrow' has no attribute 'repr_'"):
+        _ = regrow.repr_
+    assert set(regrow.__all__) <= set(dir(regrow))
