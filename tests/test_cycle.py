@@ -177,10 +177,9 @@ def test_scope_layer_and_floor():
     cycle = repr_on(build(), fraction=0.9, floor=0.5)
     cycle.step()
     with pytest.warns(UserWarning, match=r"floor=0\.5 leaves 8 of the 14"):
-        assert {name: len(indices) for name, indices in cycle.step().filters.items()} == {
-            "conv2": 4,
-            "conv3": 4,
-        }
+        event = cycle.step()
+    assert {name: len(indices) for name, indices in event.filters.items()} == {"conv2": 4, "conv3": 4}
+    assert event.notes[0].startswith("floor=0.5 leaves 8 of the 14")
 
 
 def test_exclude_by_name_and_by_container():

@@ -237,13 +237,18 @@ class RePr:
         settings = self._settings
         seed = _seed(settings["seed"], cycle, 0)
         scores = score(self._model, settings["criterion"], exclude=self.left_out, seed=seed)
-        keep = select(scores, settings["fraction"], scope=settings["scope"], floor=settings["floor"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            keep = select(scores, settings["fraction"], scope=settings["scope"], floor=settings["floor"])
+        notes = [str(warning.message) for warning in caught]
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
         self._warn_if_rate_is_low("dropped")
         dropped = {
             name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
         }
         self._sub = self._sub_phase(dropped)
-        return Event("drop", self._step + 1, cycle + 1, dropped)
+        return Event("drop", self._step + 1, cycle + 1, dropped, notes=notes)
 
     def _restore(self, cycle: int) -> Event:
         assert self._sub is not None
