@@ -19,14 +19,20 @@ def regrow(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = "train --data digits --model convnet --method repr --seed 3 --epochs 14 --out".split()
+    sentence = "train --data digits --model convnet --method repr --seed 3 --epochs 14 --out"
+    arguments = sentence.split(" ")
     done = regrow(*arguments, out, *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("test accuracy ")
     assert done.stderr == "", "a progress bar outside a terminal"
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "environment.json", "epochs.jsonl", "events.jsonl", "result.json", "weights.safetensors",
-    ]  # fmt: skip
+        "config.yaml",
+        "environment.json",
+        "epochs.jsonl",
+        "events.jsonl",
+        "result.json",
+        "weights.safetensors",
+    ]
     assert len((out / "epochs.jsonl").read_text().splitlines()) == 14
     again = regrow(*arguments, out, *SMALL)
     assert again.stdout.startswith("already finished")
