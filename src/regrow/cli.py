@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -132,8 +132,16 @@ def report(
     typer.echo(f"report: {page}")
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     # The place in the source that Python's own format shows says nothing to who types a command.
+    del category, filename, lineno, file, line
     typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
 
 
