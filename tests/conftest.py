@@ -1,5 +1,6 @@
 """What every test shares: one thread, reproducible draws, and small nets to work on."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ from hypothesis import settings
 from torch import nn
 
 torch.set_num_threads(1)
+# For the processes that tests start, too: threads that wait for a core spin, and a busy machine stalls.
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile("regrow", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("regrow")
 
