@@ -383,3 +383,11 @@ def test_where_the_tracer_fails_norms_are_still_found_and_nothing_is_claimed():
         assert reads.mixed.startswith("torch-pruning could not trace the model")
         assert len(reads.norms) == 1
         assert not reads.consumers
+
+
+def test_reading_inside_autocast_finds_the_same(make_net):
+    net = make_net()
+    x = X
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = read_structure(net, x)
+    assert inside == read_structure(net, x)

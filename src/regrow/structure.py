@@ -53,7 +53,12 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
             "torch.nn.utils.parametrizations."
         ) from error
     device = next((p.device for p in probe.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.enable_grad(),
+        # Autocast remembers its copies of the weights, and would not see what is silenced here.
+        torch.autocast(device.type, enabled=False),
+    ):
         order, behind = _direct_norms(probe, example_inputs)
         readers = {name: Readers() for name in order}
         try:
