@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from regrow.compensation import compensate, read_as, reestimate_norms
     from regrow.cycle import Event, RePr
     from regrow.scoring import overlap, score
     from regrow.selection import select
@@ -19,12 +20,24 @@ if TYPE_CHECKING:
 _HOMES = {
     "Event": "regrow.cycle",
     "RePr": "regrow.cycle",
+    "compensate": "regrow.compensation",
     "overlap": "regrow.scoring",
+    "read_as": "regrow.compensation",
+    "reestimate_norms": "regrow.compensation",
     "score": "regrow.scoring",
     "select": "regrow.selection",
 }
 
-__all__ = ["Event", "RePr", "overlap", "score", "select"]
+__all__ = [
+    "Event",
+    "RePr",
+    "compensate",
+    "overlap",
+    "read_as",
+    "reestimate_norms",
+    "score",
+    "select",
+]
 
 
 def __getattr__(name: str) -> Any:
