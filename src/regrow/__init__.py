@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from regrow.bridgeout_layers import add_bridgeout, remove_bridgeout
+    from regrow.bridgeout_noise import bridgeout
     from regrow.compensation import compensate, read_as, reestimate_norms
     from regrow.cycle import Event, RePr
     from regrow.scoring import overlap, score
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Event": "regrow.cycle",
     "RePr": "regrow.cycle",
+    "add_bridgeout": "regrow.bridgeout_layers",
+    "bridgeout": "regrow.bridgeout_noise",
     "compensate": "regrow.compensation",
     "overlap": "regrow.scoring",
     "read_as": "regrow.compensation",
     "reestimate_norms": "regrow.compensation",
+    "remove_bridgeout": "regrow.bridgeout_layers",
     "score": "regrow.scoring",
     "select": "regrow.selection",
 }
@@ -31,10 +36,13 @@ _HOMES = {
 __all__ = [
     "Event",
     "RePr",
+    "add_bridgeout",
+    "bridgeout",
     "compensate",
     "overlap",
     "read_as",
     "reestimate_norms",
+    "remove_bridgeout",
     "score",
     "select",
 ]
