@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+import regrow
+
 ROOT = Path(__file__).parents[1]
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_the_lines_for_ones_own_loop_run_as_printed() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 1
+    block = next(block for block in python_blocks() if "RePr" in block)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(),
@@ -38,10 +43,32 @@ def test_the_lines_for_ones_own_loop_run_as_printed() -> None:
         "train_one_epoch": train_one_epoch,
         "note": events.append,
     }
-    exec(blocks[0].replace("event = cycle.step()", "event = cycle.step(); note(event)"), scope)
+    exec(block.replace("event = cycle.step()", "event = cycle.step(); note(event)"), scope)
     kinds = {number: event.kind for number, event in enumerate(events, start=1) if event is not None}
     assert kinds == {20: "drop", 30: "restore", 50: "drop", 60: "restore", 80: "drop", 90: "restore"}
     assert sum(map(len, events[19].filters.values())) == 2  # 30 % of the 8 behind the first convolution
+
+
+def test_the_lines_about_bridgeout_and_compensation_run_as_printed() -> None:
+    block = next(block for block in python_blocks() if "add_bridgeout" in block)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128, 4),
+    )  # fmt: skip
+    keys = list(model.state_dict())
+    x = torch.randn(6, 1, 8, 8)
+    trained = []
+
+    def train_one_epoch(model: nn.Module, *_: object) -> None:
+        trained.append(torch.equal(model(x), model(x)))
+
+    names = {"regrow": regrow, "model": model, "x": x, "loader": None, "optimizer": None}
+    exec(block, {**names, "train_one_epoch": train_one_epoch})
+    assert trained == [False]  # two passes, two draws
+    emitted = model[:3](x)
+    assert int((emitted == 0).flatten(2).all(2).all(0).sum()) == 2  # 30 % of 8 filters
+    assert list(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
