@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.filters import rows
 
 # Weights worked on at a time on a CPU: little scratch memory, and it stays in the core's cache.
-_CHUNK = 2**17
+_CHUNK = 2**18
 # The least size of a weight in the derivative's denominator: far below any that matters to the output.
 _SMALLEST = 1e-6
 # One 64-bit random number decides about four weights.
