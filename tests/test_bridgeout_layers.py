@@ -413,3 +413,36 @@ def test_a_parametrization_that_came_later_is_named(make_net):
     nn.utils.parametrize.remove_parametrizations(net.conv2, "weight")
     remove_bridgeout(net)
     assert type(net.conv2) is nn.Conv2d
+
+
+def test_removed_with_images_the_norms_hold_the_statistics_of_the_weights_without_noise(make_net):
+    net = make_net()
+    quiet = copy.deepcopy(net)
+    add_bridgeout(net, p=0.5)
+    net.train()
+    for _ in range(3):
+        net(X)
+    noisy = net.norm2.running_mean.clone()
+    remove_bridgeout(net, [X])
+    regrow.reestimate_norms(quiet, [X])
+    assert not torch.equal(noisy, quiet.norm2.running_mean)
+    assert torch.equal(net.norm2.running_mean, quiet.norm2.running_mean)
+    assert torch.equal(net.norm2.running_var, quiet.norm2.running_var)
+    assert type(net.conv2) is nn.Conv2d
+
+
+def test_a_calibration_that_fails_leaves_bridgeout_where_it_is(make_net):
+    net = make_net()
+    add_bridgeout(net)
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="calibration"):
+        remove_bridgeout(net, [])
+    assert snapshot(net) == before
+    remove_bridgeout(net)
+
+
+def test_without_batch_norms_images_are_not_needed():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    add_bridgeout(net)
+    remove_bridgeout(net, [X])
+    assert type(net[0]) is nn.Conv2d

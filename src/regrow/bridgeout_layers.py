@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from regrow.bridgeout_noise import check_noise, perturbed
 from regrow.bridgeout_passes import Passes
 from regrow.filters import excluded, unwrap
+from regrow.reestimation import reestimate_norms, running_norms
 
 _VERSION = 1
 
@@ -73,12 +74,19 @@ def add_bridgeout(
     return {"version": _VERSION, "layers": list(layers), "settings": settings}
 
 
-def remove_bridgeout(model: nn.Module) -> None:
+def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None) -> None:
     """Undo ``add_bridgeout``: the layers are of their own classes again, and the hooks are gone.
 
+    Args:
+        model: the module that was given to ``add_bridgeout``.
+        calibration: batches of a few hundred unlabelled images, as in ``compensate``. Pass them once
+            training is over: the batch norms have recorded the statistics of noisy weights, and the
+            network without noise is better with its own (``reestimate_norms``). Without batch norms, or
+            without ``calibration``, nothing is re-estimated.
+
     Raises:
-        ValueError: ``model`` is not one that was given to ``add_bridgeout``, or a layer has been
-            parametrized since. Nothing is changed.
+        ValueError: ``model`` is not one that was given to ``add_bridgeout``, a layer has been
+            parametrized since, or as ``reestimate_norms``. Nothing is changed.
     """
     model = unwrap(model)
     passes = _passes(model)
@@ -92,6 +100,8 @@ def remove_bridgeout(model: nn.Module) -> None:
             raise ValueError(
                 f"{name!r} was parametrized after Bridgeout was added: remove the parametrization first."
             )
+    if calibration is not None and running_norms(model):
+        reestimate_norms(model, calibration)  # in evaluation mode, in which a layer reads w itself
     for layer in layers.values():
         layer.__class__ = type(layer)._plain
         del layer._bridgeout

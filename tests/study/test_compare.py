@@ -161,6 +161,13 @@ def test_methods_may_differ_in_their_own_settings_but_seeds_of_one_may_not():
         check_comparable([*runs, run("repr", 2, fraction=0.2)])
 
 
+def test_each_method_may_have_the_weight_decay_that_suits_it():
+    runs = [run("standard", 0, weight_decay=5e-3), run("dropout", 0, weight_decay=5e-4, p=0.1)]
+    check_comparable(runs)
+    with pytest.raises(ValueError, match="weight_decay is"):
+        check_comparable([*runs, run("standard", 1, weight_decay=5e-4)])
+
+
 def test_cycles_of_other_lengths_are_another_learning_rate_for_every_method():
     with pytest.raises(ValueError, match="cycles is 3 and 2"):
         check_comparable([run("standard", 0, cycles=3), run("repr", 0, cycles=2)])

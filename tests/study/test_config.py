@@ -4,7 +4,7 @@ from typing import Any, get_args
 import pytest
 
 from regrow import scoring, selection, subphase
-from regrow.study import names
+from regrow.study import compare, names
 from regrow.study.config import RunConfig, make_config, read_settings
 
 
@@ -17,6 +17,7 @@ from regrow.study.config import RunConfig, make_config, read_settings
         ("criterion", scoring.CRITERIA),
         ("consumers", subphase.CONSUMERS),
         ("scope", selection.SCOPES),
+        ("method", (*compare.METHOD_SETTINGS, *names.METHOD_ALIASES)),
     ],
 )
 def test_every_choice_of_the_library_can_be_named_and_no_other(field: str, known: tuple[str, ...]) -> None:
@@ -26,6 +27,10 @@ def test_every_choice_of_the_library_can_be_named_and_no_other(field: str, known
 def test_every_setting_says_what_it_is() -> None:
     for name, field in RunConfig.model_fields.items():
         assert field.description, name
+
+
+def test_backprop_is_standard_training() -> None:
+    assert make_config({"method": "backprop"}) == make_config({"method": "standard"})
 
 
 def test_defaults_run_standard_training_on_digits() -> None:
@@ -42,6 +47,10 @@ def test_defaults_run_standard_training_on_digits() -> None:
         ({"fraction": float("nan")}, "fraction"),
         ({"criterion": "orto"}, "criterion: .*'ortho'.*got 'orto'"),
         ({"epochs": 0}, "epochs"),
+        ({"p": 1.0}, "p: input should be less than 1"),
+        ({"q": 0}, "q: input should be greater than 0"),
+        ({"target_fraction": 0}, "target_fraction"),
+        ({"method": "bridgout"}, "method: .*'bridgeout'.*got 'bridgout'"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
         ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),

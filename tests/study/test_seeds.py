@@ -20,9 +20,12 @@ def test_a_pair_is_not_counted_twice() -> None:
         parse_seeds("0-2,1")
     with pytest.raises(ValueError, match="repr twice"):
         parse_methods("repr,standard,repr")
+    with pytest.raises(ValueError, match="standard twice"):
+        parse_methods("standard,backprop")
 
 
 def test_methods() -> None:
     assert parse_methods("standard, repr") == ["standard", "repr"]
+    assert parse_methods("backprop,bridgeout") == ["standard", "bridgeout"]
     with pytest.raises(ValueError, match="standard,repr"):
         parse_methods(" , ")

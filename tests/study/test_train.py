@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from regrow.study import records
+from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import make_config
-from regrow.study.data import load_data
-from regrow.study.feeding import Batches
+from regrow.study.data import Splits, load_data
+from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.models import build_model
 from regrow.study.train import Diverged, evaluate, settings_of, train
 
@@ -46,7 +47,7 @@ def test_a_run_leaves_its_settings_curves_events_and_weights(tmp_path: Path) -> 
     assert record.result["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["standard", "repr"])
+@pytest.mark.parametrize("method", list(METHOD_SETTINGS))
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method: str) -> None:
     for name in ("a", "b"):
         run(tmp_path / name, method=method, seed=5)
@@ -98,6 +99,64 @@ def test_the_recorded_settings_repeat_the_run(tmp_path: Path) -> None:
     train(config, tmp_path / "b")
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("a", "b"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", ["bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout"])
+def test_with_a_strength_of_0_a_rival_is_standard_training(tmp_path: Path, method: str) -> None:
+    standard = run(tmp_path / "standard", seed=5)
+    other = run(tmp_path / "other", method=method, p=0.0, reestimate=False, seed=5)
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("standard", "other"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert standard.result is not None
+    assert other.result is not None
+    assert other.result["test_loss"] == standard.result["test_loss"]
+    run(tmp_path / "noisy", method=method, p=0.3, reestimate=False, seed=5)
+    noisy = load_file(tmp_path / "noisy" / "weights.safetensors")
+    assert not torch.equal(noisy["classifier.weight"], one["classifier.weight"])
+
+
+def test_targeting_and_q_reach_the_noise(tmp_path: Path) -> None:
+    weights = []
+    for name, settings in {
+        "plain": {"method": "bridgeout"},
+        "q": {"method": "bridgeout", "q": 1.0},
+        "targeted": {"method": "targeted-bridgeout", "target_fraction": 0.5},
+        # All of the weights are targets: no other than plain Bridgeout.
+        "all": {"method": "targeted-bridgeout", "target_fraction": 1.0},
+    }.items():
+        run(tmp_path / name, epochs=1, **settings)
+        weights.append(load_file(tmp_path / name / "weights.safetensors")["features.1.conv.weight"])
+    assert torch.equal(weights[0], weights[3])
+    assert not any(torch.equal(weights[0], other) for other in weights[1:3])
+
+
+def test_after_bridgeout_the_statistics_are_those_of_the_network_without_noise(tmp_path: Path) -> None:
+    settings = {"method": "bridgeout", "epochs": 3, "seed": 1}
+    taken = run(tmp_path / "taken", **settings)
+    left = run(tmp_path / "left", reestimate=False, **settings)
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("taken", "left"))
+    differing = {key for key in one if not torch.equal(one[key], two[key])}
+    assert differing == {
+        f"features.{i}.norm.{name}"
+        for i in range(3)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    # The first norm's mean by another way: the convolution's own mean over the same pictures.
+    splits = load_data("digits", train_size=300)
+    model = build_model("convnet", classes=10, channels=1, size=(8, 8), width=8)
+    model.load_state_dict(one)
+    pictures = torch.cat(calibration_batches(splits.train, mean=splits.mean, std=splits.std))
+    assert len(pictures) == 300
+    mean = model.get_submodule("features.0.conv")(pictures).mean((0, 2, 3))
+    torch.testing.assert_close(one["features.0.norm.running_mean"], mean, rtol=1e-3, atol=1e-4)
+    assert taken.result is not None
+    assert left.result is not None
+    # Measured again with the new statistics, not carried over from the last epoch.
+    assert taken.result["validation_accuracy"] == evaluate(model, validation_of(splits))["accuracy"]
+
+
+def validation_of(splits: Splits) -> Batches:
+    return Batches(splits.validation, batch_size=500, mean=splits.mean, std=splits.std, shuffle=False)
 
 
 def test_a_loss_of_nan_ends_the_run_and_names_step_rate_and_last_good_state(tmp_path: Path) -> None:

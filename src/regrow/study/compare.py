@@ -13,10 +13,28 @@ if TYPE_CHECKING:
 
     from regrow.study.records import RunRecord
 
-# The settings a method brings with it: methods may differ in these, and in nothing else. The lengths of
-# the cycle are not among them: the learning rate of every method, standard training too, follows them.
-METHOD_SETTINGS = frozenset({"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first"})
-_LABELS = {"standard": "Standard training", "repr": "RePr"}
+_REPR = frozenset({"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first"})
+# The settings a method brings with it: methods may differ in these. The lengths of the cycle are not among
+# them: the learning rate of every method, standard training too, follows them.
+METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
+    "standard": frozenset(),
+    "repr": _REPR,
+    "bridgeout": frozenset({"p", "q", "reestimate"}),
+    "targeted-bridgeout": frozenset({"p", "q", "target_fraction", "reestimate"}),
+    "dropout": frozenset({"p"}),
+    "targeted-dropout": frozenset({"p", "target_fraction"}),
+}
+# Every method regularises by weight decay too, and standard training by nothing else: a fair comparison
+# gives each the strength that suits it, and the report shows it.
+STRENGTHS = frozenset({"weight_decay"})
+_LABELS = {
+    "standard": "Standard training",
+    "repr": "RePr",
+    "bridgeout": "Bridgeout",
+    "targeted-bridgeout": "Targeted Bridgeout",
+    "dropout": "Dropout",
+    "targeted-dropout": "Targeted dropout",
+}
 _MISSING = object()
 
 
@@ -120,8 +138,8 @@ def spread(values: Sequence[float]) -> Spread:
 def check_comparable(runs: Sequence[RunRecord]) -> None:
     """Raise ``ValueError`` when a difference between ``runs`` would not be the methods'.
 
-    Runs of one method may differ in the seed only; runs of two methods also in ``METHOD_SETTINGS``. A
-    method may have each seed once.
+    Runs of one method may differ in the seed only; runs of two methods also in ``METHOD_SETTINGS`` and
+    ``STRENGTHS``. A method may have each seed once.
     """
     first_of: dict[str, RunRecord] = {}
     seen: dict[tuple[str, int], RunRecord] = {}
@@ -133,7 +151,8 @@ def check_comparable(runs: Sequence[RunRecord]) -> None:
             )
         first = first_of.setdefault(run.method, run)
         _check_same(first, run, besides={"seed"})
-        _check_same(runs[0], run, besides={"seed", "method", *METHOD_SETTINGS})
+        own = METHOD_SETTINGS.values()
+        _check_same(runs[0], run, besides={"seed", "method"}.union(STRENGTHS, *own))
 
 
 def summarise(runs: Sequence[RunRecord], baseline: str = "standard") -> list[MethodSummary]:

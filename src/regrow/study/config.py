@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from regrow.study.names import METHOD_ALIASES
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.suggest import nearest
 
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
-_DATA, _MODEL, _TRAINING, _REPR, _RUN = "Data", "Model", "Training", "RePr", "Run"
+_DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
+    "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
+)  # fmt: skip
 
 
 def _setting(default: Any, panel: str, help: str, **limits: Any) -> Any:
@@ -64,7 +67,13 @@ class RunConfig(BaseModel):
         "standard training gets the same.",
     )
 
-    method: Literal["standard", "repr"] = _setting("standard", _REPR, "How to train.")
+    method: Literal[
+        "standard", "backprop", "repr", "bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout"
+    ] = _setting(
+        "standard",
+        _TRAINING,
+        "How to train. backprop is another name of standard: weight decay and nothing else.",
+    )
     fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
     cycles: int | None = _setting(
         None, _REPR, "How often to drop and restore (default: placed in the epochs).", ge=1
@@ -88,11 +97,27 @@ class RunConfig(BaseModel):
     exclude: tuple[str, ...] = _setting((), _REPR, "Layers to leave alone; may be given several times.")
     skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
 
+    p: float = _setting(
+        0.3, _NOISE, "Probability that Bridgeout drops a weight, or dropout an activation.", ge=0, lt=1
+    )
+    q: float = _setting(1.5, _NOISE, "The norm of the penalty that Bridgeout's noise amounts to.", gt=0)
+    target_fraction: float = _setting(
+        0.75, _NOISE, "What targeted-* may drop: the share that is smallest in magnitude.", gt=0, le=1
+    )
+    reestimate: bool = _setting(
+        True, _NOISE, "Re-estimate batch-norm statistics when Bridgeout's noise is taken off at the end."
+    )
+
     seed: int = _setting(
         0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0
     )
     device: str = _setting("auto", _RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")
     threads: int | None = _setting(None, _RUN, "CPU threads (default: PyTorch's choice).", ge=1)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_name(cls, method: object) -> object:
+        return METHOD_ALIASES.get(method, method) if isinstance(method, str) else method
 
     @property
     def rate(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from regrow.study.names import AUGMENTATIONS
 from regrow.suggest import nearest
 
 _PIXELS_AT_ONCE = 2**21  # 8 MiB as float32
+_CALIBRATION = 512
 
 
 class Batches:
@@ -123,3 +125,16 @@ class Batches:
         # Bytes until here, a quarter of what float would have to move.
         batch = pictures.float().sub_(self._mean).mul_(self._scale)
         return batch.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:
+    """The first 512 of ``images`` in batches of 128, as they are: what statistics are taken from.
+
+    Of a training set from ``load_data`` they are a stratified part, the same for every run.
+
+    Args:
+        images: unaugmented; fewer than 512 are all taken.
+        settings: ``mean``, ``std``, ``device`` and ``channels`` of ``Batches``.
+    """
+    first = Images(images.pixels[:_CALIBRATION], images.labels[:_CALIBRATION])
+    return [pictures for pictures, _ in Batches(first, batch_size=128, shuffle=False, **settings).epoch(0)]

@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.study import compare, figures
+from regrow.study import compare, figures, pruned
 from regrow.study.compare import METHOD_SETTINGS, MethodSummary, summarise
 from regrow.study.figures import NARROW, WIDE, Series
+from regrow.study.pruned import CurveSet, curve_sets
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
 
 if TYPE_CHECKING:
@@ -53,11 +54,20 @@ def write_report(
     order = {each.method: place for place, each in enumerate(summaries)}
     runs = sorted(runs, key=lambda run: (order.get(run.method, len(order)), run.method, run.seed))
     rows = run_rows(runs, summaries, path.parent)
-    page = _render(runs, summaries, rows, title, baseline, path.parent)
+    finished = [run for run in runs if run.result is not None]
+    curves = curve_sets(finished, baseline=baseline)
+    page = _render(runs, summaries, rows, curves, title, baseline, path.parent)
     methods = method_rows(summaries)
     write_json(
         path.parent / "results.json",
-        {"version": VERSION, "title": title, "baseline": baseline, "methods": methods, "runs": rows},
+        {
+            "version": VERSION,
+            "title": title,
+            "baseline": baseline,
+            "methods": methods,
+            "runs": rows,
+            "curves": [pruned.to_dict(each) for each in curves],
+        },
     )
     write_text(path.parent / "results.csv", _csv(rows, methods))
     write_text(path, page)
@@ -151,6 +161,7 @@ def _render(
     runs: Sequence[RunRecord],
     summaries: Sequence[MethodSummary],
     rows: Sequence[Mapping[str, Any]],
+    curves: Sequence[CurveSet],
     title: str,
     baseline: str,
     home: Path,
@@ -181,6 +192,8 @@ def _render(
         signed=compare.signed,
         interval=compare.interval,
         duration=compare.duration,
+        estimate=pruned.percent,
+        area=pruned.area,
         setting=_setting,
         # "95 %" and "n = 3" are not to be torn apart at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
@@ -197,8 +210,11 @@ def _render(
         rows=[{**row, "planned": run.config.get("epochs")} for row, run in zip(rows, runs, strict=True)],
         figures={
             name: (Markup(_uri(draw, WIDE)), Markup(_uri(draw, NARROW)))
-            for name, draw in _drawings(series, summaries).items()
+            for name, draw in _drawings(series, summaries, curves).items()
         },
+        pruned=curves,
+        readings=[reading for reading in pruned.READINGS if any(reading in each.readings for each in curves)],
+        outdated=[_near(run.folder, home) for run in pruned.outdated(finished)],
         maps=[
             {"method": each.method, "shown": min(_MAPS, len(each.runs)), "runs": len(each.runs)}
             for each in _mapped(series)
@@ -217,10 +233,13 @@ def _render(
 
 
 def _drawings(
-    series: Sequence[Series], summaries: Sequence[MethodSummary]
+    series: Sequence[Series], summaries: Sequence[MethodSummary], curves: Sequence[CurveSet]
 ) -> dict[str, Callable[[float], Figure]]:
     differences = {each.method: each.difference for each in summaries if each.difference}
     drawings: dict[str, Callable[[float], Figure]] = {"dots": partial(figures.dots, series, differences)}
+    colors = {each.method: each.color for each in series}
+    for index, each_set in enumerate(curves):
+        drawings[f"pruned {index}"] = partial(figures.pruned_curves, each_set, colors)
     trained = [each for each in series if any(run.epochs for run in each.runs)]
     if trained:
         drawings["curves"] = partial(figures.learning_curves, trained)
@@ -262,15 +281,16 @@ def _settings(series: Sequence[Series]) -> dict[str, Any]:
         for key in dict.fromkeys(key for config in configs for key in config)
         if key not in ("version", "method", "seed")
     ]
+    owned = frozenset().union(*METHOD_SETTINGS.values())
     shared = {
         key: configs[0].get(key)
         for key in keys
-        if key not in METHOD_SETTINGS and all(config.get(key) == configs[0].get(key) for config in configs)
+        if key not in owned and all(config.get(key) == configs[0].get(key) for config in configs)
     }
     differing = {
         key: [
             "—"
-            if config["method"] == "standard" and key in METHOD_SETTINGS
+            if key in owned and key not in METHOD_SETTINGS.get(config["method"], owned)
             else _setting(config.get(key, "—"))
             for config in configs
         ]

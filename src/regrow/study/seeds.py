@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TypeVar
 
+from regrow.study.names import METHOD_ALIASES
+
 T = TypeVar("T", int, str)
 
 
@@ -24,12 +26,13 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_methods(text: str) -> list[str]:
-    """``"standard,repr"`` as a list, the baseline first.
+    """``"standard,repr"`` as a list, the baseline first; other names of a method are replaced.
 
     Raises:
         ValueError: nothing, or a method given twice.
     """
-    methods = [part.strip() for part in text.split(",") if part.strip()]
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    methods = [METHOD_ALIASES.get(name, name) for name in names]
     if not methods:
         raise ValueError("--methods takes names such as standard,repr.")
     return _once("--methods", methods)

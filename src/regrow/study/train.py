@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from regrow.bridgeout_layers import add_bridgeout, remove_bridgeout
 from regrow.cycle import RePr
 from regrow.filters import eligible
 from regrow.scoring import overlap
 from regrow.study import records
 from regrow.study.config import RunConfig
 from regrow.study.data import load_data
-from regrow.study.feeding import Batches
+from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.models import build_model, model_channels
 from regrow.study.progress import Progress
+from regrow.study.rivals import add_dropout
 from regrow.study.schedule import rate_factor
 
 _EVALUATION_BATCH = 500
@@ -83,6 +85,11 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
     )
     validation = Batches(splits.validation, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
     test = Batches(splits.test, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
+    calibration = calibration_batches(splits.train, **feed)
+    if config.method in ("bridgeout", "targeted-bridgeout"):
+        add_bridgeout(model, config.p, config.q, target_fraction=_targeted(config), seed=config.seed)
+    elif config.method in ("dropout", "targeted-dropout"):
+        add_dropout(model, config.p, _targeted(config))
     optimizer = make_optimizer(model, config)
     repr_: RePr | None = None
     if config.method == "repr":
@@ -104,7 +111,7 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
         )
     _start_folder(config, folder, device)
     with progress or Progress(quiet=True) as shown:
-        _run(config, folder, model, optimizer, repr_, (train_batches, validation, test), shown)
+        _run(config, folder, model, optimizer, repr_, (train_batches, validation, test), calibration, shown)
     return True
 
 
@@ -115,6 +122,7 @@ def _run(
     optimizer: torch.optim.Optimizer,
     repr_: RePr | None,
     batches: tuple[Batches, Batches, Batches],
+    calibration: list[Tensor],
     progress: Progress,
 ) -> None:
     train_batches, validation, test = batches
@@ -180,6 +188,9 @@ def _run(
             records.append_line(
                 records.events_path(folder), {"version": records.VERSION, "epoch": epoch, **event.to_dict()}
             )
+    if config.method in ("bridgeout", "targeted-bridgeout"):
+        remove_bridgeout(model, calibration if config.reestimate else None)
+        measured = evaluate(model, validation)
     final = evaluate(model, test)
     save_weights(_state(model), records.weights_path(folder))
     records.write_json(
@@ -284,6 +295,10 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _targeted(config: RunConfig) -> float:
+    return config.target_fraction if config.method.startswith("targeted-") else 1.0
 
 
 def _device(name: str) -> torch.device:
