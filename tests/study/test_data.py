@@ -85,6 +85,16 @@ def test_label_noise_touches_training_labels_only() -> None:
     assert torch.equal(clean.test.labels, noisy.test.labels)
 
 
+def test_pictures_are_made_smaller_in_all_parts() -> None:
+    whole, small = load_data("digits"), load_data("digits", image_size=4)
+    assert small.size == (4, 4)
+    for one, other in ((whole.train, small.train), (whole.test, small.test)):
+        assert torch.equal(one.labels, other.labels)
+        by_hand = one.pixels[0, 0, :2, :2].float().mean().round()
+        assert other.pixels[0, 0, 0, 0] == by_hand
+    assert load_data("digits", image_size=8).size == (8, 8)
+
+
 def test_folder_without_parts_is_split(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -106,7 +116,7 @@ def test_folder_without_parts_is_split(tmp_path: Path) -> None:
         ({"name": "digits", "label_noise": 1.0}, "label_noise .* below 1, not 1.0"),
         ({"name": "digits", "train_size": 0}, "train_size must be 1 or more"),
         ({"name": "digits", "train_size": 1080}, "1079 pictures are available"),
-        ({"name": "digits", "image_size": 16}, "image_size is for folder only"),
+        ({"name": "digits", "image_size": 16}, "digits are 8 pixels a side: .*1 to 8, not 16"),
         ({"name": "folder", "image_size": 16}, "--data-dir FOLDER"),
         ({"name": "folder", "data_dir": Path("x")}, "--image-size 64"),
         ({"name": "folder", "data_dir": Path("x"), "image_size": 0}, "--image-size 64"),

@@ -66,6 +66,13 @@ def test_vgg_counts() -> None:
     assert convolutions == {11: 8, 13: 10, 16: 13, 19: 16}  # and the published three linear layers
 
 
+def test_the_shallow_vgg_has_three_stages() -> None:
+    model = vgg(10, 1, (14, 14), depth=7, width=0.5)
+    filters = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert filters == [32, 32, 64, 64, 128, 128]
+    assert model(torch.zeros(2, 1, 14, 14)).shape == (2, 10)
+
+
 def test_vgg_width_and_pools() -> None:
     model = vgg(10, 3, (32, 32), depth=11, width=0.25)
     filters = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -128,7 +135,7 @@ def test_he_start() -> None:
         (lambda: convnet(10, 1, (8, 8), depth=0), "convnet takes a depth from 1, not 0"),
         (lambda: convnet(10, 1, (8, 8), width=0.5), "number of filters"),
         (lambda: convnet(10, 1, (8, 8), pooling="mean"), "pooling is one of max, avg, none"),
-        (lambda: vgg(10, 1, (8, 8), depth=12), "vgg takes a depth of 11, 13, 16, 19, not 12"),
+        (lambda: vgg(10, 1, (8, 8), depth=12), "vgg takes a depth of 7, 11, 13, 16, 19, not 12"),
         (lambda: vgg(10, 1, (8, 8), width=0), "vgg takes a width above 0"),
         (lambda: vgg(10, 1, (8, 8), pooling="mean"), "pooling is one of"),
         (lambda: resnet(10, 1, depth=18), "resnet takes a depth of 6n.2 from 20 to 110"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from regrow.study.images import Images
+from regrow.study.images import Images, shrunk
 
 
 def test_take_keeps_pictures_and_labels_together() -> None:
@@ -24,3 +24,11 @@ def test_take_keeps_pictures_and_labels_together() -> None:
 def test_wrong_tensors_are_refused(pixels: torch.Tensor, labels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Images(pixels, labels)
+
+
+def test_shrunk_pictures_are_means_over_areas() -> None:
+    pixels = torch.tensor([[[[0, 2, 9, 9], [4, 6, 9, 9], [1, 1, 0, 0], [1, 2, 0, 255]]]], dtype=torch.uint8)
+    small = shrunk(Images(pixels, torch.tensor([7])), 2)
+    # Means 3, 9, 1.25 and 63.75, rounded.
+    assert small.pixels.flatten().tolist() == [3, 9, 1, 64]
+    assert small.labels.tolist() == [7]

@@ -34,7 +34,9 @@ class RunConfig(BaseModel):
     data_dir: str | None = _setting(
         None, _DATA, "Where the data lies or is downloaded to (default: $REGROW_DATA, or ./data)."
     )
-    image_size: int | None = _setting(None, _DATA, "Side of the pictures of --data folder, in pixels.", ge=4)
+    image_size: int | None = _setting(
+        None, _DATA, "Side of the pictures in pixels: --data folder needs one, others are made smaller.", ge=4
+    )
     train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1)
     label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
@@ -43,7 +45,9 @@ class RunConfig(BaseModel):
     model: str = _setting(
         "convnet", _MODEL, "convnet, vgg, resnet (CIFAR family), wrn, or any torchvision or timm name."
     )
-    depth: int | None = _setting(None, _MODEL, "Layers: convnet 3, vgg 16, resnet 20, wrn 16.", ge=1)
+    depth: int | None = _setting(
+        None, _MODEL, "Layers: convnet 3, vgg 16 (7 to 19), resnet 20, wrn 16.", ge=1
+    )
     width: float | None = _setting(
         None, _MODEL, "Filters: convnet 32, resnet 16; factor: vgg 1, wrn 4.", gt=0
     )

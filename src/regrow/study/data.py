@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regrow.study.folders import image_folder
-from regrow.study.images import Images, Source
+from regrow.study.images import Images, Source, shrunk
 from regrow.study.names import DATA_NAMES
 from regrow.study.sources import DataNotFound, cifar, default_folder, digits, fashion_mnist
 from regrow.study.splits import channel_statistics, noisy_labels, stratified_split
@@ -59,7 +59,8 @@ def load_data(
         train_size: keep this many pictures of ``train``, classes in proportion; smaller subsets are
             contained in larger ones. Default: all.
         label_noise: share of the training labels, in [0, 1), replaced by another class.
-        image_size: side in pixels, for ``folder`` only.
+        image_size: side in pixels. ``folder`` needs one; the pictures of the others are square and are
+            made smaller by averaging over areas.
 
     Raises:
         DataNotFound: the data is not there and cannot be downloaded (a ValueError).
@@ -91,12 +92,22 @@ def _source(name: str, data_dir: Path | None, image_size: int | None) -> Source:
         if image_size is None or image_size < 1:
             raise ValueError("folder needs the side of its pictures in pixels: pass --image-size 64, say.")
         return image_folder(Path(data_dir), image_size)
-    if image_size is not None:
-        raise ValueError(f"image_size is for folder only: {name} has one size. Leave it out.")
-    if name == "digits":
-        return digits()
     folder = default_folder() if data_dir is None else Path(data_dir)
-    return fashion_mnist(folder) if name == "fashion-mnist" else cifar(name, folder)
+    if name == "digits":
+        source = digits()
+    else:
+        source = fashion_mnist(folder) if name == "fashion-mnist" else cifar(name, folder)
+    side = source.train.pixels.shape[2]
+    if image_size is None or image_size == side:
+        return source
+    if not 0 < image_size < side:
+        raise ValueError(
+            f"pictures of {name} are {side} pixels a side: image_size makes them smaller, 1 to {side}, not "
+            f"{image_size}."
+        )
+    parts = {part: getattr(source, part) for part in ("train", "validation", "test")}
+    small = {part: shrunk(images, image_size) for part, images in parts.items() if images is not None}
+    return replace(source, **small)
 
 
 def _split(source: Source, seed: int) -> tuple[Images, Images, Images]:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from regrow.study.names import POOLINGS
 
-_VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_VGG_STAGES = {
+    7: (2, 2, 2),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
 _VGG_FILTERS = (64, 128, 256, 512, 512)
 
 
@@ -51,13 +57,14 @@ def vgg(
 ) -> nn.Sequential:
     """VGG for small pictures: five stages of ``width`` × (64 … 512) filters, one linear layer.
 
-    A 2×2 pool ends each stage while the picture is at least 2 pixels a side.
+    Depth 7 has the first three stages only, of two layers each: for pictures of 14×14 pixels or so. A 2×2
+    pool ends each stage while the picture is at least 2 pixels a side.
     """
     _check_pooling(pooling)
     if depth not in _VGG_STAGES:
         raise ValueError(f"vgg takes a depth of {', '.join(map(str, _VGG_STAGES))}, not {depth}.")
     blocks, inputs, side = [], channels, min(size)
-    for layers, filters in zip(_VGG_STAGES[depth], _scaled("vgg", _VGG_FILTERS, width), strict=True):
+    for layers, filters in zip(_VGG_STAGES[depth], _scaled("vgg", _VGG_FILTERS, width), strict=False):
         for layer in range(layers):
             pooled = pooling != "none" and layer == layers - 1 and side >= 2
             blocks.append(_block(inputs, filters, batch_norm, pooling if pooled else "none"))

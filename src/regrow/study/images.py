@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+# As floats they take four times their memory.
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,12 @@ class Source:
     classes: tuple[str, ...]
     validation: Images | None = None
     test: Images | None = None
+
+
+def shrunk(images: Images, side: int) -> Images:
+    """``images`` made ``side`` × ``side`` pixels, each the mean over its area, rounded."""
+    parts = [
+        adaptive_avg_pool2d(pixels.float(), side).round_().to(torch.uint8)
+        for pixels in images.pixels.split(_AT_ONCE)
+    ]
+    return Images(torch.cat(parts), images.labels)
