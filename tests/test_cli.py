@@ -46,7 +46,7 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"], ["curve"]])
 def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['regrow', *{command}, '--help']\n"
@@ -57,9 +57,12 @@ def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
-    for word in {"train": ["--data", "--out", "Example:"], "compare": ["--seeds", "--methods"]}.get(
-        "".join(command), ["report"]
-    ):
+    words = {
+        "train": ["--data", "--out", "Example:"],
+        "compare": ["--seeds", "--methods"],
+        "curve": ["--criterion", "--fractions", "Example:"],
+    }
+    for word in words.get("".join(command), ["report"]):
         assert word in shown.stdout
 
 
@@ -90,14 +93,55 @@ def test_compare_and_report(tmp_path: Path) -> None:
     assert page.read_text().count("<html") == 1
 
 
+def test_curve_measures_two_runs_and_the_report_shows_it(tmp_path: Path) -> None:
+    runs = [tmp_path / "cmp" / name for name in ("standard-seed0", "repr-seed0")]
+    for run in runs:
+        method = run.name.split("-")[0]
+        trained = CliRunner().invoke(
+            app, ["train", "--method", method, "--epochs", "3", "--out", str(run), *SMALL]
+        )
+        assert trained.exit_code == 0, trained.output
+    done = regrow("curve", *runs, "--criterion", "random", "--fractions", "0,50", "--split", "validation")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "a progress bar outside a terminal"
+    assert "2 of 2 runs measured." in done.stdout
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    written = [path.name for path in (tmp_path / "cmp").iterdir() if path.is_file()]
+    assert sorted(written) == ["curve.json", "curve.png", "curve.svg"]
+    assert all((run / "curve-validation-random-layer.json").exists() for run in runs)
+    again = CliRunner().invoke(
+        app,
+        [
+            "curve",
+            str(tmp_path / "cmp"),
+            "--criterion",
+            "random",
+            "--fractions",
+            "50",
+            "--split",
+            "validation",
+        ],
+    )
+    assert "0 of 2 runs measured" in again.output
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "cmp")])
+    assert done.exit_code == 0, done.output
+    assert 'id="pruned"' in (tmp_path / "cmp" / "report.html").read_text()
+
+
 def test_unknown_values_are_refused(tmp_path: Path) -> None:
     for arguments, message in (
         (["compare", "--methods", "standard,rper"], "rper"),
         (["compare", "--seeds", "x"], "0-4"),
         (["train", "--config", str(tmp_path / "none.yaml")], "no configuration file"),
         (["report", str(tmp_path)], "no run found"),
+        (["curve", str(tmp_path)], "no run found"),
+        (["curve", str(tmp_path), "--fractions", "0.3"], "write 30"),
+        (["curve", str(tmp_path), "--readings", "zeroed,remved"], "did you mean 'removed'"),
+        (["curve", str(tmp_path), "--criterion", "l3"], "did you mean 'l2'"),
+        (["curve", str(tmp_path), "--scope", "layers"], "did you mean 'layer'"),
+        (["curve", str(tmp_path), "--split", "train"], "choose from 'test', 'validation'"),
     ):
-        out = [] if arguments[0] == "report" else ["--out", str(tmp_path / "o")]
+        out = [] if arguments[0] in ("report", "curve") else ["--out", str(tmp_path / "o")]
         failed = CliRunner().invoke(app, [*arguments, *out])
         assert failed.exit_code == 1
         assert message in str(failed.exception)

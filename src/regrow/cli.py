@@ -132,6 +132,51 @@ def report(
     typer.echo(f"report: {page}")
 
 
+@app.command()
+def curve(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    criterion: Annotated[
+        str, typer.Option(help="What ranks the filters; the lowest go first: l2, l1, ortho, random, …")
+    ] = "l2",
+    scope: Annotated[
+        str, typer.Option(help="layer cuts the same share of every layer, global ranks all together.")
+    ] = "layer",
+    fractions: Annotated[
+        str, typer.Option(help="Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
+    ] = "0-90",
+    readings: Annotated[
+        str, typer.Option(help="What it means that a filter is cut.")
+    ] = "zeroed,removed,compensated",
+    split: Annotated[
+        str, typer.Option(help="Pictures to measure on: test, or validation to choose settings.")
+    ] = "test",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for curve.json, curve.svg and curve.png (default: that given)."),
+    ] = None,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Measure again what is there.")] = False,
+) -> None:
+    """Cut more and more filters of trained networks, without fine-tuning, and measure their accuracy.
+
+    Example: regrow curve runs/digits --split validation
+    """
+    from regrow.study.fractions import parse_fractions, parse_readings
+
+    wanted = parse_fractions(fractions), parse_readings(readings)
+    from regrow.study.measure import run_curves
+
+    run_curves(
+        folders,
+        fractions=wanted[0],
+        readings=wanted[1],
+        criterion=criterion,
+        scope=scope,
+        split=split,
+        out=out,
+        rerun=rerun,
+    )
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],

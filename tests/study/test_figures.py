@@ -6,7 +6,8 @@ import pytest
 
 from regrow.study import figures
 from regrow.study.compare import paired
-from regrow.study.figures import NARROW, WIDE, Series, off_map, printable, sub_phases, svg
+from regrow.study.figures import NARROW, WIDE, Series, off_map, png, printable, sub_phases, svg
+from regrow.study.pruned import Curve, CurveSet
 from regrow.study.records import RunRecord
 
 
@@ -69,6 +70,20 @@ def series(method="repr", runs=2, **settings):
     return Series(method, "#D55E00", [make_run(seed, method=method, **settings) for seed in range(runs)])
 
 
+CURVES = CurveSet(
+    "test",
+    "l2",
+    "layer",
+    "standard",
+    0.1,
+    (
+        Curve("standard", "zeroed", (0.0, 0.5), {0: (0.9, 0.3), 1: (0.8, 0.4)}),
+        Curve("repr", "zeroed", (0.0, 0.5), {0: (0.9, 0.5)}),
+        Curve("standard", "compensated", (0.0, 0.5), {0: (0.9, 0.6), 1: (0.8, 0.7)}),
+    ),
+)
+COLORS = {"standard": "#010203", "repr": "#040506"}
+
 DRAWINGS = {
     "dots": lambda width: figures.dots(
         [series("standard"), series()], {"repr": paired({0: 1.0, 1: 2.0}, {0: 2.0, 1: 2.5})}, width
@@ -76,6 +91,7 @@ DRAWINGS = {
     "curves": lambda width: figures.learning_curves([series("standard", events=False), series()], width),
     "overlap": lambda width: figures.overlap_curves([series()], width),
     "map": lambda width: figures.filter_map(series(runs=3).runs, "#D55E00", width),
+    "pruned": lambda width: figures.pruned_curves(CURVES, COLORS, width),
 }
 
 
@@ -139,3 +155,41 @@ def test_many_thin_layers_do_not_print_over_each_other():
     )
     assert len(heights) > 20
     assert min(np.diff(heights)) > 8
+
+
+def drawn(width=WIDE, **settings):
+    """The panels of the pruned curves."""
+    return figures.pruned_curves(CURVES, COLORS, width, **settings)
+
+
+def test_pruned_curves_are_means_with_a_band_of_one_standard_error():
+    zeroed, compensated = drawn().axes
+    standard, other, chance = zeroed.get_lines()
+    assert standard.get_xdata().tolist() == [0, 50]
+    assert standard.get_ydata() == pytest.approx([85, 35])
+    assert other.get_ydata() == pytest.approx([90, 50])
+    assert list(chance.get_ydata()) == [10, 10]
+    assert [line.get_color() for line in (standard, other)] == ["#010203", "#040506"]
+    band = zeroed.collections[0].get_paths()[0].get_extents()
+    assert (band.ymin, band.ymax) == pytest.approx((30, 90))  # the error of 0.8 and 0.9 is 0.05
+    assert len(compensated.get_lines()[1].get_xdata()) == 0  # repr was not measured compensated
+    assert zeroed.get_ylim() == compensated.get_ylim()
+
+
+def test_pruned_curves_name_readings_axes_and_in_the_key_methods():
+    plain, keyed = texts(svg(drawn, WIDE)), texts(svg(lambda width: drawn(width, key=True), WIDE))
+    assert {"zeroed", "compensated", "filters cut, %", "test accuracy, %"} <= set(plain)
+    assert set(keyed) - set(plain) == {"Standard training", "RePr", "chance"}
+
+
+def test_pruned_curves_stand_below_each_other_on_a_phone():
+    wide, narrow = ([axes.get_position() for axes in drawn(width).axes] for width in (WIDE, NARROW))
+    assert wide[0].y0 == wide[1].y0
+    assert narrow[0].y0 > narrow[1].y0
+
+
+def test_png_is_a_picture_of_that_width_and_opaque():
+    picture = png(drawn, NARROW)
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20], "big") == round(200 * NARROW)
+    assert png(drawn, NARROW) == picture

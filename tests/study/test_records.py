@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -296,3 +297,69 @@ def test_find_runs_says_what_a_run_folder_is(tmp_path):
         records.find_runs(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is not a run folder"):
         records.read_run(tmp_path)
+
+
+CURVE = {
+    "version": 1,
+    "split": "test",
+    "criterion": "l2",
+    "scope": "layer",
+    "seed": None,
+    "weights": "ab",
+    "classes": 10,
+    "images": 100,
+    "calibration_images": 50,
+    "layers": {"conv": 4},
+    "left_out": {},
+    "points": [{"reading": "zeroed", "fraction": 0.5, "dropped": 2, "accuracy": 0.75}],
+}
+
+
+def test_curves_are_named_by_how_they_were_measured_and_read_back(tmp_path):
+    path = records.curve_path(tmp_path, "validation", "ortho-corrected", "global")
+    assert path == tmp_path / "curve-validation-ortho-corrected-global.json"
+    records.write_json(path, CURVE)
+    records.write_json(records.curve_path(tmp_path, "test", "l2", "layer"), CURVE | {"seed": 3})
+    records.write_json(tmp_path / "curve.json", {"what": "regrow curve writes about many runs"})
+    assert records.read_curve(path) == CURVE
+    assert [record["seed"] for record in records.read_curves(tmp_path)] == [3, None]
+    assert records.read_curves(tmp_path / "none") == []
+
+
+POINT = CURVE["points"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "newer regrow"),
+        ({"weights": None}, "'weights' must be str, got None"),
+        ({"classes": 0}, "'classes' must be 1 or more, got 0"),
+        ({"points": {}}, "'points' must be list"),
+        ({"points": [POINT, 3]}, "point 2 must hold a mapping"),
+        ({"points": [POINT | {"fraction": 1.0}]}, "point 1: 'fraction' must be from 0 to below 1, got 1.0"),
+        ({"points": [POINT | {"accuracy": 75}]}, "'accuracy' must be a fraction from 0 to 1, got 75"),
+        ({"points": [POINT | {"accuracy": None}]}, "'accuracy' must be int or float, got None"),
+        ({"points": [{"reading": "zeroed"}]}, "point 1 has no 'fraction'"),
+    ],
+)
+def test_a_malformed_curve_is_refused_by_name(tmp_path, changes, message):
+    path = records.curve_path(tmp_path, "test", "l2", "layer")
+    records.write_json(path, CURVE | changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        records.read_curves(tmp_path)
+    assert path.name in str(caught.value)
+
+
+def test_the_hash_of_weights_is_that_of_the_file(tmp_path):
+    assert records.weights_hash(tmp_path) is None
+    records.weights_path(tmp_path).write_bytes(b"abc")
+    # The digest of "abc" in FIPS 180-2, appendix B.1.
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert records.weights_hash(tmp_path) == expected
+
+
+def test_bytes_are_written_whole_and_without_a_trace(tmp_path):
+    records.write_bytes(tmp_path / "new" / "a.png", b"\x00\xff")
+    assert (tmp_path / "new" / "a.png").read_bytes() == b"\x00\xff"
+    assert os.listdir(tmp_path / "new") == ["a.png"]

@@ -358,3 +358,101 @@ def test_reading_runs_and_writing_reports_imports_neither_torch_nor_matplotlib_e
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def add_curve(run, accuracies, *, criterion="l2"):
+    """A curve record at 0, 25 and 50 % in the reading zeroed."""
+    records.write_text(records.weights_path(run), str(run))
+    records.write_json(
+        records.curve_path(run, "test", criterion, "layer"),
+        {
+            "version": 1,
+            "split": "test",
+            "criterion": criterion,
+            "scope": "layer",
+            "seed": None,
+            "weights": records.weights_hash(run),
+            "classes": 10,
+            "images": 100,
+            "calibration_images": 50,
+            "layers": {},
+            "left_out": {},
+            "points": [
+                {"reading": "zeroed", "fraction": fraction, "dropped": 1, "accuracy": accuracy}
+                for fraction, accuracy in zip((0, 0.25, 0.5), accuracies, strict=True)
+            ],
+        },
+    )
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Two seeds of two methods with curves: means over 0–50 % are 0.6, 0.5 (standard) and 0.7, 0.8 (repr)."""
+    curves = {
+        ("standard", 0): (0.9, 0.6, 0.3),
+        ("standard", 1): (0.8, 0.5, 0.2),
+        ("repr", 0): (0.9, 0.7, 0.5),
+        ("repr", 1): (0.9, 0.8, 0.7),
+    }
+    for (method, seed), accuracies in curves.items():
+        add_curve(make_run(records.run_folder(tmp_path, method, seed), method, seed), accuracies)
+    return tmp_path
+
+
+def page_of(folder):
+    return Page(write_report(records.find_runs(folder), folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_curves_have_a_section_with_figure_and_table(measured):
+    page = page_of(measured)
+    assert page.ids[:3] == ["results", "seeds", "pruned"]
+    assert ("a", "href", "#pruned") in page.attributes
+    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 10
+    assert page.row("zeroed", "Standard training") == [
+        "zeroed",
+        "Standard training",
+        "2",
+        "55.00 ± 5.00 %",
+        "0.275 ± 0.025",
+        "—",
+    ]
+    # Differences of 10 and 30 points: 20 ± 12.706 · 10.
+    assert page.row("zeroed", "RePr") == [
+        "zeroed",
+        "RePr",
+        "2",
+        "75.00 ± 5.00 %",
+        "0.375 ± 0.025",
+        "+20.00 [−107.06, +147.06]",
+    ]
+    assert "Zeroed : the filter’s weights are 0" in page.words()
+    assert "Compensated" not in page.words()
+    (curves,) = json.loads((measured / "results.json").read_text())["curves"]
+    assert curves["criterion"] == "l2"
+    assert curves["curves"][1]["mean_0_50"] == pytest.approx(0.75)
+
+
+def test_curves_of_two_criteria_have_a_figure_each(measured):
+    add_curve(measured / "repr-seed0", (0.9, 0.8, 0.7), criterion="ortho")
+    page = page_of(measured)
+    assert "l2, same share of each layer, test pictures" in page.words()
+    assert "ortho, same share of each layer, test pictures" in page.words()
+    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 12
+
+
+def test_curves_of_old_weights_are_named_and_left_out(measured):
+    records.weights_path(measured / "repr-seed1").write_text("trained again")
+    page = page_of(measured)
+    assert page.row("zeroed", "RePr")[2:4] == ["1", "70.00 %"]
+    assert "Trained again since their curve was measured" in page.words()
+    assert "repr-seed1 ." in page.words()
+    for run in measured.glob("*-seed*"):
+        records.weights_path(run).write_text("all of them")
+    page = page_of(measured)
+    assert "pruned" in page.ids
+    assert not [row for row in page.rows if row[0] == "zeroed"]
+
+
+def test_without_curves_there_is_no_such_section(folder, page):
+    assert "pruned" not in page.ids
+    assert json.loads((folder / "results.json").read_text())["curves"] == []

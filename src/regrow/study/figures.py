@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib as SVG text: wide for a page, narrow for a phone."""
+"""The figures, drawn by matplotlib as SVG text, wide for a page and narrow for a phone, or as PNG."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from regrow.study.pruned import CurveSet
     from regrow.study.records import RunRecord
 
 # Inches; 96 CSS pixels each.
@@ -74,6 +75,17 @@ def svg(draw: Callable[[float], Figure], width: float) -> str:
         name if name == "sans-serif" else f"'{name}'" for name in matplotlib.rcParams["font.sans-serif"]
     )
     return text[text.index("<svg") :].replace(names, _FONTS)
+
+
+def png(draw: Callable[[float], Figure], width: float) -> bytes:
+    """What ``draw`` makes at ``width`` inches, as a PNG picture on white, 200 dots an inch."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        file = io.BytesIO()
+        draw(width).savefig(file, format="png", dpi=200, facecolor="white")
+    return file.getvalue()
 
 
 def printable(text: str, longest: int | None = None) -> str:
@@ -191,6 +203,54 @@ def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
         if beside or index == len(runs) - 1:
             axes.set_xlabel("epoch")
     return figure
+
+
+def pruned_curves(curves: CurveSet, colors: Mapping[str, str], width: float, *, key: bool = False) -> Figure:
+    """Accuracy against the filters cut: a panel a reading, a line a method, ± standard error as a band.
+
+    Args:
+        curves: what to draw.
+        colors: {method: colour}.
+        width: inches.
+        key: whether the figure itself says which colour is which method.
+    """
+    from matplotlib.figure import Figure
+
+    readings = curves.readings
+    beside = width > 6
+    shape = (1, len(readings)) if beside else (len(readings), 1)
+    height = 3.1 if beside else 2.1 * len(readings) + 0.4
+    figure = Figure(figsize=(width, height + 0.3 * key), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
+    for index, (axes, reading) in enumerate(zip(panels, readings, strict=True)):
+        for method in curves.methods:
+            _pruned_line(axes, curves, method, reading, colors[method])
+        axes.axhline(100 * curves.chance, color=_INK, linewidth=0.6, linestyle=(0, (4, 3)), label="chance")
+        axes.set_title(printable(reading, _LONGEST), fontsize=9, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.02)
+        if beside or index == len(readings) - 1:
+            axes.set_xlabel("filters cut, %")
+        if not beside or index == 0:
+            axes.set_ylabel(f"{curves.split} accuracy, %")
+    if key:
+        lines = [line for line in panels[0].get_lines() if not line.get_label().startswith("_")]
+        figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), frameon=False)
+    return figure
+
+
+def _pruned_line(axes: Axes, curves: CurveSet, method: str, reading: str, color: str) -> None:
+    curve = curves.curve(method, reading)
+    if curve is None:
+        # An empty line: the method still has its place in the key.
+        axes.plot([], [], color=color, linewidth=1.7, label=printable(label(method), _LONGEST))
+        return
+    cut = 100 * np.array(curve.fractions)
+    means = 100 * np.array([point.mean for point in curve.points])
+    errors = 100 * np.array([point.error or 0 for point in curve.points])
+    axes.fill_between(cut, means - errors, means + errors, color=color, alpha=0.18, linewidth=0)
+    name = printable(label(method), _LONGEST)
+    axes.plot(cut, means, color=color, linewidth=1.7, marker="o", markersize=3, label=name)
 
 
 def _accuracy_dots(axes: Axes, series: Sequence[Series]) -> None:

@@ -8,13 +8,15 @@ A **run folder** is one training run (one method, one seed):
 - ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
   happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
 - ``result.json``: written last; a run that has it is finished;
-- ``weights.safetensors``: the final weights.
+- ``weights.safetensors``: the final weights;
+- ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
 A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -81,6 +83,20 @@ _RESULT: _Kinds = {
     "parameters": _INTEGER,
     "filters": _MAPPING,
 }
+_CURVE: _Kinds = {
+    "split": _TEXT,
+    "criterion": _TEXT,
+    "scope": _TEXT,
+    "seed": (int, type(None)),
+    "weights": _TEXT,
+    "classes": _INTEGER,
+    "images": _INTEGER,
+    "calibration_images": _INTEGER,
+    "layers": _MAPPING,
+    "left_out": _MAPPING,
+    "points": (list,),
+}
+_POINT: _Kinds = {"reading": _TEXT, "fraction": _NUMBER, "dropped": _INTEGER, "accuracy": _NUMBER}
 
 
 def config_path(folder: str | Path) -> Path:
@@ -107,6 +123,10 @@ def weights_path(folder: str | Path) -> Path:
     return Path(folder) / "weights.safetensors"
 
 
+def curve_path(folder: str | Path, split: str, criterion: str, scope: str) -> Path:
+    return Path(folder) / f"curve-{split}-{criterion}-{scope}.json"
+
+
 def comparison_path(folder: str | Path) -> Path:
     return Path(folder) / "comparison.json"
 
@@ -118,12 +138,17 @@ def run_folder(comparison: str | Path, method: str, seed: int) -> Path:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8, whole or not at all; missing parent folders are made."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data``, whole or not at all; missing parent folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(text.encode("utf-8", errors="replace"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -279,6 +304,41 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
     return sorted(found.values(), key=lambda run: (str(run.folder.parent), run.method, run.seed))
 
 
+def weights_hash(folder: str | Path) -> str | None:
+    """SHA-256 of the run's weights as hexadecimal digits; None when the file is not there."""
+    path = weights_path(folder)
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_curve(path: str | Path) -> dict[str, Any]:
+    """Read and check one ``curve-….json`` of a run.
+
+    Raises:
+        ValueError: written by a newer regrow, or malformed; the message names the file and the key.
+    """
+    record = _read_json(Path(path), _CURVE)
+    if record["classes"] < 1:
+        raise ValueError(f"{path}: 'classes' must be 1 or more, got {record['classes']}.")
+    for number, point in enumerate(record["points"], start=1):
+        where = f"{path}, point {number}"
+        _check_keys(point, _POINT, where)
+        if not 0 <= point["fraction"] < 1:
+            raise ValueError(f"{where}: 'fraction' must be from 0 to below 1, got {point['fraction']!r}.")
+    return record
+
+
+def read_curves(folder: str | Path) -> list[dict[str, Any]]:
+    """Every accuracy–pruned curve of the run in ``folder``, by name of its file.
+
+    Raises:
+        ValueError: as ``read_curve``.
+    """
+    return [read_curve(path) for path in sorted(Path(folder).glob("curve-*.json"))]
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     import yaml
 
@@ -303,9 +363,13 @@ def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
 
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
     """``data`` when it is a mapping of a known version with the keys and types of ``kinds``."""
+    return _check_keys(data, {"version": _INTEGER, **kinds}, where)
+
+
+def _check_keys(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"{where} must hold a mapping from names to values, got {type(data).__name__}.")
-    for key, types in {"version": _INTEGER, **kinds}.items():
+    for key, types in kinds.items():
         if key not in data:
             raise ValueError(f"{where} has no {key!r}.")
         value = data[key]

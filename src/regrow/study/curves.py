@@ -1,0 +1,330 @@
+"""Accuracy against the fraction of filters cut, without fine-tuning, in the three readings of "pruned"."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from regrow.calibration import check_calibration
+from regrow.compensation import READINGS, read_as
+from regrow.filters import convolutions, left_out, unwrap
+from regrow.reestimation import reestimate_norms, running_norms
+from regrow.scoring import check_criterion, score
+from regrow.selection import check_selection, select
+from regrow.structure import read_structure
+from regrow.study import records
+from regrow.study.config import RunConfig, make_config
+from regrow.study.data import Splits, load_data
+from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.models import build_model, model_channels
+from regrow.study.train import evaluate
+from regrow.suggest import nearest
+
+FRACTIONS = tuple(percent / 100 for percent in range(0, 100, 10))
+SPLITS = ("test", "validation")
+_EVALUATION_BATCH = 500
+
+
+def pruned_accuracies(
+    model: nn.Module,
+    accuracy: Callable[[nn.Module], float],
+    *,
+    example_inputs: Any,
+    calibration: Iterable[Any] | None = None,
+    fractions: Iterable[float] = FRACTIONS,
+    readings: Iterable[str] = READINGS,
+    criterion: str = "l2",
+    scope: str = "layer",
+    seed: int | None = None,
+    progress: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """How accurate a trained model is with more and more of its filters cut.
+
+    Every convolution that ``score`` ranks takes part, the first one too, but never a classifier (a
+    convolution whose channels are the network's output) or one whose channels cannot be removed. The
+    filters are ranked once and fall from the lowest score on; each layer keeps its best filter, so that 90 %
+    of a layer of 4 means 3. Where nothing is cut, ``zeroed`` and ``removed`` are the network as it is,
+    and ``compensated`` is the network with its batch norms re-estimated (``regrow.reestimate_norms``), as
+    it is in all other points of that curve.
+
+    Args:
+        model: any trained module; it is only read.
+        accuracy: gives the accuracy, 0 to 1, of the model it is handed: a copy, in eval mode. Called once
+            for each reading and number of filters cut.
+        example_inputs: what ``model`` takes; one picture is enough.
+        calibration: batches of images for ``"compensated"``, as ``regrow.compensate`` takes them.
+        fractions: shares of the filters to cut, each 0 ≤ fraction < 1.
+        readings: of ``"zeroed"``, ``"removed"``, ``"compensated"``.
+        criterion: as ``regrow.score`` takes it.
+        scope: ``"layer"`` cuts the same share of each layer, ``"global"`` ranks all filters together.
+        seed: for the criterion ``"random"``.
+        progress: called after each point.
+
+    Returns:
+        layers {name: filters} that take part, left_out {name: why}, points: for each reading and
+        ascending fraction {reading, fraction, dropped (the number of filters that are cut), accuracy}.
+
+    Raises:
+        ValueError: an argument out of range or unknown, no calibration where it is needed, a model that
+            cannot be traced or has no convolution to cut.
+    """
+    fractions, readings = sorted(set(fractions)), list(dict.fromkeys(readings))
+    check_curve(criterion, scope, fractions, readings)
+    batches: list[Any] = []
+    if "compensated" in readings:
+        if calibration is None:
+            raise ValueError(
+                "the reading 'compensated' needs calibration=: batches of a few hundred images in all."
+            )
+        check_calibration(calibration)
+        batches = list(calibration)
+    base = copy.deepcopy(unwrap(model)).eval()
+    excluded = _left_out(base, example_inputs)
+    scores = score(base, criterion, exclude=excluded, seed=seed)
+    # The filters cut at one fraction are among those cut at the next: their number says which they are.
+    known: dict[tuple[str, int], float] = {}
+    points = []
+    for reading in readings:
+        for fraction in fractions:
+            keep = _selected(scores, fraction, scope)
+            dropped = sum(int((~mask).sum()) for mask in keep.values())
+            which = ("", 0) if not dropped and reading != "compensated" else (reading, dropped)
+            if which not in known:
+                pruned = _pruned(base, keep if dropped else {}, reading, example_inputs, batches)
+                known[which] = float(accuracy(pruned.eval()))
+            points.append(
+                {"reading": reading, "fraction": fraction, "dropped": dropped, "accuracy": known[which]}
+            )
+            if progress is not None:
+                progress()
+    return {
+        "layers": {name: len(values) for name, values in scores.items()},
+        "left_out": excluded,
+        "points": points,
+    }
+
+
+def measure_run(
+    folder: str | Path,
+    *,
+    fractions: Iterable[float] = FRACTIONS,
+    readings: Iterable[str] = READINGS,
+    criterion: str = "l2",
+    scope: str = "layer",
+    split: str = "test",
+    rerun: bool = False,
+    progress: Callable[[], object] | None = None,
+) -> bool:
+    """Measure ``pruned_accuracies`` of a finished run and leave them in its folder, as a curve record.
+
+    Images for ``compensated`` are the first 512 training pictures (stratified by class and fixed by
+    split_seed), without augmentation and labels, in batches of 128. What the folder holds already for the
+    very same weights (their SHA-256 is in the record) is not measured again, and stays when other
+    fractions or readings are added.
+
+    Args:
+        folder: the run folder.
+        fractions, readings, criterion, scope: as ``pruned_accuracies``; ``"random"`` takes the run's seed.
+        split: the pictures the accuracy is of: ``"test"``, or ``"validation"`` for choosing settings.
+        rerun: measure again what is there, and replace it.
+        progress: called once for each reading and fraction asked for.
+
+    Returns:
+        Whether anything was measured.
+
+    Raises:
+        ValueError: not the folder of a finished run, weights that are not there or do not fit, or as
+            ``pruned_accuracies``.
+    """
+    fractions, readings = sorted(set(fractions)), list(dict.fromkeys(readings))
+    check_curve(criterion, scope, fractions, readings, split)
+    run = records.read_run(folder)
+    if run.result is None:
+        raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
+    # Where the cycles lay means nothing for final weights, and those recorded for a run of one or two epochs
+    # would not pass as settings of a new one.
+    config = make_config({key: v for key, v in run.config.items() if key not in ("full", "sub", "cycles")})
+    header = {
+        "version": records.VERSION,
+        "split": split,
+        "criterion": criterion,
+        "scope": scope,
+        "seed": config.seed if criterion == "random" else None,
+        "weights": records.weights_hash(folder),
+    }
+    path = records.curve_path(folder, split, criterion, scope)
+    there = [] if rerun else _points_there(path, header)
+    have = {_place(point) for point in there}
+    missing = [place for place in product(readings, fractions) if place not in have]
+    new_fractions = {fraction for _, fraction in missing}
+    new_readings = [reading for reading in readings if reading in {each for each, _ in missing}]
+    if progress is not None:
+        for _ in range(len(readings) * len(fractions) - len(new_readings) * len(new_fractions)):
+            progress()
+    if not missing:
+        return False
+    found = _measure(
+        config,
+        records.weights_path(folder),
+        split,
+        progress,
+        criterion=criterion,
+        scope=scope,
+        seed=header["seed"],
+        fractions=new_fractions,
+        readings=new_readings,
+    )
+    new = {_place(point) for point in found["points"]}
+    kept = [point for point in there if _place(point) not in new]
+    points = sorted(
+        [*kept, *found["points"]], key=lambda point: (READINGS.index(point["reading"]), point["fraction"])
+    )
+    records.write_json(path, {**header, **found, "points": points})
+    return True
+
+
+def check_curve(
+    criterion: str, scope: str, fractions: Sequence[float], readings: Sequence[str], split: str = "test"
+) -> None:
+    """Raise ``ValueError`` unless the arguments of ``measure_run`` are known and in range."""
+    check_criterion(criterion)
+    if not fractions or not readings:
+        raise ValueError("a curve needs at least one fraction and one reading.")
+    for fraction in fractions:
+        check_selection(fraction, scope, 0.0)
+    for name, known, what in (
+        *((reading, READINGS, "reading") for reading in readings),
+        (split, SPLITS, "split"),
+    ):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}{nearest(str(name), known)}")
+
+
+def _left_out(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """The convolutions that are not cut: {name: reason}."""
+    readers = read_structure(model, example_inputs)
+    reasons = left_out(model)
+    for name in convolutions(model):
+        if name not in readers:
+            reasons.setdefault(name, "example_inputs do not reach it")
+        elif readers[name].output:
+            reasons.setdefault(name, "its filters are the network's output, like a classifier's")
+        elif norm := readers[name].unsilenced:
+            reasons.setdefault(name, f"{norm!r} behind it cannot be silenced for its channels alone")
+    return reasons
+
+
+def _selected(scores: Mapping[str, Tensor], fraction: float, scope: str) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        # A layer that would lose all of its filters keeps one: "dropped" tells how many did go.
+        warnings.filterwarnings("ignore", message="floor=", category=UserWarning)
+        return select(scores, fraction, scope=scope, floor=0.0)
+
+
+def _pruned(
+    base: nn.Module, keep: Mapping[str, Tensor], reading: str, example_inputs: Any, calibration: list[Any]
+) -> nn.Module:
+    """A copy of ``base`` read as pruned; an empty ``keep`` cuts nothing."""
+    pruned = copy.deepcopy(base)
+    if keep:
+        read_as(pruned, keep, reading, example_inputs=example_inputs, calibration=calibration)
+    elif reading == "compensated" and running_norms(pruned):
+        reestimate_norms(pruned, calibration)
+    return pruned
+
+
+def _points_there(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points measured before, where they are of the same weights."""
+    if not path.exists():
+        return []
+    record = records.read_curve(path)
+    if any(record[key] != value for key, value in header.items()):
+        return []
+    return [point for point in record["points"] if point["reading"] in READINGS]
+
+
+def _place(point: Mapping[str, Any]) -> tuple[str, float]:
+    return point["reading"], point["fraction"]
+
+
+def _measure(
+    config: RunConfig, weights: Path, split: str, progress: Callable[[], object] | None, **settings: Any
+) -> dict[str, Any]:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    splits = load_data(
+        config.data,
+        data_dir=Path(config.data_dir) if config.data_dir else None,
+        split_seed=config.split_seed,
+        train_size=config.train_size,
+        label_noise=config.label_noise,
+        image_size=config.image_size,
+    )
+    model = _load(config, splits, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels = model_channels(config.model, splits.channels)
+    feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
+    pictures = splits.test if split == "test" else splits.validation
+    judged = Batches(pictures, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
+    calibration = calibration_batches(splits.train, **feed)
+    begun = time.perf_counter()
+    found = pruned_accuracies(
+        model,
+        lambda pruned: evaluate(pruned, judged)["accuracy"],
+        example_inputs=torch.zeros(1, channels, *splits.size, device=device),
+        calibration=calibration,
+        progress=progress,
+        **settings,
+    )
+    return {
+        "classes": len(splits.classes),
+        "images": len(pictures),
+        "calibration_images": sum(map(len, calibration)),
+        "device": str(device),
+        "seconds": time.perf_counter() - begun,
+        **found,
+    }
+
+
+def _load(config: RunConfig, splits: Splits, weights: Path) -> nn.Module:
+    """The network of ``config`` with the weights of its run."""
+    with torch.random.fork_rng(devices=[]):  # its first weights, soon replaced, are drawn
+        model = build_model(
+            config.model,
+            classes=len(splits.classes),
+            channels=splits.channels,
+            size=splits.size,
+            depth=config.depth,
+            width=config.width,
+            batch_norm=config.batch_norm,
+            pooling=config.pooling,
+        )
+    try:
+        model.load_state_dict(load_file(weights))
+    except FileNotFoundError:
+        raise ValueError(f"{weights} is missing: train the run again with --rerun.") from None
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{weights} does not fit the network of its config.yaml: {reason}") from None
+    return model
+
+
+def _device(name: str) -> torch.device:
+    """The run's own device where this machine has it; else a GPU if there is one, else the CPU."""
+    if name != "auto":
+        try:
+            torch.empty(0, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError):
+            pass
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,41 @@
+"""Fractions and readings of a curve as people type them on a command line."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+
+
+def parse_fractions(text: str) -> list[float]:
+    """``"0-90"`` (every 10 %), ``"0-95:5"`` (every 5 %), ``"0,25,50"`` or a mixture: per cent as fractions.
+
+    Raises:
+        ValueError: anything else, 100 % or more, or what looks like a fraction.
+    """
+    found: list[float] = []
+    for part in text.split(","):
+        match = re.fullmatch(rf"{_NUMBER}(?:-{_NUMBER}(?::{_NUMBER})?)?", part)
+        first, last, step = (
+            float(number) if number else None for number in (match.groups() if match else [None] * 3)
+        )
+        if first is None or step == 0 or (last is not None and last < first):
+            raise ValueError(f"--fractions takes per cent such as 0-90, 0-95:5 or 0,25,50, got {text!r}.")
+        if last is None:
+            found.append(first)
+            continue
+        step = step or 10.0
+        found += [first + index * step for index in range(int((last - first) / step + 1e-9) + 1)]
+    for percent in found:
+        if 0 < percent < 1:
+            raise ValueError(f"--fractions are per cent: write {100 * percent:g} instead of {percent:g}.")
+        if percent >= 100:
+            raise ValueError(
+                f"--fractions stay below 100 %, got {percent:g}: a layer keeps at least one filter."
+            )
+    return sorted({round(percent / 100, 6) for percent in found})
+
+
+def parse_readings(text: str) -> list[str]:
+    """``"zeroed,removed"`` as a list, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

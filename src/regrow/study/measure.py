@@ -1,0 +1,114 @@
+"""Accuracy–pruned curves of many runs: measure what is missing, print the tables, draw the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from regrow.study import figures, records
+from regrow.study.compare import check_comparable
+from regrow.study.curves import check_curve, measure_run
+from regrow.study.pruned import CurveSet, curve_sets, heading, tables, to_dict
+
+
+def run_curves(
+    folders: Sequence[Path],
+    *,
+    fractions: Sequence[float],
+    readings: Sequence[str],
+    criterion: str,
+    scope: str,
+    split: str,
+    out: Path | None = None,
+    rerun: bool = False,
+) -> CurveSet:
+    """Measure the curve of every run, print the tables, and write curve.json, curve.svg and curve.png.
+
+    Args:
+        folders: run folders, or folders that hold some; unfinished runs among these are left out.
+        fractions, readings, criterion, scope, split, rerun: as ``measure_run`` takes them.
+        out: where to write (default: the folder given; the one that holds them all, if they are several).
+
+    Raises:
+        ValueError: an argument that is unknown or out of range, no finished run, a run folder given that
+            is unfinished, runs that cannot be compared, or as ``measure_run``. What was measured before
+            the error stays.
+    """
+    check_curve(criterion, scope, fractions, readings, split)
+    home = _home(folders) if out is None else out
+    console = Console()
+    runs = _finished(folders, console)
+    check_comparable(runs)
+    settings: dict[str, Any] = {
+        "fractions": fractions, "readings": readings, "criterion": criterion, "scope": scope, "split": split,
+    }  # fmt: skip
+    errors = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),  # a folder's name
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+        transient=True,
+    )
+    measured = 0
+    with bar:
+        task = bar.add_task("", total=len(runs) * len(fractions) * len(readings))
+        for run in runs:
+            bar.update(task, description=run.folder.name)
+            advance = partial(bar.advance, task)
+            measured += measure_run(run.folder, rerun=rerun, progress=advance, **settings)
+    curves = next(
+        each
+        for each in curve_sets(runs, fractions=fractions, readings=readings)
+        if (each.split, each.criterion, each.scope) == (split, criterion, scope)
+    )
+    records.write_json(home / "curve.json", {"version": records.VERSION, **to_dict(curves)})
+    colors = dict(zip(curves.methods, figures.COLORS * len(curves.methods), strict=False))
+    draw = partial(figures.pruned_curves, curves, colors, key=True)
+    records.write_text(home / "curve.svg", figures.svg(draw, figures.WIDE))
+    records.write_bytes(home / "curve.png", figures.png(draw, figures.WIDE))
+    console.print(heading(curves), highlight=False, markup=False)
+    for table in tables(curves):
+        console.print(table)
+        console.print()
+    rest = "" if measured == len(runs) else ", the others were before"
+    console.print(
+        f"{measured} of {len(runs)} runs measured{rest}. Written: curve.json, curve.svg, curve.png in {home}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return curves
+
+
+def _home(folders: Sequence[Path]) -> Path:
+    parents = {folder.resolve().parent for folder in folders}
+    if len(folders) == 1:
+        return folders[0]
+    if len(parents) > 1:
+        raise ValueError("the folders given lie in different places: pass --out FOLDER for the figure.")
+    return folders[0].parent
+
+
+def _finished(folders: Sequence[Path], console: Console) -> list[records.RunRecord]:
+    """The finished runs in and below ``folders``, each once."""
+    found = {run.folder.resolve(): run for folder in folders for run in records.find_runs(folder)}
+    for folder in folders:
+        run = found.get(folder.resolve())
+        if run is not None and run.result is None:
+            raise ValueError(f"the run in {folder} is unfinished and has no final weights: finish it first.")
+    finished = [run for run in found.values() if run.result is not None]
+    if not finished:
+        raise ValueError(
+            f"none of the {len(found)} runs is finished (has a result.json): there are no weights."
+        )
+    if left := len(found) - len(finished):
+        console.print(f"{left} unfinished of {len(found)} runs left out", highlight=False)
+    return finished
