@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from regrow.study import feeding
-from regrow.study.feeding import Batches
+from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.images import Images
 
 
@@ -177,3 +177,14 @@ def test_other_bad_input_is_refused() -> None:
         make(numbered(4, channels=3), channels=1)
     with pytest.raises(ValueError, match="no epoch -1"):
         make(numbered(4)).epoch(-1)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "sizes"), [(3, [3]), (129, [129]), (257, [129, 128]), (1000, [128, 128, 128, 128])]
+)
+def test_calibration_is_of_the_first_pictures_in_no_small_batch(pictures: int, sizes: list[int]) -> None:
+    images = numbered(pictures)
+    batches = calibration_batches(images, mean=(0.5,), std=(0.25,))
+    assert [len(batch) for batch in batches] == sizes
+    expected = (images.pixels[: sum(sizes)].float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(torch.cat(batches), expected)

@@ -78,7 +78,10 @@ def test_a_finished_run_is_not_run_again_unless_asked(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "result.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"epochs=4 \(asked for: 5\).*--rerun"):
         train(make_config({**SMALL, "epochs": 5}), tmp_path / "run")
+    curve = records.curve_path(tmp_path / "run", "test", "l2", "layer")
+    curve.write_text("of the weights that are about to go")
     assert train(make_config({**SMALL, "epochs": 5}), tmp_path / "run", rerun=True)
+    assert not curve.exists()
     assert len(records.read_run(tmp_path / "run").epochs) == 5
 
 

@@ -156,7 +156,7 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
                 for e in error.errors()
             )
         ) from None
-    if config.method == "repr" or any(v is not None for v in (config.full, config.sub, config.cycles)):
+    if config.method == "repr":
         config.cycle.check(config.epochs)
     return config
 

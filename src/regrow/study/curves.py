@@ -24,10 +24,10 @@ from regrow.selection import check_selection, select
 from regrow.structure import read_structure
 from regrow.study import records
 from regrow.study.config import RunConfig, make_config
-from regrow.study.data import Splits, load_data
+from regrow.study.data import Splits
 from regrow.study.feeding import Batches, calibration_batches
-from regrow.study.models import build_model, model_channels
-from regrow.study.train import evaluate
+from regrow.study.models import model_channels
+from regrow.study.train import build, evaluate, load_splits
 from regrow.suggest import nearest
 
 FRACTIONS = tuple(percent / 100 for percent in range(0, 100, 10))
@@ -151,9 +151,7 @@ def measure_run(
     run = records.read_run(folder)
     if run.result is None:
         raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
-    # Where the cycles lay means nothing for final weights, and those recorded for a run of one or two epochs
-    # would not pass as settings of a new one.
-    config = make_config({key: v for key, v in run.config.items() if key not in ("full", "sub", "cycles")})
+    config = make_config(run.config)
     header = {
         "version": records.VERSION,
         "split": split,
@@ -263,14 +261,7 @@ def _measure(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
-    splits = load_data(
-        config.data,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
-        split_seed=config.split_seed,
-        train_size=config.train_size,
-        label_noise=config.label_noise,
-        image_size=config.image_size,
-    )
+    splits = load_splits(config)
     model = _load(config, splits, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels = model_channels(config.model, splits.channels)
     feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
@@ -299,16 +290,7 @@ def _measure(
 def _load(config: RunConfig, splits: Splits, weights: Path) -> nn.Module:
     """The network of ``config`` with the weights of its run."""
     with torch.random.fork_rng(devices=[]):  # its first weights, soon replaced, are drawn
-        model = build_model(
-            config.model,
-            classes=len(splits.classes),
-            channels=splits.channels,
-            size=splits.size,
-            depth=config.depth,
-            width=config.width,
-            batch_norm=config.batch_norm,
-            pooling=config.pooling,
-        )
+        model = build(config, splits)
     try:
         model.load_state_dict(load_file(weights))
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,13 +129,15 @@ class Batches:
 
 
 def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:
-    """The first 512 of ``images`` in batches of 128, as they are: what statistics are taken from.
+    """The first 512 of ``images`` in batches of 128 to 255, as they are: what statistics are taken from.
 
     Of a training set from ``load_data`` they are a stratified part, the same for every run.
 
     Args:
-        images: unaugmented; fewer than 512 are all taken.
+        images: unaugmented; fewer than 512 are all taken, fewer than 128 in one batch.
         settings: ``mean``, ``std``, ``device`` and ``channels`` of ``Batches``.
     """
     first = Images(images.pixels[:_CALIBRATION], images.labels[:_CALIBRATION])
-    return [pictures for pictures, _ in Batches(first, batch_size=128, shuffle=False, **settings).epoch(0)]
+    # No small batch at the end: a batch norm cannot take statistics from one picture.
+    size = math.ceil(len(first) / max(1, len(first) // 128))
+    return [pictures for pictures, _ in Batches(first, batch_size=size, shuffle=False, **settings).epoch(0)]

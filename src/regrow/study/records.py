@@ -127,6 +127,11 @@ def curve_path(folder: str | Path, split: str, criterion: str, scope: str) -> Pa
     return Path(folder) / f"curve-{split}-{criterion}-{scope}.json"
 
 
+def curve_paths(folder: str | Path) -> list[Path]:
+    """The curve records that are there, by name."""
+    return sorted(Path(folder).glob("curve-*.json"))
+
+
 def comparison_path(folder: str | Path) -> Path:
     return Path(folder) / "comparison.json"
 
@@ -336,7 +341,7 @@ def read_curves(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: as ``read_curve``.
     """
-    return [read_curve(path) for path in sorted(Path(folder).glob("curve-*.json"))]
+    return [read_curve(path) for path in curve_paths(folder)]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

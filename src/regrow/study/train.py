@@ -18,7 +18,7 @@ from regrow.filters import eligible
 from regrow.scoring import overlap
 from regrow.study import records
 from regrow.study.config import RunConfig
-from regrow.study.data import load_data
+from regrow.study.data import Splits, load_data
 from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.models import build_model, model_channels
 from regrow.study.progress import Progress
@@ -59,25 +59,9 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
-    splits = load_data(
-        config.data,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
-        split_seed=config.split_seed,
-        train_size=config.train_size,
-        label_noise=config.label_noise,
-        image_size=config.image_size,
-    )
+    splits = load_splits(config)
     torch.manual_seed(config.seed)
-    model = build_model(
-        config.model,
-        classes=len(splits.classes),
-        channels=splits.channels,
-        size=splits.size,
-        depth=config.depth,
-        width=config.width,
-        batch_norm=config.batch_norm,
-        pooling=config.pooling,
-    ).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build(config, splits).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels = model_channels(config.model, splits.channels)
     feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
     train_batches = Batches(
@@ -268,6 +252,32 @@ def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
     return {"loss": loss / seen, "accuracy": correct / seen}
 
 
+def load_splits(config: RunConfig) -> Splits:
+    """The pictures of a run. Errors as ``load_data``."""
+    return load_data(
+        config.data,
+        data_dir=Path(config.data_dir) if config.data_dir else None,
+        split_seed=config.split_seed,
+        train_size=config.train_size,
+        label_noise=config.label_noise,
+        image_size=config.image_size,
+    )
+
+
+def build(config: RunConfig, splits: Splits) -> nn.Module:
+    """The network of a run, with first weights from the global generator. Errors as ``build_model``."""
+    return build_model(
+        config.model,
+        classes=len(splits.classes),
+        channels=splits.channels,
+        size=splits.size,
+        depth=config.depth,
+        width=config.width,
+        batch_norm=config.batch_norm,
+        pooling=config.pooling,
+    )
+
+
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer ``config`` names, over all of ``model``'s parameters."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -323,6 +333,7 @@ def _start_folder(config: RunConfig, folder: Path, device: torch.device) -> None
         records.events_path(folder),
         records.weights_path(folder),
         folder / _LAST_GOOD,
+        *records.curve_paths(folder),
     ):
         path.unlink(missing_ok=True)
     records.write_yaml(records.config_path(folder), {"version": records.VERSION, **settings_of(config)})
