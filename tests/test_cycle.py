@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -290,6 +291,7 @@ def test_remove_leaves_a_plain_model_and_optimizer(steps):
     dead = cycle.keep
     cycle.remove()
     assert hooks(model, optimizer) == 0
+    assert type(model.conv2) is nn.Conv2d
     assert all(mask.all() for mask in cycle.keep.values())
     with torch.no_grad():
         for name, mask in dead.items():
@@ -308,14 +310,14 @@ def test_a_copy_made_in_the_sub_phase_is_a_model_like_any_other():
     cycle = repr_on(model, optimizer)
     run(model, optimizer, cycle, 3)
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(X), model(X))
+    torch.testing.assert_close(twin(X), model(X))
     twin_optimizer = sgd(twin)
     fit(twin, twin_optimizer, 4)
     assert hooks(twin, twin_optimizer) == 0
     assert is_dead(model, cycle)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)
-    assert torch.equal(averaged.eval()(X), model.eval()(X))
+    torch.testing.assert_close(averaged.eval()(X), model.eval()(X))
 
 
 # --- exact resume ----------------------------------------------------------------------------------------
@@ -534,6 +536,7 @@ def wrapped(model):
         ({"scope": "layers"}, "unknown scope 'layers'; did you mean 'layer'"),
         ({"criterion": "orto"}, "unknown criterion 'orto'; did you mean 'ortho'"),
         ({"consumers": "kept"}, "unknown choice consumers='kept'; did you mean 'keep'"),
+        ({"compact": 1}, "compact must be True or False, got 1"),
         ({"seed": 0.5}, r"seed must be a whole number, got 0\.5"),
         ({"exclude": ["conv22"]}, "no convolution is named 'conv22'; did you mean 'conv2'"),
         ({"exclude": ["conv2", "conv3"]}, r"no convolution is left.*skip_first=False"),
@@ -767,5 +770,245 @@ def test_a_model_used_under_checkpointing():
     assert cycle.phase == "done"
 
 
+# --- computing without what is dropped ---------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a, self.norm_a = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.norm_b(self.b(F.relu(self.norm_a(self.a(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def separable():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8),
+        nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def start_on(net, kind, **settings):
+    torch.manual_seed(0)
+    model = net()
+    optimizer = OPTIMIZERS[kind](model)
+    return model, optimizer, repr_on(model, optimizer, full=2, sub=4, skip_first=False, **settings)
+
+
+def widths(model, x=X):
+    """How many channels each convolution emits."""
+    seen = {}
+
+    def note(name):
+        return lambda _module, _inputs, output: seen.update({name: output.shape[1]})
+
+    handles = [
+        layer.register_forward_hook(note(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
+    with torch.no_grad():
+        copy_of_mode = model.training
+        model.eval()(x)
+        model.train(copy_of_mode)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def losses(model, optimizer, cycle, steps):
+    seen, events = [], []
+    for step in range(steps):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+        events.append(cycle.step())
+    return seen, [event for event in events if event]
+
+
+@pytest.mark.parametrize("net", [build, Residual, separable])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_compact_and_masked_are_the_same_run(kind, net):
+    ours, events = losses(*start_on(net, kind), steps=12)
+    theirs, expected = losses(*start_on(net, kind, compact=False), steps=12)
+    assert [event.filters for event in events] == [event.filters for event in expected]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_compact_computes_the_kept_filters_alone():
+    model, optimizer, cycle = start_on(build, "sgd")
+    whole = widths(model)
+    assert whole == {"conv1": 6, "conv2": 8, "conv3": 8}
+    _, (drop,) = losses(model, optimizer, cycle, 2)
+    assert widths(model) == {name: whole[name] - len(drop.filters.get(name, ())) for name in whole}
+    assert sum(widths(model).values()) == 22 - 7
+    losses(model, optimizer, cycle, 4)
+    assert cycle.phase == "full"
+    assert widths(model) == whole
+
+    masked, *rest = start_on(build, "sgd", compact=False)
+    losses(masked, *rest, steps=3)
+    assert widths(masked) == whole
+
+    model, *rest = start_on(Residual, "sgd")
+    _, (drop,) = losses(model, *rest, steps=3)
+    assert drop.filters.keys() & {"stem", "b"}  # into the residual stream
+    assert widths(model) == {name: 8 - len(drop.filters.get(name, ())) for name in ("stem", "a", "b")}
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Identity])
+def test_data_parallel_is_masked(wrap):
+    model = build()
+    optimizer = sgd(model)
+    wrapped = nn.DataParallel(model) if wrap is nn.DataParallel else model
+    cycle = repr_on(wrapped, optimizer)
+    run(model, optimizer, cycle, 3)
+    assert (widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}) == (wrap is nn.DataParallel)
+    assert is_dead(model, cycle)
+
+
+def test_what_cannot_be_planned_is_masked_and_the_event_says_so():
+    class Remembers(nn.Sequential):
+        def forward(self, x):
+            self.seen = super().forward(x)  # a tensor with a graph cannot be copied
+            return self.seen
+
+    model = Remembers(OrderedDict(build().named_children()))
+    optimizer = sgd(model)
+    cycle = repr_on(model, optimizer)
+    fit(model, optimizer)
+    cycle.step()
+    fit(model, optimizer)
+    (note,) = cycle.step().notes
+    assert note.startswith(
+        "all dropped filters are computed and held at 0, for no plan could be made: Only T"
+    )
+    fit(model, optimizer)
+    assert is_dead(model, cycle)
+    assert widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}
+
+
+def test_a_layer_that_goes_on_computing_is_named():
+    model, *rest = start_on(separable, "sgd", scope="layer")
+    _, (drop,) = losses(model, *rest, steps=2)
+    assert drop.notes == [
+        "0: its dropped filters are computed and held at 0, because a grouped convolution behind it goes on."
+    ]
+    assert widths(model) == {"0": 8, "3": 8, "6": 6}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(True, False), (False, True), (True, True), (None, True)])
+def test_a_state_goes_on_compact_or_masked_as_the_one_that_loads_it(tmp_path, saved, loaded):
+    model, optimizer, cycle = start("sgd", compact=saved is not False)
+    run(model, optimizer, cycle, 3)
+    save(tmp_path / "state.pt", model, optimizer, cycle)
+    if saved is None:  # a state from before there were plans
+        states = torch.load(tmp_path / "state.pt", weights_only=True)
+        del states["cycle"]["sub_phase"]["plan"]
+        torch.save(states, tmp_path / "state.pt")
+    again, again_optimizer, again_cycle = start("sgd", seed=99, compact=loaded)
+    load(tmp_path / "state.pt", again, again_optimizer, again_cycle, "cycle-model-optimizer")
+    torch.testing.assert_close(again.eval()(X), model.eval()(X))
+    assert (widths(again) == {"conv1": 6, "conv2": 8, "conv3": 8}) == (not loaded)
+    for each in (model, again):
+        each.train()
+    run(model, optimizer, cycle, 5, start=3)
+    run(again, again_optimizer, again_cycle, 5, start=3)
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_that_does_not_fit_is_refused_and_the_running_phase_goes_on():
+    model, optimizer, cycle = start("sgd")
+    run(model, optimizer, cycle, 3)
+    state, before = copy.deepcopy(cycle.state_dict()), widths(model)
+    state["sub_phase"]["plan"]["rows"]["conv2"] = [0, 99]
+    with pytest.raises(ValueError, match="does not fit 'conv2'"):
+        cycle.load_state_dict(state)
+    assert widths(model) == before
+    run(model, optimizer, cycle, 1, start=3)
+    assert cycle.phase == "full"
+
+
+def test_the_user_may_hold_the_last_loss_and_averages_across_every_change():
+    model, optimizer, cycle = start_on(build, "sgd", cycles=2)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
+    held, late = [], None
+    for step in range(12):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        averaged.update_parameters(model)
+        if step == 3:
+            late = copy.deepcopy(model)
+        held.append(loss)
+        cycle.step()
+    assert cycle.phase == "done"
+    assert averaged.eval()(X).shape == late(X).shape == (8, 4)
+    assert widths(averaged.module) == widths(late) == widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}
+    assert all(loss.grad_fn is not None for loss in held)
+
+
+def test_a_restore_leaves_what_was_kept_bit_for_bit_as_training_made_it():
+    model, optimizer, cycle = start_on(build, "adam", cycles=1)
+    losses(model, optimizer, cycle, 5)
+    keep, made = cycle.keep, copy.deepcopy(model.state_dict())
+    event = cycle.step()
+    assert event.kind == "restore"
+    for i in (1, 2, 3):
+        rows, read = keep[f"conv{i}"], keep.get(f"conv{i - 1}", torch.ones(3, dtype=torch.bool))
+        weight, old = model.get_submodule(f"conv{i}").weight, made[f"conv{i}.weight"]
+        assert torch.equal(weight[rows][:, read], old[rows][:, read])
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            assert torch.equal(
+                getattr(model.get_submodule(f"norm{i}"), key)[rows], made[f"norm{i}.{key}"][rows]
+            )
+    assert torch.equal(model.head.weight[:, keep["conv3"]], made["head.weight"][:, keep["conv3"]])
+
+
+def test_two_processes_stay_together(tmp_path):
+    commands = [[sys.executable, __file__, str(tmp_path), str(rank)] for rank in range(2)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["widths"] == two["widths"]
+    assert sum(one["widths"].values()) == 22 - 7
+    for name, tensor in one["model"].items():
+        assert "running" in name or torch.equal(tensor, two["model"][name]), name
+
+
+def run_as_one_of_two(folder, rank):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, optimizer, cycle = start_on(build, "sgd", cycles=1)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    seen = {}
+    for step in range(8):
+        if cycle.phase == "sub":
+            seen = widths(model)
+        fit(wrapped, optimizer, 2 * step + rank)
+        cycle.step()
+    torch.save({"model": model.state_dict(), "widths": seen}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    go_on(sys.argv[1])
+    if len(sys.argv) > 2:
+        run_as_one_of_two(sys.argv[1], int(sys.argv[2]))
+    else:
+        go_on(sys.argv[1])

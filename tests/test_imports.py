@@ -6,6 +6,9 @@ import sys
 import pytest
 
 HEAVY = (
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
     "torchvision",
     "matplotlib",
     "timm",

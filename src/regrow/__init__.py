@@ -14,10 +14,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from regrow.bridgeout_layers import add_bridgeout, remove_bridgeout
     from regrow.bridgeout_noise import bridgeout
-    from regrow.compensation import compensate, read_as, reestimate_norms
+    from regrow.checkpoint import load, save
+    from regrow.compensation import compensate, read_as
     from regrow.cycle import Event, RePr
+    from regrow.export import export_onnx
+    from regrow.pruning import prune
+    from regrow.reestimation import reestimate_norms
     from regrow.scoring import overlap, score
     from regrow.selection import select
+    from regrow.surgery import cut
 
 _HOMES = {
     "Event": "regrow.cycle",
@@ -25,10 +30,15 @@ _HOMES = {
     "add_bridgeout": "regrow.bridgeout_layers",
     "bridgeout": "regrow.bridgeout_noise",
     "compensate": "regrow.compensation",
+    "cut": "regrow.surgery",
+    "export_onnx": "regrow.export",
+    "load": "regrow.checkpoint",
     "overlap": "regrow.scoring",
+    "prune": "regrow.pruning",
     "read_as": "regrow.compensation",
-    "reestimate_norms": "regrow.compensation",
+    "reestimate_norms": "regrow.reestimation",
     "remove_bridgeout": "regrow.bridgeout_layers",
+    "save": "regrow.checkpoint",
     "score": "regrow.scoring",
     "select": "regrow.selection",
 }
@@ -39,10 +49,15 @@ __all__ = [
     "add_bridgeout",
     "bridgeout",
     "compensate",
+    "cut",
+    "export_onnx",
+    "load",
     "overlap",
+    "prune",
     "read_as",
     "reestimate_norms",
     "remove_bridgeout",
+    "save",
     "score",
     "select",
 ]

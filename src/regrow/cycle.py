@@ -9,9 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from regrow.cutplan import plan_cut
+from regrow.cuts import CutPlan
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
+from regrow.narrowing import check_not_sharded, check_plan
 from regrow.readers import silent_entries
+from regrow.removal import plan_removal
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
 from regrow.structure import read_structure
@@ -70,6 +75,9 @@ class RePr:
         consumers: what the layers that read a restored channel do with it. ``"keep"``: the weights they
             had when it was dropped. ``"zero"``: weights of 0, so that the network's output does not move
             at the restore. ``"init"``: freshly drawn weights.
+        compact: in the sub phase, leave dropped filters out of the arithmetic (``narrow``): quicker, and the
+            same up to rounding. Where that cannot be done safely, and for a model in ``nn.DataParallel``,
+            they are computed and held at 0, as with False; the event's notes say so.
         scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
         floor: share of every layer that always stays alive.
         exclude: qualified names of convolutions, or of containers of them, to leave alone.
@@ -80,7 +88,7 @@ class RePr:
 
     Raises:
         ValueError: an argument out of range, an unknown name, no convolution left, an optimizer that
-            does not hold the model's parameters, NaN weights. Nothing is changed.
+            does not hold the model's parameters, NaN weights, a sharded model (FSDP). Nothing is changed.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class RePr:
         cycles: int = 3,
         criterion: str = "ortho",
         consumers: str = "keep",
+        compact: bool = True,
         scope: str = "global",
         floor: float = 0.1,
         exclude: Iterable[str] = (),
@@ -119,9 +128,12 @@ class RePr:
             )
         if example_inputs is None:
             raise ValueError("example_inputs is needed to trace the model: pass one picture, such as x[:1].")
+        if not isinstance(compact, bool):
+            raise ValueError(f"compact must be True or False, got {compact!r}.")
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
 
         self._model = unwrap(model)
+        check_not_sharded(self._model)
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
             "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles, "criterion": criterion,
@@ -139,6 +151,8 @@ class RePr:
                 weight = self._model.get_submodule(consumer)._parameters.get("weight")
                 if weight is None or not weight.requires_grad:
                     readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
+        self._compact = compact and not isinstance(model, nn.DataParallel)
+        self._example_inputs = _detached(example_inputs) if self._compact else None
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -247,7 +261,9 @@ class RePr:
         dropped = {
             name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
         }
-        self._sub = self._sub_phase(dropped)
+        plan, reasons = self._plan(dropped)
+        self._sub = self._sub_phase(dropped, plan=plan)
+        notes += reasons
         return Event("drop", self._step + 1, cycle + 1, dropped, notes=notes)
 
     def _restore(self, cycle: int) -> Event:
@@ -259,9 +275,39 @@ class RePr:
         dropped, self._sub = self._sub.dropped, None
         return Event("restore", self._step + 1, cycle + 1, dropped, least_covered, notes)
 
-    def _sub_phase(self, dropped: Mapping[str, list[int]], memory: Any = None) -> SubPhase:
+    def _plan(self, dropped: Mapping[str, list[int]]) -> tuple[CutPlan | None, list[str]]:
+        """How to compute without ``dropped``, and notes on the layers that go on computing them."""
+        if not self._compact or not dropped:
+            return None, []
+        keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
+        for name, indices in dropped.items():
+            keep[name][indices] = False
+        device = next(self._model.parameters()).device
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        try:
+            removal = plan_removal(self._model, keep, inputs, self._readers)
+            masked = {
+                name: "a grouped convolution behind it goes on"
+                for name in dropped
+                if removal.followers.keys() & self._readers[name].consumers.keys()
+            }
+            alone = {name: mask for name, mask in keep.items() if name not in masked}
+            plan = plan_cut(self._model, alone, inputs, readers=self._readers)
+        except Exception as error:  # whatever the model raises when it is copied and run: train on by masks
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return None, [
+                f"all dropped filters are computed and held at 0, for no plan could be made: {reason}"
+            ]
+        return plan, [
+            f"{name}: its dropped filters are computed and held at 0, because {why}."
+            for name, why in (masked | plan.masked).items()
+        ]
+
+    def _sub_phase(
+        self, dropped: Mapping[str, list[int]], memory: Any = None, plan: CutPlan | None = None
+    ) -> SubPhase:
         consumers = self._settings["consumers"]
-        return SubPhase(self._model, self._optimizer, self._layers, dropped, consumers, memory)
+        return SubPhase(self._model, self._optimizer, self._layers, dropped, consumers, memory, plan)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on exactly: tensors, numbers, strings and lists of them."""
@@ -276,7 +322,8 @@ class RePr:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, in the middle of a sub phase too.
 
-        Load the model's and the optimizer's own states as well, before or after.
+        Load the model's and the optimizer's own states as well, before or after. ``compact`` may differ
+        from where the state was taken; what follows is then the same up to rounding, not bit for bit.
 
         Raises:
             ValueError: the state is of a newer version, of other settings or of another model. Nothing is
@@ -300,13 +347,20 @@ class RePr:
                 f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
             )
         sub = state["sub_phase"]
+        plan = None
         if sub:
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
+            if self._compact and sub.get("plan"):
+                # Not planned anew: another plan would round differently.
+                plan = CutPlan.from_dict(sub["plan"])
+                check_plan(self._model, plan)
+            else:
+                plan, _ = self._plan(sub["dropped"])
         if self._sub is not None:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
-        self._sub = self._sub_phase(sub["dropped"], sub) if sub else None
+        self._sub = self._sub_phase(sub["dropped"], sub, plan) if sub else None
 
     def remove(self) -> None:
         """Take every hook off: a plain module and optimizer again.
@@ -342,3 +396,8 @@ class RePr:
 def _seed(seed: int, cycle: int, part: int) -> int:
     # Derived, not drawn from a running generator: what a cycle does depends on nothing that came before.
     return (seed * 1_000_003 + cycle * 2 + part) % 2**63
+
+
+def _detached(example_inputs: Any) -> Any:
+    # A view, such as x[:1], would keep the whole batch in memory.
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_inputs)

@@ -51,6 +51,9 @@ class Readers:
         output: the channels leave the network with no weights behind them, as a classifier's do.
         unsilenced: empty, or the name of a norm that sees the channels and cannot be silenced for them
             alone (it serves other channels too, it has no weight to be set to 0, …).
+        reached: the layers that the channels reach, sums included, up to those that multiply them by
+            weights of their own. The graph's proposal: nothing has confirmed it.
+        blocked: empty, or why the channels cannot be left out of the tensors on the way (the same).
     """
 
     norms: dict[str, Reads] = field(default_factory=dict)
@@ -59,6 +62,8 @@ class Readers:
     norm_first: bool = False
     output: bool = False
     unsilenced: str = ""
+    reached: dict[str, Reads] = field(default_factory=dict)
+    blocked: str = ""
 
 
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:

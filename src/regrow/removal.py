@@ -111,19 +111,28 @@ def _borrowed(model: nn.Module) -> dict[str, str]:
     }
 
 
-def plan_removal(model: nn.Module, keep: Mapping[str, Tensor], example_inputs: Any) -> Removal:
-    """What ``remove_filters`` would do to ``model``; it is only read, and refused as there."""
+def plan_removal(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    readers: Mapping[str, Readers] | None = None,
+) -> Removal:
+    """What ``remove_filters`` would do to ``model``; it is only read, and refused as there.
+
+    ``readers``: what ``read_structure`` says of the model, where that is known already.
+    """
     dropped = _dropped(model, keep)
     if not dropped:
         return Removal({}, {}, {})
-    readers = read_structure(model, example_inputs)
+    readers = readers or read_structure(model, example_inputs)
     for name in dropped:
-        if reason := _unremovable(readers, name):
+        if reason := unremovable(readers, name):
             raise ValueError(f"the filters of {name!r} cannot be removed: {reason}. Leave it out of keep.")
     return Removal(readers, dropped, _followers(model, readers, dropped))
 
 
-def _unremovable(readers: Mapping[str, Readers], name: str) -> str:
+def unremovable(readers: Mapping[str, Readers], name: str) -> str:
+    """Empty, or why the filters of convolution ``name`` cannot be removed."""
     if name not in readers:
         return "example_inputs do not reach it"
     if readers[name].output:
@@ -147,7 +156,7 @@ def _followers(
         for consumer, reads in found.consumers.items():
             layer: Any = model.get_submodule(consumer)
             grouped = getattr(layer, "groups", 1) > 1
-            if not grouped or consumer in borrowed or _unremovable(readers, consumer):
+            if not grouped or consumer in borrowed or unremovable(readers, consumer):
                 continue
             mask = column_mask(layer, reads.of(gone))
             unread[consumer] = unread[consumer] | mask if consumer in unread else mask

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
                 filters = list(range(convolutions(probe)[name].out_channels))
                 readers[name].norms = {norm: Reads(filters, filters) for norm in norms}
                 readers[name].mixed = f"torch-pruning could not trace the model ({type(error).__name__})"
+                readers[name].blocked = readers[name].mixed
         else:
             names = {module: name for name, module in probe.named_modules()}
             for name in order:
@@ -119,7 +120,7 @@ def _trace(probe: nn.Module, example_inputs: Any) -> Any:
     import torch_pruning  # it imports timm and torchvision where they are installed: seconds
 
     def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-        return [tensor for tensor in _tensors(call(model, inputs)) if tensor.requires_grad]
+        return [tensor for tensor in floating(call(model, inputs)) if tensor.requires_grad]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,52 +134,94 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
     from torch_pruning._helpers import _HybridIndex
 
     if conv not in graph.module2node:
-        readers.mixed = "its output does not reach the network's"
+        readers.mixed = readers.blocked = "its output does not reach the network's"
         return
     start = graph.module2node[conv]
     readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
     stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
+    sums: list[tuple[Any, list[Any]]] = []
+    for node, indices in _visits(stack):
+        if not node.outputs:
+            readers.output = True
+            readers.mixed = readers.mixed or "it is part of the network's output"
+            readers.blocked = readers.blocked or readers.mixed
+        for target_node, mapped in _steps(node, indices):
+            target = target_node.module
+            if isinstance(target, Norm | Consumer):
+                _note(readers.norms if isinstance(target, Norm) else readers.consumers, names[target], mapped)
+                if isinstance(target, Norm) and not per_channel(target):
+                    readers.mixed = readers.mixed or f"{names[target]!r} normalises several channels together"
+            elif _weighs(target, names):
+                readers.mixed = readers.mixed or f"it is read by a {type(target).__name__}"
+            elif len(target_node.inputs) > 1 and str(getattr(target, "_grad_fn", "")).startswith(_SUMS):
+                readers.mixed = readers.mixed or "it is added to other channels"
+                sums.append((target_node, mapped))
+                continue
+            if _reach(readers, target, mapped, names):
+                stack.append((target_node, mapped))
+    try:
+        for node, indices in _visits(sums):
+            if not node.outputs:
+                readers.blocked = readers.blocked or "it is part of the network's output"
+            sums += [
+                (target, mapped)
+                for target, mapped in _steps(node, indices)
+                if _reach(readers, target.module, mapped, names)
+            ]
+    except Exception as error:  # torch-pruning raises whatever it stumbled over
+        readers.blocked = f"torch-pruning could not follow its channels ({type(error).__name__})"
+
+
+def _visits(stack: list[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, list[Any]]]:
+    """What is on ``stack``, to which the caller adds, each once."""
     visited = set()
     while stack:
         node, indices = stack.pop()
         key = (id(node), tuple(indices))
-        if key in visited:
+        if key not in visited:
+            visited.add(key)
+            yield node, indices
+
+
+def _steps(node: Any, indices: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """The nodes that read ``node``, each with the places where it reads ``indices``."""
+    for edge in node.dependencies:
+        if edge.source is not node or not any(edge.target is output for output in node.outputs):
             continue
-        visited.add(key)
-        if not node.outputs:
-            readers.output = True
-            readers.mixed = readers.mixed or "it is part of the network's output"
-        for edge in node.dependencies:
-            if edge.source is not node or not any(edge.target is output for output in node.outputs):
-                continue
-            mapped = indices
-            for mapping in edge.index_mapping:
-                mapped = mapped if mapping is None else mapping(mapped)
-            if not mapped:
-                continue
-            target = edge.target.module
-            if isinstance(target, Norm | Consumer):
-                reads = readers.norms if isinstance(target, Norm) else readers.consumers
-                entry = reads.setdefault(names[target], Reads())
-                entry.filters += [index.root_idx for index in mapped]
-                entry.indices += [index.idx for index in mapped]
-                if isinstance(target, Consumer):
-                    continue
-                if not _per_channel(target):
-                    readers.mixed = readers.mixed or f"{names[target]!r} normalises several channels together"
-            elif isinstance(target, nn.Parameter) or (
-                target in names and any(True for _ in target.parameters())
-            ):
-                if not isinstance(target, nn.PReLU):
-                    readers.mixed = readers.mixed or f"it is read by a {type(target).__name__}"
-                    continue
-            elif len(edge.target.inputs) > 1 and str(getattr(target, "_grad_fn", "")).startswith(_SUMS):
-                readers.mixed = readers.mixed or "it is added to other channels"
-                continue
-            stack.append((edge.target, mapped))
+        mapped = indices
+        for mapping in edge.index_mapping:
+            mapped = mapped if mapping is None else mapping(mapped)
+        if mapped:
+            yield edge.target, mapped
 
 
-def _per_channel(norm: nn.Module) -> bool:
+def _note(found: dict[str, Reads], name: str, mapped: list[Any]) -> None:
+    entry = found.setdefault(name, Reads())
+    entry.filters += [index.root_idx for index in mapped]
+    entry.indices += [index.idx for index in mapped]
+
+
+def _weighs(target: Any, names: Mapping[nn.Module, str]) -> bool:
+    """Whether something that is neither norm nor consumer has weights that meet the channels."""
+    known = isinstance(target, Norm | Consumer | nn.PReLU)
+    return isinstance(target, nn.Parameter) or (
+        target in names and not known and any(True for _ in target.parameters())
+    )
+
+
+def _reach(readers: Readers, target: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> bool:
+    """Note that the channels reach ``target``; whether they go on behind it."""
+    if isinstance(target, Norm | Consumer | nn.PReLU):
+        _note(readers.reached, names[target], mapped)
+    if isinstance(target, Norm) and not per_channel(target):
+        readers.blocked = readers.blocked or f"{names[target]!r} normalises several channels together"
+    if _weighs(target, names):
+        readers.blocked = readers.blocked or f"they are read by a {type(target).__name__}"
+        return False
+    return not isinstance(target, Consumer)
+
+
+def per_channel(norm: nn.Module) -> bool:
     """Whether a norm's output in one channel depends on that channel alone."""
     return not isinstance(norm, nn.LayerNorm) and (
         not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
@@ -187,24 +230,24 @@ def _per_channel(norm: nn.Module) -> bool:
 
 def _hides(module: Any) -> bool:
     """Whether a weight of 0 in this module hides a channel from everything behind it."""
-    return isinstance(module, Norm) and _per_channel(module) and module.weight is not None
+    return isinstance(module, Norm) and per_channel(module) and module.weight is not None
 
 
 def _revives(norm: Any) -> bool:
     """Whether a norm turns a channel of 0 into something else and has no weight to prevent it."""
-    return not _per_channel(norm) and norm.weight is None
+    return not per_channel(norm) and norm.weight is None
 
 
 def _confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
     """Take back whatever forward passes on ``probe`` (which is changed for good) contradict."""
     generator = torch.Generator().manual_seed(0)
-    _unsettle(probe, generator)
+    unsettle(probe, generator)
     some, rest = {}, {}
     for name in readers:
         order = torch.randperm(convolutions(probe)[name].out_channels, generator=generator).tolist()
         some[name], rest[name] = order[: max(1, len(order) // 2)], order[max(1, len(order) // 2) :]
     state = copy.deepcopy(probe.state_dict())
-    tied = _tied(probe)
+    tied = tied_modules(probe)
 
     while True:
         loud = set()
@@ -238,7 +281,7 @@ def _confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Reader
             readers[group[0]].mixed = "forward passes did not confirm which layers read it"
 
 
-def _tied(probe: nn.Module) -> set[str]:
+def tied_modules(probe: nn.Module) -> set[str]:
     """The modules that hold a parameter which another module holds too."""
     holders: dict[nn.Parameter, list[str]] = {}
     for name, module in probe.named_modules():
@@ -263,7 +306,7 @@ def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:
     return [names for names, _ in groups]
 
 
-def _unsettle(probe: nn.Module, generator: torch.Generator) -> None:
+def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
     """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0."""
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
@@ -348,7 +391,7 @@ def _moves(
         for consumer, reads in readers[name].consumers.items():
             layer: Any = probe.get_submodule(consumer)
             layer.weight[column_mask(layer, reads.of(indices))] = 0
-    before = _tensors(call(probe, example_inputs))
+    before = floating(call(probe, example_inputs))
     generator = torch.Generator().manual_seed(1)
 
     def scramble(indices: Sequence[int]) -> Callable[..., Tensor]:
@@ -362,7 +405,7 @@ def _moves(
 
     handles = [probe.get_submodule(n).register_forward_hook(scramble(i)) for n, i in dropped.items()]
     try:
-        after = _tensors(call(probe, example_inputs))
+        after = floating(call(probe, example_inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -372,12 +415,12 @@ def _moves(
     )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def floating(output: Any) -> list[Tensor]:
     """The floating tensors in a nested output, in order."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, tuple | list):
-        return [tensor for part in output for tensor in _tensors(part)]
+        return [tensor for part in output for tensor in floating(part)]
     return []

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.cuts import CutPlan
 from regrow.filters import rows
 from regrow.masking import Hold
+from regrow.narrowing import narrow
 from regrow.readers import Readers, column_mask, silence, silent_entries
 from regrow.regrowth import orthogonal_rows
 from regrow.slots import refresh_slots
@@ -28,6 +30,11 @@ class SubPhase:
         consumers: what their consumers do after the restore, one of ``CONSUMERS``.
         memory: ``old_rows`` and ``old_columns`` of an earlier ``state``; without it they are taken from
             the model as it is.
+        plan: how the layers compute without the dropped filters while they are dead; without it they
+            compute with them, at 0. From ``plan_cut``, for ``dropped``.
+
+    Raises:
+        ValueError: the plan does not fit the model (see ``narrow``). Nothing is changed.
     """
 
     @torch.no_grad()
@@ -39,7 +46,10 @@ class SubPhase:
         dropped: Mapping[str, list[int]],
         consumers: str,
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
+        plan: CutPlan | None = None,
     ) -> None:
+        self._plan = plan
+        self._narrowing = None if plan is None else narrow(model, plan)
         self._model = model
         self._optimizer = optimizer
         self._readers = readers
@@ -66,10 +76,13 @@ class SubPhase:
             "dropped": {name: list(indices) for name, indices in self.dropped.items()},
             "old_rows": _copy(self._old_rows),
             "old_columns": _copy(self._old_columns),
+            "plan": None if self._plan is None else self._plan.to_dict(),
         }
 
     def release(self) -> None:
-        """Stop holding the filters; they stay at 0 until something writes them."""
+        """Stop holding the filters, and compute with them again; they stay at 0 until they are written."""
+        if self._narrowing is not None:
+            self._narrowing.release()
         self._hold.release()
 
     @torch.no_grad()

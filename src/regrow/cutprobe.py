@@ -1,0 +1,383 @@
+"""What a masked copy of a model shows: which channels are zero whatever comes in, and whether a cut computes
+the same."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from regrow.bridgeout_layers import remove_bridgeout
+from regrow.cuts import CutPlan, apply_plan
+from regrow.placing import channel_dim
+from regrow.readers import Consumer, Norm
+from regrow.removal import Removal
+from regrow.structure import call, floating, per_channel, unsettle
+
+_STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class Probe:
+    """A copy of a model with filters removed by masks, to hold plans against.
+
+    Attributes:
+        dead: layer → BoolTensor[channels]: which input channels of a convolution or linear layer, and
+            which output channels of a norm, are 0 whatever comes in. Layers that no pass reached are
+            not listed.
+        own: convolution → the norm that reads its output, and nothing else's.
+        exercised: the layers that computed something in the passes that plans are compared by.
+        partial: some layers ran in none of these passes, and may read anything in training.
+    """
+
+    def __init__(self, model: nn.Module, removal: Removal, example_inputs: Any) -> None:
+        """Raises ``ValueError`` if which layers run depends on the data."""
+        self._model, example = _precise(model, example_inputs)
+        self._tolerance = 1e-6 if _dtype(self._model) == torch.float64 else 1e-3
+        with torch.no_grad():
+            unsettle(self._model, torch.Generator().manual_seed(0))
+            removal.apply(self._model)
+        # Of the layers whose forward method is not PyTorch's own: an input to try a slice on.
+        self._samples: dict[str, Tensor] = {}
+        self.own, ran = self._look(example)
+        self.dead, others = self._find_dead(example, removal.gone)
+        self._inputs, self._expected = self._references(example)
+        self.exercised = self._expected[False].ran | self._expected.get(True, _Seen()).ran
+        every = {name for name, module in self._model.named_modules() if isinstance(module, Consumer | Norm)}
+        self.partial = True not in self._expected and ran != every
+        for other in [*others, self._expected[False].called]:
+            if other != ran:
+                some = ", ".join(repr(name) for name in sorted(other ^ ran)[:3])
+                raise ValueError(
+                    f"which layers run depends on the data ({some}): regrow cannot tell what reads the "
+                    "filters. Cut the parts that always run, each as a model of its own."
+                )
+
+    def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> set[str] | None:
+        """None if ``plan`` computes what the masks do, in eval and train mode; else the layers that had run
+        when it turned out that it does not.
+
+        Args:
+            present: layer → BoolTensor[channels]: which of its input channels the plan leaves in the
+                tensor that arrives. Layers not listed: all.
+        """
+        cut, seen = _copy(self._model), _Seen()
+        try:
+            apply_plan(cut, plan)
+            for training, expected in self._expected.items():
+                seen = _Seen()
+                self._watch(cut, training, seen, expected, present)
+        except Exception:  # a difference, or what the model raises at tensors of a width it does not know
+            return seen.called
+        return None
+
+    def separable(self, name: str, *, rows: bool) -> bool:
+        """Whether a convolution or linear layer computes each filter (``rows``), or sums over each input
+        channel, by itself. A layer that standardises its weights does the first alone."""
+        module: Any = self._model.get_submodule(name)
+        if type(module).forward in _STOCK:
+            return True
+        if name not in self._samples:
+            return False
+        given = self._samples[name]
+        dim = channel_dim(module, given)
+        groups = getattr(module, "groups", 1)
+        read, filters = given.shape[dim] // groups, len(module.weight)
+        halves = {"rows": list(range(0, filters, 2))} if rows else {"columns": list(range(0, read, 2))}
+        picked = None if rows else halves["columns"]
+        plan = CutPlan(**{part: {"layer": indices} for part, indices in halves.items()})  # type: ignore[arg-type]
+        if groups > 1:
+            stay = range(0, groups, 2)
+            halves = {"rows": [i for i in range(filters) if i // (filters // groups) in stay]}
+            picked = [i for i in range(given.shape[dim]) if i // read in stay]
+            plan = CutPlan(rows={"layer": halves["rows"]}, groups={"layer": len(stay)})
+        small = nn.ModuleDict({"layer": copy.deepcopy(module)})
+        try:
+            apply_plan(small, plan)
+            if picked is not None:
+                index = torch.tensor(picked, device=given.device)
+                narrow = given.index_select(dim, index)
+                given = torch.zeros_like(given).index_copy(dim, index, narrow)
+            with torch.no_grad():
+                whole, part = module(given), small["layer"](given if picked is None else narrow)
+        except Exception:  # a layer of the user's own
+            return False
+        if "rows" in halves:
+            at = channel_dim(module, whole)
+            whole = whole.index_select(at, torch.tensor(halves["rows"], device=whole.device))
+        return whole.shape == part.shape and _close(whole, part, self._tolerance)
+
+    def _look(self, example: Any) -> tuple[dict[str, str], set[str]]:
+        """The norms that belong to one convolution alone, and the layers that ran."""
+        made: dict[int, tuple[str, Tensor]] = {}
+        readers: dict[str, list[str]] = {}
+        sources: dict[str, list[str]] = {}
+
+        ran = set()
+
+        def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            ran.add(name)
+            if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
+                made[id(output)] = (name, output)  # holding the tensor keeps its id from being used again
+                readers.setdefault(name, [])
+            if isinstance(module, Norm):
+                source = made.get(id(inputs[0]), ("", None))[0] if inputs else ""
+                sources.setdefault(name, []).append(source)
+                if source:
+                    readers[source].append(name)
+            elif isinstance(module, Consumer) and inputs and type(module).forward not in _STOCK:
+                self._samples[name] = inputs[0].detach().clone()
+
+        with _hooked(self._model, after):
+            _run(self._model, example, training=False)
+        own = {
+            name: norms[0]
+            for name, norms in readers.items()
+            if norms
+            and set(norms) == {norms[0]}
+            and set(sources[norms[0]]) == {name}
+            and per_channel(self._model.get_submodule(norms[0]))
+        }
+        return own, ran
+
+    def _find_dead(
+        self, example: Any, gone: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, Tensor], list[set[str]]]:
+        """Which channels are 0 when all that convolutions and linear layers compute is noise, and the
+        layers that ran.
+
+        Noise of one sign first and the other then: no activation stops both, and no sum cancels.
+        """
+        alive: dict[str, Tensor] = {}
+        unclear: set[str] = set()
+        ran: list[set[str]] = []
+        generator = torch.Generator().manual_seed(2)
+
+        def see(name: str, tensor: Any, dim: int) -> None:
+            if not isinstance(tensor, Tensor) or not tensor.numel() or dim >= tensor.dim():
+                unclear.add(name)
+                return
+            moved = (tensor != 0).movedim(dim, -1).flatten(0, -2).any(0)
+            if name in alive and alive[name].shape != moved.shape:
+                unclear.add(name)
+            else:
+                alive[name] = alive[name] | moved if name in alive else moved
+
+        for sign in (1, -1):
+            names: set[str] = set()
+
+            def after(
+                name: str, module: Any, inputs: Any, output: Any, sign: int = sign, names: set[str] = names
+            ) -> Tensor | None:
+                names.add(name)
+                if isinstance(module, Norm):
+                    see(name, output, 1)
+                    return None
+                if inputs:
+                    see(name, inputs[0], channel_dim(module, inputs[0]))
+                else:
+                    unclear.add(name)
+                noise = torch.rand(output.shape, generator=generator).to(output).add(0.5).mul(sign)
+                dim = channel_dim(module, output)
+                if silent := [*gone.get(name, ())]:
+                    index = torch.tensor(silent, device=output.device)
+                    noise = noise.index_copy(dim, index, output.index_select(dim, index))
+                return noise
+
+            try:
+                with _hooked(self._model, after):
+                    _run(self._model, example, training=False)
+            except Exception:  # noise may be more than the model's own code bears
+                return {}, []
+            ran.append(names)
+        return {name: ~seen for name, seen in alive.items() if name not in unclear}, ran
+
+    def _references(self, example: Any) -> tuple[Any, dict[bool, _Seen]]:
+        """Inputs to compare plans by, and what masks give in each mode that they can be compared in."""
+        for inputs in (_noise(example, 2), _noise(example, 1), example):
+            self._inputs = inputs
+            expected = {False: _Seen()}
+            try:
+                self._watch(self._model, False, expected[False])
+            except Exception:  # the model takes no other batch, or no such numbers
+                continue
+            try:
+                self._watch(_copy(self._model), True, seen := _Seen())
+                expected[True] = seen
+            except Exception:  # a model that needs targets to train, or a batch of several
+                if inputs is not example:
+                    continue
+            return inputs, expected
+        raise AssertionError("the example has passed through the model before")
+
+    def _watch(
+        self,
+        model: nn.Module,
+        training: bool,
+        seen: _Seen,
+        expected: _Seen | None = None,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Run ``model`` and note what is ``seen``; ``ValueError`` where it is not as ``expected``."""
+
+        def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
+            seen.called.add(name)
+            if output.numel():
+                seen.ran.add(name)
+            if isinstance(module, Consumer) and given and isinstance(given[0], Tensor):
+                mine = _fingerprint(given[0], channel_dim(module, given[0]))
+                seen.given.append((name, mine))
+                if expected is not None:
+                    other_name, theirs = expected.given[len(seen.given) - 1]
+                    scale = _scale(theirs)
+                    if present and name in present and len(present[name]) == len(theirs):
+                        theirs = theirs[present[name]]
+                    if name != other_name or not _close(theirs, mine, self._tolerance, scale):
+                        raise ValueError(f"{name!r} reads something else")
+
+        with _hooked(model, after):
+            seen.outputs = floating(_run(model, self._inputs, training))
+        if expected is not None:
+            pairs = zip(expected.outputs, seen.outputs, strict=True)
+            if len(seen.given) != len(expected.given) or not all(
+                _close(theirs, mine, self._tolerance) for theirs, mine in pairs
+            ):
+                raise ValueError("the outputs differ")
+
+
+@dataclass
+class _Seen:
+    """One pass: a fingerprint of each channel that a layer read, the outputs, and the layers that were
+    called and that made something of it (a detector without a box calls its head with nothing)."""
+
+    given: list[tuple[str, Tensor]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
+    ran: set[str] = field(default_factory=set)
+
+
+def _scale(tensor: Tensor) -> float:
+    return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, scale: float = 0.0) -> bool:
+    if a.shape != b.shape:
+        return False
+    atol = tolerance * max(scale, _scale(a))
+    return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
+
+
+def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
+    """One number per channel, which any change of the channel changes."""
+    matrix = tensor.detach().movedim(dim, -1).flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    generator = torch.Generator().manual_seed(len(matrix))
+    weights = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
+    return weights.to(matrix) @ matrix
+
+
+@contextmanager
+def _hooked(model: nn.Module, after: Callable[..., Any]) -> Iterator[None]:
+    """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm."""
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, Consumer | Norm):
+
+                def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
+                    return after(name, module, inputs, output)
+
+                # In front of the user's own hooks, which may change the output.
+                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
+        yield
+
+
+def _run(model: nn.Module, inputs: Any, training: bool) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+        torch.no_grad(),
+        NoDropout() if training else nullcontext(),
+    ):
+        torch.manual_seed(0)
+        return call(model.train(training), copy.deepcopy(inputs))
+
+
+class NoDropout(TorchFunctionMode):
+    # What it drops depends on the width of the tensor: two networks of other widths differ by chance.
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
+
+
+def _precise(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
+    """A copy of the model, and its inputs, in the most precise numbers that its code bears."""
+    for dtype in (torch.float64, torch.float32):
+        probe = copy.deepcopy(model).eval().requires_grad_(False)
+        for part in probe.modules():
+            if "_bridgeout_passes" in vars(part):
+                remove_bridgeout(part)
+        probe, example = probe.to(dtype), _mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
+        try:
+            _run(probe, example, training=False)
+        except Exception:  # a dtype written into the model's code
+            continue
+        return probe, example
+    return copy.deepcopy(model).eval().requires_grad_(False), example_inputs
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # A cut replaces parameters and never writes them, so copies may share them. Statistics are written.
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``inputs`` with every floating tensor in it changed."""
+    if isinstance(inputs, Tensor):
+        return change(inputs.detach()) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _mapped(value, change) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(_mapped(value, change) for value in inputs)
+    return inputs
+
+
+def _noise(example: Any, repeats: int) -> Any:
+    """Random numbers in the range of each floating tensor; ``repeats`` times the batch."""
+    generator = torch.Generator().manual_seed(3)
+
+    def change(tensor: Tensor) -> Tensor:
+        low, high = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
+        shape = tensor.shape
+        if low == high:
+            return torch.randn(shape, generator=generator).to(tensor)
+        return torch.rand(shape, generator=generator).mul(high - low).add(low).to(tensor)
+
+    def longer(inputs: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            return inputs.repeat(repeats, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
+        if isinstance(inputs, Mapping):
+            return {key: longer(value) for key, value in inputs.items()}
+        return tuple(map(longer, inputs)) if isinstance(inputs, tuple | list) else inputs
+
+    flat = isinstance(example, Tensor) or all(
+        not isinstance(part, tuple | list | Mapping)
+        for part in (example.values() if isinstance(example, Mapping) else example)
+    )
+    return _mapped(longer(example) if repeats > 1 and flat else example, change)

@@ -1,0 +1,283 @@
+"""Compute as if dropped filters were not there, for a while: parameters keep their shape and identity."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from regrow.cuts import CutPlan
+from regrow.filters import unwrap
+from regrow.placing import channel_dim, place, take, take_block
+from regrow.readers import Consumer
+from regrow.suggest import nearest
+
+# Attributes that say how many channels a layer has: its forward method may read them.
+_CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters")
+
+
+def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
+    """Leave what ``plan`` cuts out of the arithmetic of ``model``, until ``release``.
+
+    The layers in the plan compute with slices of their parameters, taken anew in every forward pass.
+    The parameters keep shape and identity: optimizers, schedulers, averaged copies, ``state_dict()`` and
+    DDP see no change, and what is left out gets gradients of 0. Running statistics are read and written
+    at the channels kept. A copy made meanwhile (``copy.deepcopy``, pickle) is not narrowed.
+
+    Args:
+        model: the module the plan was made for; wrappers are looked through. Bridgeout may be on it:
+            the noise is drawn for whole weights, and sliced with them.
+        plan: from ``plan_cut``.
+
+    Returns:
+        What ends it: call ``release()``, or use it as a context manager.
+
+    Raises:
+        ValueError: the plan does not fit the model, a layer is narrowed already, its weight is not a
+            plain parameter, or the model is sharded (FSDP) or replicated (``nn.DataParallel``). Nothing
+            is changed.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("the replicas of nn.DataParallel cannot be narrowed: use DistributedDataParallel.")
+    model = unwrap(model)
+    slices = check_plan(model, plan)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in slices}
+    for name, layer in layers.items():
+        if isinstance(layer, _Narrowed):
+            raise ValueError(f"{name!r} is narrowed already: release that first.")
+    for name, layer in layers.items():
+        layer._narrow = slices[name]
+        own = slices[name]
+        layer.__class__ = _narrowed(type(layer), tuple(own.tensors), tuple(own.numbers))  # type: ignore[arg-type]
+    return Narrowing(list(layers.values()))
+
+
+class Narrowing:
+    """That layers of a model are narrowed; see ``narrow``."""
+
+    def __init__(self, layers: Sequence[_Narrowed]) -> None:
+        self._layers = list(layers)
+
+    def release(self) -> None:
+        """Compute with whole parameters again; harmless when called twice."""
+        for layer in self._layers:
+            if _in_front(layer):
+                layer.__class__ = layer._wide  # type: ignore[assignment]
+                del layer._narrow
+            else:  # the class that was put in front stays, and ours steps aside
+                layer._narrow = None
+        self._layers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def check_plan(model: nn.Module, plan: CutPlan) -> dict[str, _Slices]:
+    """What the layers in ``plan`` would compute with: {name: slices}; ``ValueError`` as in ``narrow``."""
+    model = unwrap(model)
+    check_not_sharded(model)
+    modules = dict(model.named_modules())
+    return {name: _slices(modules, plan, name) for name in _names(plan)}
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise ``ValueError`` if a parameter of ``model`` is spread over processes (FSDP, tensor parallel)."""
+    bases = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    sharded = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
+    if sharded or bases & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise ValueError(
+            "regrow needs whole filters on every process, and this model is sharded"
+            + (f" ({sharded!r} is a DTensor)" if sharded else "")
+            + ": use DDP instead of FSDP."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """The rows and columns that stay of one tensor (None: all of them), and where the rows go among zeros."""
+
+    rows: Tensor | None
+    columns: Tensor | None = None
+    spread: tuple[int, Tensor] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        block = take_block(tensor, self.rows, self.columns)
+        return block if self.spread is None else place(block, self.spread[1], 0, self.spread[0])
+
+
+@dataclass(eq=False)
+class _Slices:
+    """What one layer computes with: tensors and numbers in place of its own, and where channels go.
+
+    ``live`` holds the tensors while the layer's forward method runs: slices of one pass.
+    """
+
+    tensors: Mapping[str, _Slice]
+    numbers: Mapping[str, int]
+    channels: Tensor | None
+    picked: Tensor | None
+    placed: tuple[int, Tensor] | None
+    live: dict[str, Tensor] | None = None
+
+
+class _Narrowed(nn.Module):
+    """In front of a layer's own class: its forward method reads slices where it says ``self.weight``."""
+
+    _narrow: _Slices | None
+    _wide: type[nn.Module]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        slices = self._narrow
+        if slices is None:
+            return super().forward(*args, **kwargs)
+        if not _in_front(self):
+            raise ValueError(
+                f"{type(self).__name__}: a layer that computes without its dropped filters has got another "
+                "class (by Bridgeout, or a parametrization). Do that before or after, not meanwhile."
+            )
+        if slices.picked is not None:
+            args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
+        slices.live = {}
+        try:
+            output = super().forward(*args, **kwargs)
+            if self.training and slices.channels is not None:
+                for name, statistic in slices.live.items():
+                    if name in self._buffers:
+                        # Through .data, as a norm writes them: a graph that holds the buffer stays valid.
+                        cast(Tensor, self._buffers[name]).data.index_copy_(0, slices.channels, statistic)
+        finally:
+            slices.live = None
+        if slices.placed is not None:
+            width, index = slices.placed
+            output = place(output, index, channel_dim(self, output), width)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy outlives the phase, and nothing would release it: it is a plain layer.
+        reduced = super().__reduce_ex__(protocol)
+        if not _in_front(self):
+            return reduced
+        _, _, state, *rest = cast(tuple[Any, ...], reduced)
+        state = {key: value for key, value in state.items() if key != "_narrow"}
+        return (_blank, (self._wide,), state, *rest)
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _in_front(layer: _Narrowed) -> bool:
+    """Whether nothing has been put in front of the class that ``narrow`` gave the layer."""
+    return type(layer).__bases__[0] is _Narrowed
+
+
+@functools.cache
+def _narrowed(wide: type[nn.Module], tensors: tuple[str, ...], numbers: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {"_wide": wide, "__module__": __name__}
+    body |= {name: _tensor(wide, name) for name in tensors}
+    body |= {name: _number(name) for name in numbers}
+    return type(f"Narrow{wide.__name__}", (_Narrowed, wide), body)
+
+
+def _tensor(wide: type[nn.Module], name: str) -> property:
+    """A parameter or buffer: the whole one, and its slice while the forward method runs."""
+    # Bridgeout's layers have such a property of their own: w̃ first, then the slice.
+    inherited = getattr(wide, name, None)
+    whole = inherited.fget if isinstance(inherited, property) else None
+
+    def get(self: _Narrowed) -> Any:
+        tensor: Any = nn.Module.__getattr__(self, name) if whole is None else whole(self)
+        slices = self._narrow
+        if slices is None or slices.live is None:
+            return tensor
+        if name not in slices.live:
+            slices.live[name] = slices.tensors[name].of(tensor)
+        return slices.live[name]
+
+    return property(get)
+
+
+def _number(name: str) -> property:
+    def get(self: _Narrowed) -> int:
+        slices = self._narrow
+        if slices is None or slices.live is None:
+            return cast(int, self.__dict__[name])
+        return slices.numbers[name]
+
+    def put(self: _Narrowed, value: int) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+def _names(plan: CutPlan) -> list[str]:
+    """The layers that compute with less than they hold, each once."""
+    parts = (plan.rows, plan.columns, plan.channels, plan.groups, plan.placed, plan.picked, plan.spread)
+    return list(dict.fromkeys(name for part in parts for name in part))
+
+
+def _slices(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> _Slices:
+    """What the layer ``name`` is to compute with; ``ValueError`` if the plan does not fit it."""
+    if name not in modules:
+        raise ValueError(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
+    layer = modules[name]
+    own = {**layer._parameters, **layer._buffers}
+    tensors = {key: tensor for key, tensor in own.items() if tensor is not None and tensor.dim()}
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+
+    def index(kept: Sequence[int], width: int) -> Tensor:
+        if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < width:
+            raise ValueError(f"the plan does not fit {name!r}, which has {width} channels: {list(kept)}.")
+        return torch.tensor(kept, device=device)
+
+    numbers: dict[str, int] = {}
+    slices: dict[str, _Slice] = {}
+    channels = None
+    spread = plan.spread.get(name)
+    if isinstance(layer, Consumer):
+        weight = layer._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(f"the weight of {name!r} is not a plain parameter: hold its filters by masks.")
+        filters, read = weight.shape[:2]
+        rows = plan.rows.get(name, spread)
+        columns = index(plan.columns[name], read) if name in plan.columns else None
+        read = read if columns is None else len(columns)
+        if rows is not None:
+            kept = index(rows, filters)
+            put = None if name in plan.rows else (filters, kept)
+            slices = {
+                key: _Slice(kept, None, put) for key, tensor in tensors.items() if len(tensor) == filters
+            }
+            filters = len(rows) if put is None else filters
+        if columns is not None:
+            slices["weight"] = replace(slices.get("weight", _Slice(None)), columns=columns)
+        groups = plan.groups.get(name, getattr(layer, "groups", 1))
+        numbers = {"out_channels": filters, "in_channels": groups * read, "groups": groups}
+        if isinstance(layer, nn.Linear):
+            numbers = {"out_features": filters, "in_features": read}
+    elif name in plan.channels or spread is not None:
+        width = next((len(tensor) for tensor in tensors.values()), getattr(layer, "num_features", 0))
+        left = plan.channels.get(name, range(width))
+        channels = index(left, width)
+        slices = {key: _Slice(channels) for key, tensor in tensors.items() if len(tensor) == width}
+        numbers = {key: len(left) for key in _CHANNEL_COUNTS if vars(layer).get(key) == width}
+        if spread is not None:
+            put = (len(left), index([left.index(i) for i in spread], len(left)))
+            slices |= {
+                key: _Slice(index(spread, width), None, put) for key in slices if key in layer._parameters
+            }
+    picked, placed = plan.picked.get(name), plan.placed.get(name)
+    return _Slices(
+        slices,
+        numbers,
+        channels,
+        None if picked is None else index(picked, picked[-1] + 1),
+        None if placed is None else (placed[0], index(placed[1], placed[0])),
+    )

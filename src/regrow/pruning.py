@@ -1,0 +1,235 @@
+"""One call for the engineer: rank filters, choose, cut for good and compensate, within a budget."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.accuracy import top1
+from regrow.budget import Search, check_target, removed
+from regrow.calibration import check_calibration, inputs_of
+from regrow.choosing import Choice, check_choice, choose, coupled_filters, families_of, merged
+from regrow.cost import activation_bytes, count_macs, count_parameters, measure_latency, weight_bytes
+from regrow.filters import convolutions, left_out, unwrap
+from regrow.removal import unremovable
+from regrow.scoring import check_criterion, score
+from regrow.structure import read_structure
+from regrow.trials import Bench, become
+
+__all__ = ["prune"]
+
+_VERSION = 1
+_CALIBRATION_IMAGES = 512
+_STAGES = 4
+
+
+def prune(
+    model: nn.Module,
+    *,
+    example_inputs: Any,
+    fraction: float | None = None,
+    max_drop: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    criterion: str = "l2",
+    scope: str = "global",
+    coupled: str = "individually",
+    round_to: int = 1,
+    floor: float = 0.1,
+    exclude: Iterable[str] = (),
+    compensate: bool = True,
+    seed: int | None = None,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> dict[str, Any]:
+    """Make a trained network smaller in one call, in place: score, choose, cut for good, compensate.
+
+    Exactly one target is given. With a budget, the smallest cut that meets it is searched for (the largest
+    one for ``max_drop``), on copies; ``model`` changes once, at the end, or not at all. It is not trained.
+
+    Args:
+        model: any trained module with convolutions, not inside a data-parallel wrapper. Its parameters
+            become new, smaller ones: build optimizers afterwards.
+        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords. MACs,
+            latency and memory are those of a pass over it.
+        fraction: target: share of the ranked filters to remove, 0 ≤ fraction < 1.
+        max_drop: target: remove as many as cost at most this many points of accuracy on ``validation``
+            (1.0: from 92.3 % to no less than 91.3 %).
+        macs, params, latency: target: share of what it is now, 0 < share < 1. Latency is the median of
+            repeated passes on this machine, the dense network in turn with the smaller one.
+        calibration: batches of images to compensate with, as ``compensate`` takes them; labels are
+            ignored. The first 512 images are used: shuffle, or see to it that they are of all kinds.
+        validation: batches of (inputs, labels [n]), to report accuracy, and for ``max_drop``.
+        criterion: as ``score`` takes it.
+        scope: ``"global"`` ranks all filters together, ``"layer"`` removes the same share of each layer,
+            ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
+        coupled: filters that are added into the same channel of a residual stream go ``"individually"``,
+            each layer computing its kept ones only, or ``"jointly"``, by their mean score, so that the
+            channel leaves the stream.
+        round_to: layers keep a multiple of this many filters, where they have as many.
+        floor: share of each layer that stays.
+        exclude: names of convolutions, or of containers of them, to leave alone.
+        compensate: False removes the filters without making up for them, and needs no images.
+        seed: for the criterion ``"random"``.
+        progress: called with steps done, steps there may be, and what is being done.
+
+    Returns:
+        JSON-able report: version; target {kind, value, reached}; the settings; filters and fraction that
+        went; layers {name: filters before and after}; dropped {name: indices}; left_out and masked {name:
+        why}; parameters, macs, latency (seconds: median, lowest, highest), memory (bytes of weights, and of
+        activations at their peak), accuracy (0 to 1; None without ``validation``), each before and after;
+        compensation (what ``compensate`` did, or None).
+
+    Raises:
+        ValueError: not exactly one target, an argument that is unknown, missing or out of range; a model
+            that cannot be cut; images that do not fit; a budget that cannot be met: the message says how
+            near one gets. Nothing is changed.
+
+    Warns:
+        UserWarning: ``floor`` and ``round_to`` leave less to remove than ``fraction`` asks for.
+    """
+    kind, value = check_target(
+        {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
+    )
+    check_criterion(criterion)
+    check_choice(scope, floor, round_to, coupled)
+    _check_unwrapped(model)
+    if compensate and calibration is None:
+        raise ValueError(
+            "to make up for the filters that go, prune needs calibration=: a loader of images (labels are "
+            "ignored), or [x] for one batch. To do without, write compensate=False."
+        )
+    if kind == "max_drop" and validation is None:
+        raise ValueError("max_drop needs validation=: a loader of (inputs, labels) to measure accuracy on.")
+    user = unwrap(model)
+    tell = progress or _silent
+    tell(0, _STAGES, "reading the structure")
+    readers = read_structure(user, example_inputs)
+    base = copy.deepcopy(user).eval()
+    fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
+    names = [exclude] if isinstance(exclude, str) else list(exclude)
+    scores = score(base, criterion, exclude=[*names, *fixed], seed=seed)
+    units = coupled_filters(base, readers, scores) if coupled == "jointly" else []
+    choice = Choice(scope, floor, round_to, merged(families_of(base, readers, scores), units), units)
+    choosing = functools.partial(choose, scores, choice=choice)
+    images = _first_images(base, calibration) if compensate and calibration is not None else None
+    if isinstance(validation, Iterator):  # it yields once, and there are several passes
+        validation = list(validation)
+    accuracy, pictures = top1(base, validation) if validation is not None else (None, None)
+    bench = Bench(base, example_inputs, readers, images)
+
+    timing = None
+    if kind == "fraction":
+        tell(1, _STAGES, "cutting")
+        keep = choosing(value)
+        trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
+        if value and reached < 0.9 * value:
+            warnings.warn(
+                f"{removed(keep)} of {_count(keep)} filters are removed ({reached:.1%}), for floor={floor}, "
+                f"round_to={round_to} and coupled={coupled!r} leave no more. Lower the floor or round_to.",
+                stacklevel=2,
+            )
+    else:
+        search = Search(
+            base, example_inputs, bench, choosing, _count(scores), validation or (), accuracy or 0.0, tell
+        )
+        met = search.run(kind, value)
+        trial, reached, timing = met.trial, met.reached, met.timing
+    tell(2, _STAGES, "measuring")
+    small = trial.model
+    left = {name: "excluded" for name in convolutions(base) if name not in scores} | left_out(base) | fixed
+    before, after = _sizes(base), _sizes(small)
+    timing = timing or measure_latency([base, small], example_inputs)
+    report: dict[str, Any] = {
+        "version": _VERSION,
+        "target": {"kind": kind, "value": value, "reached": reached},
+        "settings": {
+            "criterion": criterion,
+            "scope": scope,
+            "coupled": coupled,
+            "round_to": round_to,
+            "floor": floor,
+            "exclude": names,
+            "compensate": compensate,
+            "seed": seed,
+        },
+        "device": str(_device(base)),
+        "threads": torch.get_num_threads(),
+        "filters": _pair(_count(trial.keep), _count(trial.keep) - removed(trial.keep)),
+        "fraction": removed(trial.keep) / _count(trial.keep),
+        "layers": {name: _pair(before[name], after[name]) for name in before},
+        "dropped": dict(trial.gone),
+        "left_out": left,
+        "masked": dict(trial.plan.masked),
+        "parameters": _pair(*map(count_parameters, (base, small))),
+        "macs": _pair(*(count_macs(each, example_inputs) for each in (base, small))),
+        "latency": _pair(*timing),
+        "memory": {
+            "weights": _pair(*map(weight_bytes, (base, small))),
+            "activations": _pair(*(activation_bytes(each, example_inputs) for each in (base, small))),
+        },
+        "accuracy": None,
+        "compensation": trial.compensation,
+    }
+    if validation is not None:
+        report["accuracy"] = _pair(accuracy, top1(small, validation)[0]) | {"images": pictures}
+    tell(3, _STAGES, "changing the model")
+    become(user, trial)
+    tell(4, _STAGES, "done")
+    return report
+
+
+def _silent(_done: int, _of: int, _what: str) -> None:
+    pass
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
+                "was given: prune model.module in one process, and wrap it anew."
+            )
+        if "_bridgeout_passes" in vars(module):
+            raise ValueError("the model has Bridgeout: call remove_bridgeout before pruning.")
+
+
+def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
+    """The first batches, of 512 images in all or a little more. Errors as ``compensate``."""
+    check_calibration(calibration)
+    batches, images = [], 0
+    for inputs in inputs_of(model, calibration):
+        batches.append(inputs)
+        tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+        images += next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 1)
+        if images >= _CALIBRATION_IMAGES:
+            break
+    return batches
+
+
+def _count(filters: Mapping[str, Tensor]) -> int:
+    return sum(map(len, filters.values()))
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    # The weight itself: one that is spread has more rows while the layer computes.
+    return {
+        name: conv.out_channels if (weight := conv._parameters.get("weight")) is None else len(weight)
+        for name, conv in convolutions(model).items()
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _pair(before: Any, after: Any) -> dict[str, Any]:
+    return {"before": before, "after": after}

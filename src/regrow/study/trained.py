@@ -1,0 +1,174 @@
+"""Trained networks to work on, with the pictures that go with them: from a run folder, or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from regrow.study import records
+from regrow.study.config import make_config
+from regrow.study.data import Images, Splits, load_data
+from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.libraries import library_model
+from regrow.study.models import model_channels
+from regrow.study.names import MODEL_FAMILIES
+from regrow.study.train import build, load_splits
+
+_BATCH = 500
+_SIDE = 224
+
+
+class Loader:
+    """Pictures in evaluation batches, as often as they are asked for."""
+
+    def __init__(self, images: Images, **feed: Any) -> None:
+        self._batches = Batches(images, batch_size=_BATCH, shuffle=False, **feed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._batches.epoch(0)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, on its device.
+
+    Attributes:
+        example: one picture's worth of zeros.
+        calibration: training pictures without augmentation and labels; None without data.
+        validation, test: pictures with labels; None without data, or where the network has other classes.
+        source: JSON-able: where it comes from.
+        seed: of its run; 0 for a network by name.
+    """
+
+    model: nn.Module
+    example: Tensor
+    calibration: list[Tensor] | None
+    validation: Loader | None
+    test: Loader | None
+    source: dict[str, Any]
+    seed: int
+
+
+def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = None) -> Trained:
+    """The network of a finished run.
+
+    Args:
+        folder: the run folder.
+        device, data_dir: in place of the run's own.
+
+    Raises:
+        ValueError: not the folder of a finished run, weights that are not there or do not fit, data that is
+            not there.
+    """
+    run = records.read_run(folder)
+    if run.result is None:
+        raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
+    changed = {} if data_dir is None else {"data_dir": data_dir}
+    config = make_config({**run.config, **changed})
+    splits = load_splits(config)
+    with torch.random.fork_rng(devices=[]):  # its first weights, soon replaced, are drawn
+        model = build(config, splits)
+    weights = records.weights_path(folder)
+    try:
+        model.load_state_dict(load_file(weights))
+    except FileNotFoundError:
+        raise ValueError(f"{weights} is missing: train the run again with --rerun.") from None
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{weights} does not fit the network of its config.yaml: {reason}") from None
+    source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
+    place = _device(device or config.device)
+    channels = model_channels(config.model, splits.channels)
+    return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
+
+
+def by_name(
+    name: str,
+    *,
+    weights: str = "default",
+    data: str | None = None,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    device: str | None = None,
+) -> Trained:
+    """A network of torchvision or timm with its published weights.
+
+    Args:
+        name: as ``build_model`` takes it, but none of the house's families.
+        weights: ``default`` (the library's best), a name of the library's (torchvision: IMAGENET1K_V1, timm:
+            the tag behind the dot), or ``none`` for random ones.
+        data: pictures to calibrate and judge on, normalised as the weights want them; None for none. Where
+            the network has another number of classes, they calibrate only.
+        data_dir, image_size: as ``load_data`` takes them; without data, ``image_size`` is the side of
+            the pictures (default: the one of the weights).
+        device: default: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: an unknown name, weights that are unknown or cannot be downloaded, data that is not there.
+    """
+    if name in MODEL_FAMILIES:
+        raise ValueError(f"{name} has no published weights: train one, and give its run folder.")
+    found = library_model(name, weights)
+    source = {"model": name, "weights": weights, "data": data}
+    place = _device(device or "auto")
+    if data is None:
+        side = image_size or found.side or _SIDE
+        example = torch.zeros(1, 3, side, side, device=place)
+        return Trained(found.model.to(place), example, None, None, None, source, 0)
+    splits = load_data(data, data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
+    mean, std = found.mean or splits.mean, found.std or splits.std
+    if splits.channels == 1 and len(mean) > 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return _with_data(found.model, splits, mean, std, 3, place, source, 0)
+
+
+def _with_data(
+    model: nn.Module,
+    splits: Splits,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    channels: int,
+    device: torch.device,
+    source: dict[str, Any],
+    seed: int,
+) -> Trained:
+    model = model.to(device).eval()
+    feed: dict[str, Any] = {"mean": mean, "std": std, "device": device, "channels": channels}
+    example = torch.zeros(1, channels, *splits.size, device=device)
+    with torch.no_grad():
+        try:
+            classes = model(example).shape[-1]
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"the network does not take pictures of {splits.size[0]}×{splits.size[1]} ({reason})."
+            ) from error
+    judged = classes == len(splits.classes)
+    return Trained(
+        model,
+        example,
+        calibration_batches(splits.train, **feed),
+        Loader(splits.validation, **feed) if judged else None,
+        Loader(splits.test, **feed) if judged else None,
+        source,
+        seed,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}). Write --device cpu.") from None
+    return device

@@ -1,0 +1,147 @@
+"""Cut filters out for good: smaller parameters, buffers and optimizer, and a record of what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.cutplan import plan_cut
+from regrow.cuts import Replaced, apply_plan, kept_by, sliced
+from regrow.filters import convolutions, unwrap
+from regrow.removal import plan_removal
+
+__all__ = ["apply_plan", "cut"]
+
+_VERSION = 1
+
+
+def cut(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    *,
+    example_inputs: Any,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Any]:
+    """Remove dropped filters from ``model`` for good, in place.
+
+    The smaller network computes what ``remove_filters`` would leave, in train and eval mode, and stays
+    equal to it (its dropped filters held dead) in training. Parameters and buffers become smaller,
+    module attributes (``out_channels``, ``num_features``, …) tell the truth, ``state_dict()`` keys stay.
+    Where a channel is added to others that are still alive, the layer computes its kept filters alone
+    and puts them at their places among zeros. Parameters are new objects: take them from
+    ``model.parameters()`` again for anything that holds them, other than ``optimizer``.
+
+    Args:
+        model: any module with convolutions, not one inside DataParallel or DistributedDataParallel.
+        keep: {name: BoolTensor[filters]}, True = alive, as ``select`` gives it. Layers not named keep all.
+        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords; one
+            picture is enough.
+        optimizer: its groups and what it remembers of the parameters become smaller too.
+
+    Returns:
+        JSON-able record: version; plan (``CutPlan.from_dict`` reads it); dropped {name: filters that
+        went}; layers {name: filters before and after}; parameters before and after; masked {name: why its
+        dropped filters are held at 0 instead}.
+
+    Raises:
+        ValueError: the model has no convolution or is wrapped for data-parallel training, sharded, or
+            under Bridgeout; ``keep`` does not fit; a layer in it shares its weight with another, is not
+            reached, or is the network's output; ``example_inputs`` do not fit; which layers run depends
+            on the data; the optimizer remembers something of another shape than its parameter.
+            Nothing is changed.
+    """
+    _check_model(model)
+    model = unwrap(model)
+    removal = plan_removal(model, keep, example_inputs)
+    plan = plan_cut(model, keep, example_inputs, readers=removal.readers or None)
+    before, parameters = _sizes(model), _count(model)
+    if optimizer is not None:
+        _check_slots(model, optimizer, kept_by(model, plan))
+    if removal.gone:
+        removal.apply(model)
+        replaced = apply_plan(model, plan)
+        if optimizer is not None:
+            _repoint(optimizer, replaced)
+    after = _sizes(model)
+    return {
+        "version": _VERSION,
+        "plan": plan.to_dict(),
+        "dropped": removal.gone,
+        "layers": {name: {"before": before[name], "after": after[name]} for name in before},
+        "parameters": {"before": parameters, "after": _count(model)},
+        "masked": dict(plan.masked),
+    }
+
+
+def _check_model(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
+                "was given: cut model.module on every process, and wrap it anew."
+            )
+        if type(module).__name__.startswith("FSDP") or "FullyShardedDataParallel" in type(module).__name__:
+            raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
+        if "_bridgeout_passes" in vars(module):
+            raise ValueError("the model has Bridgeout: call remove_bridgeout before the cut.")
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"{name!r} of a lazy layer has no shape yet: run one forward pass first.")
+    if not convolutions(model):
+        raise ValueError(
+            "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers."
+        )
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    # The weight itself: one that is spread has more rows while the layer computes.
+    return {
+        name: conv.out_channels if (weight := conv._parameters.get("weight")) is None else len(weight)
+        for name, conv in convolutions(model).items()
+    }
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_slots(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kept: Mapping[nn.Parameter, Mapping[int, Sequence[int]]],
+) -> None:
+    """Raise ``ValueError`` if the optimizer remembers what cannot be cut as its parameter is."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter in kept:
+        for key, slot in optimizer.state.get(parameter, {}).items():
+            plain = not isinstance(slot, list | tuple | dict)
+            if not plain or (isinstance(slot, Tensor) and slot.dim() and not _fits(slot, parameter)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key!r} of {names[parameter]!r} in another shape than "
+                    "the parameter's, and it cannot be cut: pass no optimizer, and build a new one after it."
+                )
+
+
+def _fits(slot: Tensor, parameter: Tensor) -> bool:
+    """Whether ``slot`` has the parameter's shape, or 1 in some of its dimensions, as Adafactor's have."""
+    pairs = zip(slot.shape, parameter.shape, strict=False)
+    return slot.dim() == parameter.dim() and all(mine in (1, other) for mine, other in pairs)
+
+
+def _repoint(optimizer: torch.optim.Optimizer, replaced: Sequence[Replaced]) -> None:
+    """Have ``optimizer`` step the smaller parameters, with what it remembers of what is left of them."""
+    smaller = {one.old: one for one in replaced}
+    for group in optimizer.param_groups:
+        group["params"][:] = [smaller[p].new if p in smaller else p for p in group["params"]]
+    for old, one in smaller.items():
+        if old not in optimizer.state:
+            continue
+        slots = optimizer.state.pop(old)
+        for key, slot in slots.items():
+            if isinstance(slot, Tensor) and slot.dim():
+                kept = {dim: at for dim, at in one.kept.items() if slot.shape[dim] == old.shape[dim]}
+                slots[key] = sliced(slot, kept)
+        optimizer.state[one.new] = slots
