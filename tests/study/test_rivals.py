@@ -34,6 +34,13 @@ def test_the_gradient_is_that_of_what_stayed() -> None:
     assert torch.equal(x.grad[0, :2], torch.where(y[0, :2] == 0, 0.0, 2.0))
 
 
+def test_targets_are_the_same_in_every_precision() -> None:
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    targeted = [targeted_dropout(y, 1 - 1e-9, 0.3) == 0 for y in (x, x.double())]
+    assert torch.equal(targeted[0], targeted[1])
+    assert targeted[0].flatten(1).sum(1).tolist() == [23] * 4  # 0.3 · 75, rounded
+
+
 @pytest.mark.parametrize("target_fraction", [1.0, 0.5])
 def test_dropout_is_behind_every_activation_in_train_mode_only(target_fraction: float) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from regrow.study.records import RunRecord
 
-_REPR = frozenset({"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first"})
+_REPR = frozenset(
+    {"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first", "compact"}
+)
 # The settings a method brings with it: methods may differ in these. The lengths of the cycle are not among
 # them: the learning rate of every method, standard training too, follows them.
 METHOD_SETTINGS: Mapping[str, frozenset[str]] = {

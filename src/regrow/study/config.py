@@ -100,6 +100,11 @@ class RunConfig(BaseModel):
     floor: float = _setting(0.1, _REPR, "Share of each layer that always stays alive.", ge=0, le=1)
     exclude: tuple[str, ...] = _setting((), _REPR, "Layers to leave alone; may be given several times.")
     skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
+    compact: bool = _setting(
+        True,
+        _REPR,
+        "Leave dropped filters out of the arithmetic of the sub phase; without it they are masked.",
+    )
 
     p: float = _setting(
         0.3, _NOISE, "Probability that Bridgeout drops a weight, or dropout an activation.", ge=0, lt=1

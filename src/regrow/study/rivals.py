@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
@@ -36,8 +37,16 @@ def targeted_dropout(x: Tensor, p: float, target_fraction: float) -> Tensor:
     count = math.floor(target_fraction * sizes.shape[1] + 0.5)
     if count == 0:
         return x
-    limit = sizes.kthvalue(count, dim=1, keepdim=True).values
+    limit = _kth_smallest(sizes, count)
     return torch.where((sizes <= limit).view_as(x), dropout(x, p), x)
+
+
+def _kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The ``k``-th smallest value, from 1, of each row of ``values`` [rows, columns]: [rows, 1]."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        # Half the time of kthvalue, which would take longer than the convolutions in front.
+        return torch.from_numpy(np.partition(values.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return values.kthvalue(k, dim=1, keepdim=True).values
 
 
 def add_dropout(model: nn.Module, p: float, target_fraction: float = 1.0) -> list[RemovableHandle]:

@@ -91,6 +91,7 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
             floor=config.floor,
             exclude=config.exclude,
             skip_first=config.skip_first,
+            compact=config.compact,
             seed=config.seed,
         )
     _start_folder(config, folder, device)
