@@ -38,6 +38,8 @@ def take_block(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> T
         weight: [rows, columns, *kernel], or [rows] where ``columns`` is None.
         rows, columns: [kept] int64 each, no entry twice; None keeps all.
     """
+    if rows is not None and weight.dim() == 1:
+        return weight.index_select(0, rows)
     if columns is None:
         return weight if rows is None else take(weight, rows, 0)
     if rows is None:
@@ -69,7 +71,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        return _placed(gradient, index, ctx.dim, ctx.width), None, None
+        return place(gradient, index, ctx.dim, ctx.width), None, None
 
 
 class _Place(torch.autograd.Function):
@@ -82,7 +84,7 @@ class _Place(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        return _taken(gradient, index, ctx.dim), None, None, None
+        return take(gradient, index, ctx.dim), None, None, None
 
 
 class _TakeBlock(torch.autograd.Function):
@@ -95,27 +97,52 @@ class _TakeBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         rows, columns = ctx.saved_tensors
-        return _placed(_placed(gradient, columns, 1, ctx.shape[1]), rows, 0, ctx.shape[0]), None, None
+        wide = place(gradient, columns, 1, ctx.shape[1])
+        return place(wide, rows, 0, ctx.shape[0]), None, None
 
 
 def _taken(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    if channels_last(tensor):
-        return _taken(tensor.movedim(1, -1), index, _moved(dim, tensor)).movedim(-1, 1)
-    if tensor.dim() > 1 and dim in (-1, tensor.dim() - 1):
+    out = _empty(tensor, dim, len(index))
+    source, into, dim = _inner(tensor, out, dim)
+    if source.dim() > 1 and dim == source.dim() - 1:
         # Several times faster than index_select there.
-        return tensor.gather(-1, index.expand(*tensor.shape[:-1], len(index)))
-    return tensor.index_select(dim, index)
+        torch.gather(source, -1, index.expand(*source.shape[:-1], len(index)), out=into)
+    else:
+        torch.index_select(source, dim, index, out=into)
+    return out
 
 
 def _placed(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
-    if channels_last(tensor):
-        return _placed(tensor.movedim(1, -1), index, _moved(dim, tensor), width).movedim(-1, 1)
+    out = _empty(tensor, dim, width).zero_()
+    source, into, dim = _inner(tensor, out, dim)
+    if dim == source.dim() - 1:
+        into.scatter_(-1, index.expand(source.shape), source)
+    else:
+        into.index_copy_(dim, index, source)
+    return out
+
+
+def _empty(tensor: Tensor, dim: int, length: int) -> Tensor:
+    """Like ``tensor``, in its memory format too, but ``length`` long in ``dim``."""
     shape = list(tensor.shape)
-    shape[dim] = width
-    zeros = tensor.new_zeros(shape)
-    if dim in (-1, tensor.dim() - 1):
-        return zeros.scatter_(-1, index.expand(tensor.shape), tensor)
-    return zeros.index_copy_(dim, index, tensor)
+    shape[dim] = length
+    if not channels_last(tensor):
+        return tensor.new_empty(shape)
+    strides, step = [0] * len(shape), 1
+    for each in (1, *range(len(shape) - 1, 1, -1), 0):
+        strides[each], step = step, step * shape[each]
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+
+
+def _inner(tensor: Tensor, out: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
+    """Both with their dimensions as those of ``tensor`` lie in memory, and where ``dim`` is among them.
+
+    What a derivative of its own returns must be no view, or the activation behind it could not work in
+    place: so results are made whole, and written through a view.
+    """
+    if channels_last(tensor):
+        return tensor.movedim(1, -1), out.movedim(1, -1), _moved(dim, tensor)
+    return tensor, out, dim % tensor.dim()
 
 
 def _moved(dim: int, tensor: Tensor) -> int:
