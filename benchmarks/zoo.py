@@ -1,0 +1,345 @@
+"""Cut 30 % of the filters of every model of the zoos by ``ortho``, and compare with the masked network.
+
+    python benchmarks/zoo.py --results zoo.jsonl --table benchmarks/zoo.md
+
+Every torchvision classification, detection and segmentation model, and of timm's convolutional families
+the smallest model of each name. Random weights, small pictures, one forward and one backward pass in
+train mode, one forward pass in eval mode. Each model has a process of its own, with a limit on time and
+memory; a model that is in the results already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import regrow
+from regrow.cutprobe import NoDropout
+from regrow.cuts import CutPlan, kept_by, sliced
+from regrow.filters import convolutions
+from regrow.removal import remove_filters, unremovable
+from regrow.structure import call, floating, read_structure
+from regrow.surgery import cut
+
+FRACTION = 0.3
+TOLERANCE = 1e-4
+
+
+def torchvision_names(kind: str) -> list[str]:
+    import torchvision
+
+    return list(torchvision.models.list_models(module=_home(kind)))
+
+
+def _home(kind: str) -> Any:
+    import torchvision
+
+    return getattr(torchvision.models, kind, torchvision.models)
+
+
+def timm_names() -> list[str]:
+    """The smallest model of each name (``resnet``, ``seresnet``, …) with most weights in convolutions."""
+    import timm
+
+    smallest: dict[tuple[str, str], tuple[int, str]] = {}
+    for family in timm.list_modules():
+        names = timm.list_models(module=family)
+        some = [names[0], names[len(names) // 2], names[-1]] if names else []
+        if not any(_weights(name)[1] for name in some):  # transformers: hundreds
+            continue
+        for name in names:
+            total, convolutional = _weights(name)
+            if convolutional:
+                key = (family, re.match(r"[a-z_]*", name)[0])  # type: ignore[index]
+                smallest[key] = min(smallest.get(key, (total, name)), (total, name))
+    return sorted(name for _, name in smallest.values())
+
+
+@functools.cache
+def _weights(name: str) -> tuple[int, bool]:
+    """How many weights a timm model has, and whether most are those of ungrouped convolutions."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    return total, 2 * sum(c.weight.numel() for c in convolutions(model).values() if c.groups == 1) > total
+
+
+def every_model() -> list[str]:
+    kinds = ("classification", "segmentation", "detection")
+    names = [f"{kind}/{name}" for kind in kinds for name in torchvision_names(kind)]
+    return names + [f"timm/{name}" for name in timm_names()]
+
+
+def build(name: str) -> nn.Module:
+    kind, bare = name.split("/")
+    torch.manual_seed(0)
+    if kind == "timm":
+        import timm
+
+        return timm.create_model(bare, num_classes=10)
+    settings: dict[str, Any] = {}
+    if bare in ("inception_v3", "googlenet"):
+        settings = {"init_weights": True}
+    if kind in ("detection", "segmentation"):
+        settings = {"weights_backbone": None}
+    if kind == "detection" and not bare.startswith("ssd"):
+        settings |= {"min_size": 128, "max_size": 160}
+    if kind == "detection":
+        settings |= {"num_classes": 5}
+    return getattr(_home(kind), bare)(weights=None, **settings)
+
+
+def inputs_for(name: str, model: nn.Module) -> Any:
+    """A batch of four small pictures that the model takes in train mode (two, for a detector)."""
+    kind, bare = name.split("/")
+    generator = torch.Generator().manual_seed(0)
+    if kind == "detection":
+        return _detection_inputs(bare, generator)
+    native = 224 if kind != "timm" else model.pretrained_cfg["input_size"][-1]
+    for size in (64, 96, 128, 192, native, 224, 256, 299):
+        pictures = torch.randn(4, 3, size, size, generator=generator)
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model).train()(pictures)
+        except Exception:  # too small, or a model of one size
+            continue
+        return pictures
+    raise ValueError("no size of picture up to 299 passes through the model")
+
+
+def _detection_inputs(bare: str, generator: torch.Generator) -> Any:
+    pictures = [torch.rand(3, 128, 128, generator=generator) for _ in range(2)]
+    target = {
+        "boxes": torch.tensor([[10.0, 10, 60, 70], [40, 30, 120, 110]]),
+        "labels": torch.tensor([1, 2]),
+    }
+    if bare.startswith("mask"):
+        target["masks"] = torch.zeros(2, 128, 128, dtype=torch.uint8)
+        target["masks"][0, 10:70, 10:60] = target["masks"][1, 30:110, 40:120] = 1
+    if bare.startswith("keypoint"):
+        target["labels"] = torch.tensor([1, 1])
+        target["keypoints"] = torch.tensor([[[30.0, 30, 1]] * 17, [[80.0, 80, 1]] * 17])
+    return (pictures, [copy.deepcopy(target) for _ in pictures])
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Cut one model and compare it; what is compared is the largest difference over the largest value."""
+    model = build(name)
+    inputs = inputs_for(name, model)
+    example = inputs[:1] if isinstance(inputs, Tensor) else inputs
+    started = time.perf_counter()
+    readers = read_structure(model, example)
+    left_out = {conv: reason for conv in convolutions(model) if (reason := unremovable(readers, conv))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        keep = regrow.select(regrow.score(model, "ortho", exclude=left_out), FRACTION)
+    masked = copy.deepcopy(model)
+    remove_filters(masked, keep, example_inputs=example)
+    began_cut = time.perf_counter()
+    record = cut(model, keep, example_inputs=example)
+    seconds = time.perf_counter() - began_cut
+    plan = CutPlan.from_dict(record["plan"])
+    dropped = {conv: int((~mask).sum()) for conv, mask in keep.items() if not mask.all()}
+    errors = compare(masked, model, plan, inputs)
+    if max(errors.values()) > TOLERANCE:
+        in_double = cast_all(inputs, torch.float64)
+        try:
+            errors |= {
+                f"{key}64": value
+                for key, value in compare(masked.double(), model.double(), plan, in_double).items()
+            }
+        except Exception:  # a dtype written into the model's code
+            errors["double"] = float("nan")
+    return {
+        "filters": sum(conv.out_channels for conv in convolutions(masked).values()),
+        "dropped": sum(dropped.values()),
+        "masked": sum(dropped.get(conv, 0) for conv in record["masked"]),
+        "placed": len(plan.placed),
+        "reasons": record["masked"],
+        "left_out": left_out,
+        "parameters": record["parameters"],
+        "errors": errors,
+        "cut_seconds": seconds,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def cast_all(inputs: Any, dtype: torch.dtype) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {key: cast_all(value, dtype) for key, value in inputs.items()}
+    return type(inputs)(cast_all(value, dtype) for value in inputs)
+
+
+def compare(masked: nn.Module, small: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
+    """Relative differences of outputs in eval and train mode, and of the gradients of what is left."""
+    errors = {}
+    for training in (False, True):
+        whole, part = outputs(masked, inputs, training), outputs(small, inputs, training)
+        errors["train" if training else "eval"] = difference(whole, part)
+        if training:
+            for found in (whole, part):
+                sum(tensor.square().mean() for tensor in found if tensor.requires_grad).backward()
+    kept = kept_by(masked, plan)
+    theirs, mine = [], []
+    for a, b in zip(masked.parameters(), small.parameters(), strict=True):
+        if a.grad is not None and b.grad is not None:
+            theirs.append(sliced(a.grad, kept.get(a, {})).flatten())
+            mine.append(b.grad.flatten())
+    errors["gradients"] = difference([torch.cat(theirs)], [torch.cat(mine)])
+    masked.zero_grad()
+    small.zero_grad()
+    return errors
+
+
+def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+    model.train(training)
+    torch.manual_seed(1)
+    with NoDropout(), torch.set_grad_enabled(training):
+        return floating(call(model, copy.deepcopy(inputs)))
+
+
+def difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The largest difference, in units of the largest value of the same tensor; infinite for other shapes."""
+    worst = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            largest = float(a.detach().abs().max())
+            worst = max(worst, float((a - b).detach().abs().max()) / (largest or 1.0))
+    return worst
+
+
+def run_alone(name: str, seconds: int, gigabytes: int) -> dict[str, Any]:
+    """``measure`` in a process of its own."""
+    started = time.perf_counter()
+    result: dict[str, Any] = {"model": name}
+    command = [sys.executable, __file__, "--one", name, "--memory", str(gigabytes)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return result | {"failed": f"not done in {seconds} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return result | json.loads(lines[-1])
+    last = (done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"])[-1]
+    return result | {"failed": last[:300], "seconds": time.perf_counter() - started}
+
+
+def alone(name: str, gigabytes: int) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30,) * 2)
+    warnings.simplefilter("ignore")
+    print(json.dumps(measure(name)))
+
+
+def results(path: Path) -> dict[str, dict[str, Any]]:
+    """{model: its last result}."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {entry["model"]: entry for entry in map(json.loads, lines)}
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    """Empty if the cut network equals the masked one; else what is wrong."""
+    if "failed" in entry:
+        return str(entry["failed"])
+    errors = entry["errors"]
+    wrong = [key for key in ("eval", "train", "gradients") if not errors[key] <= TOLERANCE]
+    still = [key for key in wrong if not errors.get(f"{key}64", float("inf")) <= 1e-8]
+    return f"differs ({', '.join(still)})" if still else ""
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    good = {name: entry for name, entry in found.items() if not verdict(entry)}
+    shares = [1 - entry["masked"] / entry["dropped"] for entry in good.values() if entry["dropped"]]
+    import timm
+    import torchvision
+
+    lines = [
+        "# The zoo",
+        "",
+        "30 % of the filters of each model dropped by `ortho`, and cut. *cut*: share of the dropped filters",
+        "that the network computes no more; *masked*: share that it goes on computing and holds at 0.",
+        "*difference*: the largest between the cut and the masked network, over the largest value (outputs",
+        "in eval mode, in train mode, gradients of what is left; float32, one batch of four small pictures).",
+        "Where float32 alone is above 1e-4, in nets whose norms see a handful of values, float64 follows in",
+        "brackets. Random weights. `python benchmarks/zoo.py` makes this page.",
+        "",
+        f"{len(found)} models, {len(found) - len(good)} failed; in the median model "
+        f"{100 * median(shares):.0f} % of the dropped filters are cut "
+        f"(mean {100 * sum(shares) / len(shares):.1f} %). torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, timm {timm.__version__}.",
+        "",
+        "| model | filters | dropped | cut | masked | parameters | difference | seconds | failed, and why |",
+        "|---|--:|--:|--:|--:|--:|---|--:|---|",
+    ]
+    for name, entry in sorted(found.items()):
+        if "failed" in entry:
+            lines.append(f"| {name} | | | | | | | | {verdict(entry)} |")
+            continue
+        dropped, sizes, errors = entry["dropped"], entry["parameters"], entry["errors"]
+        masked = entry["masked"] / max(dropped, 1)
+        shown = ", ".join(
+            f"{errors[key]:.0e}" + (f" ({errors[key + '64']:.0e})" if key + "64" in errors else "")
+            for key in ("eval", "train", "gradients")
+        )
+        lines.append(
+            f"| {name} | {entry['filters']} | {dropped} | {100 * (1 - masked):.0f} % | "
+            f"{100 * masked:.0f} % | "
+            f"{sizes['after'] / sizes['before']:.2f} × | {shown} | {entry['cut_seconds']:.1f} | "
+            f"{verdict(entry)} |"
+        )
+    reasons = {
+        f"- {name}, `{conv}`: {reason}"
+        for name, entry in found.items()
+        for conv, reason in [*entry.get("reasons", {}).items(), *entry.get("left_out", {}).items()]
+    }
+    return "\n".join([*lines, "", "Held at 0, or left out of the choice, and why:", "", *sorted(reasons), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"), help="JSON lines, one a model")
+    parser.add_argument("--table", type=Path, help="the page to write")
+    parser.add_argument("--only", default="", help="names that match this regular expression")
+    parser.add_argument("--again", action="store_true", help="run those that failed again")
+    parser.add_argument("--seconds", type=int, default=900, help="limit for one model")
+    parser.add_argument("--memory", type=int, default=14, help="limit for one model, GiB")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        alone(given.one, given.memory)
+        return
+    found = results(given.results)
+    for name in every_model():
+        if not re.search(given.only, name) or (name in found and not (given.again and verdict(found[name]))):
+            continue
+        entry = run_alone(name, given.seconds, given.memory)
+        with given.results.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        found[name] = entry
+        print(name, verdict(entry) or "equal", entry.get("errors", ""), flush=True)
+        if given.table:
+            given.table.write_text(table(found))
+
+
+if __name__ == "__main__":
+    main()
