@@ -60,20 +60,6 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CHOICE_SEED, SEEDS = 100, (0, 1, 2)
-# What the zeroed reading needs: one thing at a time beside two of the trials, on validation, one seed.
-NEEDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "half the decay, twice the steps": ("standard", {"weight_decay": 5e-3, "epochs": 30}),
-    "half the decay, twice the rate": ("standard", {"weight_decay": 5e-3, "lr": 0.2}),
-    "the same decay, half the rate": ("standard", {"weight_decay": 1e-2, "lr": 0.05}),
-    "half the width": ("standard", {"weight_decay": 1e-2, "width": 0.25}),
-    "half the width, Bridgeout": ("bridgeout", {"p": 0.1, "weight_decay": 1e-2, "width": 0.25}),
-    "more noise": ("bridgeout", {"p": 0.3, "weight_decay": 1e-2}),
-    "q of 1": ("bridgeout", {"p": 0.1, "q": 1.0, "weight_decay": 1e-2}),
-    "statistics as trained": ("bridgeout", {"p": 0.1, "weight_decay": 1e-2, "reestimate": False}),
-    "statistics as trained, paper's setting": (
-        "bridgeout", {"p": 0.3, "weight_decay": 5e-4, "reestimate": False}
-    ),
-}  # fmt: skip
 # Mean accuracy over 0 to 50 % of filters zeroed, CIFAR-10 (arXiv 2009.10893, from the authors' figures).
 PUBLISHED = {
     "VGG-16": {"bridgeout": 87.8, "dropout": 42.6, "standard": 49.7},
@@ -110,10 +96,6 @@ def trial_folder(home: Path, method: str, number: int) -> Path:
     return home / "trials" / f"{method}-{number}"
 
 
-def needs_folder(home: Path, name: str) -> Path:
-    return home / "needs" / "".join(letter if letter.isalnum() else "-" for letter in name)
-
-
 def half_means(curves: CurveSet) -> dict[tuple[str, str], Estimate]:
     """Mean accuracy over 0 to 50 % cut, {(method, reading): over seeds}."""
     return {(c.method, c.reading): c.mean_0_50 for c in curves.curves if c.mean_0_50 is not None}
@@ -143,9 +125,7 @@ def error(value: Estimate) -> str:
     return f"{100 * value.mean:.1f}" + ("" if value.error is None else f" ± {100 * value.error:.1f}")
 
 
-def tables(
-    home: Path, curves: CurveSet, choice: Mapping[str, Mapping[str, Any]], hours: float, runs: int
-) -> str:
+def tables(curves: CurveSet, choice: Mapping[str, Mapping[str, Any]], hours: float, runs: int) -> str:
     """The committed page."""
     where = records.environment("cpu", 1)
     lines = [
@@ -202,21 +182,6 @@ def tables(
             lines.append(
                 f"| {label(method)} | {mark}{plain(settings)}{mark} | {each['uncut'][number]:.1f} | {means} |"
             )
-    lines += [
-        "",
-        "## What the zeroed reading needs",
-        "",
-        "One thing changed at a time, one seed, validation.",
-    ]
-    lines += ["", "| | settings | uncut | zeroed | removed | compensated |", "|---|---|---|---|---|---|"]
-    for name, (method, settings) in NEEDS.items():
-        (found,) = curve_sets(records.find_runs(needs_folder(home, name)))
-        zeroed = found.curve(method, "zeroed")
-        assert zeroed is not None
-        scores = {reading: 100 * mean.mean for (_, reading), mean in half_means(found).items()}
-        means = " | ".join(f"{scores[r]:.1f}" for r in ("zeroed", "removed", "compensated"))
-        row = f"{label(method)}: {plain(settings)} | {100 * zeroed.points[0].mean:.1f} | {means}"
-        lines.append(f"| {name} | {row} |")
     return "\n".join(lines) + "\n"
 
 
@@ -246,14 +211,11 @@ def main() -> None:
     if not arguments.report_only:
         run_all((train(folder, *what) for folder, what in final.items()), arguments.jobs)
         run_all((["curve", str(folder)] for folder in final), arguments.jobs)
-        needs = {needs_folder(home, name): what for name, what in NEEDS.items()}
-        run_all((train(folder, *what, CHOICE_SEED) for folder, what in needs.items()), arguments.jobs)
-        measure_on_validation(needs, arguments.jobs)
     (curves,) = curve_sets(records.find_runs(*final))
     every = records.find_runs(home)
     hours = sum(run.result["seconds"] for run in every if run.result) / 3600
     out = HOME / "bridgeout_curves"
-    records.write_text(out.with_suffix(".md"), tables(home, curves, choice, hours, len(every)))
+    records.write_text(out.with_suffix(".md"), tables(curves, choice, hours, len(every)))
     records.write_json(out.with_suffix(".json"), {"shared": SHARED, "choice": choice, **to_dict(curves)})
     colors = dict(zip(curves.methods, figures.COLORS, strict=False))
     draw = partial(figures.pruned_curves, curves, colors, key=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from regrow.cuts import CutPlan
 from regrow.cycle import Event, RePr
 from regrow.scoring import score
 from regrow.selection import select
@@ -898,13 +899,21 @@ def test_what_cannot_be_planned_is_masked_and_the_event_says_so():
     assert widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}
 
 
-def test_a_layer_that_goes_on_computing_is_named():
+def test_depthwise_rows_go_on_behind_a_dropped_channel():
     model, *rest = start_on(separable, "sgd", scope="layer")
     _, (drop,) = losses(model, *rest, steps=2)
-    assert drop.notes == [
-        "0: its dropped filters are computed and held at 0, because a grouped convolution behind it goes on."
-    ]
-    assert widths(model) == {"0": 8, "3": 8, "6": 6}
+    assert drop.notes == []
+    assert widths(model) == {"0": 8, "3": 8, "6": 6}  # 0 computes six and places them before 3
+
+
+def test_a_layer_that_goes_on_computing_its_dropped_filters_is_named(monkeypatch):
+    def plan_nothing(*_arguments, **_settings):
+        return CutPlan(masked={"conv2": "it is a test"})
+
+    monkeypatch.setattr("regrow.cycle.plan_cut", plan_nothing)
+    model, *rest = start_on(build, "sgd")
+    _, (drop,) = losses(model, *rest, steps=2)
+    assert drop.notes == ["conv2: its dropped filters are computed and held at 0, because it is a test."]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(True, False), (False, True), (True, True), (None, True)])

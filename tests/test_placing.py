@@ -51,6 +51,26 @@ def test_the_memory_format_stays():
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+def test_what_they_return_may_be_changed_in_place(fmt):
+    x = (
+        torch.tensor([-1.0, 2, -3])
+        .expand(2, 4, 5, 3)
+        .movedim(-1, 1)
+        .contiguous(memory_format=fmt)
+        .requires_grad_()
+    )
+    weight = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    for tensor, result in (
+        (x, take(x, INDEX, 1)),
+        (x, place(x, INDEX.new_tensor([0, 2, 3]), 1, 5)),
+        (weight, take_block(weight, INDEX[:1], INDEX)),
+    ):
+        (gradient,) = torch.autograd.grad(result.relu_().sum(), tensor)
+        assert not gradient[:, [0, 2]].any()  # -1 and -3
+    assert gradient[0, 1].eq(0).all()  # 2 is not in the block
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rows", [None, [1, 3]])
 @pytest.mark.parametrize("columns", [None, [0, 2, 4]])
 def test_a_block_of_a_weight(fmt, rows, columns):

@@ -7,6 +7,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from regrow.cutplan import plan_cut
+from regrow.cuts import CutPlan
 from regrow.filters import convolutions, unit_rows
 from regrow.structure import read_structure
 from regrow.subphase import SubPhase, check_memory
@@ -601,3 +603,56 @@ def test_rows_dropped_together_with_a_channel_they_read_are_wholly_new():
     phase.restore(generator())
     assert not model[1].weight[[0, 1, 3], 1].any()
     assert model[1].weight[2, 1].all()
+
+
+# --- computing without them --------------------------------------------------------------------------------
+
+
+def planned(model, dropped, x=X):
+    keep = {
+        name: torch.tensor([i not in indices for i in range(model.get_submodule(name).out_channels)])
+        for name, indices in dropped.items()
+    }
+    readers = read_structure(model, x[:1])
+    return readers, plan_cut(model, keep, x[:1], readers=readers, followers=False)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_with_a_plan_the_same_network_trains(train, net):
+    build, dropped = NETS[net]
+    masked = unsettled(build()).double()
+    narrowed = copy.deepcopy(masked)
+    readers, plan = planned(masked, dropped, X.double())
+    for model, given in ((masked, None), (narrowed, plan)):
+        optimizer = sgd(model)
+        train(model, optimizer, 2, X.double())
+        phase = SubPhase(model, optimizer, readers, dropped, "keep", plan=given)
+        assert phase.state()["plan"] == (None if given is None else plan.to_dict())
+        train(model, optimizer, 5, X.double())
+        phase.restore(generator())
+        train(model, optimizer, 2, X.double())
+    for (name, ours), theirs in zip(narrowed.named_parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_release_and_restore_end_the_narrowing(make_net):
+    model = make_net()
+    readers, plan = planned(model, DROPPED)
+    for end in (SubPhase.release, lambda phase: phase.restore(generator())):
+        phase = SubPhase(model, sgd(model), readers, DROPPED, "keep", plan=plan)
+        assert type(model.conv2) is not nn.Conv2d
+        end(phase)
+        assert type(model.conv2) is nn.Conv2d
+        assert model.norm2(model.conv2(torch.zeros(1, 6, 4, 4))).shape == (1, 8, 4, 4)
+
+
+def test_a_plan_that_does_not_fit_changes_nothing(make_net):
+    model = make_net()
+    optimizer = sgd(model)
+    before = copy.deepcopy(model.state_dict())
+    readers = read_structure(model, X[:1])
+    with pytest.raises(ValueError, match="does not fit 'conv2'"):
+        SubPhase(model, optimizer, readers, DROPPED, "keep", plan=CutPlan(rows={"conv2": [8]}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not optimizer._optimizer_step_post_hooks
+    assert type(model.conv2) is nn.Conv2d

@@ -36,7 +36,7 @@ class Choice:
         units: filters that fall together or not at all.
     """
 
-    scope: str = "global"
+    scope: str = "layer"
     floor: float = 0.1
     round_to: int = 1
     families: Sequence[Sequence[str]] = ()

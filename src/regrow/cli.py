@@ -177,6 +177,129 @@ def curve(
     )
 
 
+@app.command()
+def prune(
+    network: Annotated[
+        str,
+        typer.Argument(help="Run folder, or the name of a torchvision or timm network.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write to.", rich_help_panel="Output")],
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the filters to remove: 0.5.", rich_help_panel="Target (one)"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Most points of validation accuracy to lose: 1.", rich_help_panel="Target (one)"),
+    ] = None,
+    macs: Annotated[
+        float | None,
+        typer.Option(help="Share of the multiply-accumulates to leave: 0.5.", rich_help_panel="Target (one)"),
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Share of the parameters to leave.", rich_help_panel="Target (one)")
+    ] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the time for one picture to leave, measured here.", rich_help_panel="Target (one)"
+        ),
+    ] = None,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What ranks the filters; the lowest go first: l2, l1, ortho, random, …",
+            rich_help_panel="Which filters",
+        ),
+    ] = "l2",
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="layer cuts the same share of every layer, global ranks all together, isomorphic those of "
+            "layers of one kind.",
+            rich_help_panel="Which filters",
+        ),
+    ] = "layer",
+    coupled: Annotated[
+        str,
+        typer.Option(
+            help="Filters that are added together go individually or jointly.",
+            rich_help_panel="Which filters",
+        ),
+    ] = "individually",
+    round_to: Annotated[
+        int, typer.Option(help="Widths are multiples of this.", rich_help_panel="Which filters")
+    ] = 1,
+    floor: Annotated[
+        float, typer.Option(help="Share of each layer that stays.", rich_help_panel="Which filters")
+    ] = 0.1,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layer to leave alone; may be given several times.", rich_help_panel="Which filters"
+        ),
+    ] = None,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            help="Make up for what goes with 512 training pictures, without labels.",
+            rich_help_panel="Which filters",
+        ),
+    ] = True,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Of a network by name: default, none (random), or IMAGENET1K_V1, …",
+            rich_help_panel="Network",
+        ),
+    ] = "default",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures for a network by name: folder, cifar10, … (a run has its own).",
+            rich_help_panel="Network",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        str | None, typer.Option(help="Where the data lies.", rich_help_panel="Network")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels.", rich_help_panel="Network")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, … (default: the run's).", rich_help_panel="Network")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel="Network")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX too.", rich_help_panel="Output")] = False,
+) -> None:
+    """Make a trained network smaller for good, by a fraction or within a budget, without training.
+
+    Example: regrow prune runs/one --max-drop 1 --out small
+    """
+    from regrow.study.prune_run import run_prune
+
+    targets = {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
+    run_prune(
+        network,
+        out,
+        targets=targets,
+        criterion=criterion,
+        scope=scope,
+        coupled=coupled,
+        round_to=round_to,
+        floor=floor,
+        exclude=exclude or (),
+        compensate=compensate,
+        weights=weights,
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        device=device,
+        threads=threads,
+        onnx=onnx,
+    )
+
+
 def _show_warning(
     message: Warning | str,
     category: type[Warning],

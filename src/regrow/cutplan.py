@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.cutprobe import Probe
-from regrow.cuts import CutPlan
+from regrow.cuts import CutPlan, is_cut
 from regrow.filters import Convolution, unwrap
 from regrow.readers import Norm, Readers
 from regrow.removal import Removal, plan_removal
@@ -34,6 +34,7 @@ def plan_cut(
     example_inputs: Any,
     *,
     readers: Mapping[str, Readers] | None = None,
+    followers: bool = True,
 ) -> CutPlan:
     """Plan how ``model`` computes what ``remove_filters(model, keep)`` would leave of it, with less.
 
@@ -42,17 +43,23 @@ def plan_cut(
         keep: {name: BoolTensor[filters]}, True = alive.
         example_inputs: as for ``read_structure``.
         readers: what ``read_structure`` says of the model, where that is known already.
+        followers: rows of grouped convolutions that read removed channels only go with them, as in
+            ``remove_filters``; without, they go on computing what their norms make of 0.
 
     Returns:
         A plan whose network equals the masked one, confirmed on a copy in eval and train mode, with random
         parameters where the model's own would hide a mistake.
 
     Raises:
-        ValueError: as ``remove_filters``; which layers run depends on the data; no filter of a layer would
-            be left.
+        ValueError: as ``remove_filters``; the model has been cut before; which layers run depends on the
+            data; no filter of a layer would be left.
     """
     model = unwrap(model)
+    if is_cut(model):
+        raise ValueError("the model has been cut before, and a plan fits uncut models only.")
     removal = plan_removal(model, keep, example_inputs, readers)
+    if not followers:
+        removal = Removal(removal.readers, removal.dropped, {})
     if not removal.gone:
         return CutPlan()
     return _Planner(model, removal, Probe(model, removal, example_inputs)).plan()

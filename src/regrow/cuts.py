@@ -97,11 +97,20 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that a smaller one stands for: ``new`` holds, in each dimension, ``kept`` of ``old``."""
+    """A parameter that another stands for now: smaller, with ``kept`` of it in some dimensions, or, before
+    a second cut, as large again as it was (``shape``), with its values at ``kept``."""
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Sequence[int]]
+
+    def of(self, slot: Tensor) -> Tensor:
+        """What stands for ``slot``, which has the old parameter's shape, or 1 in some of its dimensions."""
+        kept = {dim: at for dim, at in self.kept.items() if slot.shape[dim] == self.old.shape[dim]}
+        if all(self.new.shape[dim] <= self.old.shape[dim] for dim in kept):
+            return sliced(slot, kept)
+        shape = [self.new.shape[dim] if dim in kept else size for dim, size in enumerate(slot.shape)]
+        return _among(slot, shape, kept, 0)
 
 
 def kept_by(model: nn.Module, plan: CutPlan) -> dict[nn.Parameter, Mapping[int, Sequence[int]]]:
@@ -112,7 +121,7 @@ def kept_by(model: nn.Module, plan: CutPlan) -> dict[nn.Parameter, Mapping[int, 
     """
     return {
         layer.module._parameters[key]: kept
-        for layer in _layers(unwrap(model), plan)
+        for layer in layers(unwrap(model), plan)
         for key, kept in layer.kept.items()
         if key in layer.module._parameters
     }
@@ -128,7 +137,9 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
         ValueError: the plan does not fit the model. Nothing is changed.
     """
     model = unwrap(model)
-    replaced = [one for layer in _layers(model, plan) for one in layer.cut()]
+    found = layers(model, plan)
+    _check_untied(model, found)
+    replaced = [one for layer in found for one in layer.cut()]
     model._regrow_cuts = [*cuts(model), plan.to_dict()]  # type: ignore[assignment]
     return replaced
 
@@ -136,6 +147,24 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
 def cuts(model: nn.Module) -> list[dict[str, Any]]:
     """The plans that were applied to ``model``, oldest first, as plain data."""
     return list(vars(unwrap(model)).get("_regrow_cuts", []))
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Whether ``apply_plan`` has made a layer of ``model`` smaller."""
+    return any("_regrow_left" in vars(module) for module in model.modules())
+
+
+def widen(model: nn.Module) -> list[Replaced]:
+    """Undo the shapes of all cuts of ``model``, in place: what was cut away is there again, and 0.
+
+    It computes what it did before. Statistics of channels that were cut away are those of a new norm.
+    """
+    replaced = []
+    for module in unwrap(model).modules():
+        vars(module).pop("_regrow_cuts", None)
+        if (left := vars(module).pop("_regrow_left", None)) is not None:
+            replaced += _widen_layer(module, left)
+    return replaced
 
 
 def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
@@ -146,12 +175,14 @@ def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor
 
 
-def _layers(model: nn.Module, plan: CutPlan) -> list[_Layer]:
-    """What ``plan`` leaves of each layer it names; ``ValueError`` if it does not fit."""
-    modules = dict(model.named_modules())
-    layers = [_leave(modules, plan, name) for name in _names(plan)]
-    _check_untied(modules, layers)
-    return layers
+def layers(model: nn.Module, plan: CutPlan) -> list[Layer]:
+    """What ``plan`` leaves of each layer it names, from shapes alone.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+    """
+    modules = dict(unwrap(model).named_modules())
+    return [_leave(modules, plan, name) for name in _names(plan)]
 
 
 def _names(plan: CutPlan) -> list[str]:
@@ -160,19 +191,33 @@ def _names(plan: CutPlan) -> list[str]:
 
 
 @dataclass
-class _Layer:
-    """What is to be left of one layer."""
+class Layer:
+    """What is to be left of one layer.
+
+    Attributes:
+        kept: parameter or buffer → dimension → the indices that stay.
+        numbers: attribute (``out_channels``, …) → what it will say.
+        placed, picked: as in the plan.
+        spread: (width, positions): the parameters' places in dim 0 while the layer computes.
+    """
 
     name: str
     module: Any
-    kept: dict[str, dict[int, list[int]]]  # parameter or buffer → dimension → indices
+    kept: dict[str, dict[int, list[int]]]
     numbers: dict[str, int]
     placed: tuple[int, list[int]] | None
     picked: list[int] | None
     spread: tuple[int, list[int]] | None
 
     def cut(self) -> list[Replaced]:
+        """Leave it so; the parameters that smaller ones stand for."""
         module, replaced = self.module, []
+        own = module._parameters | module._buffers
+        module._regrow_left = {
+            "kept": self.kept,
+            "shapes": {key: list(own[key].shape) for key in self.kept},
+            "numbers": {key: vars(module)[key] for key in self.numbers},
+        }
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         names = []
         for key, kept in self.kept.items():
@@ -180,10 +225,7 @@ class _Layer:
             if old is None:
                 module._buffers[key] = sliced(module._buffers[key], kept)
                 continue
-            new = nn.Parameter(sliced(old.detach(), kept), requires_grad=old.requires_grad)
-            vars(new).update(vars(old))
-            if old.grad is not None:
-                new.grad = sliced(old.grad, kept)
+            new = _parameter(old, functools.partial(sliced, kept=kept))
             module._parameters[key] = new
             replaced.append(Replaced(old, new, kept))
             names.append(key)
@@ -202,12 +244,14 @@ class _Layer:
         return replaced
 
 
-def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> _Layer:
+def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
     if name not in modules:
         raise ValueError(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
     module: Any = modules[name]
-    if isinstance(module, Small):
-        raise ValueError(f"{name!r} has been cut before, and reads or places channels by index: ")
+    if "_regrow_left" in vars(module):
+        raise ValueError(
+            f"{name!r} has been cut before: a plan fits the uncut model only. regrow.cut cuts it once more."
+        )
     own = {k: t for k, t in (module._parameters | module._buffers).items() if t is not None and t.dim()}
 
     def fits(indices: Sequence[int], width: int) -> list[int]:
@@ -217,7 +261,9 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> _Layer
         return indices
 
     weighted = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-    strange = [plan.channels] if weighted else [plan.rows, plan.columns, plan.groups, plan.picked]
+    strange: list[Mapping[str, Any]] = [plan.rows, plan.columns, plan.groups, plan.picked]
+    if weighted:
+        strange = [plan.channels]
     if any(name in part for part in strange):
         raise ValueError(f"the plan does not fit {name!r}, which is a {type(module).__name__}.")
     kept: dict[str, dict[int, list[int]]] = {}
@@ -273,12 +319,55 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> _Layer
         read = numbers.get("in_channels", numbers.get("in_features", len(picked)))
         if read != len(picked):
             raise ValueError(f"the plan picks {len(picked)} channels for {name!r}, which reads {read}.")
-    return _Layer(name, module, kept, numbers, placed, picked, spread)
+    return Layer(name, module, kept, numbers, placed, picked, spread)
 
 
-def _check_untied(modules: Mapping[str, nn.Module], layers: Sequence[_Layer]) -> None:
+def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
+    if isinstance(module, Small):
+        plain: Any = type(module)._regrow_plain[0]
+        module.__class__ = plain
+        for key in ("picked", "placed", "spread"):
+            del module._buffers[f"_regrow_{key}"]
+            module._non_persistent_buffers_set.discard(f"_regrow_{key}")
+        del module._regrow_widths
+    replaced = []
+    for key, kept in left["kept"].items():
+        shape = left["shapes"][key]
+        old = module._parameters.get(key)
+        if old is None:
+            fill = 1 if key == "running_var" else 0
+            module._buffers[key] = _among(module._buffers[key], shape, kept, fill)
+            continue
+        new = _parameter(old, functools.partial(_among, shape=shape, kept=kept, fill=0))
+        module._parameters[key] = new
+        replaced.append(Replaced(old, new, kept))
+    vars(module).update(left["numbers"])
+    return replaced
+
+
+def _parameter(old: nn.Parameter, change: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """A parameter with the values and the gradient of ``old``, changed, and all else as it was."""
+    new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    if old.grad is not None:
+        new.grad = change(old.grad)
+    return new
+
+
+def _among(tensor: Tensor, shape: Sequence[int], kept: Mapping[int, Sequence[int]], fill: float) -> Tensor:
+    """``tensor`` at the places ``kept`` of a larger one."""
+    last = channels_last(tensor)
+    whole = tensor.new_full(tuple(shape), fill)
+    places = [
+        torch.tensor(kept.get(dim, range(size)), device=tensor.device) for dim, size in enumerate(shape)
+    ]
+    whole[torch.meshgrid(*places, indexing="ij")] = tensor
+    return whole.movedim(1, -1).contiguous().movedim(-1, 1) if last else whole
+
+
+def _check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     holders: dict[int, list[str]] = {}
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(name)
     for layer in layers:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from regrow.cutplan import plan_cut
-from regrow.cuts import CutPlan
+from regrow.cuts import CutPlan, layers
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
-from regrow.narrowing import check_not_sharded, check_plan
+from regrow.narrowing import check_not_sharded
 from regrow.readers import silent_entries
-from regrow.removal import plan_removal
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
 from regrow.structure import read_structure
@@ -285,14 +284,7 @@ class RePr:
         device = next(self._model.parameters()).device
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
         try:
-            removal = plan_removal(self._model, keep, inputs, self._readers)
-            masked = {
-                name: "a grouped convolution behind it goes on"
-                for name in dropped
-                if removal.followers.keys() & self._readers[name].consumers.keys()
-            }
-            alone = {name: mask for name, mask in keep.items() if name not in masked}
-            plan = plan_cut(self._model, alone, inputs, readers=self._readers)
+            plan = plan_cut(self._model, keep, inputs, readers=self._readers, followers=False)
         except Exception as error:  # whatever the model raises when it is copied and run: train on by masks
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None, [
@@ -300,7 +292,7 @@ class RePr:
             ]
         return plan, [
             f"{name}: its dropped filters are computed and held at 0, because {why}."
-            for name, why in (masked | plan.masked).items()
+            for name, why in plan.masked.items()
         ]
 
     def _sub_phase(
@@ -353,7 +345,7 @@ class RePr:
             if self._compact and sub.get("plan"):
                 # Not planned anew: another plan would round differently.
                 plan = CutPlan.from_dict(sub["plan"])
-                check_plan(self._model, plan)
+                layers(self._model, plan)
             else:
                 plan, _ = self._plan(sub["dropped"])
         if self._sub is not None:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.cuts import CutPlan
+from regrow.cuts import CutPlan, Layer, layers
 from regrow.filters import unwrap
 from regrow.placing import channel_dim, place, take, take_block
-from regrow.readers import Consumer
-from regrow.suggest import nearest
-
-# Attributes that say how many channels a layer has: its forward method may read them.
-_CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters")
 
 
 def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
@@ -44,16 +39,16 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
     if isinstance(model, nn.DataParallel):
         raise ValueError("the replicas of nn.DataParallel cannot be narrowed: use DistributedDataParallel.")
     model = unwrap(model)
-    slices = check_plan(model, plan)
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in slices}
-    for name, layer in layers.items():
-        if isinstance(layer, _Narrowed):
-            raise ValueError(f"{name!r} is narrowed already: release that first.")
-    for name, layer in layers.items():
-        layer._narrow = slices[name]
-        own = slices[name]
-        layer.__class__ = _narrowed(type(layer), tuple(own.tensors), tuple(own.numbers))  # type: ignore[arg-type]
-    return Narrowing(list(layers.values()))
+    check_not_sharded(model)
+    found = layers(model, plan)
+    for layer in found:
+        if isinstance(layer.module, _Narrowed):
+            raise ValueError(f"{layer.name!r} is narrowed already: release that first.")
+    for layer in found:
+        slices, wide = _slices(layer), cast(Any, type(layer.module))
+        layer.module._narrow = slices
+        layer.module.__class__ = _narrowed(wide, tuple(slices.tensors), tuple(slices.numbers))
+    return Narrowing([layer.module for layer in found])
 
 
 class Narrowing:
@@ -77,14 +72,6 @@ class Narrowing:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-
-def check_plan(model: nn.Module, plan: CutPlan) -> dict[str, _Slices]:
-    """What the layers in ``plan`` would compute with: {name: slices}; ``ValueError`` as in ``narrow``."""
-    model = unwrap(model)
-    check_not_sharded(model)
-    modules = dict(model.named_modules())
-    return {name: _slices(modules, plan, name) for name in _names(plan)}
 
 
 def check_not_sharded(model: nn.Module) -> None:
@@ -121,7 +108,6 @@ class _Slices:
 
     tensors: Mapping[str, _Slice]
     numbers: Mapping[str, int]
-    channels: Tensor | None
     picked: Tensor | None
     placed: tuple[int, Tensor] | None
     live: dict[str, Tensor] | None = None
@@ -147,11 +133,12 @@ class _Narrowed(nn.Module):
         slices.live = {}
         try:
             output = super().forward(*args, **kwargs)
-            if self.training and slices.channels is not None:
+            if self.training:
                 for name, statistic in slices.live.items():
                     if name in self._buffers:
                         # Through .data, as a norm writes them: a graph that holds the buffer stays valid.
-                        cast(Tensor, self._buffers[name]).data.index_copy_(0, slices.channels, statistic)
+                        buffer, channels = self._buffers[name], slices.tensors[name].rows
+                        cast(Tensor, buffer).data.index_copy_(0, cast(Tensor, channels), statistic)
         finally:
             slices.live = None
         if slices.placed is not None:
@@ -217,67 +204,22 @@ def _number(name: str) -> property:
     return property(get, put)
 
 
-def _names(plan: CutPlan) -> list[str]:
-    """The layers that compute with less than they hold, each once."""
-    parts = (plan.rows, plan.columns, plan.channels, plan.groups, plan.placed, plan.picked, plan.spread)
-    return list(dict.fromkeys(name for part in parts for name in part))
+def _slices(layer: Layer) -> _Slices:
+    """What a layer is to compute with, on the device where it is."""
+    own = {**layer.module._parameters, **layer.module._buffers}
+    device = next((tensor.device for tensor in own.values() if tensor is not None), torch.device("cpu"))
 
+    def index(kept: Sequence[int] | None) -> Tensor | None:
+        return None if kept is None else torch.tensor(kept, device=device)
 
-def _slices(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> _Slices:
-    """What the layer ``name`` is to compute with; ``ValueError`` if the plan does not fit it."""
-    if name not in modules:
-        raise ValueError(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
-    layer = modules[name]
-    own = {**layer._parameters, **layer._buffers}
-    tensors = {key: tensor for key, tensor in own.items() if tensor is not None and tensor.dim()}
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    def at(places: tuple[int, list[int]] | None) -> tuple[int, Tensor] | None:
+        return None if places is None else (places[0], torch.tensor(places[1], device=device))
 
-    def index(kept: Sequence[int], width: int) -> Tensor:
-        if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < width:
-            raise ValueError(f"the plan does not fit {name!r}, which has {width} channels: {list(kept)}.")
-        return torch.tensor(kept, device=device)
-
-    numbers: dict[str, int] = {}
-    slices: dict[str, _Slice] = {}
-    channels = None
-    spread = plan.spread.get(name)
-    if isinstance(layer, Consumer):
-        weight = layer._parameters.get("weight")
-        if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"the weight of {name!r} is not a plain parameter: hold its filters by masks.")
-        filters, read = weight.shape[:2]
-        rows = plan.rows.get(name, spread)
-        columns = index(plan.columns[name], read) if name in plan.columns else None
-        read = read if columns is None else len(columns)
-        if rows is not None:
-            kept = index(rows, filters)
-            put = None if name in plan.rows else (filters, kept)
-            slices = {
-                key: _Slice(kept, None, put) for key, tensor in tensors.items() if len(tensor) == filters
-            }
-            filters = len(rows) if put is None else filters
-        if columns is not None:
-            slices["weight"] = replace(slices.get("weight", _Slice(None)), columns=columns)
-        groups = plan.groups.get(name, getattr(layer, "groups", 1))
-        numbers = {"out_channels": filters, "in_channels": groups * read, "groups": groups}
-        if isinstance(layer, nn.Linear):
-            numbers = {"out_features": filters, "in_features": read}
-    elif name in plan.channels or spread is not None:
-        width = next((len(tensor) for tensor in tensors.values()), getattr(layer, "num_features", 0))
-        left = plan.channels.get(name, range(width))
-        channels = index(left, width)
-        slices = {key: _Slice(channels) for key, tensor in tensors.items() if len(tensor) == width}
-        numbers = {key: len(left) for key in _CHANNEL_COUNTS if vars(layer).get(key) == width}
-        if spread is not None:
-            put = (len(left), index([left.index(i) for i in spread], len(left)))
-            slices |= {
-                key: _Slice(index(spread, width), None, put) for key in slices if key in layer._parameters
-            }
-    picked, placed = plan.picked.get(name), plan.placed.get(name)
-    return _Slices(
-        slices,
-        numbers,
-        channels,
-        None if picked is None else index(picked, picked[-1] + 1),
-        None if placed is None else (placed[0], index(placed[1], placed[0])),
-    )
+    spread = at(layer.spread)
+    tensors = {
+        key: _Slice(
+            index(kept.get(0)), index(kept.get(1)), spread if key in layer.module._parameters else None
+        )
+        for key, kept in layer.kept.items()
+    }
+    return _Slices(tensors, layer.numbers, index(layer.picked), at(layer.placed))

@@ -41,7 +41,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
     criterion: str = "l2",
-    scope: str = "global",
+    scope: str = "layer",
     coupled: str = "individually",
     round_to: int = 1,
     floor: float = 0.1,
@@ -69,7 +69,7 @@ def prune(
             ignored. The first 512 images are used: shuffle, or see to it that they are of all kinds.
         validation: batches of (inputs, labels [n]), to report accuracy, and for ``max_drop``.
         criterion: as ``score`` takes it.
-        scope: ``"global"`` ranks all filters together, ``"layer"`` removes the same share of each layer,
+        scope: ``"layer"`` removes the same share of each layer, ``"global"`` ranks all filters together,
             ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
         coupled: filters that are added into the same channel of a residual stream go ``"individually"``,
             each layer computing its kept ones only, or ``"jointly"``, by their mean score, so that the

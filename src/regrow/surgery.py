@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.cutplan import plan_cut
-from regrow.cuts import Replaced, apply_plan, kept_by, sliced
-from regrow.filters import convolutions, unwrap
-from regrow.removal import plan_removal
+from regrow.cuts import Replaced, apply_plan, is_cut, widen
+from regrow.filters import check_keep, convolutions, unwrap
+from regrow.readers import Readers
+from regrow.removal import plan_removal, unremovable
+from regrow.structure import read_structure
 
 __all__ = ["apply_plan", "cut"]
 
@@ -37,6 +40,7 @@ def cut(
     Args:
         model: any module with convolutions, not one inside DataParallel or DistributedDataParallel.
         keep: {name: BoolTensor[filters]}, True = alive, as ``select`` gives it. Layers not named keep all.
+            A model that was cut before is cut again: masks are of the filters that it has left.
         example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords; one
             picture is enough.
         optimizer: its groups and what it remembers of the parameters become smaller too.
@@ -44,7 +48,8 @@ def cut(
     Returns:
         JSON-able record: version; plan (``CutPlan.from_dict`` reads it); dropped {name: filters that
         went}; layers {name: filters before and after}; parameters before and after; masked {name: why its
-        dropped filters are held at 0 instead}.
+        dropped filters are held at 0 instead}. After a second cut plan and dropped stand for both, and
+        count the filters of the uncut model.
 
     Raises:
         ValueError: the model has no convolution or is wrapped for data-parallel training, sharded, or
@@ -55,15 +60,23 @@ def cut(
     """
     _check_model(model)
     model = unwrap(model)
-    removal = plan_removal(model, keep, example_inputs)
-    plan = plan_cut(model, keep, example_inputs, readers=removal.readers or None)
     before, parameters = _sizes(model), _count(model)
+    whole, keep, readers = model, check_keep(model, keep), None
+    if is_cut(model):
+        # What a cut leaves picks and places channels by index: it is planned anew, from the uncut model.
+        widen(whole := copy.deepcopy(model))
+        readers = read_structure(whole, example_inputs)
+        keep = _keep_of_uncut(model, keep, readers)
+    removal = plan_removal(whole, keep, example_inputs, readers)
+    plan = plan_cut(whole, keep, example_inputs, readers=removal.readers or None)
     if optimizer is not None:
-        _check_slots(model, optimizer, kept_by(model, plan))
+        _check_slots(model, optimizer)
     if removal.gone:
+        widened = widen(model)
         removal.apply(model)
         replaced = apply_plan(model, plan)
         if optimizer is not None:
+            _repoint(optimizer, widened)
             _repoint(optimizer, replaced)
     after = _sizes(model)
     return {
@@ -74,6 +87,26 @@ def cut(
         "parameters": {"before": parameters, "after": _count(model)},
         "masked": dict(plan.masked),
     }
+
+
+def _keep_of_uncut(
+    model: nn.Module, keep: Mapping[str, Tensor], readers: Mapping[str, Readers]
+) -> dict[str, Tensor]:
+    """Keep masks of a model that was cut before, over the filters that it had before that."""
+    found = {}
+    for name, conv in convolutions(model).items():
+        left = vars(conv).get("_regrow_left", {"kept": {}})
+        rows = left["kept"].get("weight", {}).get(0)
+        mask = keep.get(name)
+        if rows is None:
+            if mask is not None:
+                found[name] = mask
+        elif mask is not None or not unremovable(readers, name):
+            alive = torch.zeros(left["shapes"]["weight"][0], dtype=torch.bool)
+            # A layer that is spread goes on counting all its filters.
+            alive[rows] = True if mask is None else mask[rows] if len(mask) == len(alive) else mask
+            found[name] = alive
+    return found
 
 
 def _check_model(model: nn.Module) -> None:
@@ -108,20 +141,15 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _check_slots(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    kept: Mapping[nn.Parameter, Mapping[int, Sequence[int]]],
-) -> None:
+def _check_slots(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise ``ValueError`` if the optimizer remembers what cannot be cut as its parameter is."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter in kept:
+    for name, parameter in model.named_parameters():
         for key, slot in optimizer.state.get(parameter, {}).items():
             plain = not isinstance(slot, list | tuple | dict)
             if not plain or (isinstance(slot, Tensor) and slot.dim() and not _fits(slot, parameter)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} of {names[parameter]!r} in another shape than "
-                    "the parameter's, and it cannot be cut: pass no optimizer, and build a new one after it."
+                    f"{type(optimizer).__name__} keeps {key!r} of {name!r} in another shape than the "
+                    "parameter's, and it cannot be cut: pass no optimizer, and build a new one after the cut."
                 )
 
 
@@ -132,16 +160,14 @@ def _fits(slot: Tensor, parameter: Tensor) -> bool:
 
 
 def _repoint(optimizer: torch.optim.Optimizer, replaced: Sequence[Replaced]) -> None:
-    """Have ``optimizer`` step the smaller parameters, with what it remembers of what is left of them."""
-    smaller = {one.old: one for one in replaced}
+    """Have ``optimizer`` step the new parameters, with what it remembers of the old ones."""
+    by_old = {one.old: one for one in replaced}
     for group in optimizer.param_groups:
-        group["params"][:] = [smaller[p].new if p in smaller else p for p in group["params"]]
-    for old, one in smaller.items():
-        if old not in optimizer.state:
-            continue
-        slots = optimizer.state.pop(old)
-        for key, slot in slots.items():
-            if isinstance(slot, Tensor) and slot.dim():
-                kept = {dim: at for dim, at in one.kept.items() if slot.shape[dim] == old.shape[dim]}
-                slots[key] = sliced(slot, kept)
-        optimizer.state[one.new] = slots
+        group["params"][:] = [by_old[p].new if p in by_old else p for p in group["params"]]
+    for old, one in by_old.items():
+        if old in optimizer.state:
+            slots = optimizer.state.pop(old)
+            optimizer.state[one.new] = {
+                key: one.of(slot) if isinstance(slot, Tensor) and slot.dim() else slot
+                for key, slot in slots.items()
+            }

@@ -65,7 +65,9 @@ def _torchvision(name: str, weights: str) -> LibraryModel:
         return LibraryModel(torchvision.models.get_model(name, weights=None, **arguments), None, None, None)
     wanted = "DEFAULT" if weights == "default" else weights
     if wanted not in known.__members__:
-        raise ValueError(f"{name} has no weights {weights!r}{nearest(weights, ['default', *known.__members__])}")
+        raise ValueError(
+            f"{name} has no weights {weights!r}{nearest(weights, ['default', *known.__members__])}"
+        )
     chosen = known[wanted]
     try:
         model = torchvision.models.get_model(name, weights=chosen)
@@ -97,6 +99,6 @@ def _timm(name: str, weights: str) -> LibraryModel:
 def _unavailable(name: str, weights: str, error: Exception) -> ValueError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ValueError(
-        f"the weights {weights!r} of {name} cannot be had: {reason}. With --weights none the network is pruned "
+        f"the weights {weights!r} of {name} cannot be had: {reason}. With --weights none the net is pruned "
         "with random ones, to see its sizes."
     )
