@@ -7,7 +7,7 @@ SEEDS ?= 0-2
 .PHONY: help setup demo test lint types check clean
 
 help:
-	@echo "make demo   train, compare and report on the bundled digits: runs/demo/report.html"
+	@echo "make demo   train, compare, cut and report on the bundled digits: runs/demo/report.html"
 	@echo "make test   lint, types and the tests"
 
 setup: $(READY)
@@ -18,7 +18,11 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/regrow compare --data digits --model convnet --epochs 60 --seeds $(SEEDS) --out runs/demo
+	$(BIN)/regrow compare --data digits --model convnet --epochs 60 --methods standard,repr,bridgeout --p 0.1 \
+		--seeds $(SEEDS) --out runs/demo
+	$(BIN)/regrow curve runs/demo
+	$(BIN)/regrow prune runs/demo/standard-seed0 --max-drop 1 --out runs/demo-pruned
+	$(BIN)/regrow report runs/demo
 
 test: $(READY) lint types check
 

@@ -156,8 +156,11 @@ def measure(name: str) -> dict[str, Any]:
     seconds = time.perf_counter() - began_cut
     plan = CutPlan.from_dict(record["plan"])
     dropped = {conv: int((~mask).sum()) for conv, mask in keep.items() if not mask.all()}
+    before = [copy.deepcopy(net.state_dict()) for net in (masked, model)]
     errors = compare(masked, model, plan, inputs)
     if max(errors.values()) > TOLERANCE:
+        for net, state in zip((masked, model), before, strict=True):
+            net.load_state_dict(state)  # the statistics from before the pass in train mode
         in_double = cast_all(inputs, torch.float64)
         try:
             errors |= {

@@ -903,7 +903,7 @@ def test_depthwise_rows_go_on_behind_a_dropped_channel():
     model, *rest = start_on(separable, "sgd", scope="layer")
     _, (drop,) = losses(model, *rest, steps=2)
     assert drop.notes == []
-    assert widths(model) == {"0": 8, "3": 8, "6": 6}  # 0 computes six and places them before 3
+    assert widths(model) == {"0": 6, "3": 8, "6": 6}  # the norm behind 0 places six among eight
 
 
 def test_a_layer_that_goes_on_computing_its_dropped_filters_is_named(monkeypatch):
@@ -992,7 +992,7 @@ def test_a_restore_leaves_what_was_kept_bit_for_bit_as_training_made_it():
 def test_two_processes_stay_together(tmp_path):
     commands = [[sys.executable, __file__, str(tmp_path), str(rank)] for rank in range(2)]
     processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["widths"] == two["widths"]
     assert sum(one["widths"].values()) == 22 - 7

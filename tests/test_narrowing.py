@@ -635,6 +635,12 @@ def test_narrowing_twice_and_models_that_cannot_be_narrowed(make_net):
     with pytest.raises(ValueError, match="use DistributedDataParallel"):
         narrow(nn.DataParallel(model), PLAN)
 
+    replaced = make_net()
+    replaced.conv3.forward = replaced.conv3.forward
+    with pytest.raises(ValueError, match="the forward method of 'conv3' has been replaced"):
+        narrow(replaced, PLAN)
+    assert type(replaced.conv2) is nn.Conv2d
+
     class FullyShardedDataParallel(nn.Sequential):
         pass
 

@@ -49,15 +49,18 @@ def test_the_lines_for_ones_own_loop_run_as_printed() -> None:
     assert sum(map(len, events[19].filters.values())) == 2  # 30 % of the 8 behind the first convolution
 
 
-def test_the_lines_about_bridgeout_and_compensation_run_as_printed() -> None:
-    block = next(block for block in python_blocks() if "add_bridgeout" in block)
+def network() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
         nn.Linear(128, 4),
     )  # fmt: skip
+
+
+def test_the_lines_about_bridgeout_run_as_printed() -> None:
+    block = next(block for block in python_blocks() if "add_bridgeout" in block)
+    model, x = network(), torch.randn(6, 1, 8, 8)
     keys = list(model.state_dict())
-    x = torch.randn(6, 1, 8, 8)
     trained = []
 
     def train_one_epoch(model: nn.Module, *_: object) -> None:
@@ -66,9 +69,19 @@ def test_the_lines_about_bridgeout_and_compensation_run_as_printed() -> None:
     names = {"regrow": regrow, "model": model, "x": x, "loader": None, "optimizer": None}
     exec(block, {**names, "train_one_epoch": train_one_epoch})
     assert trained == [False]  # two passes, two draws
-    emitted = model[:3](x)
-    assert int((emitted == 0).flatten(2).all(2).all(0).sum()) == 2  # 30 % of 8 filters
     assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean((0, 2, 3)))
+
+
+def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = next(block for block in python_blocks() if "regrow.prune" in block)
+    monkeypatch.chdir(tmp_path)
+    model, x = network().eval(), torch.randn(6, 1, 8, 8)
+    names = {"regrow": regrow, "model": model, "x": x, "MyNet": network}
+    exec(block, names)
+    assert [model[0].out_channels, model[3].out_channels] == [6, 6]  # 30 % of 8 are 2
+    assert torch.equal(names["small"].eval()(x), model(x))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.onnx", "small.safetensors"]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

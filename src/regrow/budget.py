@@ -86,7 +86,7 @@ class Search:
     filters: int
     validation: Iterable[Any]
     accuracy: float
-    tell: Callable[[int, int, str], object]
+    tell: Callable[[float, str], object]
 
     def run(self, kind: str, limit: float) -> Met:
         """The smallest cut whose ``kind`` is at most ``limit``; for ``max_drop`` the largest.
@@ -106,7 +106,8 @@ class Search:
             keep = self.choose(fraction(rung))
             count = removed(keep)
             if count not in known:
-                self.tell(len(known), looks, f"trying without {count / self.filters:.1%} of the filters")
+                share = 0.1 + 0.7 * min(1.0, len(known) / looks)
+                self.tell(share, f"trying without {count / self.filters:.1%} of the filters")
                 known[count] = self._value(kind, keep)
             return known[count]
 
@@ -116,7 +117,7 @@ class Search:
             raise ValueError(self._refusal(kind, limit, known))
         reached = found
         for further in range(rung, min(rung + _TRIES, rungs + 1)):
-            self.tell(looks - 1, looks, "cutting")
+            self.tell(0.8, "cutting")
             trial = self.bench.cut(self.choose(fraction(further)), compensated=True)
             if not trial.gone:
                 break

@@ -196,7 +196,8 @@ class Probe:
 
             try:
                 with _hooked(self._model, after):
-                    _run(self._model, example, training=False)
+                    # Noise as input too: a channel of the example may be 0 by chance.
+                    _run(self._model, _noise(example, 1), training=False)
             except Exception:  # noise may be more than the model's own code bears
                 return {}, []
             ran.append(names)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from regrow.cutplan import plan_cut
-from regrow.cuts import CutPlan, layers
+from regrow.cuts import CutPlan
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
-from regrow.narrowing import check_not_sharded
+from regrow.narrowing import check_not_sharded, check_plan
 from regrow.readers import silent_entries
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
@@ -75,8 +75,9 @@ class RePr:
             had when it was dropped. ``"zero"``: weights of 0, so that the network's output does not move
             at the restore. ``"init"``: freshly drawn weights.
         compact: in the sub phase, leave dropped filters out of the arithmetic (``narrow``): quicker, and the
-            same up to rounding. Where that cannot be done safely, and for a model in ``nn.DataParallel``,
-            they are computed and held at 0, as with False; the event's notes say so.
+            same up to rounding. ``torch.compile`` compiles anew after a drop. Where it cannot be done
+            safely, and for a model in ``nn.DataParallel``, dropped filters are computed and held at 0, as
+            with False; the event's notes say so.
         scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
         floor: share of every layer that always stays alive.
         exclude: qualified names of convolutions, or of containers of them, to leave alone.
@@ -285,6 +286,7 @@ class RePr:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
         try:
             plan = plan_cut(self._model, keep, inputs, readers=self._readers, followers=False)
+            check_plan(self._model, plan)
         except Exception as error:  # whatever the model raises when it is copied and run: train on by masks
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None, [
@@ -345,7 +347,7 @@ class RePr:
             if self._compact and sub.get("plan"):
                 # Not planned anew: another plan would round differently.
                 plan = CutPlan.from_dict(sub["plan"])
-                layers(self._model, plan)
+                check_plan(self._model, plan)
             else:
                 plan, _ = self._plan(sub["dropped"])
         if self._sub is not None:

@@ -32,15 +32,14 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
         What ends it: call ``release()``, or use it as a context manager.
 
     Raises:
-        ValueError: the plan does not fit the model, a layer is narrowed already, its weight is not a
-            plain parameter, or the model is sharded (FSDP) or replicated (``nn.DataParallel``). Nothing
-            is changed.
+        ValueError: the plan does not fit the model, a layer is narrowed already or has a forward method
+            put on the object itself, or the model is sharded (FSDP) or replicated (``nn.DataParallel``).
+            Nothing is changed.
     """
     if isinstance(model, nn.DataParallel):
         raise ValueError("the replicas of nn.DataParallel cannot be narrowed: use DistributedDataParallel.")
     model = unwrap(model)
-    check_not_sharded(model)
-    found = layers(model, plan)
+    found = check_plan(model, plan)
     for layer in found:
         if isinstance(layer.module, _Narrowed):
             raise ValueError(f"{layer.name!r} is narrowed already: release that first.")
@@ -72,6 +71,19 @@ class Narrowing:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
+    """What ``plan`` leaves of the layers it names; ``ValueError`` where ``narrow`` could not follow it."""
+    check_not_sharded(model)
+    found = layers(model, plan)
+    for layer in found:
+        if "forward" in vars(layer.module):
+            raise ValueError(
+                f"the forward method of {layer.name!r} has been replaced, which no class of ours can reach: "
+                "wrap the whole model instead."
+            )
+    return found
 
 
 def check_not_sharded(model: nn.Module) -> None:

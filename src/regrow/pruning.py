@@ -26,7 +26,6 @@ __all__ = ["prune"]
 
 _VERSION = 1
 _CALIBRATION_IMAGES = 512
-_STAGES = 4
 
 
 def prune(
@@ -48,7 +47,7 @@ def prune(
     exclude: Iterable[str] = (),
     compensate: bool = True,
     seed: int | None = None,
-    progress: Callable[[int, int, str], object] | None = None,
+    progress: Callable[[float, str], object] | None = None,
 ) -> dict[str, Any]:
     """Make a trained network smaller in one call, in place: score, choose, cut for good, compensate.
 
@@ -79,7 +78,7 @@ def prune(
         exclude: names of convolutions, or of containers of them, to leave alone.
         compensate: False removes the filters without making up for them, and needs no images.
         seed: for the criterion ``"random"``.
-        progress: called with steps done, steps there may be, and what is being done.
+        progress: called with how far it is, 0 to 1, and with what it does now.
 
     Returns:
         JSON-able report: version; target {kind, value, reached}; the settings; filters and fraction that
@@ -111,7 +110,7 @@ def prune(
         raise ValueError("max_drop needs validation=: a loader of (inputs, labels) to measure accuracy on.")
     user = unwrap(model)
     tell = progress or _silent
-    tell(0, _STAGES, "reading the structure")
+    tell(0.0, "reading the structure")
     readers = read_structure(user, example_inputs)
     base = copy.deepcopy(user).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
@@ -128,13 +127,14 @@ def prune(
 
     timing = None
     if kind == "fraction":
-        tell(1, _STAGES, "cutting")
+        tell(0.1, "cutting")
         keep = choosing(value)
         trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
         if value and reached < 0.9 * value:
             warnings.warn(
-                f"{removed(keep)} of {_count(keep)} filters are removed ({reached:.1%}), for floor={floor}, "
-                f"round_to={round_to} and coupled={coupled!r} leave no more. Lower the floor or round_to.",
+                f"fewer filters are removed than fraction={value:g} asks for: {removed(keep)} of "
+                f"{_count(keep)} ({reached:.1%}), because of floor={floor}, round_to={round_to} or "
+                f"coupled={coupled!r}.",
                 stacklevel=2,
             )
     else:
@@ -143,7 +143,7 @@ def prune(
         )
         met = search.run(kind, value)
         trial, reached, timing = met.trial, met.reached, met.timing
-    tell(2, _STAGES, "measuring")
+    tell(0.9, "measuring")
     small = trial.model
     left = {name: "excluded" for name in convolutions(base) if name not in scores} | left_out(base) | fixed
     before, after = _sizes(base), _sizes(small)
@@ -181,13 +181,12 @@ def prune(
     }
     if validation is not None:
         report["accuracy"] = _pair(accuracy, top1(small, validation)[0]) | {"images": pictures}
-    tell(3, _STAGES, "changing the model")
     become(user, trial)
-    tell(4, _STAGES, "done")
+    tell(1.0, "done")
     return report
 
 
-def _silent(_done: int, _of: int, _what: str) -> None:
+def _silent(_share: float, _what: str) -> None:
     pass
 
 

@@ -19,7 +19,7 @@ def first_within(
         rungs: 1 or more.
         limit: below ``start``.
         start: what ``value`` would be on rung 0; infinite if that is not known.
-        close: a rung whose value is below ``limit`` by this much at most is good enough.
+        close: a rung whose value is below ``limit`` by less than this is good enough.
 
     Returns:
         (rung, its value). Where even the last one is above ``limit``: the last, and its value.
@@ -27,7 +27,7 @@ def first_within(
     low, above = 0, start
     high, below = rungs, value(rungs)
     halve = False
-    while below <= limit and limit - below > close and high - low > 1:
+    while below <= limit and limit - below >= close and high - low > 1:
         width = high - low
         middle = low + width // 2
         if not halve and math.isfinite(above):

@@ -50,9 +50,8 @@ def library_model(name: str, weights: str) -> LibraryModel:
             return _timm(bare, weights)
         names += timm.list_models()
     hint = "" if importlib.util.find_spec("timm") else " timm is not installed: pip install 'regrow[timm]'."
-    raise ValueError(
-        f"{name!r} is no run folder, and no network of torchvision or timm{nearest(bare, names)}{hint}"
-    )
+    known = nearest(bare, dict.fromkeys(names))
+    raise ValueError(f"{name!r} is no run folder, and no network of torchvision or timm{known}{hint}")
 
 
 def _torchvision(name: str, weights: str) -> LibraryModel:

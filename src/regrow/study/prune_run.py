@@ -1,0 +1,175 @@
+"""``regrow prune``: a trained network from a folder or a library, made smaller and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from regrow.accuracy import top1
+from regrow.budget import check_target
+from regrow.checkpoint import save
+from regrow.export import export_onnx
+from regrow.pruning import prune
+from regrow.study import records
+from regrow.study.prune_table import prune_tables
+from regrow.study.trained import Trained, by_name, from_run
+
+WEIGHTS_FILE, REPORT_FILE, ONNX_FILE = "pruned.safetensors", "prune.json", "pruned.onnx"
+
+
+def run_prune(
+    network: str,
+    out: Path,
+    *,
+    targets: dict[str, float | None],
+    criterion: str,
+    scope: str,
+    coupled: str,
+    round_to: int,
+    floor: float,
+    exclude: Sequence[str],
+    compensate: bool,
+    weights: str = "default",
+    data: str | None = None,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    onnx: bool = False,
+) -> dict[str, Any]:
+    """Prune a network, print what that changed, and write pruned.safetensors and prune.json.
+
+    Validation pictures decide; the test pictures are looked at before and after, once, where there are any.
+
+    Args:
+        network: a run folder, or a name of torchvision's or timm's.
+        out: folder for the files, made if it is not there.
+        targets: of ``prune``, one of which is not None.
+        criterion, scope, coupled, round_to, floor, exclude, compensate: as ``prune``.
+        weights, data, image_size: for a name, as ``by_name``.
+        data_dir, device: as ``from_run`` or ``by_name``.
+        threads: CPU threads; None leaves them.
+        onnx: write pruned.onnx as well.
+
+    Returns:
+        What prune.json holds: the report of ``prune``, and source, environment and test_accuracy (before and
+        after, or None).
+
+    Raises:
+        ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
+            written then, except that a network that cannot become ONNX is written as safetensors.
+    """
+    check_target(targets)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    trained = _find(network, weights, data, data_dir, image_size, device)
+    if compensate and trained.calibration is None:
+        raise ValueError(
+            "to make up for the filters that go, pictures are needed: pass --data (and --data-dir), or do "
+            "without by --no-compensate."
+        )
+    if targets.get("max_drop") is not None and trained.validation is None:
+        raise ValueError(
+            "--max-drop needs labelled pictures of the network's classes: pass --data (and --data-dir)."
+        )
+    console = Console()
+    before = top1(trained.model, trained.test) if trained.test is not None else None
+    with _Bar() as bar:
+        report = prune(
+            trained.model,
+            example_inputs=trained.example,
+            calibration=trained.calibration,
+            validation=trained.validation,
+            criterion=criterion,
+            scope=scope,
+            coupled=coupled,
+            round_to=round_to,
+            floor=floor,
+            exclude=exclude,
+            compensate=compensate,
+            seed=trained.seed if criterion == "random" else None,
+            progress=bar.show,
+            **targets,
+        )
+    report["source"] = trained.source
+    report["environment"] = records.environment(report["device"], report["threads"])
+    report["test_accuracy"] = None
+    if before is not None and trained.test is not None:
+        after = top1(trained.model, trained.test)
+        report["test_accuracy"] = {"before": before[0], "after": after[0], "images": after[1]}
+    out.mkdir(parents=True, exist_ok=True)
+    written = _write(trained, report, out, onnx)
+    for table in prune_tables(report):
+        console.print(table)
+        console.print()
+    console.print(f"Written: {', '.join(written)} in {out}", highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def _find(
+    network: str,
+    weights: str,
+    data: str | None,
+    data_dir: str | None,
+    image_size: int | None,
+    device: str | None,
+) -> Trained:
+    folder = Path(network)
+    if records.config_path(folder).exists():
+        given = {"--data": data, "--image-size": image_size}
+        if unwanted := [flag for flag, value in given.items() if value is not None]:
+            raise ValueError(f"{network} is a run folder, which says so itself: leave {unwanted[0]} out.")
+        return from_run(folder, device=device, data_dir=data_dir)
+    if folder.is_dir():
+        raise ValueError(f"{network} is not a run folder: it has no config.yaml.")
+    return by_name(
+        network, weights=weights, data=data, data_dir=data_dir, image_size=image_size, device=device
+    )
+
+
+def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> list[str]:
+    # The report last: a folder that has it has all that it speaks of.
+    (out / REPORT_FILE).unlink(missing_ok=True)
+    save(trained.model, out / WEIGHTS_FILE)
+    written = [WEIGHTS_FILE]
+    if onnx:
+        export_onnx(trained.model, out / ONNX_FILE, example_inputs=trained.example)
+        written.append(ONNX_FILE)
+    records.write_json(out / REPORT_FILE, report)
+    return [*written, REPORT_FILE]
+
+
+class _Bar:
+    """What ``prune`` is doing, on standard error, if that is a terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=1)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, share: float, what: str) -> None:
+        self._bar.update(self._task, completed=share, description=what)

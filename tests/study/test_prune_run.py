@@ -1,0 +1,150 @@
+"""``regrow prune`` from trained digits to small files, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from regrow.accuracy import top1
+from regrow.checkpoint import load
+from regrow.cli import app
+from regrow.study import records
+from regrow.study.config import make_config
+from regrow.study.train import train
+from regrow.study.trained import by_name, from_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "one"
+    train(make_config({"epochs": 4, "width": 8, "train_size": 300, "threads": 1, "device": "cpu"}), folder)
+    return folder
+
+
+def prune(*arguments: object):
+    return CliRunner().invoke(app, ["prune", *map(str, arguments)])
+
+
+def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    command = [
+        sys.executable,
+        "-m",
+        "regrow",
+        "prune",
+        run,
+        "--fraction",
+        "0.25",
+        "--out",
+        out,
+        "--threads",
+        1,
+    ]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "a progress bar outside a terminal"
+    assert sorted(path.name for path in out.iterdir()) == ["prune.json", "pruned.safetensors"]
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"Written: pruned.safetensors, prune.json in {out}"
+    assert max(map(len, lines[:-1])) <= 80
+    report = json.loads((out / "prune.json").read_text())
+    assert report["version"] == 1
+    assert report["target"] == {"kind": "fraction", "value": 0.25, "reached": 0.25}
+    assert report["layers"] == {f"features.{i}.conv": {"before": 8, "after": 6} for i in range(3)}
+    assert report["compensation"]["images"] == 300
+    assert report["source"] == {"run": str(run), "weights": records.weights_hash(run), "data": "digits"}
+    assert report["environment"]["command"].startswith("regrow prune")
+
+    before = from_run(run)
+    result = records.read_run(run).result
+    assert report["test_accuracy"]["before"] == pytest.approx(result["test_accuracy"], abs=0.003)
+    assert report["accuracy"]["before"] == pytest.approx(result["validation_accuracy"], abs=0.003)
+    small = load(before.model, out / "pruned.safetensors")
+    assert small.features[0].conv.out_channels == 6
+    assert top1(small, before.test) == (report["test_accuracy"]["after"], report["test_accuracy"]["images"])
+
+
+def test_within_a_drop_that_the_validation_pictures_decide(run: Path, tmp_path: Path) -> None:
+    done = prune(run, "--max-drop", 20, "--out", tmp_path, "--scope", "global", "--exclude", "features.0")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "prune.json").read_text())
+    accuracy = report["accuracy"]
+    assert report["target"]["reached"] == pytest.approx(100 * (accuracy["before"] - accuracy["after"]))
+    assert report["target"]["reached"] <= 20
+    assert report["layers"]["features.0.conv"] == {"before": 8, "after": 8}
+    assert report["left_out"] == {"features.0.conv": "excluded"}
+    assert report["filters"]["after"] < report["filters"]["before"] == 16
+
+
+def test_a_library_network_without_pictures(tmp_path: Path) -> None:
+    given = ["torchvision:squeezenet1_1", "--weights", "none", "--image-size", 48, "--out", tmp_path / "o"]
+    refused = prune(*given, "--params", 0.5)
+    assert "pass --data (and --data-dir), or do without by --no-compensate" in str(refused.exception)
+    assert not (tmp_path / "o").exists()
+    done = prune(*given, "--fraction", 0.5, "--no-compensate", "--round-to", 8, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "o" / "prune.json").read_text())
+    assert report["accuracy"] is report["test_accuracy"] is report["compensation"] is None
+    assert all(pair["after"] % 8 == 0 for pair in report["layers"].values())
+    small = load(by_name("squeezenet1_1", weights="none").model, tmp_path / "o" / "pruned.safetensors")
+    assert small.eval()(torch.zeros(1, 3, 48, 48)).shape == (1, 1000)
+
+
+def test_a_library_network_calibrated_on_pictures_of_other_classes(tmp_path: Path) -> None:
+    trained = by_name("squeezenet1_1", weights="none", data="folder", **_folder(tmp_path))
+    assert trained.validation is trained.test is None
+    assert len(trained.calibration) == 1
+    assert trained.calibration[0].shape[1:] == (3, 40, 40)
+    with pytest.raises(ValueError, match=r"does not take pictures of 8×8"):
+        by_name("squeezenet1_1", weights="none", data="digits")
+
+
+def _folder(tmp_path: Path) -> dict[str, object]:
+    from torchvision.io import write_png
+
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(10):
+            picture = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
+            write_png(picture, str(tmp_path / label / f"{number}.png"))
+    return {"data_dir": str(tmp_path), "image_size": 40}
+
+
+def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    out = ["--out", tmp_path / "out"]
+    for arguments, message in (
+        ([run, *out], "exactly one"),
+        ([run, "--fraction", 0.5, "--macs", 0.5, *out], "got fraction and macs"),
+        ([run, "--fraction", 0.5, "--out", tmp_path / "file"], "is a file"),
+        ([run, "--fraction", 0.5, "--data", "digits", *out], "leave --data out"),
+        ([run, "--params", 0.01, "--floor", 0.9, *out], "params=0.01 cannot be met: the best is"),
+        ([run, "--fraction", 0.5, "--criterion", "l3", *out], "did you mean 'l2'"),
+        ([tmp_path / "empty", "--fraction", 0.5, *out], "not a run folder"),
+        (["vgg", "--fraction", 0.5, *out], "give its run folder"),
+        (["alexnot", "--fraction", 0.5, *out], "did you mean 'alexnet'"),
+        (["alexnet", "--weights", "none", "--max-drop", 1, "--no-compensate", *out], "--max-drop needs"),
+    ):
+        failed = prune(*arguments)
+        assert failed.exit_code == 1, arguments
+        assert message in str(failed.exception), arguments
+        assert not (tmp_path / "out").exists()
+
+
+def test_help_never_imports_pytorch() -> None:
+    code = (
+        "import sys; sys.argv = ['regrow', 'prune', '--help']\n"
+        "from regrow.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    for word in ("--max-drop", "--latency", "--round-to", "--no-compensate", "Example:"):
+        assert word in shown.stdout

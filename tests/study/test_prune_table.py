@@ -1,0 +1,81 @@
+"""The report of ``prune`` for the terminal, without torch."""
+
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from regrow.study.prune_table import count, milliseconds, prune_tables, share, size
+
+LATENCY = {"median": 0.002, "lowest": 0.0015, "highest": 0.0125, "passes": 50}
+REPORT = {
+    "layers": {
+        "a": {"before": 64, "after": 32},
+        "b": {"before": 8, "after": 8},
+        "c": {"before": 9, "after": 6},
+    },
+    "left_out": {"b": "excluded"},
+    "masked": {"c": "not confirmed"},
+    "parameters": {"before": 11_700_000, "after": 5_850_000},
+    "macs": {"before": 2_000, "after": 500},
+    "latency": {"before": LATENCY, "after": LATENCY | {"median": 0.001}},
+    "memory": {
+        "weights": {"before": 46_800_000, "after": 23_400_000},
+        "activations": {"before": 524_288, "after": 524_288},
+    },
+    "accuracy": {"before": 0.923, "after": 0.91, "images": 359},
+    "test_accuracy": None,
+}
+
+
+def shown(report: dict, width: int = 80) -> list[str]:
+    console = Console(width=width)
+    with console.capture() as capture:
+        for table in prune_tables(report):
+            console.print(table)
+    return [" ".join(line.split()) for line in capture.get().splitlines()]
+
+
+def test_every_number_with_its_unit():
+    lines = shown(REPORT)
+    for line in (
+        "a 64 32 50 %",
+        "b 8 8 100 % excluded",
+        "c 9 6 66.7 % at 0, not cut: not confirmed",
+        "parameters 11.7 M 5.85 M 50 %",
+        "multiply-accumulates 2 k 500 25 %",
+        "weights 46.8 MB 23.4 MB 50 %",
+        "activations at their peak 524 kB 524 kB 100 %",
+        "latency, median 2 ms 1 ms 50 %",
+        "lowest – highest 1.5 ms – 12.5 ms 1.5 ms – 12.5 ms",
+        "validation accuracy 92.30% 91.00% −1.30 points",
+    ):
+        assert line in lines, (line, lines)
+    assert not any("test accuracy" in line for line in lines)
+
+
+def test_names_are_shown_as_they_are():
+    report = {**REPORT, "layers": {"[red]a[/]": {"before": 4, "after": 2}}, "left_out": {}, "masked": {}}
+    assert "[red]a[/] 4 2 50 %" in shown(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (count(999), "999"),
+        (count(1234), "1.23 k"),
+        (count(4.1e9), "4.1 G"),
+        (size(12), "12 B"),
+        (size(44_700_000), "44.7 MB"),
+        (milliseconds(0.0012345), "1.23 ms"),
+        (share({"before": 0, "after": 0}), "—"),
+    ],
+)
+def test_three_digits(text, expected):
+    assert text == expected
+
+
+def test_it_needs_no_torch():
+    code = "import regrow.study.prune_table, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

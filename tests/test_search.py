@@ -1,0 +1,49 @@
+"""The first rung at or below a limit."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regrow.search import first_within
+
+
+@given(
+    values=st.lists(st.integers(0, 50), min_size=1, max_size=60).map(lambda v: sorted(v, reverse=True)),
+    limit=st.integers(0, 49),
+    start=st.sampled_from([51.0, math.inf]),
+)
+def test_it_finds_the_first_and_asks_once_for_each(values, limit, start):
+    asked = []
+
+    def value(rung):
+        asked.append(rung)
+        return values[rung - 1]
+
+    found, reached = first_within(value, len(values), limit, start=start)
+    fitting = [rung for rung, each in enumerate(values, 1) if each <= limit]
+    assert found == (fitting[0] if fitting else len(values))
+    assert reached == values[found - 1]
+    assert len(asked) == len(set(asked)) <= 2 * math.log2(len(values) + 1) + 2
+
+
+def test_a_straight_line_takes_a_few_looks():
+    asked = []
+
+    def value(rung):
+        asked.append(rung)
+        return 1 - rung / 1001
+
+    found, _ = first_within(value, 1000, 0.5, start=1.0, close=0.005)
+    assert 501 <= found <= 506
+    assert len(asked) <= 3
+
+
+@pytest.mark.parametrize(("close", "looks"), [(0.0, 2), (0.5, 1)])
+def test_close_enough_is_where_it_stops(close, looks):
+    asked = []
+    found, reached = first_within(
+        lambda rung: asked.append(rung) or {1: 0.9, 2: 0.3}[rung], 2, 0.5, start=1, close=close
+    )
+    assert (found, reached, len(asked)) == (2, 0.3, looks)
