@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 import regrow
 from regrow.cuts import CutPlan, apply_plan
+from regrow.placing import channels_last
 from regrow.study.models import build_model
 from regrow.study.records import environment
 
 NETS = {"vanilla net": ("convnet", {}), "ResNet-20": ("resnet", {"depth": 20})}
 FULL, SUB = 2, 1
+FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 VARIANTS = ("standard", "limit", "RePr", "masked")
 PARTS = ("structure", "drop", "restore")
 
@@ -41,10 +43,14 @@ Batches = list[tuple[Tensor, Tensor]]
 Training = tuple[nn.Module, torch.optim.Optimizer]
 
 
-def make(name: str, size: int, plan: CutPlan | None = None) -> Training:
+def make(name: str, images: Tensor, plan: CutPlan | None = None) -> Training:
+    """The net and its optimizer, in the memory format of ``images``."""
     torch.manual_seed(0)
     family, options = NETS[name]
-    model = build_model(family, classes=10, channels=3, size=(size, size), **options)
+    height, width = images.shape[2:]
+    model = build_model(family, classes=10, channels=3, size=(height, width), **options)
+    if channels_last(images):
+        model = model.to(memory_format=torch.channels_last)
     if plan is not None:
         apply_plan(model, plan)
     return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -65,9 +71,10 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def one_round(name: str, size: int, cycles: int, batches: Batches, turn: int) -> dict[str, float]:
+def one_round(name: str, cycles: int, batches: Batches, turn: int) -> dict[str, float]:
     """Seconds of each variant's whole run, and of RePr's parts."""
-    trainings = {variant: make(name, size) for variant in VARIANTS}
+    images = batches[0][0]
+    trainings = {variant: make(name, images) for variant in VARIANTS}
     taken = dict.fromkeys((*VARIANTS, *PARTS), 0.0)
     schedules: dict[str, regrow.RePr] = {}
 
@@ -75,7 +82,7 @@ def one_round(name: str, size: int, cycles: int, batches: Batches, turn: int) ->
         model, optimizer = trainings[variant]
         schedules[variant] = regrow.RePr(
             model, optimizer, fraction=0.3, full=FULL, sub=SUB, cycles=cycles, compact=variant == "RePr",
-            example_inputs=batches[0][0][:1],
+            example_inputs=images[:1],
         )  # fmt: skip
 
     for variant in ("RePr", "masked"):
@@ -96,7 +103,7 @@ def one_round(name: str, size: int, cycles: int, batches: Batches, turn: int) ->
                 if variant == "RePr" and schedules[variant].phase != before:
                     taken["drop" if before == "full" else "restore"] += stepped / cycles
         state = schedules["RePr"].state_dict()["sub_phase"]
-        small = None if state is None else make(name, size, CutPlan.from_dict(state["plan"]))
+        small = None if state is None else make(name, images, CutPlan.from_dict(state["plan"]))
     return taken
 
 
@@ -105,12 +112,13 @@ def ratio(rounds: list[dict[str, float]], one: str, to: str) -> str:
     return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
-def row(name: str, rounds: list[dict[str, float]]) -> str:
+def row(name: str, memory: str, rounds: list[dict[str, float]]) -> str:
     plain = [taken["standard"] for taken in rounds]
     pairs = (("limit", "standard"), ("RePr", "limit"), ("RePr", "standard"), ("masked", "standard"))
     fixed = [f"{1000 * statistics.median(taken[part] for taken in rounds):.0f}" for part in PARTS]
     cells = [
         name,
+        memory,
         str(len(rounds)),
         f"{statistics.median(plain):.2f} ({min(plain):.2f} to {max(plain):.2f})",
         *(ratio(rounds, one, to) for one, to in pairs),
@@ -119,11 +127,11 @@ def row(name: str, rounds: list[dict[str, float]]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def random_batches(steps: int, batch: int, size: int) -> Batches:
+def random_batches(steps: int, batch: int, size: int, memory: str) -> Batches:
     generator = torch.Generator().manual_seed(0)
     return [
         (
-            torch.randn(batch, 3, size, size, generator=generator),
+            torch.randn(batch, 3, size, size, generator=generator).to(memory_format=FORMATS[memory]),
             torch.randint(10, (batch,), generator=generator),
         )
         for _ in range(steps)
@@ -134,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds (n)")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (n)")
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=[60, 20], help="batches per epoch of the vanilla net, ResNet-20"
+        "--steps", type=int, nargs=2, default=[40, 20], help="batches per epoch of the vanilla net, ResNet-20"
     )
     parser.add_argument("--cycles", type=int, default=1)
     parser.add_argument("--batch", type=int, default=128)
@@ -147,39 +155,38 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     where = environment("cpu", arguments.threads)
     epochs = arguments.cycles * (FULL + SUB)
+    vanilla, residual = arguments.steps
     lines = [
         "# A whole RePr run: beside what is possible, and beside standard training",
         "",
-        f"`python benchmarks/repr_time.py --rounds {arguments.rounds} --steps {arguments.steps[0]} "
-        f"{arguments.steps[1]} --cycles {arguments.cycles} --threads {arguments.threads}`: n rounds; in each, "
-        f"four copies of the net train {epochs} epochs ({FULL} full to {SUB} sub) in turn, epoch by epoch, of "
-        f"{' and '.join(map(str, arguments.steps))} batches of {arguments.batch} pictures of "
-        f"{arguments.size}×{arguments.size}; SGD with Nesterov momentum; 30 % of the ranked filters. Ratios "
-        "are within a round: median (lowest to highest).",
+        f"`python benchmarks/repr_time.py --rounds {arguments.rounds} --steps {vanilla} {residual} --cycles "
+        f"{arguments.cycles} --threads {arguments.threads}`: n rounds; in each, four copies of the net train "
+        f"{epochs} epochs ({FULL} full to {SUB} sub) in turn, epoch by epoch, of {vanilla} (ResNet-20: "
+        f"{residual}) batches of {arguments.batch} pictures of {arguments.size}×{arguments.size}; SGD with "
+        "Nesterov momentum; 30 % of the ranked filters. Ratios are within a round: median (lowest to "
+        "highest).",
         "",
-        "*limit*: the sub phase in a net born at the size of the sub-network. A residual net of that size does "
-        "not exist without a layer that adds its filters at their places; there it is the net that "
-        "`regrow.cut` makes. *RePr*: all of it, with reading the structure, scoring, planning, cutting and "
-        "restoring. *masked*: the same with `compact=False`. The last three columns do not grow with the "
-        "length of an epoch: per run, per drop and per restore.",
+        "*limit*: the sub phase in a net born at the size of the sub-network. A residual net of that size "
+        "needs a layer that adds its filters at their places; there it is the net that `regrow.cut` makes. "
+        "*RePr*: all of it, with reading the structure, scoring, planning, cutting and restoring. *masked*: "
+        "the same with `compact=False`. The last three columns do not grow with the length of an epoch: per "
+        "run, per drop and per restore.",
         "",
         f"{where['processor']}, {where['cores']} cores, {arguments.threads} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
         "",
-        "| net | n | standard, s | limit : standard | RePr : limit | RePr : standard | masked : standard | "
-        "structure, ms | drop, ms | restore, ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| net | memory format | n | standard, s | limit : standard | RePr : limit | RePr : standard | "
+        "masked : standard | structure, ms | drop, ms | restore, ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, steps in zip(NETS, arguments.steps, strict=True):
-        batches = random_batches(steps, arguments.batch, arguments.size)
-        # The first round warms up: torch-pruning is imported in it.
-        one_round(name, arguments.size, arguments.cycles, batches[:2], 0)
-        rounds = [
-            one_round(name, arguments.size, arguments.cycles, batches, turn)
-            for turn in range(arguments.rounds)
-        ]
-        lines.append(row(name, rounds))
-        print(lines[-1], flush=True)
+        for memory in FORMATS:
+            batches = random_batches(steps, arguments.batch, arguments.size, memory)
+            one_round(name, arguments.cycles, batches[:2], 0)  # warms up, and imports torch-pruning
+            turns = range(arguments.rounds)
+            rounds = [one_round(name, arguments.cycles, batches, turn) for turn in turns]
+            lines.append(row(name, memory, rounds))
+            print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")

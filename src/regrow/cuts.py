@@ -388,15 +388,27 @@ class Small(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if (picked := self._regrow_picked) is not None:
-            args = (take(args[0], picked, channel_dim(self, args[0])), *args[1:])
+            args = (_picked(args[0], picked, channel_dim(self, args[0])), *args[1:])
         output = super().forward(*args, **kwargs)
         if (placed := self._regrow_placed) is not None:
-            output = place(output, placed, channel_dim(self, output), cast(int, self._regrow_widths[0]))
+            output = _placed(output, placed, channel_dim(self, output), cast(int, self._regrow_widths[0]))
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly: pickle finds it through the layer's own.
         return _rebuild, self._regrow_plain, self.__getstate__()
+
+
+# A compiler makes its own kernels, and an exported graph knows nothing of other derivatives.
+def _picked(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    return tensor.index_select(dim, index) if torch.compiler.is_compiling() else take(tensor, index, dim)
+
+
+def _placed(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return place(tensor, index, dim, width)
+    shape = [width if each == dim else size for each, size in enumerate(tensor.shape)]
+    return tensor.new_zeros(shape).index_copy(dim, index, tensor)
 
 
 @functools.cache
@@ -419,6 +431,6 @@ def _spread(name: str) -> property:
 
     def get(self: Small) -> Tensor:
         index, width = cast(Tensor, self._regrow_spread), cast(int, self._regrow_widths[1])
-        return place(cast(Tensor, nn.Module.__getattr__(self, name)), index, 0, width)
+        return _placed(cast(Tensor, nn.Module.__getattr__(self, name)), index, 0, width)
 
     return property(get)

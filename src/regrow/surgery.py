@@ -110,7 +110,7 @@ def _keep_of_uncut(
 
 
 def _check_model(model: nn.Module) -> None:
-    for module in model.modules():
+    for owner, module in model.named_modules():
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ValueError(
                 f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
@@ -120,9 +120,8 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
         if "_bridgeout_passes" in vars(module):
             raise ValueError("the model has Bridgeout: call remove_bridgeout before the cut.")
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise ValueError(f"{name!r} of a lazy layer has no shape yet: run one forward pass first.")
+        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+            raise ValueError(f"{owner!r} is a lazy layer without shapes yet: run one forward pass first.")
     if not convolutions(model):
         raise ValueError(
             "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers."
