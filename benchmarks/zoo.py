@@ -31,7 +31,7 @@ import regrow
 from regrow.cutprobe import NoDropout
 from regrow.cuts import CutPlan, kept_by, sliced
 from regrow.filters import convolutions
-from regrow.removal import remove_filters, unremovable
+from regrow.removal import plan_removal, unremovable
 from regrow.structure import call, floating, read_structure
 from regrow.surgery import cut
 
@@ -150,7 +150,7 @@ def measure(name: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         keep = regrow.select(regrow.score(model, "ortho", exclude=left_out), FRACTION)
     masked = copy.deepcopy(model)
-    remove_filters(masked, keep, example_inputs=example)
+    plan_removal(masked, keep, example, readers).apply(masked)
     began_cut = time.perf_counter()
     record = cut(model, keep, example_inputs=example)
     seconds = time.perf_counter() - began_cut
@@ -332,7 +332,10 @@ def main() -> None:
         alone(given.one, given.memory)
         return
     found = results(given.results)
-    for name in every_model():
+    listed = given.results.with_suffix(".models.json")
+    if not listed.exists():  # it takes minutes to build every model once
+        listed.write_text(json.dumps(every_model()))
+    for name in json.loads(listed.read_text()):
         if not re.search(given.only, name) or (name in found and not (given.again and verdict(found[name]))):
             continue
         entry = run_alone(name, given.seconds, given.memory)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from regrow.accuracy import top1
 from regrow.calibration import check_calibration
 from regrow.compensation import READINGS, read_as
 from regrow.filters import convolutions, left_out, unwrap
@@ -24,15 +23,12 @@ from regrow.selection import check_selection, select
 from regrow.structure import read_structure
 from regrow.study import records
 from regrow.study.config import RunConfig, make_config
-from regrow.study.data import Splits
-from regrow.study.feeding import Batches, calibration_batches
-from regrow.study.models import model_channels
-from regrow.study.train import build, evaluate, load_splits
+from regrow.study.train import device_of
+from regrow.study.trained import from_run
 from regrow.suggest import nearest
 
 FRACTIONS = tuple(percent / 100 for percent in range(0, 100, 10))
 SPLITS = ("test", "validation")
-_EVALUATION_BATCH = 500
 
 
 def pruned_accuracies(
@@ -172,8 +168,8 @@ def measure_run(
     if not missing:
         return False
     found = _measure(
+        Path(folder),
         config,
-        records.weights_path(folder),
         split,
         progress,
         criterion=criterion,
@@ -256,57 +252,34 @@ def _place(point: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def _measure(
-    config: RunConfig, weights: Path, split: str, progress: Callable[[], object] | None, **settings: Any
+    folder: Path, config: RunConfig, split: str, progress: Callable[[], object] | None, **settings: Any
 ) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
-    splits = load_splits(config)
-    model = _load(config, splits, weights).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    channels = model_channels(config.model, splits.channels)
-    feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
-    pictures = splits.test if split == "test" else splits.validation
-    judged = Batches(pictures, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
-    calibration = calibration_batches(splits.train, **feed)
+    try:
+        device = device_of(config.device)
+    except ValueError:  # it was trained elsewhere
+        device = device_of("auto")
+    trained = from_run(folder, device=str(device))
+    judged = trained.test if split == "test" else trained.validation
+    assert judged is not None
+    assert trained.calibration is not None
+    with torch.no_grad():
+        classes = trained.model(trained.example).shape[-1]
     begun = time.perf_counter()
     found = pruned_accuracies(
-        model,
-        lambda pruned: evaluate(pruned, judged)["accuracy"],
-        example_inputs=torch.zeros(1, channels, *splits.size, device=device),
-        calibration=calibration,
+        trained.model.to(memory_format=torch.channels_last),
+        lambda pruned: top1(pruned, judged)[0],
+        example_inputs=trained.example,
+        calibration=trained.calibration,
         progress=progress,
         **settings,
     )
     return {
-        "classes": len(splits.classes),
-        "images": len(pictures),
-        "calibration_images": sum(map(len, calibration)),
+        "classes": classes,
+        "images": len(judged),
+        "calibration_images": sum(map(len, trained.calibration)),
         "device": str(device),
         "seconds": time.perf_counter() - begun,
         **found,
     }
-
-
-def _load(config: RunConfig, splits: Splits, weights: Path) -> nn.Module:
-    """The network of ``config`` with the weights of its run."""
-    with torch.random.fork_rng(devices=[]):  # its first weights, soon replaced, are drawn
-        model = build(config, splits)
-    try:
-        model.load_state_dict(load_file(weights))
-    except FileNotFoundError:
-        raise ValueError(f"{weights} is missing: train the run again with --rerun.") from None
-    except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights} does not fit the network of its config.yaml: {reason}") from None
-    return model
-
-
-def _device(name: str) -> torch.device:
-    """The run's own device where this machine has it; else a GPU if there is one, else the CPU."""
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-            return torch.device(name)
-        except (RuntimeError, AssertionError):
-            pass
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

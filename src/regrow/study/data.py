@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from regrow.study.folders import image_folder
@@ -105,9 +105,13 @@ def _source(name: str, data_dir: Path | None, image_size: int | None) -> Source:
             f"pictures of {name} are {side} pixels a side: image_size makes them smaller, 1 to {side}, not "
             f"{image_size}."
         )
-    parts = {part: getattr(source, part) for part in ("train", "validation", "test")}
-    small = {part: shrunk(images, image_size) for part, images in parts.items() if images is not None}
-    return replace(source, **small)
+
+    def small(images: Images | None) -> Images | None:
+        return None if images is None else shrunk(images, image_size)
+
+    return Source(
+        shrunk(source.train, image_size), source.classes, small(source.validation), small(source.test)
+    )
 
 
 def _split(source: Source, seed: int) -> tuple[Images, Images, Images]:

@@ -58,7 +58,7 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
         return False
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
+    device = device_of(config.device)
     splits = load_splits(config)
     torch.manual_seed(config.seed)
     model = build(config, splits).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -312,7 +312,12 @@ def _targeted(config: RunConfig) -> float:
     return config.target_fraction if config.method.startswith("targeted-") else 1.0
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of a setting such as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has none such.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

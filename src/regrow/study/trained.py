@@ -19,7 +19,7 @@ from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
-from regrow.study.train import build, load_splits
+from regrow.study.train import build, device_of, load_splits
 
 _BATCH = 500
 _SIDE = 224
@@ -30,6 +30,11 @@ class Loader:
 
     def __init__(self, images: Images, **feed: Any) -> None:
         self._batches = Batches(images, batch_size=_BATCH, shuffle=False, **feed)
+        self._pictures = len(images)
+
+    def __len__(self) -> int:
+        """How many pictures."""
+        return self._pictures
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._batches.epoch(0)
@@ -84,7 +89,7 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
         reason = " ".join(str(error).split())
         raise ValueError(f"{weights} does not fit the network of its config.yaml: {reason}") from None
     source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
-    place = _device(device or config.device)
+    place = device_of(device or config.device)
     channels = model_channels(config.model, splits.channels)
     return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
 
@@ -117,7 +122,7 @@ def by_name(
         raise ValueError(f"{name} has no published weights: train one, and give its run folder.")
     found = library_model(name, weights)
     source = {"model": name, "weights": weights, "data": data}
-    place = _device(device or "auto")
+    place = device_of(device or "auto")
     if data is None:
         side = image_size or found.side or _SIDE
         example = torch.zeros(1, 3, side, side, device=place)
@@ -160,15 +165,3 @@ def _with_data(
         source,
         seed,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}). Write --device cpu.") from None
-    return device
