@@ -130,7 +130,8 @@ def prune(
         tell(0.1, "cutting")
         keep = choosing(value)
         trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
-        if value and reached < 0.9 * value:
+        # Rounding to whole filters alone is half a filter a layer at most.
+        if reached * _count(keep) < value * _count(keep) - 0.5 * len(keep) - 1e-9:
             warnings.warn(
                 f"fewer filters are removed than fraction={value:g} asks for: {removed(keep)} of "
                 f"{_count(keep)} ({reached:.1%}), because of floor={floor}, round_to={round_to} or "
