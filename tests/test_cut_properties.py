@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from regrow.cuts import sliced
+from regrow.cuts import cuts, sliced
 from regrow.filters import convolutions
 from regrow.masking import Hold
 from regrow.readers import silent_entries
@@ -170,6 +170,7 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> li
     return losses
 
 
+@settings(max_examples=30)
 @given(networks())
 def test_the_cut_network_computes_what_the_masked_one_does(case: Case) -> None:
     masked, small, record, _ = masked_and_cut(case)
@@ -182,6 +183,29 @@ def test_the_cut_network_computes_what_the_masked_one_does(case: Case) -> None:
     assert record["parameters"]["after"] == sum(p.numel() for p in small.parameters())
 
 
+@settings(max_examples=20)
+@given(case=networks(), parts=st.randoms(use_true_random=False))
+def test_two_cuts_are_as_good_as_one(case: Case, parts: Any) -> None:
+    net, keep = case
+    small = copy.deepcopy(net.double())
+    first = {name: mask | torch.tensor([parts.random() < 0.5 for _ in mask]) for name, mask in keep.items()}
+    cut(small, first, example_inputs=X[:1])
+    left = {name: len(conv._parameters["weight"]) for name, conv in convolutions(small).items()}
+    rest = {
+        name: mask[first[name]]
+        for name, mask in keep.items()
+        if left[name] == int(first[name].sum())  # a gate of channels that are gone has lost more
+    }
+    record = cut(small, rest, example_inputs=X[:1])
+    both = {name: mask if name in rest else first[name] for name, mask in keep.items()}
+    plan_removal(net, both, X[:1]).apply(net)
+    for training in (False, True):
+        expected, found = net.train(training)(X), small.train(training)(X)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert cuts(small) in ([record["plan"]], [])
+
+
+@settings(max_examples=20)
 @given(networks())
 def test_gradients_of_what_is_left_are_those_of_the_masked_network(case: Case) -> None:
     masked, small, record, _ = masked_and_cut(case)
@@ -221,7 +245,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(case=networks())
 def test_training_goes_on_as_the_masked_network_would(name: str, case: Case) -> None:
     masked, small, record, (mine, other) = masked_and_cut(case, OPTIMIZERS[name])

@@ -293,6 +293,7 @@ def test_a_replayed_plan_gives_the_same_model():
     shapes = {key: value.shape for key, value in net.state_dict().items()}
     assert {key: value.shape for key, value in fresh.state_dict().items()} == shapes
     fresh.to_empty(device="cpu").load_state_dict(net.state_dict())
+    assert torch.equal(fresh.eval()(X), net.eval()(X))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ class _Planner:
             if self._refuted(levels) is not None:
                 raise ValueError(
                     "the model does not compute the same twice from the same input and the same random seed, "
-                    "so no cut can be confirmed. Does its forward method keep something from call to call?"
+                    "or its numbers overflow, so no cut can be confirmed. Does its forward method keep "
+                    "something from call to call?"
                 )
         for level in (_PLACED, _PLACED_BEHIND_NORM):
             # A convolution that loses nothing has nothing to place.

@@ -122,7 +122,6 @@ class Probe:
         made: dict[int, tuple[str, Tensor]] = {}
         readers: dict[str, list[str]] = {}
         sources: dict[str, list[str]] = {}
-
         ran = set()
 
         def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -167,7 +166,7 @@ class Probe:
             if not isinstance(tensor, Tensor) or not tensor.numel() or dim >= tensor.dim():
                 unclear.add(name)
                 return
-            moved = (tensor != 0).movedim(dim, -1).flatten(0, -2).any(0)
+            moved = (tensor != 0).movedim(dim, -1).flatten(0, -2).any(0).cpu()
             if name in alive and alive[name].shape != moved.shape:
                 unclear.add(name)
             else:
@@ -240,6 +239,8 @@ class Probe:
                 seen.given.append((name, mine))
                 if expected is not None:
                     other_name, theirs = expected.given[len(seen.given) - 1]
+                    if not torch.isfinite(theirs).all():
+                        raise ValueError(f"{name!r} reads no numbers to compare by")
                     scale = _scale(theirs)
                     if present and name in present and len(present[name]) == len(theirs):
                         theirs = theirs[present[name]]
@@ -288,13 +289,14 @@ def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
 
 @contextmanager
 def _hooked(model: nn.Module, after: Callable[..., Any]) -> Iterator[None]:
-    """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm."""
+    """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm that makes a
+    tensor."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, Consumer | Norm):
 
                 def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
-                    return after(name, module, inputs, output)
+                    return after(name, module, inputs, output) if isinstance(output, Tensor) else None
 
                 # In front of the user's own hooks, which may change the output.
                 stack.callback(module.register_forward_hook(hook, prepend=True).remove)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 @dataclass(frozen=True)
 class Replaced:
     """A parameter that another stands for now: smaller, with ``kept`` of it in some dimensions, or, before
-    a second cut, as large again as it was (``shape``), with its values at ``kept``."""
+    a second cut, as large again as it was, with its values at ``kept``."""
 
     old: nn.Parameter
     new: nn.Parameter
@@ -213,10 +213,12 @@ class Layer:
         """Leave it so; the parameters that smaller ones stand for."""
         module, replaced = self.module, []
         own = module._parameters | module._buffers
+        before = vars(module).get("_regrow_left", {"kept": {}, "shapes": {}, "numbers": {}})
         module._regrow_left = {
-            "kept": self.kept,
-            "shapes": {key: list(own[key].shape) for key in self.kept},
-            "numbers": {key: vars(module)[key] for key in self.numbers},
+            "kept": before["kept"]
+            | {k: _composed(before["kept"].get(k, {}), at) for k, at in self.kept.items()},
+            "shapes": {key: list(own[key].shape) for key in self.kept} | before["shapes"],
+            "numbers": {key: vars(module)[key] for key in self.numbers} | before["numbers"],
         }
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         names = []
@@ -232,25 +234,36 @@ class Layer:
         vars(module).update(self.numbers)
         if self.placed or self.picked or self.spread:
             module.__class__ = _small(cast(Any, type(module)), tuple(names) if self.spread else ())
-            for key, at in (
-                ("picked", self.picked),
-                ("placed", self.placed and self.placed[1]),
-                ("spread", self.spread and self.spread[1]),
-            ):
-                # A buffer moves with the model; one that is not persistent is not in its state_dict.
-                index = None if at is None else torch.tensor(at, device=device)
-                module.register_buffer(f"_regrow_{key}", index, persistent=False)
             module._regrow_widths = (self.placed and self.placed[0], self.spread and self.spread[0])
+            module._regrow_at = {
+                "_regrow_picked": self.picked,
+                "_regrow_placed": self.placed and self.placed[1],
+                "_regrow_spread": self.spread and self.spread[1],
+            }
+            for key in module._regrow_at:
+                # A buffer moves with the model; one that is not persistent is not in its state_dict.
+                module.register_buffer(key, None, persistent=False)
+            module._index(device)
         return replaced
+
+
+def _composed(
+    before: Mapping[int, Sequence[int]], then: Mapping[int, Sequence[int]]
+) -> dict[int, Sequence[int]]:
+    """What is left, per dimension, of what was left before."""
+    return dict(before) | {
+        dim: [before[dim][i] for i in at] if dim in before else at for dim, at in then.items()
+    }
 
 
 def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
     if name not in modules:
         raise ValueError(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
     module: Any = modules[name]
-    if "_regrow_left" in vars(module):
+    if isinstance(module, Small):
         raise ValueError(
-            f"{name!r} has been cut before: a plan fits the uncut model only. regrow.cut cuts it once more."
+            f"{name!r} has been cut before, and picks or places channels by index: no plan fits it. "
+            "regrow.cut can cut it once more."
         )
     own = {k: t for k, t in (module._parameters | module._buffers).items() if t is not None and t.dim()}
 
@@ -326,10 +339,10 @@ def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
     if isinstance(module, Small):
         plain: Any = type(module)._regrow_plain[0]
         module.__class__ = plain
-        for key in ("picked", "placed", "spread"):
-            del module._buffers[f"_regrow_{key}"]
-            module._non_persistent_buffers_set.discard(f"_regrow_{key}")
-        del module._regrow_widths
+        for key in module._regrow_at:
+            del module._buffers[key]
+            module._non_persistent_buffers_set.discard(key)
+        del module._regrow_widths, module._regrow_at
     replaced = []
     for key, kept in left["kept"].items():
         shape = left["shapes"][key]
@@ -383,6 +396,7 @@ class Small(nn.Module):
     _regrow_picked: Tensor | None
     _regrow_placed: Tensor | None
     _regrow_spread: Tensor | None
+    _regrow_at: Mapping[str, list[int] | None]
     _regrow_widths: tuple[int | None, int | None]
     _regrow_plain: tuple[type[nn.Module], tuple[str, ...]]
 
@@ -393,6 +407,18 @@ class Small(nn.Module):
         if (placed := self._regrow_placed) is not None:
             output = _placed(output, placed, channel_dim(self, output), cast(int, self._regrow_widths[0]))
         return output
+
+    def _index(self, device: torch.device) -> None:
+        for key, at in self._regrow_at.items():
+            self._buffers[key] = None if at is None else torch.tensor(at, device=device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        super()._apply(*args, **kwargs)
+        # to_empty() leaves a buffer without values, and the indices are in no file to load them from.
+        device = next((tensor.device for tensor in self._buffers.values() if tensor is not None), None)
+        if device is not None:
+            self._index(device)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made on the fly: pickle finds it through the layer's own.
