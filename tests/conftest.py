@@ -1,6 +1,7 @@
 """What every test shares: one thread, reproducible draws, and small nets to work on."""
 
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -23,6 +24,13 @@ _POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPoo
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    # What one test compiled counts towards the limit of recompilations of the next.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

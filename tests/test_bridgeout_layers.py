@@ -322,7 +322,10 @@ def test_filters_that_repr_dropped_stay_exactly_0(make_net, train, first):
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     if first == "bridgeout":
         add_bridgeout(net)
-    cycle = regrow.RePr(net, optimizer, fraction=0.4, full=1, sub=1, cycles=1, example_inputs=X[:1])
+    # Masked, so that the norms' outputs have all channels to look at.
+    cycle = regrow.RePr(
+        net, optimizer, fraction=0.4, full=1, sub=1, cycles=1, compact=False, example_inputs=X[:1]
+    )
     if first == "repr":
         add_bridgeout(net)
     train(net, optimizer, 2, X)

@@ -8,6 +8,7 @@ confirmed it. All of it happens on a copy; the model is not touched.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -60,19 +61,22 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
         torch.autocast(device.type, enabled=False),
     ):
         order, behind = _direct_norms(probe, example_inputs)
-        readers = {name: Readers() for name in order}
+        readers = {}
+        names = {module: name for name, module in probe.named_modules()}
+        graph, reason = None, ""
         try:
             graph = _trace(probe, example_inputs)
         except Exception as error:  # torch-pruning raises whatever it stumbled over
-            for name, norms in behind.items():
+            reason = f"torch-pruning could not trace the model ({type(error).__name__})"
+        for name in order:
+            conv = probe.get_submodule(name)
+            found = None if graph is None else _walked(graph, conv, names)
+            if found is None:
+                reason = reason or "torch-pruning could not follow its channels"
                 filters = list(range(convolutions(probe)[name].out_channels))
-                readers[name].norms = {norm: Reads(filters, filters) for norm in norms}
-                readers[name].mixed = f"torch-pruning could not trace the model ({type(error).__name__})"
-                readers[name].blocked = readers[name].mixed
-        else:
-            names = {module: name for name, module in probe.named_modules()}
-            for name in order:
-                _walk(graph, probe.get_submodule(name), names, readers[name])
+                norms = {norm: Reads(filters, filters) for norm in behind[name]}
+                found = Readers(norms=norms, mixed=reason, blocked=reason)
+            readers[name] = found
         with torch.no_grad():
             _confirm(probe, example_inputs, readers)
     return readers
@@ -127,6 +131,36 @@ def _trace(probe: nn.Module, example_inputs: Any) -> Any:
         return torch_pruning.DependencyGraph().build_dependency(
             probe, example_inputs=example_inputs, forward_fn=outputs, verbose=False
         )
+
+
+def _walked(graph: Any, conv: Any, names: Mapping[nn.Module, str]) -> Readers | None:
+    """``_walk``, or None where torch-pruning stumbles, or has lost count of the channels (a split into
+    uneven parts, a tensor that is folded)."""
+    readers = Readers()
+    try:
+        _walk(graph, conv, names, readers)
+    except Exception:  # torch-pruning raises whatever it stumbled over
+        return None
+    modules = {name: module for module, name in names.items()}
+
+    def counted(found: Mapping[str, Reads]) -> bool:
+        return all(max(reads.indices) < _channels(modules[name]) for name, reads in found.items())
+
+    if not counted(readers.norms) or not counted(readers.consumers):
+        return None
+    if not counted(readers.reached):
+        readers.reached, readers.blocked = {}, "torch-pruning could not follow its channels"
+    return readers
+
+
+def _channels(module: Any) -> float:
+    """How many channels a layer reads; without limit for one that takes any number."""
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else math.inf
+    counts = ("in_features", "in_channels", "num_features", "num_channels")
+    known = next((vars(module)[count] for count in counts if count in vars(module)), None)
+    weight = getattr(module, "weight", None)
+    return known if known is not None else math.inf if weight is None else len(weight)
 
 
 def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Readers) -> None:
