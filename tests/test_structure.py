@@ -227,6 +227,53 @@ def test_unknown_arithmetic_across_channels_is_found_out():
     assert not found["a"].mixed
 
 
+def test_a_graph_that_loses_count_of_the_channels_says_nothing():
+    def shuffled(x):
+        return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+    model = Net(
+        lambda s, x: s.head(F.adaptive_avg_pool2d(F.relu(shuffled(s.n(s.a(x)))), 2).flatten(1)),
+        a=conv(3, 4), n=nn.BatchNorm2d(4), head=nn.Linear(16, 3),
+    )  # fmt: skip
+    found = read_structure(model, X)["a"]
+    assert {name: pairs(reads) for name, reads in found.norms.items()} == {"n": same(4)}
+    assert found.consumers == found.reached == {}
+    assert found.mixed == found.blocked == "torch-pruning could not follow its channels"
+
+
+def test_what_channels_reach_beyond_a_sum():
+    model = Net(
+        lambda s, x: s.head((y := F.relu(s.n(s.a(x)))) + s.n2(s.b(y))),
+        a=conv(3, 4), n=nn.BatchNorm2d(4), b=conv(4, 4), n2=nn.BatchNorm2d(4), head=head(4),
+    )  # fmt: skip
+    found = read_structure(model, X)
+    assert {name: pairs(reads) for name, reads in found["a"].reached.items()} == {
+        "n": same(4), "b": same(4), "head.2": same(4),
+    }  # fmt: skip
+    assert {name: pairs(reads) for name, reads in found["b"].reached.items()} == {
+        "n2": same(4), "head.2": same(4),
+    }  # fmt: skip
+    assert not found["a"].blocked
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda s, x: s.g(x).mean((2, 3)), "'g' normalises several channels together"),
+        (lambda s, x: s.t(x).mean((2, 3)), "they are read by a ConvTranspose2d"),
+        (lambda _, x: x.mean((2, 3)), "it is part of the network's output"),
+    ],
+)
+def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
+    model = Net(
+        lambda s, x: end(s, s.a(x) + s.b(x)),
+        a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.ConvTranspose2d(4, 2, 2),
+    )  # fmt: skip
+    found = read_structure(model, X)
+    assert found["a"].mixed == found["b"].mixed == "it is added to other channels"
+    assert found["a"].blocked == found["b"].blocked == reason
+
+
 @pytest.mark.parametrize(
     "across",
     [
