@@ -3,9 +3,10 @@
     python benchmarks/zoo.py --results zoo.jsonl --table benchmarks/zoo.md
 
 Every torchvision classification, detection and segmentation model, and of timm's convolutional families
-the smallest model of each name, unless it has more than 200 million weights. Random weights, small pictures, one forward and one backward pass in
-train mode, one forward pass in eval mode. Each model has a process of its own, with a limit on time and
-memory; a model that is in the results already is not run again.
+the smallest model of each name, unless it has more than 200 million weights. Random weights, small
+pictures, one forward and one backward pass in train mode, one forward pass in eval mode. Each model has a
+process of its own, with a limit on time and memory; a model that is in the results already is not run
+again.
 """
 
 from __future__ import annotations
@@ -154,6 +155,9 @@ def measure(name: str) -> dict[str, Any]:
         keep = regrow.select(regrow.score(model, "ortho", exclude=left_out), FRACTION)
     masked = copy.deepcopy(model)
     plan_removal(masked, keep, example, readers).apply(masked)
+    effect = difference(
+        outputs(copy.deepcopy(model), inputs, True), outputs(copy.deepcopy(masked), inputs, True)
+    )
     began_cut = time.perf_counter()
     record = cut(model, keep, example_inputs=example)
     seconds = time.perf_counter() - began_cut
@@ -181,6 +185,7 @@ def measure(name: str) -> dict[str, Any]:
         "left_out": left_out,
         "parameters": record["parameters"],
         "errors": errors,
+        "effect": effect,
         "cut_seconds": seconds,
         "seconds": time.perf_counter() - started,
     }
@@ -223,15 +228,18 @@ def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """The largest difference, in units of the largest value of the same tensor; infinite for other shapes."""
-    worst = 0.0
+    """The largest difference, in units of the largest value of the same tensor; infinite for other shapes,
+    and where there are no numbers to compare (overflow, or zeros alone)."""
+    worst, seen = 0.0, False
     for a, b in zip(expected, found, strict=True):
-        if a.shape != b.shape:
+        if a.shape != b.shape or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             return float("inf")
-        if a.numel():
-            largest = float(a.detach().abs().max())
-            worst = max(worst, float((a - b).detach().abs().max()) / (largest or 1.0))
-    return worst
+        if a.any():
+            seen = True
+            worst = max(worst, float((a - b).detach().abs().max() / a.detach().abs().max()))
+        elif b.any():
+            return float("inf")
+    return worst if seen or all(not a.numel() for a in expected) else float("inf")
 
 
 def run_alone(name: str, seconds: int, gigabytes: int) -> dict[str, Any]:
@@ -287,19 +295,20 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "*difference*: the largest between the cut and the masked network, over the largest value (outputs",
         "in eval mode, in train mode, gradients of what is left; float32, one batch of four small pictures).",
         "Where float32 alone is above 1e-4, in nets whose norms see a handful of values, float64 follows in",
-        "brackets. Random weights, norms as after training. `python benchmarks/zoo.py` makes this page.",
+        "brackets. *effect*: how far the masked network is from the whole one, in these units (train mode).",
+        "Random weights, norms as after training. `python benchmarks/zoo.py` makes this page.",
         "",
         f"{len(found)} models, {len(found) - len(good)} failed; in the median model "
         f"{100 * median(shares):.0f} % of the dropped filters are cut "
         f"(mean {100 * sum(shares) / len(shares):.1f} %). torch {torch.__version__}, torchvision "
         f"{torchvision.__version__}, timm {timm.__version__}.",
         "",
-        "| model | filters | dropped | cut | masked | parameters | difference | seconds | failed, and why |",
-        "|---|--:|--:|--:|--:|--:|---|--:|---|",
+        "| model | filters | dropped | cut | masked | parameters | difference | effect | seconds | failed |",
+        "|---|--:|--:|--:|--:|--:|---|--:|--:|---|",
     ]
     for name, entry in sorted(found.items()):
         if "failed" in entry:
-            lines.append(f"| {name} | | | | | | | | {verdict(entry)} |")
+            lines.append(f"| {name} | | | | | | | | | {verdict(entry)} |")
             continue
         dropped, sizes, errors = entry["dropped"], entry["parameters"], entry["errors"]
         masked = entry["masked"] / max(dropped, 1)
@@ -310,7 +319,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {entry['filters']} | {dropped} | {100 * (1 - masked):.0f} % | "
             f"{100 * masked:.0f} % | "
-            f"{sizes['after'] / sizes['before']:.2f} × | {shown} | {entry['cut_seconds']:.1f} | "
+            f"{sizes['after'] / sizes['before']:.2f} × | {shown} | {entry['effect']:.2g} | "
+            f"{entry['cut_seconds']:.1f} | "
             f"{verdict(entry)} |"
         )
     reasons = {

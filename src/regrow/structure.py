@@ -207,14 +207,16 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
 
 
 def _visits(stack: list[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, list[Any]]]:
-    """What is on ``stack``, to which the caller adds, each once."""
-    visited = set()
+    """What is on ``stack``, to which the caller adds, each channel of each node once."""
+    visited: dict[int, set[Any]] = {}
     while stack:
         node, indices = stack.pop()
-        key = (id(node), tuple(indices))
-        if key not in visited:
-            visited.add(key)
-            yield node, indices
+        seen = visited.setdefault(id(node), set())
+        # Channel by channel: the ways through splits and sums are more than can be walked one by one.
+        fresh = [index for index in dict.fromkeys(indices) if index not in seen]
+        if fresh or not indices:
+            seen.update(fresh)
+            yield node, fresh
 
 
 def _steps(node: Any, indices: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
