@@ -228,6 +228,40 @@ def test_unknown_arithmetic_across_channels_gets_its_full_width(between):
     assert plan.placed == {"n": (6, [0, 3, 4, 5])}
 
 
+class Split(nn.Module):
+    """Blocks that split their channels into parts of a fixed size: expand → split → cat → project."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"expand": conv(3, 6), "a": conv(2, 2), "b": conv(4, 4), "project": conv(6, 3)})
+            for _ in range(blocks)
+        )
+        self.head = head(3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            a, b = torch.split(F.relu(block["expand"](x)), [2, 4], 1)
+            x = block["project"](F.relu(torch.cat([block["a"](a), block["b"](b)], 1)))
+        return self.head(x)
+
+
+def test_splits_of_a_fixed_size_get_it_and_all_else_shrinks():
+    blocks = 4
+    gone = {}
+    for i in range(blocks):
+        gone |= {f"blocks.{i}.expand": [1, 3], f"blocks.{i}.b": [0], f"blocks.{i}.project": [2]}
+    plan = planned(Split(blocks), **gone)
+    assert plan.placed == {f"blocks.{i}.expand": (6, [0, 2, 4, 5]) for i in range(blocks)}
+    assert len(plan.rows) == 3 * blocks
+    for i in range(blocks):
+        assert plan.rows[f"blocks.{i}.expand"] == [0, 2, 4, 5]
+        assert plan.rows[f"blocks.{i}.b"] == [1, 2, 3]
+        assert plan.rows[f"blocks.{i}.project"] == [0, 1]
+        assert plan.columns[f"blocks.{i}.project"] == [0, 1, 3, 4, 5]
+    assert plan.columns["blocks.1.expand"] == plan.columns["head.2"] == [0, 1]
+
+
 def test_an_activation_that_turns_zero_into_something_else_gets_its_full_width():
     model = nn.Sequential(conv(3, 3), nn.BatchNorm2d(3), nn.Sigmoid(), conv(3, 4), head(4))
     assert planned(model, **{"0": [2]}) == CutPlan(

@@ -52,10 +52,10 @@ class Probe:
         self.own, ran = self._look(example)
         self.dead, others = self._find_dead(example, removal.gone)
         self._inputs, self._expected = self._references(example)
-        self.exercised = self._expected[False].ran | self._expected.get(True, _Seen()).ran
+        self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
         every = {name for name, module in self._model.named_modules() if isinstance(module, Consumer | Norm)}
         self.partial = True not in self._expected and ran != every
-        for other in [*others, self._expected[False].called]:
+        for other in [*others, set(self._expected[False].ran)]:
             if other != ran:
                 some = ", ".join(repr(name) for name in sorted(other ^ ran)[:3])
                 raise ValueError(
@@ -63,22 +63,22 @@ class Probe:
                     "filters. Cut the parts that always run, each as a model of its own."
                 )
 
-    def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> set[str] | None:
-        """None if ``plan`` computes what the masks do, in eval and train mode; else the layers that had run
-        when it turned out that it does not.
+    def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> list[str] | None:
+        """None if ``plan`` computes what the masks do, in eval and train mode; else the layers that had run,
+        one after the other, when it turned out that it does not.
 
         Args:
             present: layer → BoolTensor[channels]: which of its input channels the plan leaves in the
                 tensor that arrives. Layers not listed: all.
         """
-        cut, seen = _copy(self._model), _Seen()
+        cut = _copy(self._model)
+        ran: list[str] = []
         try:
             apply_plan(cut, plan)
             for training, expected in self._expected.items():
-                seen = _Seen()
-                self._watch(cut, training, seen, expected, present)
+                self._watch(cut, training, _Seen(ran), expected, present)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
-            return seen.called
+            return ran
         return None
 
     def separable(self, name: str, *, rows: bool) -> bool:
@@ -231,9 +231,9 @@ class Probe:
         """Run ``model`` and note what is ``seen``; ``ValueError`` where it is not as ``expected``."""
 
         def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
-            seen.called.add(name)
+            seen.ran.append(name)
             if output.numel():
-                seen.ran.add(name)
+                seen.made.add(name)
             if isinstance(module, Consumer) and given and isinstance(given[0], Tensor):
                 mine = _fingerprint(given[0], channel_dim(module, given[0]))
                 seen.given.append((name, mine))
@@ -259,13 +259,13 @@ class Probe:
 
 @dataclass
 class _Seen:
-    """One pass: a fingerprint of each channel that a layer read, the outputs, and the layers that were
-    called and that made something of it (a detector without a box calls its head with nothing)."""
+    """One pass: the layers that ran, a fingerprint of each channel that a layer read, the layers that made
+    something of it (a detector without a box calls its head with nothing), and the outputs."""
 
+    ran: list[str] = field(default_factory=list)
     given: list[tuple[str, Tensor]] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
-    called: set[str] = field(default_factory=set)
-    ran: set[str] = field(default_factory=set)
 
 
 def _scale(tensor: Tensor) -> float:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from regrow.filters import convolutions, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, column_mask, silence
 
+# Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
+_LONGEST_WALK = 6000
 _SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 
 
@@ -134,22 +136,12 @@ def _trace(probe: nn.Module, example_inputs: Any) -> Any:
 
 
 def _walked(graph: Any, conv: Any, names: Mapping[nn.Module, str]) -> Readers | None:
-    """``_walk``, or None where torch-pruning stumbles, or has lost count of the channels (a split into
-    uneven parts, a tensor that is folded)."""
+    """``_walk``, or None where torch-pruning stumbles or loses count of the channels."""
     readers = Readers()
     try:
         _walk(graph, conv, names, readers)
     except Exception:  # torch-pruning raises whatever it stumbled over
         return None
-    modules = {name: module for module, name in names.items()}
-
-    def counted(found: Mapping[str, Reads]) -> bool:
-        return all(max(reads.indices) < _channels(modules[name]) for name, reads in found.items())
-
-    if not counted(readers.norms) or not counted(readers.consumers):
-        return None
-    if not counted(readers.reached):
-        readers.reached, readers.blocked = {}, "torch-pruning could not follow its channels"
     return readers
 
 
@@ -174,7 +166,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
     readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
     stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
     sums: list[tuple[Any, list[Any]]] = []
-    for node, indices in _visits(stack):
+    for node, indices in _visits(stack, len(conv.weight)):
         if not node.outputs:
             readers.output = True
             readers.mixed = readers.mixed or "it is part of the network's output"
@@ -182,7 +174,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
         for target_node, mapped in _steps(node, indices):
             target = target_node.module
             if isinstance(target, Norm | Consumer):
-                _note(readers.norms if isinstance(target, Norm) else readers.consumers, names[target], mapped)
+                _note(readers.norms if isinstance(target, Norm) else readers.consumers, target, mapped, names)
                 if isinstance(target, Norm) and not per_channel(target):
                     readers.mixed = readers.mixed or f"{names[target]!r} normalises several channels together"
             elif _weighs(target, names):
@@ -194,7 +186,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
             if _reach(readers, target, mapped, names):
                 stack.append((target_node, mapped))
     try:
-        for node, indices in _visits(sums):
+        for node, indices in _visits(sums, len(conv.weight)):
             if not node.outputs:
                 readers.blocked = readers.blocked or "it is part of the network's output"
             sums += [
@@ -202,13 +194,14 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
                 for target, mapped in _steps(node, indices)
                 if _reach(readers, target.module, mapped, names)
             ]
-    except Exception as error:  # torch-pruning raises whatever it stumbled over
-        readers.blocked = f"torch-pruning could not follow its channels ({type(error).__name__})"
+    except Exception:  # torch-pruning raises whatever it stumbled over
+        readers.reached, readers.blocked = {}, "torch-pruning could not follow its channels"
 
 
-def _visits(stack: list[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, list[Any]]]:
+def _visits(stack: list[tuple[Any, list[Any]]], filters: int) -> Iterator[tuple[Any, list[Any]]]:
     """What is on ``stack``, to which the caller adds, each channel of each node once."""
     visited: dict[int, set[Any]] = {}
+    left = _LONGEST_WALK * filters
     while stack:
         node, indices = stack.pop()
         seen = visited.setdefault(id(node), set())
@@ -216,6 +209,9 @@ def _visits(stack: list[tuple[Any, list[Any]]]) -> Iterator[tuple[Any, list[Any]
         fresh = [index for index in dict.fromkeys(indices) if index not in seen]
         if fresh or not indices:
             seen.update(fresh)
+            left -= len(fresh)
+            if left < 0:
+                raise ValueError("torch-pruning has lost count of the channels: there is no end of them")
             yield node, fresh
 
 
@@ -231,8 +227,11 @@ def _steps(node: Any, indices: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
             yield edge.target, mapped
 
 
-def _note(found: dict[str, Reads], name: str, mapped: list[Any]) -> None:
-    entry = found.setdefault(name, Reads())
+def _note(found: dict[str, Reads], layer: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> None:
+    if max(index.idx for index in mapped) >= _channels(layer):
+        # A split into uneven parts, a tensor that is folded.
+        raise ValueError(f"torch-pruning has lost count of the channels that {names[layer]!r} reads")
+    entry = found.setdefault(names[layer], Reads())
     entry.filters += [index.root_idx for index in mapped]
     entry.indices += [index.idx for index in mapped]
 
@@ -248,7 +247,7 @@ def _weighs(target: Any, names: Mapping[nn.Module, str]) -> bool:
 def _reach(readers: Readers, target: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> bool:
     """Note that the channels reach ``target``; whether they go on behind it."""
     if isinstance(target, Norm | Consumer | nn.PReLU):
-        _note(readers.reached, names[target], mapped)
+        _note(readers.reached, target, mapped, names)
     if isinstance(target, Norm) and not per_channel(target):
         readers.blocked = readers.blocked or f"{names[target]!r} normalises several channels together"
     if _weighs(target, names):
