@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import regrow
+from regrow.bridgeout_noise import pool
 from regrow.study.models import build_model
 from regrow.study.records import environment
 
@@ -50,6 +51,7 @@ class Trainee:
 
 def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
     """The most that the allocator held during one step, above what it held at its begin."""
+    pool.clear()  # what a step takes from it is counted too
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainee.step(images, labels)
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from regrow.bridgeout_noise import check_noise, perturbed
+from regrow.bridgeout_noise import check_noise, perturbed, pool
 from regrow.bridgeout_passes import Passes
 from regrow.filters import excluded, unwrap
 from regrow.reestimation import reestimate_norms, running_norms
@@ -107,6 +107,7 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
         del layer._bridgeout
     passes.remove()
     del model._bridgeout_passes
+    pool.clear()
 
 
 def bridgeout_state(model: nn.Module) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.filters import rows
+from regrow.leasing import Pool
 
 # Weights worked on at a time on a CPU: little scratch memory, and it stays in the core's cache.
 _CHUNK = 2**18
@@ -17,6 +18,8 @@ _CHUNK = 2**18
 _SMALLEST = 1e-6
 # One 64-bit random number decides about four weights.
 _LANES, _LEVELS = 4, 2**16
+# A step's perturbed weights and their gradients are as large as those of the step before.
+pool = Pool()
 
 
 def bridgeout(
@@ -90,7 +93,7 @@ def perturbed(
     generator, dither = _stream(weight.device, f"{seed} {layer} {int(number)}")
     # A threshold among 2^16 levels, dithered per draw, so that the probability is p and not its rounding.
     kept_levels = math.floor((1 - p) * _LEVELS + dither)
-    noisy = torch.empty_like(weight)
+    noisy = pool.empty_like(weight)
     chunk, scratch, spare = _scratch(weight)
     bits = torch.empty(math.ceil(scratch.numel() / _LANES), dtype=torch.int64, device=weight.device)
     lanes = bits.view(torch.int16)[: scratch.numel()].as_strided(scratch.shape, scratch.stride())
@@ -174,7 +177,7 @@ perturbed.register_autograd(_gradient, setup_context=_remember)
 @torch.library.custom_op("regrow::bridgeout_gradient", mutates_args=())
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float) -> Tensor:
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
-    out = torch.empty_like(gradient)
+    out = pool.empty_like(gradient)
     if weight.numel() == 0:
         return out
     chunk, scratch, spare = _scratch(weight)
