@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.cuts import CutPlan, Layer, layers
 from regrow.filters import unwrap
+from regrow.norming import batch_norm, norms_innermost
 from regrow.placing import channel_dim, place, take, take_block
 
 
@@ -144,7 +145,10 @@ class _Narrowed(nn.Module):
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
         slices.live = {}
         try:
-            output = super().forward(*args, **kwargs)
+            if _has_plain_norm(self._wide) and norms_innermost(self, args[0]):
+                output = batch_norm(self, args[0])
+            else:
+                output = super().forward(*args, **kwargs)
             if self.training:
                 for name, statistic in slices.live.items():
                     if name in self._buffers:
@@ -166,6 +170,10 @@ class _Narrowed(nn.Module):
         _, _, state, *rest = cast(tuple[Any, ...], reduced)
         state = {key: value for key, value in state.items() if key != "_narrow"}
         return (_blank, (self._wide,), state, *rest)
+
+
+def _has_plain_norm(kind: type[nn.Module]) -> bool:
+    return kind.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
