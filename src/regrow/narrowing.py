@@ -145,7 +145,7 @@ class _Narrowed(nn.Module):
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
         slices.live = {}
         try:
-            if _has_plain_norm(self._wide) and norms_innermost(self, args[0]):
+            if not torch.compiler.is_compiling() and _quick_norm(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)
@@ -172,8 +172,9 @@ class _Narrowed(nn.Module):
         return (_blank, (self._wide,), state, *rest)
 
 
-def _has_plain_norm(kind: type[nn.Module]) -> bool:
-    return kind.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
+def _quick_norm(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
+    plain = layer._wide.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
+    return plain and len(args) == 1 and norms_innermost(layer, args[0])
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:

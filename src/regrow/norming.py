@@ -35,7 +35,6 @@ def norms_innermost(norm: nn.Module, x: Tensor) -> bool:
         and all(p is None or p.dtype == x.dtype for p in (norm.weight, norm.bias, norm.running_mean))
         and channels_last(x)
         and x.numel() > x.shape[1]
-        and not torch.compiler.is_compiling()
     )
 
 
