@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Removal:
     dropped: Mapping[str, list[int]]
     followers: Mapping[str, list[int]]
 
-    @property
+    @functools.cached_property
     def gone(self) -> dict[str, list[int]]:
         """All that goes, {name: indices}."""
         names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from regrow.filters import convolutions, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, column_mask, silence
+from regrow.shrinking import smaller_picture
 
 # Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
 _LONGEST_WALK = 6000
@@ -62,6 +63,7 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
         # Autocast remembers its copies of the weights, and would not see what is silenced here.
         torch.autocast(device.type, enabled=False),
     ):
+        example_inputs = smaller_picture(probe, example_inputs)
         order, behind = _direct_norms(probe, example_inputs)
         readers = {}
         names = {module: name for name, module in probe.named_modules()}

@@ -1,0 +1,77 @@
+import torch
+import torchvision
+from torch import nn
+
+from regrow.cutplan import plan_cut
+from regrow.shrinking import smaller_picture
+from regrow.structure import read_structure
+
+
+def net(*tail):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), *tail).eval()
+
+
+def pooled():
+    return net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_large_pictures_become_small_and_keep_their_proportions():
+    pictures = torch.full((5, 3, 224, 448), 0.25)
+    small = smaller_picture(pooled(), pictures)
+    assert small.shape == (2, 3, 64, 128)
+    assert (small == 0.25).all()
+
+
+def test_what_is_small_or_no_picture_stays():
+    model = pooled()
+    for given in (
+        torch.zeros(4, 3, 127, 300),
+        torch.zeros(3, 224, 224),
+        torch.zeros(1, 3, 224, 224, dtype=torch.uint8),
+        (torch.zeros(1, 3, 224, 224),),
+        {"x": torch.zeros(1, 3, 224, 224)},
+    ):
+        assert smaller_picture(model, given) is given
+
+
+def test_a_model_of_one_size_keeps_it():
+    pictures = torch.zeros(1, 3, 128, 128)
+    assert smaller_picture(net(nn.Flatten(), nn.Linear(4 * 128 * 128, 2)), pictures) is pictures
+
+
+def test_a_model_that_takes_another_way_for_small_pictures_keeps_them():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.more = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.more(x) if x.shape[-1] > 100 else x
+
+    pictures = torch.zeros(1, 3, 224, 224)
+    assert smaller_picture(Branching().eval(), pictures) is pictures
+
+
+def test_a_failing_model_is_left_to_fail_where_it_is_run():
+    pictures = torch.zeros(1, 5, 224, 224)
+    assert smaller_picture(pooled(), pictures) is pictures
+
+
+def test_random_numbers_and_statistics_are_as_before():
+    model = nn.Sequential(nn.Dropout(), *pooled()).train().eval()
+    pictures = torch.rand(1, 3, 224, 224)
+    before = torch.random.get_rng_state()
+    smaller_picture(model, pictures)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model[2].num_batches_tracked == 0
+
+
+def test_the_same_structure_and_the_same_plan():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4, width_per_group=64)
+    small, large = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 128, 128)
+    readers = read_structure(model, small)
+    assert read_structure(model, large) == readers
+    keep = {"layer1.0.conv1": torch.arange(64) % 3 > 0, "layer2.0.conv2": torch.arange(128) % 3 > 0}
+    assert plan_cut(model, keep, large) == plan_cut(model, keep, small)
