@@ -8,7 +8,7 @@ SEEDS ?= 0-2
 
 help:
 	@echo "make demo   train, compare, cut and report on the bundled digits: runs/demo/report.html"
-	@echo "make test   lint, types and the tests"
+	@echo "make test   lint, types and the tests; the report in a browser too after: apt-get install chromium"
 
 setup: $(READY)
 

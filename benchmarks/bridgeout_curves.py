@@ -26,9 +26,10 @@ import torch
 import yaml
 
 import regrow
-from regrow.study import figures, records
-from regrow.study.compare import interval, label, paired, signed
+from regrow.study import drawing, figures, records
+from regrow.study.paired import paired
 from regrow.study.pruned import CurveSet, Estimate, curve_sets, to_dict
+from regrow.study.words import interval, label, signed
 
 HOME = Path(__file__).resolve().parent
 SHARED: dict[str, Any] = {
@@ -239,9 +240,8 @@ def main() -> None:
     out = HOME / "bridgeout_curves"
     records.write_text(out.with_suffix(".md"), tables(curves, choice, hours, len(every)))
     records.write_json(out.with_suffix(".json"), {"shared": SHARED, "choice": choice, **to_dict(curves)})
-    colors = dict(zip(curves.methods, figures.COLORS, strict=False))
-    draw = partial(figures.pruned_curves, curves, colors, key=True)
-    records.write_bytes(out.with_suffix(".png"), figures.png(draw, figures.WIDE))
+    draw = partial(figures.pruned_curves, curves, drawing.styles(curves.methods), key=True)
+    records.write_bytes(out.with_suffix(".png"), drawing.png(draw, drawing.WIDE))
     print(yaml.safe_dump({method: each["settings"] for method, each in choice.items()}))
     print(json.dumps({f"{m} {r}": error(v) for (m, r), v in half_means(curves).items()}, indent=1))
 

@@ -1,28 +1,21 @@
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from regrow.study.compare import (
     MethodSummary,
-    Paired,
-    Spread,
     check_comparable,
-    duration,
+    group_of,
     headline,
-    interval,
-    label,
-    paired,
-    percent,
-    signed,
-    spread,
+    overview,
     summarise,
     table,
 )
+from regrow.study.paired import Paired, Spread
 from regrow.study.records import RunRecord
 
 
@@ -36,71 +29,6 @@ def run(method, seed, test=0.8, seconds=10.0, *, validation=0.7, finished=True, 
         events=[],
         result=result if finished else None,
     )
-
-
-def test_paired_by_hand():
-    found = paired({0: 10, 1: 10, 2: 10, 7: 99}, {2: 13, 1: 12, 0: 11, 5: 99})
-    assert dict(found.differences) == {0: 1, 1: 2, 2: 3}
-    assert (found.n, found.gains, found.mean) == (3, 3, 2)
-    half = 4.302653 / math.sqrt(3)  # t(0.975, 2 degrees of freedom) · sd 1 / √3
-    assert found.low == pytest.approx(2 - half, abs=1e-5)
-    assert found.high == pytest.approx(2 + half, abs=1e-5)
-    assert found.verdict == "no gain shown"
-
-
-def test_verdict_gain_loss_and_neither():
-    assert paired({0: 0, 1: 0, 2: 0}, {0: 2.0, 1: 2.1, 2: 1.9}).verdict == "gain"
-    assert paired({0: 0, 1: 0, 2: 0}, {0: -2.0, 1: -2.1, 2: -1.9}).verdict == "loss"
-    assert paired({0: 0, 1: 0}, {0: 1, 1: -1}).verdict == "no gain shown"
-    assert paired({0: 5, 1: 5}, {0: 5, 1: 5}).verdict == "no gain shown"
-
-
-def test_one_shared_seed_has_no_interval_and_shows_nothing():
-    found = paired({0: 1, 1: 2}, {1: 9})
-    assert (found.n, found.mean, found.low, found.high) == (1, 7, None, None)
-    assert found.verdict == "no gain shown"
-    assert interval(found) == ""
-
-
-def test_equal_differences_have_an_interval_of_no_width():
-    found = paired({0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.5})
-    assert (found.low, found.high, found.verdict) == (0.5, 0.5, "gain")
-
-
-def test_paired_refuses_no_shared_seed_and_nan():
-    with pytest.raises(ValueError, match=r"no seed is in both: \[0\] and \[1\]"):
-        paired({0: 1.0}, {1: 1.0})
-    with pytest.raises(ValueError, match="must be finite"):
-        paired({0: 1.0}, {0: math.nan})
-
-
-values = st.dictionaries(st.integers(0, 20), st.floats(-1e6, 1e6), min_size=1, max_size=8)
-
-
-@given(values, values)
-def test_swapping_the_sides_negates_the_result(one, other):
-    if not one.keys() & other.keys():
-        return
-    there, back = paired(one, other), paired(other, one)
-    assert back.mean == -there.mean
-    if there.n > 1:
-        assert back.low == pytest.approx(-there.high, rel=1e-9, abs=1e-9)
-        assert back.high == pytest.approx(-there.low, rel=1e-9, abs=1e-9)
-        assert there.low <= there.mean <= there.high
-    swapped = {"gain": "loss", "loss": "gain"}
-    assert back.verdict == swapped.get(there.verdict, there.verdict)
-
-
-@given(values, st.floats(-1000, 1000))
-def test_a_constant_shift_is_the_mean_difference(one, shift):
-    found = paired(one, {seed: value + shift for seed, value in one.items()})
-    assert found.mean == pytest.approx(shift, abs=1e-6)
-    assert set(found.differences) == set(one)
-
-
-def test_spread_by_hand():
-    assert spread([1.0, 2.0, 3.0]) == Spread(2.0, 1.0)
-    assert spread([4.0]) == Spread(4.0, None)
 
 
 def test_summarise_by_hand():
@@ -125,6 +53,84 @@ def test_summarise_by_hand():
     assert other.seconds.mean == 11.5
     assert other.time_ratio == pytest.approx((1.1 + 1.5) / 2)
     assert other.verdict == "no gain shown"
+    assert (other.sign_p, other.bootstrap) == (0.5, None)  # two gains: 2 · 1/4; too few for a bootstrap
+    assert other.needed == 3  # 2.5 points at a deviation of 0.71: 3.54 deviations
+    assert (other.compared, other.adjusted_p) == (1, other.difference.p)
+
+
+def test_verdicts_rest_on_the_p_values_corrected_by_holm():
+    # Differences of 1 and 2 points, the mean 1.5 over an error of 0.5: t = 3; their p is 0.2048 and doubles.
+    runs = [run("standard", seed, test=0.8) for seed in range(4)]
+    runs += [run("a", seed, test=0.8 + 0.01 * points) for seed, points in enumerate((1, 2, 1, 2))]
+    runs += [run("b", seed, test=0.8 + 0.01 * points) for seed, points in enumerate((0, 1, 2, 1.7))]
+    alone = summarise([each for each in runs if each.method != "a"])[1]
+    assert alone.difference.low < 0 < alone.difference.mean
+    _, a, b = summarise(runs)
+    # t = 1.5 / (0.57735 / 2) = 5.196 with 3 degrees of freedom: p = 0.01385.
+    assert a.difference.p == pytest.approx(0.013847, abs=1e-5)
+    assert a.adjusted_p == pytest.approx(2 * 0.013847, abs=2e-5)
+    assert b.adjusted_p == b.difference.p
+    assert (a.compared, a.verdict, b.verdict) == (2, "gain", "no gain shown")
+    runs += [run(name, seed, test=0.8 + 0.0001 * seed) for name in "cdef" for seed in range(4)]
+    _, a, *_ = summarise(runs)
+    assert a.adjusted_p == pytest.approx(6 * 0.013847, abs=1e-4)
+    assert a.difference.low > 0  # the interval stays the plain one
+    assert a.verdict == "no gain shown"
+    assert "(95 % interval +0.6 to +2.4, n = 4 seeds, p = 0.083 corrected for 6 comparisons)" in headline(
+        summarise(runs)
+    )
+
+
+def test_one_seed_gives_a_difference_and_nothing_else():
+    _, other = summarise([run("standard", 0), run("repr", 0, test=0.9)])
+    assert other.difference.mean == pytest.approx(10)
+    assert (other.adjusted_p, other.bootstrap, other.needed, other.sign_p) == (None, None, None, 1.0)
+    assert other.verdict == "no gain shown"
+
+
+def test_seeds_that_all_differ_by_the_same_amount_have_no_interval():
+    runs = [run("standard", seed, test=0.8 + 0.01 * seed) for seed in range(5)]
+    runs += [run("repr", seed, test=0.81 + 0.01 * seed) for seed in range(5)]
+    _, other = summarise(runs)
+    assert (other.bootstrap, other.needed, other.adjusted_p) == (None, None, 0.0625)
+    assert "(n = 5 seeds with the same difference each, so no interval): no gain shown." in headline([other])
+
+
+def trained(method, seed, accuracies, seconds, flops=None, test=0.8, **settings):
+    """A run with an epoch for each of ``accuracies``, of ``seconds`` and ``flops`` each."""
+    epochs = [
+        {"epoch": number, "validation_accuracy": value, "seconds": seconds, "flops": flops}
+        for number, value in enumerate(accuracies, start=1)
+    ]
+    made = run(method, seed, test, seconds * len(accuracies), validation=accuracies[-1], **settings)
+    total = None if flops is None else flops * len(accuracies)
+    return replace(made, epochs=epochs, result={**made.result, "train_flops": total})
+
+
+def test_equal_compute_by_hand():
+    runs = [
+        trained("standard", 0, [0.5, 0.7, 0.6], 1.0, 10),
+        trained("standard", 1, [0.5, 0.6, 0.8], 1.0, 10),
+        trained("repr", 0, [0.4, 0.8, 0.9], 1.0, 15),
+        trained("repr", 1, [0.5, 0.7, 0.9], 3.0, 15),
+    ]
+    standard, other = summarise(runs)
+    # 30 FLOPs: all of standard training, two epochs of repr.
+    assert (standard.unit, standard.flops.mean, other.flops_ratio, other.time_ratio) == ("flops", 30, 1.5, 2)
+    assert standard.at_equal_compute == Spread(pytest.approx(0.75), pytest.approx(math.sqrt(0.005)))
+    assert other.at_equal_compute.mean == pytest.approx(0.75)
+    assert other.difference_at_equal_compute.differences == {0: pytest.approx(10), 1: pytest.approx(-10)}
+    assert standard.difference_at_equal_compute is None
+
+
+def test_records_without_flops_have_no_ratio_of_them():
+    standard, other = summarise([trained("standard", 0, [0.5], 1.0), trained("repr", 0, [0.5], 1.5, 10)])
+    assert (standard.unit, standard.flops, other.flops_ratio, other.time_ratio) == (
+        "seconds",
+        None,
+        None,
+        1.5,
+    )
 
 
 def test_summarise_with_another_baseline_puts_it_first():
@@ -146,8 +152,8 @@ def test_summarise_refuses_when_nothing_is_finished():
 def test_runs_with_other_settings_are_not_comparable():
     with pytest.raises(ValueError, match=r"standard-seed0 and repr-seed0 .*: epochs is 30 and 40; data is"):
         check_comparable([run("standard", 0, data="digits"), run("repr", 0, epochs=40, data="cifar10")])
-    with pytest.raises(ValueError, match=r"lr is 'not set' and 0\.1"):
-        check_comparable([run("standard", 0), run("repr", 0, lr=0.1)])
+    with pytest.raises(ValueError, match=r"speed is not set and 0\.1"):
+        check_comparable([run("standard", 0), run("repr", 0, speed=0.1)])
 
 
 def test_methods_may_differ_in_their_own_settings_but_seeds_of_one_may_not():
@@ -178,6 +184,49 @@ def test_the_same_method_and_seed_twice_is_refused():
         check_comparable([run("repr", 3), run("repr", 3)])
 
 
+def test_variants_of_a_method_are_groups_of_their_own():
+    runs = [
+        run("standard", 0),
+        replace(run("repr", 0, test=0.9, fraction=0.2), folder=Path("a")),
+        replace(run("repr", 0, test=0.7, fraction=0.3), folder=Path("b")),
+    ]
+    with pytest.raises(ValueError, match="both 'repr' with seed 0"):
+        check_comparable(runs)
+    variants = {Path("a"): "RePr, fraction 0.2", Path("b"): "RePr, fraction 0.3"}
+    assert [group_of(each, variants) for each in runs] == ["standard", *variants.values()]
+    standard, low, high = summarise(runs, variants=variants)
+    assert (standard.method, low.method, high.method) == ("standard", *variants.values())
+    assert (low.difference.mean, high.difference.mean) == (pytest.approx(10), pytest.approx(-10))
+    assert headline([standard, low]).startswith("RePr, fraction 0.2: +10.0 points")
+
+
+def test_variants_may_not_differ_in_what_is_not_a_methods_own():
+    runs = [run("repr", 0), replace(run("repr", 0, batch_size=64), folder=Path("b"))]
+    with pytest.raises(ValueError, match="batch_size is 128 and 64"):
+        check_comparable(runs, {Path("b"): "RePr, batch size 64"})
+    with pytest.raises(ValueError, match="two variants would both be shown as 'RePr'"):
+        check_comparable([runs[0], replace(runs[0], folder=Path("b"))], {Path("b"): "RePr"})
+
+
+def test_the_baseline_may_be_named_by_its_variant_or_by_its_method_if_that_has_only_one():
+    runs = [run("standard", 0), run("repr", 0, fraction=0.3)]
+    named = {runs[0].folder: "Standard, long"}
+    assert [each.method for each in summarise(runs, "standard", named)] == ["Standard, long", "repr"]
+    assert summarise(runs, "Standard, long", named)[1].difference is not None
+    runs.append(replace(run("standard", 0, weight_decay=0.1), folder=Path("b")))
+    with pytest.raises(
+        ValueError, match=r"'standard' has 2 variants here: say which .* 'Standard, long', 'x'"
+    ):
+        summarise(runs, "standard", {**named, Path("b"): "x"})
+
+
+def test_a_setting_that_older_records_do_not_have_is_at_its_default():
+    old, new = run("standard", 0), run("standard", 1, version=2, momentum=0.9)
+    check_comparable([old, new])
+    with pytest.raises(ValueError, match=r"momentum is 0\.9 and 0\.8"):
+        check_comparable([old, run("standard", 1, momentum=0.8)])
+
+
 def summary(method, difference=None, time_ratio=None, n=3):
     return MethodSummary(
         method=method,
@@ -186,6 +235,7 @@ def summary(method, difference=None, time_ratio=None, n=3):
         test_accuracy=Spread(0.88123, 0.0042),
         validation_accuracy=Spread(0.9, None),
         difference=difference,
+        adjusted_p=None if difference is None else difference.p,
         seconds=Spread(10.0, 0.5),
         time_ratio=time_ratio,
     )
@@ -195,25 +245,25 @@ def summary(method, difference=None, time_ratio=None, n=3):
     ("difference", "ratio", "expected"),
     [
         (
-            Paired({0: 1.0, 1: 1.2, 2: 1.4}, 1.2, -0.3, 2.7),
+            Paired({0: 1.0, 1: 1.2, 2: 1.4}, 1.2, -0.3, 2.7, 0.074),
             1.02,
             "RePr: +1.2 points test accuracy over standard training (95 % interval −0.3 to +2.7, "
             "n = 3 seeds): no gain shown. It took 1.02 × the training time.",
         ),
         (
-            Paired({0: -1.0, 1: -1.0}, -1.0, -1.5, -0.5),
+            Paired({0: -1.0, 1: -1.0}, -1.0, -1.5, -0.5, 0.01),
             0.7,
             "RePr: −1.0 points test accuracy against standard training (95 % interval −1.5 to −0.5, "
             "n = 2 seeds): a loss. It took 0.70 × the training time.",
         ),
         (
-            Paired({0: 0.5, 1: 0.5}, 0.5, 0.04, 0.96),
+            Paired({0: 0.5, 1: 0.5}, 0.5, 0.04, 0.96, 0.04),
             None,
             "RePr: +0.50 points test accuracy over standard training (95 % interval +0.04 to +0.96, "
             "n = 2 seeds): a gain.",
         ),
         (
-            Paired({0: 0.0}, 0.0, None, None),
+            Paired({0: 0.0}, 0.0, None, None, None),
             None,
             "RePr: +0.0 points test accuracy over standard training (n = 1 seed, too few for an interval): "
             "no gain shown.",
@@ -224,10 +274,33 @@ def test_headline_is_a_sentence(difference, ratio, expected):
     assert headline([summary("standard"), summary("repr", difference, ratio)]) == expected
 
 
+def test_headline_says_how_many_seeds_and_flops_it_takes():
+    difference = Paired({0: 1.0, 1: 3.0}, 2.0, -10.7, 14.7, 0.295)
+    one = replace(summary("repr", difference, 1.5, n=2), needed=1234, flops_ratio=0.9)
+    assert headline([one]).endswith(
+        "no gain shown. A difference of this size would take about 1,234 seeds to show. It took 1.50 × the "
+        "training time and 0.90 × the training FLOPs."
+    )
+    assert "seeds to show" not in headline([replace(one, needed=2)])
+
+
 def test_headline_has_a_line_per_method():
-    one = Paired({0: 1.0}, 1.0, None, None)
+    one = Paired({0: 1.0}, 1.0, None, None, None)
     lines = headline([summary("standard"), summary("repr", one), summary("dsd", one)]).split("\n")
     assert [line.split(":")[0] for line in lines] == ["RePr", "dsd"]
+
+
+def test_overview_counts_verdicts_and_names_methods():
+    gain, loss = Paired({0: 1.0}, 1.0, 0.5, 1.5, 0.01), Paired({0: -1.0}, -1.0, -1.5, -0.5, 0.01)
+    neither = Paired({0: 0.0}, 0.0, None, None, None)
+    found = [summary("standard"), *(summary(name, gain) for name in "ab"), summary("repr", loss)]
+    assert overview(found) == (
+        "3 methods compared with standard training in test accuracy: 2 gains (a, b), 1 loss (RePr)."
+    )
+    assert overview([*found, summary("x", neither)]).endswith("1 loss (RePr), no gain shown for 1.")
+    assert overview([summary("standard"), *(summary(name, neither) for name in "abcd")]).endswith(
+        "4 methods compared with standard training in test accuracy: no gain shown for any."
+    )
 
 
 def test_headline_of_one_method_gives_its_accuracy():
@@ -238,7 +311,7 @@ def test_headline_of_one_method_gives_its_accuracy():
 
 
 def test_table_shows_the_numbers_and_no_markup():
-    difference = Paired({0: 1.0, 1: 3.0}, 2.0, -10.7, 14.7)
+    difference = Paired({0: 1.0, 1: 3.0}, 2.0, -10.7, 14.7, 0.3)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table([summary("standard"), summary("[red]x[/red]", difference, 1.5)]))
     text = console.export_text()
@@ -250,7 +323,7 @@ def test_table_shows_the_numbers_and_no_markup():
 
 
 def test_table_fits_a_terminal_of_80_columns():
-    difference = Paired({0: 1.0, 1: 3.0}, 2.0, -10.7, 14.7)
+    difference = Paired({0: 1.0, 1: 3.0}, 2.0, -10.7, 14.7, 0.3)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table([summary("standard", n=10), summary("repr", difference, 1.5, n=10)]))
     text = console.export_text()
@@ -258,12 +331,3 @@ def test_table_fits_a_terminal_of_80_columns():
         len([line for line in text.splitlines() if "88.12 ± 0.42 %" in line and "10.0 ± 0.5 s" in line]) == 2
     )
     assert "…" not in text
-
-
-def test_numbers_as_people_read_them():
-    assert (signed(-0.004), signed(0.0), signed(-1.25, 1), signed(3)) == ("+0.00", "+0.00", "−1.2", "+3.00")
-    assert percent(Spread(0.5, None)) == "50.00 %"
-    assert duration(Spread(119.0, None)) == "119.0 s"
-    assert duration(Spread(120.0, 6.0)) == "2.0 ± 0.1 min"
-    assert duration(Spread(7200.0, None)) == "2.0 h"
-    assert (label("repr"), label("else")) == ("RePr", "else")

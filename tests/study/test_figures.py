@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from regrow.study import figures
-from regrow.study.compare import paired
-from regrow.study.figures import NARROW, WIDE, Series, off_map, png, printable, sub_phases, svg
+from regrow.study.compute import EqualCompute
+from regrow.study.drawing import NARROW, WIDE, Style, png, svg
+from regrow.study.figures import Series, off_map, stacked, sub_phases
+from regrow.study.paired import paired
 from regrow.study.pruned import Curve, CurveSet
 from regrow.study.records import RunRecord
 
@@ -25,6 +27,8 @@ def make_run(seed=0, phases="FFSSF", *, events=True, method="repr", layers=None,
                 "learning_rate": 0.1,
                 "validation_accuracy": accuracy,
                 "overlap": 2.0,
+                "seconds": 30.0,
+                "flops": 2_000_000,
             }
             for number, phase in enumerate(phases, start=1)
         ],
@@ -59,15 +63,12 @@ def test_sub_phases_by_hand():
     assert sub_phases(make_run(phases="FFF")) == []
 
 
-def test_printable_replaces_what_cannot_be_seen_and_shortens_in_the_middle():
-    assert printable("a\x00b\u202ec\ud800") == "a�b�c�"
-    assert printable("größe 95\u00a0%") == "größe 95\u00a0%"
-    assert printable("abcdefghij", 7) == "abc…hij"
-    assert printable("abcdefg", 7) == "abcdefg"
-
-
 def series(method="repr", runs=2, **settings):
-    return Series(method, "#D55E00", [make_run(seed, method=method, **settings) for seed in range(runs)])
+    return Series(
+        method,
+        Style("#D55E00", "s", (5, 1)),
+        [make_run(seed, method=method, **settings) for seed in range(runs)],
+    )
 
 
 CURVES = CurveSet(
@@ -82,16 +83,19 @@ CURVES = CurveSet(
         Curve("standard", "compensated", (0.0, 0.5), {0: (0.9, 0.6), 1: (0.8, 0.7)}),
     ),
 )
-COLORS = {"standard": "#010203", "repr": "#040506"}
+LOOKS = {"standard": Style("#010203", "o", ()), "repr": Style("#040506", "s", (2, 1))}
 
 DRAWINGS = {
     "dots": lambda width: figures.dots(
         [series("standard"), series()], {"repr": paired({0: 1.0, 1: 2.0}, {0: 2.0, 1: 2.5})}, width
     ),
     "curves": lambda width: figures.learning_curves([series("standard", events=False), series()], width),
+    "compute": lambda width: figures.compute_curves(
+        [series("standard", events=False), series()], EqualCompute("flops", {0: 8e6}, {}), width
+    ),
     "overlap": lambda width: figures.overlap_curves([series()], width),
     "map": lambda width: figures.filter_map(series(runs=3).runs, "#D55E00", width),
-    "pruned": lambda width: figures.pruned_curves(CURVES, COLORS, width),
+    "pruned": lambda width: figures.pruned_curves(CURVES, LOOKS, width),
 }
 
 
@@ -159,7 +163,7 @@ def test_many_thin_layers_do_not_print_over_each_other():
 
 def drawn(width=WIDE, **settings):
     """The panels of the pruned curves."""
-    return figures.pruned_curves(CURVES, COLORS, width, **settings)
+    return figures.pruned_curves(CURVES, LOOKS, width, **settings)
 
 
 def test_pruned_curves_are_means_with_a_band_of_one_standard_error():
@@ -170,6 +174,7 @@ def test_pruned_curves_are_means_with_a_band_of_one_standard_error():
     assert other.get_ydata() == pytest.approx([90, 50])
     assert list(chance.get_ydata()) == [10, 10]
     assert [line.get_color() for line in (standard, other)] == ["#010203", "#040506"]
+    assert [line.get_marker() for line in (standard, other)] == ["o", "s"]
     band = zeroed.collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == pytest.approx((30, 90))  # the error of 0.8 and 0.9 is 0.05
     assert len(compensated.get_lines()[1].get_xdata()) == 0  # repr was not measured compensated
@@ -193,3 +198,38 @@ def test_png_is_a_picture_of_that_width_and_opaque():
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(picture[16:20], "big") == round(200 * NARROW)
     assert png(drawn, NARROW) == picture
+
+
+def test_dots_of_the_same_value_stand_beside_each_other():
+    assert stacked([1.0, 2.0, 1.01, 1.0], 0.1, 0.09, 0.3).tolist() == [0, 0, 0.09, -0.09]
+    assert np.abs(stacked([1.0] * 50, 0.1, 0.09, 0.3)).max() == 0.3
+
+
+def test_accuracy_against_compute_by_hand():
+    slow = series("repr")
+    for run in slow.runs:
+        for epoch in run.epochs:
+            epoch.update(seconds=60.0, flops=4_000_000)
+    figure = figures.compute_curves(
+        [series("standard"), slow], EqualCompute("flops", {0: 8e6, 1: 4e6}, {}), 10
+    )
+    time, flops = figure.axes
+    assert time.get_lines()[0].get_xdata() == pytest.approx([0.5, 1, 1.5, 2, 2.5])
+    assert time.get_lines()[2].get_xdata() == pytest.approx([1, 2, 3, 4, 5])
+    assert time.get_xlabel() == "training so far, min"
+    assert flops.get_xlabel() == "training so far, MFLOPs"
+    assert flops.get_lines()[2].get_xdata()[-1] == pytest.approx(20)
+    assert flops.get_lines()[-1].get_xdata() == [6, 6]  # the budget
+
+
+def test_without_flops_there_is_one_panel_against_time():
+    one = series()
+    del one.runs[0].epochs[0]["flops"]
+    (panel,) = figures.compute_curves([one], None, 10).axes
+    assert panel.get_xlabel() == "training so far, min"
+
+
+def test_of_many_seeds_single_ones_are_not_drawn():
+    few = figures.overlap_curves([series(runs=12)], 10).axes[0]
+    many = figures.overlap_curves([series(runs=13)], 10).axes[0]
+    assert len(few.collections) == len(many.collections) + 1

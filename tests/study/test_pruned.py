@@ -15,8 +15,9 @@ from regrow.study.pruned import (
     estimate,
     heading,
     margin_rows,
-    outdated,
     percent,
+    read_measured,
+    sets_of,
     tables,
     to_dict,
 )
@@ -162,15 +163,34 @@ def test_curves_of_other_weights_are_left_out_and_named(runs):
     records.weights_path(runs[3].folder).write_text("trained again")
     (curves,) = curve_sets(runs)
     assert curves.curve("standard", "zeroed").accuracies == {0: ACCURACY["standard"][0]}
-    assert outdated(runs) == [runs[3]]
+    assert read_measured(runs).outdated == [runs[3]]
     records.weights_path(runs[2].folder).unlink()  # deleted to save room: they have not changed
     assert curve_sets(runs)[0].curve("standard", "zeroed").n == 1
-    assert outdated(runs) == [runs[3]]
+    assert read_measured(runs).outdated == [runs[3]]
 
 
 def test_runs_without_curves_have_no_sets(tmp_path):
     run = make_run(tmp_path / "run", "standard", 0)
-    assert curve_sets([run]) == outdated([run]) == []
+    assert curve_sets([run]) == read_measured([run]).outdated == []
+
+
+def test_a_malformed_record_is_named_and_the_others_are_read(runs):
+    broken = records.curve_path(runs[0].folder, "test", "l2", "layer")
+    broken.write_text('{"version": 1')
+    measured = read_measured(runs)
+    assert list(measured.broken) == [broken]
+    assert "is not valid JSON" in measured.broken[broken]
+    (curves,) = sets_of(measured)
+    assert curves.curve("bridgeout", "zeroed").accuracies == {1: ACCURACY["bridgeout"][1]}
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        curve_sets(runs)
+
+
+def test_variants_of_a_method_have_curves_of_their_own(runs):
+    variants = {runs[0].folder: "Bridgeout, p 0.1", runs[1].folder: "Bridgeout, p 0.2"}
+    (curves,) = curve_sets(runs, variants=variants)
+    assert curves.methods == ["standard", "Bridgeout, p 0.1", "Bridgeout, p 0.2"]
+    assert curves.curve("Bridgeout, p 0.2", "zeroed").accuracies == {1: ACCURACY["bridgeout"][1]}
 
 
 def test_to_dict_is_json_and_complete(runs, tmp_path):

@@ -4,12 +4,17 @@ import json
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
+from typer.testing import CliRunner
 
-from regrow.study import records
-from regrow.study.report import cut_shares, write_report
+from regrow.cli import app
+from regrow.study import drawing, records
+from regrow.study.gather import gather
+from regrow.study.page import cut_shares
+from regrow.study.report import write_report
 
 HOSTILE = '<img src=x onerror="alert(1)">&'
 # Test accuracies by seed: differences 1, 2, 3 points, so 2 ± 4.303 · 1/√3 = [−0.48, +4.48].
@@ -17,9 +22,20 @@ ACCURACY = {"standard": (0.80, 0.81, 0.82), "repr": (0.81, 0.83, 0.85)}
 
 
 def make_run(
-    folder, method="standard", seed=0, *, finished=True, layer="features.1.conv", epochs=12, **settings
+    folder,
+    method="standard",
+    seed=0,
+    *,
+    finished=True,
+    layer="features.1.conv",
+    epochs=12,
+    flops=None,
+    **settings,
 ):
-    """A run folder as training leaves it: a cycle of 6 full and 3 sub epochs for repr."""
+    """A run folder as training leaves it: a cycle of 6 full and 3 sub epochs for repr.
+
+    ``flops`` is what an epoch takes; without it the run is as the first version of records has it.
+    """
     is_repr = method == "repr"
     layers = {"features.0.conv": 4, layer: 8}
     config = {"version": 1, "method": method, "seed": seed, "data": "digits", "epochs": 12, "fraction": 0.3}
@@ -46,7 +62,8 @@ def make_run(
                 "alive": 10 if off else 12,
                 "filters": 12,
                 "seconds": 0.5,
-            },
+            }
+            | ({} if flops is None else {"flops": flops}),
         )
     if is_repr:
         for epoch, kind in ((6, "drop"), (9, "restore")):
@@ -74,9 +91,22 @@ def make_run(
                 "seconds": 40.0,
                 "parameters": 1234,
                 "filters": layers,
-            },
+            }
+            | ({} if flops is None else {"train_flops": epochs * flops}),
         )
     return folder
+
+
+@pytest.fixture
+def drawn():
+    """For a test that looks at what the figures do with its records."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request, monkeypatch):
+    # Drawing takes most of a report's time, and most tests here read its text.
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(drawing, "svg", lambda _draw, _width: "<svg/>")
 
 
 class Page(HTMLParser):
@@ -151,7 +181,7 @@ def test_the_page_asks_for_nothing_from_outside(folder, page):
 
 def test_the_pictures_ask_for_nothing_from_outside(page):
     pictures = [value for tag, key, value in page.attributes if key in ("src", "srcset")]
-    assert len(pictures) == 8  # dots, curves, overlap and map, wide and narrow
+    assert len(pictures) == 10  # dots, compute, curves, overlap and map, wide and narrow
     for picture in pictures:
         drawing = base64.b64decode(picture.removeprefix("data:image/svg+xml;base64,")).decode()
         assert drawing.startswith("<svg")
@@ -160,11 +190,11 @@ def test_the_pictures_ask_for_nothing_from_outside(page):
 
 
 def test_every_section_is_there_and_linked(page):
-    sections = ["results", "seeds", "curves", "overlap", "map", "cuts", "settings", "environment", "repeat"]
+    sections = ["results", "sure", "seeds", "compute", "curves", "overlap", "map", "cuts"]
+    sections += ["settings", "environment", "repeat"]
     assert page.ids == sections
-    assert [value for tag, key, value in page.attributes if tag == "a" and key == "href"] == [
-        f"#{section}" for section in sections
-    ]
+    links = [value for tag, key, value in page.attributes if tag == "a" and key == "href"]
+    assert links == [*(f"#{section}" for section in sections), "#compute"]
     assert ("meta", "name", "viewport") in page.attributes
 
 
@@ -177,7 +207,8 @@ def test_every_picture_has_a_text_for_those_who_cannot_see_it(page):
 def test_the_headline_says_no_gain_shown_and_the_cost(page):
     assert (
         "RePr: +2.0 points test accuracy over standard training (95 % interval −0.5 to +4.5, n = 3 seeds): "
-        "no gain shown. It took 1.50 × the training time." in page.words()
+        "no gain shown. A difference of this size would take about 5 seeds to show. It took 1.50 × the "
+        "training time." in page.words()
     )
 
 
@@ -186,24 +217,36 @@ def test_the_numbers_in_the_table_of_methods(page):
         "Standard training",
         "3",
         "81.00 ± 1.00 %",
-        "85.00 ± 0.00 %",
-        "—",
         "—",
         "baseline",
-        "20.0 ± 0.0 s",
+        "—",
         "—",
     ]
+    # The epochs of both take the same time and reach the same validation accuracy.
     assert page.row("RePr", "3") == [
         "RePr",
         "3",
         "83.00 ± 2.00 %",
-        "85.00 ± 0.00 %",
         "+2.00 [−0.48, +4.48]",
-        "3 of 3",
         "no gain shown",
-        "30.0 ± 0.0 s",
         "1.50",
+        "+0.00",
     ]
+
+
+def test_the_numbers_that_say_how_sure_it_is(page):
+    (row,) = [row for row in page.rows if row[:2] == ["RePr", "3"] and "3–0–0" in row]
+    # t = 2 / (1 / √3) = 3.46 with 2 degrees of freedom; three gains have p = 2 / 8.
+    assert row[2] == "+2.00 [−0.48, +4.48]"
+    assert row[4:] == ["3–0–0", "0.250", "0.074", "no gain shown", "5"]
+    low, high = (float(text.replace("−", "-")) for text in row[3].strip("[]").split(", "))
+    assert 1 <= low < 2 < high <= 3  # of means of resamples of 1, 2 and 3
+
+
+def test_the_numbers_at_equal_compute(page):
+    (row,) = [row for row in page.rows if row[:2] == ["RePr", "30.0 ± 0.0 s"]]
+    assert row[2:] == ["85.00 ± 0.00 %", "85.83 ± 0.00 %", "3", "+0.00"]
+    assert "within the seconds of training that the cheapest method of that seed spent in all" in page.words()
 
 
 def test_every_finished_run_has_its_row_and_the_unfinished_one_has_none(page):
@@ -241,7 +284,8 @@ def test_settings_environment_and_command(page):
 
 def test_results_json_has_every_run_and_method(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert (results["version"], results["baseline"], results["title"]) == (1, "standard", "A title & more")
+    assert (results["version"], results["baseline"]) == (records.VERSION, "standard")
+    assert results["title"] == "A title & more"
     standard, other = results["methods"]
     assert standard["difference_points"] is None
     assert other["difference_points"] == pytest.approx(2)
@@ -268,6 +312,7 @@ def test_results_csv_has_a_row_per_run_and_per_method(folder):
     assert (rows[8]["method"], rows[8]["n"], rows[8]["verdict"]) == ("repr", "3", "no gain shown")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_hostile_names_are_shown_and_not_obeyed(tmp_path):
     make_run(tmp_path / "a", "repr", layer=HOSTILE, note=HOSTILE)
     make_run(tmp_path / "=cmd()", HOSTILE, note=HOSTILE)
@@ -283,24 +328,28 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path):
     assert "'=cmd()" in (tmp_path / "results.csv").read_text()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_run_without_events(tmp_path):
     make_run(tmp_path / "run")
     page = Page(write_report(records.find_runs(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "Standard training: 80.00 % test accuracy (n = 1 seed)" in page.words()
     assert {"map", "cuts"}.isdisjoint(page.ids)
-    assert {"results", "seeds", "curves", "overlap", "settings"} <= set(page.ids)
+    assert {"results", "seeds", "compute", "curves", "overlap", "settings"} <= set(page.ids)
+    assert "sure" not in page.ids
     assert page.row("Standard training", "1") == ["Standard training", "1", "80.00 %", "85.00 %", "20.0 s"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_seed_of_two_methods_and_no_epochs(tmp_path):
     for method in ("standard", "repr"):
         make_run(tmp_path / method, method, epochs=0)
     page = Page(write_report(records.find_runs(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
     assert "(n = 1 seed, too few for an interval): no gain shown." in page.words()
-    assert {"curves", "map"}.isdisjoint(page.ids)
-    assert page.row("RePr", "1")[4] == "+1.00"
+    assert {"curves", "compute", "map"}.isdisjoint(page.ids)
+    assert page.row("RePr", "1")[3:5] == ["+1.00", "no gain shown"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_same_runs_give_the_same_bytes(tmp_path):
     make_run(tmp_path / "run")
     runs = records.find_runs(tmp_path)
@@ -405,9 +454,9 @@ def page_of(folder):
 
 def test_curves_have_a_section_with_figure_and_table(measured):
     page = page_of(measured)
-    assert page.ids[:3] == ["results", "seeds", "pruned"]
+    assert page.ids[:5] == ["results", "sure", "seeds", "compute", "pruned"]
     assert ("a", "href", "#pruned") in page.attributes
-    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 10
+    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 12
     assert page.row("zeroed", "Standard training") == [
         "zeroed",
         "Standard training",
@@ -432,12 +481,13 @@ def test_curves_have_a_section_with_figure_and_table(measured):
     assert curves["curves"][1]["mean_0_50"] == pytest.approx(0.75)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_curves_of_two_criteria_have_a_figure_each(measured):
     add_curve(measured / "repr-seed0", (0.9, 0.8, 0.7), criterion="ortho")
     page = page_of(measured)
     assert "l2, same share of each layer, test pictures" in page.words()
     assert "ortho, same share of each layer, test pictures" in page.words()
-    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 12
+    assert len([1 for _, key, _ in page.attributes if key in ("src", "srcset")]) == 14
 
 
 def test_curves_of_old_weights_are_named_and_left_out(measured):
@@ -456,3 +506,141 @@ def test_curves_of_old_weights_are_named_and_left_out(measured):
 def test_without_curves_there_is_no_such_section(folder, page):
     assert "pruned" not in page.ids
     assert json.loads((folder / "results.json").read_text())["curves"] == []
+
+
+def test_flops_have_columns_and_are_what_equal_compute_goes_by(tmp_path):
+    for seed in range(2):
+        make_run(tmp_path / f"a{seed}", "standard", seed, flops=2_000_000)
+        make_run(tmp_path / f"b{seed}", "repr", seed, flops=3_000_000)
+    page = page_of(tmp_path)
+    (row,) = [row for row in page.rows if row[:2] == ["RePr", "2"] and row[2].startswith("82")]
+    # 24 million are 8 epochs of repr: 0.9 − 0.5 / 8 against 0.9 − 0.5 / 12, the same for both seeds.
+    assert row[-3:] == ["1.50", "1.50", "−2.08"]
+    (row,) = [row for row in page.rows if row[:2] == ["RePr", "30.0 ± 0.0 s"]]
+    assert row[2:] == ["36.00 MFLOPs", "85.00 ± 0.00 %", "83.75 ± 0.00 %", "2", "−2.08"]
+    assert page.row("RePr", "1")[6] == "36.00 MFLOPs"
+    assert "within the training FLOPs that the cheapest method" in page.words()
+    standard, other = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert (standard["train_flops"], other["flops_ratio"], other["equal_compute_in"]) == (24e6, 1.5, "flops")
+    assert other["equal_compute_accuracy"] == pytest.approx(0.8375)
+
+
+def test_runs_that_only_partly_know_their_flops_are_compared_by_time(tmp_path):
+    make_run(tmp_path / "a", "standard", flops=2_000_000)
+    make_run(tmp_path / "b", "repr")
+    page = page_of(tmp_path)
+    assert "within the seconds of training" in page.words()
+    assert "(not every record knows its FLOPs)" in page.words()
+
+
+def test_variants_are_shown_and_compared_by_their_names(tmp_path):
+    variants = {}
+    for seed in range(2):
+        make_run(tmp_path / f"standard-seed{seed}", "standard", seed)
+        for fraction in (0.2, 0.3):
+            folder = make_run(tmp_path / f"repr{fraction}-seed{seed}", "repr", seed, fraction=fraction)
+            variants[folder] = f"RePr, fraction {fraction}"
+    runs = records.find_runs(tmp_path)
+    with pytest.raises(ValueError, match="with seed 0: leave one out"):
+        write_report(runs, tmp_path / "report.html")
+    path = write_report(runs, tmp_path / "report.html", variants=variants)
+    page = Page(path.read_text(encoding="utf-8"))
+    for name in ("Standard training", "RePr, fraction 0.2", "RePr, fraction 0.3"):
+        assert page.row(name, "2")[0] == name
+        assert page.row(name, "1")[1] == "1"
+    assert "p = 0.410 corrected for 2 comparisons" in page.words()  # 2 · 0.205: t = 3, 1 degree of freedom
+    assert page.row("fraction") == ["fraction", "—", "0.2", "0.3"]
+    methods = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert [each["method"] for each in methods] == ["standard", "RePr, fraction 0.2", "RePr, fraction 0.3"]
+
+
+def test_of_many_methods_one_sentence_comes_first(tmp_path):
+    variants = {}
+    for name, accuracies in {"a": ACCURACY["repr"], "b": (0.9, 0.911, 0.92), "c": (0.7, 0.711, 0.72)}.items():
+        for seed in range(3):
+            folder = make_run(tmp_path / f"{name}{seed}", "repr", seed)
+            result = json.loads(records.result_path(folder).read_text())
+            records.write_json(records.result_path(folder), result | {"test_accuracy": accuracies[seed]})
+            variants[folder] = name
+    for seed in range(3):
+        make_run(tmp_path / f"standard{seed}", "standard", seed)
+        variants[make_run(tmp_path / f"d{seed}", "repr", seed)] = "d"
+    runs, _ = gather(tmp_path)
+    page = Page(write_report(runs, tmp_path / "report.html", variants=variants).read_text(encoding="utf-8"))
+    sentence = (
+        "4 methods compared with standard training in test accuracy: 1 gain (b), 1 loss (c), no gain "
+        "shown for 2. Each in a sentence a: +2.0 points"
+    )
+    assert sentence in page.words()
+
+
+def test_runs_that_cannot_be_read_are_named_and_the_page_is_written(tmp_path):
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "torn", seed=1)
+    records.epochs_path(tmp_path / "torn").write_text("{}\n")
+    runs, left_out = gather(tmp_path)
+    path = write_report(runs, tmp_path / "report.html", left_out=left_out)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "torn : torn/epochs.jsonl, line 1 has no 'version'." in page.words()
+    assert page.row("Standard training", "1")[2] == "80.00 %"
+    assert list(json.loads((tmp_path / "results.json").read_text())["left_out"]) == ["torn"]
+
+
+def test_a_damaged_curve_is_named_and_the_page_is_written(measured):
+    records.curve_path(measured / "repr-seed1", "test", "l2", "layer").write_text("torn")
+    page = page_of(measured)
+    assert "repr-seed1/curve-test-l2-layer.json is not valid JSON" in page.words()
+    assert page.row("zeroed", "RePr")[2] == "1"
+
+
+@pytest.mark.usefixtures("drawn")
+def test_odd_but_readable_events_do_not_take_the_page_down(tmp_path):
+    run = make_run(tmp_path / "run", "repr")
+    event = {"version": 1, "epoch": 3, "kind": "restore", "cycle": 1, "notes": [], "least_covered": 7}
+    records.append_line(records.events_path(run), event | {"filters": {"no such layer": []}})
+    assert "map" in page_of(tmp_path).ids
+
+
+def test_sortable_tables_are_regular_and_say_what_to_sort_by(folder):
+    """What the script in the page relies on; tests/study/test_browser.py clicks."""
+    tables = ET.fromstring(
+        "<tables>"
+        + "".join(
+            re.sub(r"&nbsp;|&#39;", " ", table)
+            for table in re.findall(r"<table class=\"sortable.*?</table>", page_text(folder), re.DOTALL)
+        )
+        + "</tables>"
+    )
+    assert len(tables) == 4
+    for table in tables:
+        heads = table.findall("./thead/tr/th")
+        rows = [list(row) for row in table.findall("./tbody/tr")]
+        assert rows
+        assert {len(row) for row in rows} == {len(heads)}
+        for index, head in enumerate(heads):
+            values = [row[index].get("data-value", "".join(row[index].itertext())) for row in rows]
+            if head.get("class") == "text":
+                assert all(values)
+            else:  # a number or nothing: a dash or a unit would be sorted as text
+                assert all(re.fullmatch(r"|-?\d+(\.\d+)?(e[-+]\d+)?", value) for value in values)
+
+
+def page_text(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_reports_what_can_be_read_and_writes_event_files(tmp_path):
+    make_run(tmp_path / "runs" / "standard")
+    for fraction in (0.2, 0.3):
+        make_run(tmp_path / "runs" / f"repr{fraction}", "repr", fraction=fraction)
+    torn = make_run(tmp_path / "runs" / "torn", seed=1)
+    records.result_path(torn).write_text("{")
+    arguments = ["report", str(tmp_path / "runs"), "--tensorboard", str(tmp_path / "tb")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "left out: " in done.output
+    assert "3 event files: tensorboard --logdir" in done.output
+    assert len(list((tmp_path / "tb").glob("*/events.out.tfevents.*"))) == 3
+    page = Page((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
+    assert page.row("RePr, fraction 0.2", "1")
+    assert "torn : torn/result.json is not valid JSON" in page.words()

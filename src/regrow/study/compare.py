@@ -1,12 +1,27 @@
-"""Paired statistics over seeds: what a method changes, how sure that is, and what it costs."""
+"""Methods compared over seeds: what each changes, how sure that is, and what it costs."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from regrow.study.compute import EqualCompute, Unit, equal_compute
+from regrow.study.names import WHERE
+from regrow.study.paired import (
+    Paired,
+    Spread,
+    bootstrap_interval,
+    holm,
+    paired,
+    seeds_needed,
+    sign_test,
+    spread,
+    verdict,
+)
+from regrow.study.words import duration, interval, label, mention, p_value, percent, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,63 +44,30 @@ METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
 # Every method regularises by weight decay too, and standard training by nothing else: a fair comparison
 # gives each the strength that suits it, and the report shows it.
 STRENGTHS = frozenset({"weight_decay"})
-_LABELS = {
-    "standard": "Standard training",
-    "repr": "RePr",
-    "bridgeout": "Bridgeout",
-    "targeted-bridgeout": "Targeted Bridgeout",
-    "dropout": "Dropout",
-    "targeted-dropout": "Targeted dropout",
-}
 _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation (ddof 1) over seeds; no deviation for a single seed."""
-
-    mean: float
-    deviation: float | None
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Differences other − baseline over the seeds both have, with a 95 % t interval of their mean.
-
-    ``low`` and ``high`` are None for a single seed.
-    """
-
-    differences: Mapping[int, float]
-    mean: float
-    low: float | None
-    high: float | None
-
-    @property
-    def n(self) -> int:
-        return len(self.differences)
-
-    @property
-    def gains(self) -> int:
-        """The number of seeds with a difference above 0."""
-        return sum(difference > 0 for difference in self.differences.values())
-
-    @property
-    def verdict(self) -> str:
-        """ "gain" or "loss" when the whole interval is on that side of 0, else "no gain shown"."""
-        if self.low is not None and self.low > 0:
-            return "gain"
-        if self.high is not None and self.high < 0:
-            return "loss"
-        return "no gain shown"
-
-
-@dataclass(frozen=True)
 class MethodSummary:
-    """One method over its finished runs.
+    """One method, or one variant of it, over its finished runs.
 
-    Accuracies are fractions, as in the records; ``difference`` is in percentage points of test accuracy,
-    and None for the baseline itself or without a shared seed; ``seconds`` is training time;
-    ``time_ratio`` the median over shared seeds of training time over the baseline's.
+    Accuracies are fractions, as in the records; differences are in percentage points. All that is paired
+    is None for the baseline itself and without a shared seed.
+
+    Attributes:
+        method: what its runs are grouped by: the method, or the variant's name.
+        baseline: the group that it is compared with.
+        difference: of test accuracy.
+        bootstrap: 95 % bootstrap interval of the mean of ``difference``; None for fewer than three seeds.
+        adjusted_p: p value of ``difference``, by Holm's method over all that is compared with the baseline.
+        compared: the number of methods that are compared with the baseline.
+        sign_p: two-sided p value of the sign test of ``difference``.
+        needed: as :func:`seeds_needed` of ``difference``.
+        seconds, time_ratio: training time, and the median over shared seeds of it over the baseline's.
+        flops, flops_ratio: the same of training FLOPs; None where a run does not know them.
+        unit: what equal compute is measured in; None without it.
+        at_equal_compute: best validation accuracy within the compute of the cheapest run of the seed.
+        difference_at_equal_compute: of that accuracy.
     """
 
     method: str
@@ -93,9 +75,19 @@ class MethodSummary:
     seeds: tuple[int, ...]
     test_accuracy: Spread
     validation_accuracy: Spread
-    difference: Paired | None
     seconds: Spread
-    time_ratio: float | None
+    difference: Paired | None = None
+    bootstrap: tuple[float, float] | None = None
+    adjusted_p: float | None = None
+    compared: int = 1
+    sign_p: float | None = None
+    needed: int | None = None
+    time_ratio: float | None = None
+    flops: Spread | None = None
+    flops_ratio: float | None = None
+    unit: Unit | None = None
+    at_equal_compute: Spread | None = None
+    difference_at_equal_compute: Paired | None = None
 
     @property
     def n(self) -> int:
@@ -103,86 +95,81 @@ class MethodSummary:
 
     @property
     def verdict(self) -> str:
+        """ "gain" or "loss" where ``adjusted_p`` is below 5 %, else "no gain shown"."""
         if self.method == self.baseline:
             return "baseline"
-        return "nothing to pair with" if self.difference is None else self.difference.verdict
+        if self.difference is None:
+            return "nothing to pair with"
+        return verdict(self.difference.mean, self.adjusted_p)
 
 
-def paired(baseline: Mapping[int, float], other: Mapping[int, float]) -> Paired:
-    """Compare two {seed: value} over the seeds both have.
-
-    Raises:
-        ValueError: they share no seed, or a value is NaN or infinite.
-    """
-    seeds = sorted(baseline.keys() & other.keys())
-    if not seeds:
-        raise ValueError(
-            f"no seed is in both: {sorted(baseline)} and {sorted(other)}. Run both with the same seeds."
-        )
-    differences = {seed: other[seed] - baseline[seed] for seed in seeds}
-    if not all(math.isfinite(difference) for difference in differences.values()):
-        raise ValueError(f"values to compare must be finite, got differences {differences}.")
-    over_seeds = spread(list(differences.values()))
-    if over_seeds.deviation is None:
-        return Paired(differences, over_seeds.mean, None, None)
-    from scipy.special import stdtrit  # scipy.stats.t.ppf, at a quarter of its import time
-
-    n = len(seeds)
-    half = float(stdtrit(n - 1, 0.975)) * over_seeds.deviation / math.sqrt(n)
-    return Paired(differences, over_seeds.mean, over_seeds.mean - half, over_seeds.mean + half)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation (ddof 1) of one or more values."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def check_comparable(runs: Sequence[RunRecord]) -> None:
+def check_comparable(runs: Sequence[RunRecord], variants: Mapping[Path, str] | None = None) -> None:
     """Raise ``ValueError`` when a difference between ``runs`` would not be the methods'.
 
-    Runs of one method may differ in the seed only; runs of two methods also in ``METHOD_SETTINGS`` and
-    ``STRENGTHS``. A method may have each seed once.
+    Runs of one method, or of one variant where ``variants`` names them, may differ in the seed only; others
+    also in the method, ``METHOD_SETTINGS`` and ``STRENGTHS``. Each may have a seed once.
     """
     first_of: dict[str, RunRecord] = {}
     seen: dict[tuple[str, int], RunRecord] = {}
-    for run in runs:
-        twin = seen.setdefault((run.method, run.seed), run)
-        if twin is not run:
-            raise ValueError(
-                f"{twin.folder} and {run.folder} are both {run.method!r} with seed {run.seed}: leave one out."
-            )
-        first = first_of.setdefault(run.method, run)
-        _check_same(first, run, besides={"seed"})
-        own = METHOD_SETTINGS.values()
-        _check_same(runs[0], run, besides={"seed", "method"}.union(STRENGTHS, *own))
+    for name, of_name in _by_group(runs, variants).items():
+        for run in of_name:
+            twin = seen.setdefault((name, run.seed), run)
+            if twin is not run:
+                raise ValueError(
+                    f"{twin.folder} and {run.folder} are both {name!r} with seed {run.seed}: leave one out."
+                )
+            _check_same(first_of.setdefault(name, run), run, besides={"seed"})
+            own = METHOD_SETTINGS.values()
+            _check_same(runs[0], run, besides={"seed", "method"}.union(STRENGTHS, *own))
+    shown: dict[str, str] = {}
+    for name in first_of:
+        if shown.setdefault(label(name), name) != name:
+            raise ValueError(f"two variants would both be shown as {label(name)!r}: call one otherwise.")
 
 
-def summarise(runs: Sequence[RunRecord], baseline: str = "standard") -> list[MethodSummary]:
+def group_of(run: RunRecord, variants: Mapping[Path, str] | None = None) -> str:
+    """What ``run`` is grouped by and shown as: the name ``variants`` has for its folder, or its method."""
+    return run.method if variants is None else variants.get(run.folder, run.method)
+
+
+def summarise(
+    runs: Sequence[RunRecord], baseline: str = "standard", variants: Mapping[Path, str] | None = None
+) -> list[MethodSummary]:
     """Each method over its finished runs, the baseline first; unfinished runs are left out.
 
+    Args:
+        runs: the runs.
+        baseline: the method, or the name of the variant, that the others are compared with.
+        variants: {run's folder: name}: what to group the run by and show. Default: its method.
+
     Raises:
-        ValueError: no run is finished, or the runs are not comparable (see :func:`check_comparable`).
+        ValueError: no run is finished, the runs are not comparable (see :func:`check_comparable`), or
+            ``baseline`` is a method with several variants.
     """
     finished = [run for run in runs if run.result is not None]
     if not finished:
         raise ValueError(
             f"none of the {len(runs)} runs is finished (has a result.json): there is nothing to compare yet."
         )
-    check_comparable(finished)
+    check_comparable(finished, variants)
+    groups = {
+        name: {run.seed: run for run in of_name} for name, of_name in _by_group(finished, variants).items()
+    }
+    baseline = _baseline(groups, baseline)
     # A stable sort: the baseline leads, the others stay in the order given.
-    methods = sorted(dict.fromkeys(run.method for run in finished), key=lambda method: method != baseline)
-    reference = _results(finished, baseline)
-    return [_summary(method, baseline, _results(finished, method), reference) for method in methods]
-
-
-def label(method: str) -> str:
-    """The name of ``method`` as people write it."""
-    return _LABELS.get(method, method)
-
-
-def mention(method: str) -> str:
-    """The name of ``method`` inside a sentence."""
-    return "standard training" if method == "standard" else label(method)
+    names = sorted(groups, key=lambda name: name != baseline)
+    reference = groups.get(baseline, {})
+    differences = {
+        name: _difference(_points(reference), _points(groups[name])) if name != baseline else None
+        for name in names
+    }
+    adjusted = holm([each.p if each else None for each in differences.values()])
+    compared = sum(each is not None for each in differences.values())
+    equal = equal_compute(groups)
+    return [
+        _summary(name, baseline, groups, differences[name], p, compared, equal)
+        for name, p in zip(names, adjusted, strict=True)
+    ]
 
 
 def headline(summaries: Sequence[MethodSummary]) -> str:
@@ -199,6 +186,21 @@ def headline(summaries: Sequence[MethodSummary]) -> str:
         for summary in summaries
     ]
     return "\n".join(lines)
+
+
+def overview(summaries: Sequence[MethodSummary]) -> str:
+    """How many of the methods gain and lose, and which, in a sentence; for more than a few methods."""
+    compared = [each for each in summaries if each.difference is not None]
+    found = []
+    for which, one, several in (("gain", "gain", "gains"), ("loss", "loss", "losses")):
+        names = [label(each.method) for each in compared if each.verdict == which]
+        if names:
+            found.append(f"{len(names)} {one if len(names) == 1 else several} ({', '.join(names)})")
+    rest = sum(each.verdict == "no gain shown" for each in compared)
+    if rest:
+        found.append(f"no gain shown for {rest if found else 'any'}")
+    baseline = mention(summaries[0].baseline)
+    return f"{len(compared)} methods compared with {baseline} in test accuracy: {', '.join(found)}."
 
 
 def table(summaries: Sequence[MethodSummary]) -> Table:
@@ -226,69 +228,99 @@ def table(summaries: Sequence[MethodSummary]) -> Table:
     return shown
 
 
-def percent(accuracy: Spread) -> str:
-    """A fraction as "88.10 ± 0.42 %"; without ± for a single seed."""
-    tail = "" if accuracy.deviation is None else f" ± {100 * accuracy.deviation:.2f}"
-    return f"{100 * accuracy.mean:.2f}{tail} %"
+def _by_group(runs: Sequence[RunRecord], variants: Mapping[Path, str] | None) -> dict[str, list[RunRecord]]:
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(group_of(run, variants), []).append(run)
+    return groups
 
 
-def signed(value: float, places: int = 2) -> str:
-    """A number with its sign, a true minus sign, and no minus before zero."""
-    return f"{round(value, places) + 0.0:+.{places}f}".replace("-", "−")
-
-
-def interval(difference: Paired, places: int = 2) -> str:
-    """The interval as "[−0.30, +2.70]", or nothing for a single seed."""
-    if difference.low is None or difference.high is None:
-        return ""
-    return f"[{signed(difference.low, places)}, {signed(difference.high, places)}]"
-
-
-def duration(seconds: Spread) -> str:
-    """Time in the unit that suits its size, as "12.1 ± 0.3 s", "4.2 min" or "5.0 h"."""
-    size, unit = (1, "s") if seconds.mean < 120 else (60, "min") if seconds.mean < 7200 else (3600, "h")
-    tail = "" if seconds.deviation is None else f" ± {seconds.deviation / size:.1f}"
-    return f"{seconds.mean / size:.1f}{tail} {unit}"
+def _baseline(groups: Mapping[str, Mapping[int, RunRecord]], baseline: str) -> str:
+    """The group called ``baseline``, or the only one of the method of that name."""
+    if baseline in groups:
+        return baseline
+    of_method = [
+        name for name, runs in groups.items() if any(run.method == baseline for run in runs.values())
+    ]
+    if len(of_method) > 1:
+        raise ValueError(
+            f"{baseline!r} has {len(of_method)} variants here: say which is the baseline, one of "
+            f"{', '.join(map(repr, of_method))}."
+        )
+    return of_method[0] if of_method else baseline
 
 
 def _summary(
-    method: str,
+    name: str,
     baseline: str,
-    results: Mapping[int, Mapping[str, Any]],
-    reference: Mapping[int, Mapping[str, Any]],
+    groups: Mapping[str, Mapping[int, RunRecord]],
+    difference: Paired | None,
+    adjusted_p: float | None,
+    compared: int,
+    equal: EqualCompute | None,
 ) -> MethodSummary:
-    shared = [] if method == baseline else sorted(results.keys() & reference.keys())
-    ratios = [
-        results[seed]["train_seconds"] / reference[seed]["train_seconds"]
-        for seed in shared
-        if reference[seed]["train_seconds"] > 0
-    ]
+    mine = {seed: run.result or {} for seed, run in groups[name].items()}
+    reference = {seed: run.result or {} for seed, run in groups.get(baseline, {}).items()}
+    points = [] if difference is None else list(difference.differences.values())
+    has_interval = difference is not None and difference.low is not None
+    flops = [result.get("train_flops") for result in mine.values()]
+    reached = {} if equal is None else equal.accuracies[name]
+    at_baseline = {} if equal is None else equal.accuracies.get(baseline, {})
     return MethodSummary(
-        method=method,
+        method=name,
         baseline=baseline,
-        seeds=tuple(sorted(results)),
-        test_accuracy=spread([result["test_accuracy"] for result in results.values()]),
-        validation_accuracy=spread([result["validation_accuracy"] for result in results.values()]),
-        difference=paired(_points(reference), _points(results)) if shared else None,
-        seconds=spread([result["train_seconds"] for result in results.values()]),
-        time_ratio=statistics.median(ratios) if ratios else None,
+        seeds=tuple(sorted(mine)),
+        test_accuracy=spread([result["test_accuracy"] for result in mine.values()]),
+        validation_accuracy=spread([result["validation_accuracy"] for result in mine.values()]),
+        seconds=spread([result["train_seconds"] for result in mine.values()]),
+        difference=difference,
+        bootstrap=bootstrap_interval(points) if has_interval else None,
+        adjusted_p=adjusted_p,
+        compared=compared,
+        sign_p=None if difference is None else sign_test(difference.gains, difference.losses),
+        needed=seeds_needed(points) if has_interval else None,
+        time_ratio=None if name == baseline else _ratio(mine, reference, "train_seconds"),
+        flops=None if None in flops else spread([count for count in flops if count is not None]),
+        flops_ratio=None if name == baseline else _ratio(mine, reference, "train_flops"),
+        unit=None if equal is None else equal.unit,
+        at_equal_compute=spread(list(reached.values())) if reached else None,
+        difference_at_equal_compute=None
+        if name == baseline
+        else _difference(_hundredfold(at_baseline), _hundredfold(reached)),
     )
 
 
-def _results(runs: Sequence[RunRecord], method: str) -> dict[int, dict[str, Any]]:
-    return {run.seed: run.result for run in runs if run.method == method and run.result is not None}
+def _difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> Paired | None:
+    return paired(baseline, other) if baseline.keys() & other.keys() else None
 
 
-def _points(results: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-    return {seed: 100 * result["test_accuracy"] for seed, result in results.items()}
+def _ratio(
+    mine: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], key: str
+) -> float | None:
+    """The median over shared seeds of ``key`` over the baseline's."""
+    ratios = [
+        mine[seed][key] / reference[seed][key]
+        for seed in mine.keys() & reference.keys()
+        if mine[seed].get(key) is not None and reference[seed].get(key)
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def _points(runs: Mapping[int, RunRecord]) -> dict[int, float]:
+    return _hundredfold({seed: run.result["test_accuracy"] for seed, run in runs.items() if run.result})
+
+
+def _hundredfold(fractions: Mapping[int, float]) -> dict[int, float]:
+    return {seed: 100 * fraction for seed, fraction in fractions.items()}
 
 
 def _check_same(one: RunRecord, other: RunRecord, besides: set[str]) -> None:
-    keys = [key for key in (one.config | other.config) if key not in besides]
+    settings = [key for key in (one.config | other.config) if key not in besides | WHERE | {"version"}]
     differing = [
-        f"{key} is {one.config.get(key, 'not set')!r} and {other.config.get(key, 'not set')!r}"
-        for key in keys
+        f"{key} is {_shown(one, key)} and {_shown(other, key)}"
+        for key in settings
         if one.config.get(key, _MISSING) != other.config.get(key, _MISSING)
+        and _setting(one, key) != _setting(other, key)
     ]
     if differing:
         raise ValueError(
@@ -297,24 +329,66 @@ def _check_same(one: RunRecord, other: RunRecord, besides: set[str]) -> None:
         )
 
 
+def _setting(run: RunRecord, key: str) -> object:
+    """The setting of ``run``, or its default where ``run`` was trained before there was such a setting."""
+    if key in run.config:
+        return run.config[key]
+    from regrow.study.config import RunConfig
+
+    field = RunConfig.model_fields.get(key)
+    return _MISSING if field is None else field.default
+
+
+def _shown(run: RunRecord, key: str) -> str:
+    value = _setting(run, key)
+    return "not set" if value is _MISSING else repr(value)
+
+
 def _comparison(summary: MethodSummary, difference: Paired) -> str:
     values = [value for value in (difference.mean, difference.low, difference.high) if value is not None]
     # One decimal, unless that turns the sign the verdict rests on into a zero.
     places = next((p for p in (1, 2) if all(value == 0 or round(value, p) != 0 for value in values)), 3)
-    if difference.low is None or difference.high is None:
-        certainty = f"{_seeds(difference.n)}, too few for an interval"
-    else:
-        certainty = (
-            f"95 % interval {signed(difference.low, places)} to {signed(difference.high, places)}, "
-            f"{_seeds(difference.n)}"
-        )
     relation = "over" if difference.mean >= 0 else "against"
-    verdict = {"gain": "a gain", "loss": "a loss"}.get(difference.verdict, difference.verdict)
-    cost = "" if summary.time_ratio is None else f" It took {summary.time_ratio:.2f} × the training time."
+    found = {"gain": "a gain", "loss": "a loss"}.get(summary.verdict, summary.verdict)
     return (
         f"{label(summary.method)}: {signed(difference.mean, places)} points test accuracy {relation} "
-        f"{mention(summary.baseline)} ({certainty}): {verdict}.{cost}"
+        f"{mention(summary.baseline)} ({_certainty(summary, difference, places)}): {found}."
+        f"{_plan(summary)}{_cost(summary)}"
     )
+
+
+def _certainty(summary: MethodSummary, difference: Paired, places: int) -> str:
+    seeds = _seeds(difference.n)
+    if difference.n == 1:
+        return f"{seeds}, too few for an interval"
+    if difference.low is None or difference.high is None:
+        return f"{seeds} with the same difference each, so no interval"
+    corrected = ""
+    if summary.compared > 1:
+        corrected = f", p {_equals(summary.adjusted_p)} corrected for {summary.compared} comparisons"
+    bounds = f"{signed(difference.low, places)} to {signed(difference.high, places)}"
+    return f"95 % interval {bounds}, {seeds}{corrected}"
+
+
+def _equals(p: float | None) -> str:
+    shown = p_value(p)
+    return shown if shown.startswith("<") else f"= {shown}"
+
+
+def _plan(summary: MethodSummary) -> str:
+    """How many seeds it would take, where more would be needed to show what was seen."""
+    if summary.verdict != "no gain shown" or summary.needed is None or summary.needed <= summary.n:
+        return ""
+    return f" A difference of this size would take about {summary.needed:,} seeds to show."
+
+
+def _cost(summary: MethodSummary) -> str:
+    costs = [
+        f"{ratio:.2f} × the {what}"
+        for ratio, what in ((summary.time_ratio, "training time"), (summary.flops_ratio, "training FLOPs"))
+        if ratio is not None
+    ]
+    return f" It took {' and '.join(costs)}." if costs else ""
 
 
 def _seeds(n: int) -> str:

@@ -1,11 +1,8 @@
-"""The figures, drawn by matplotlib as SVG text, wide for a page and narrow for a phone, or as PNG."""
+"""The figures, drawn by matplotlib, wide for a page and narrow for a phone."""
 
 from __future__ import annotations
 
-import io
-import unicodedata
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,88 +10,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from regrow.study.compare import Paired, label
+from regrow.study.compute import spent
+from regrow.study.drawing import COLORS, INK, Style, printable
+from regrow.study.paired import Paired
+from regrow.study.words import label, prefixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from regrow.study.compute import EqualCompute, Unit
     from regrow.study.pruned import CurveSet
     from regrow.study.records import RunRecord
 
-# Inches; 96 CSS pixels each.
-WIDE, NARROW = 10.9, 3.9
-# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for lines.
-COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _FAINT, _SHADE, _ALIVE = "#2b2b2b", "#d5d5d2", "#ecebe6", "#dfe9f0"
-_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+_FAINT, _SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "regrow",
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.edgecolor": "#8a8a86",
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e5e1",
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-}
+# Of more seeds than this, single ones are not drawn.
+_SINGLE = 12
 
 
 @dataclass(frozen=True)
 class Series:
-    """One method as it is drawn: its finished runs and its colour."""
+    """One method as it is drawn: its finished runs and its style."""
 
     method: str
-    color: str
+    style: Style
     runs: Sequence[RunRecord]
 
-
-def svg(draw: Callable[[float], Figure], width: float) -> str:
-    """What ``draw`` makes at ``width`` inches, as SVG; the same figure gives the same text."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # The browser's fonts are not matplotlib's.
-        warnings.filterwarnings("ignore", message="Glyph")
-        file = io.StringIO()
-        draw(width).savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    # Laid out with the fonts matplotlib brings, which are wider than what readers have.
-    names = ", ".join(
-        name if name == "sans-serif" else f"'{name}'" for name in matplotlib.rcParams["font.sans-serif"]
-    )
-    return text[text.index("<svg") :].replace(names, _FONTS)
-
-
-def png(draw: Callable[[float], Figure], width: float) -> bytes:
-    """What ``draw`` makes at ``width`` inches, as a PNG picture on white, 200 dots an inch."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        file = io.BytesIO()
-        draw(width).savefig(file, format="png", dpi=200, facecolor="white")
-    return file.getvalue()
-
-
-def printable(text: str, longest: int | None = None) -> str:
-    """``text`` without control and format characters, its middle left out beyond ``longest`` letters."""
-    text = "".join("�" if unicodedata.category(letter)[0] == "C" else letter for letter in text)
-    if longest is None or len(text) <= longest:
-        return text
-    tail = longest // 2
-    return f"{text[: longest - tail - 1]}…{text[-tail:]}"
+    @property
+    def color(self) -> str:
+        return self.style.color
 
 
 def sub_phases(run: RunRecord) -> list[tuple[int, int]]:
@@ -122,7 +67,7 @@ def off_map(run: RunRecord) -> NDArray[np.bool_]:
     off = np.zeros((sum(sizes.values()), last), dtype=bool)
     for event in run.events:
         for layer, indices in event["filters"].items():
-            rows = starts[layer] + np.asarray(indices, dtype=int)
+            rows = starts.get(layer, 0) + np.asarray(indices, dtype=int)
             off[rows, event["epoch"] :] = event["kind"] == "drop"
     return off
 
@@ -163,7 +108,9 @@ def learning_curves(series: Sequence[Series], width: float) -> Figure:
     upper.tick_params(axis="x", length=0)
     for each in series:
         epochs, values = _by_epoch(each, "learning_rate")
-        lower.plot(epochs, values[0], color=each.color, linewidth=1, drawstyle="steps-mid")
+        lower.plot(
+            epochs, values[0], color=each.color, linestyle=each.style.line, linewidth=1, drawstyle="steps-mid"
+        )
     lower.set_ylim(bottom=0)
     lower.margins(x=0.01)
     lower.locator_params(axis="y", nbins=2)
@@ -188,6 +135,32 @@ def overlap_curves(series: Sequence[Series], width: float) -> Figure:
     return figure
 
 
+def compute_curves(series: Sequence[Series], equal: EqualCompute | None, width: float) -> Figure:
+    """Validation accuracy against what training had cost so far: time, and FLOPs where all runs know them.
+
+    Means over the seeds at each epoch; the last epoch has a marker. A dashed line is the mean of the
+    budgets in ``equal``.
+    """
+    from matplotlib.figure import Figure
+
+    trained = [run for each in series for run in each.runs if run.epochs]
+    units: list[Unit] = ["seconds"]
+    if all(spent(run, "flops") is not None for run in trained):
+        units.append("flops")
+    beside = width > 6
+    shape = (1, len(units)) if beside else (len(units), 1)
+    height = 3.4 if beside else 2.5 * len(units) + 0.3
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(*shape, squeeze=False, sharey=True).ravel()
+    for index, (axes, unit) in enumerate(zip(panels, units, strict=True)):
+        budgets = equal.budgets.values() if equal is not None and equal.unit == unit else ()
+        _compute_panel(axes, series, unit, float(np.mean([*budgets])) if budgets else None)
+        if not beside or index == 0:
+            axes.set_ylabel("validation accuracy, %")
+    panels[0].set_ylim(bottom=_focus(series))
+    return figure
+
+
 def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
     """Which filter was off when: one panel a run, rows are filters by layer, columns are epochs."""
     from matplotlib.figure import Figure
@@ -205,12 +178,12 @@ def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
     return figure
 
 
-def pruned_curves(curves: CurveSet, colors: Mapping[str, str], width: float, *, key: bool = False) -> Figure:
+def pruned_curves(curves: CurveSet, looks: Mapping[str, Style], width: float, *, key: bool = False) -> Figure:
     """Accuracy against the filters cut: a panel a reading, a line a method, ± standard error as a band.
 
     Args:
         curves: what to draw.
-        colors: {method: colour}.
+        looks: {method: how to draw it}.
         width: inches.
         key: whether the figure itself says which colour is which method.
     """
@@ -224,8 +197,8 @@ def pruned_curves(curves: CurveSet, colors: Mapping[str, str], width: float, *, 
     panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     for index, (axes, reading) in enumerate(zip(panels, readings, strict=True)):
         for method in curves.methods:
-            _pruned_line(axes, curves, method, reading, colors[method])
-        axes.axhline(100 * curves.chance, color=_INK, linewidth=0.6, linestyle=(0, (4, 3)), label="chance")
+            _pruned_line(axes, curves, method, reading, looks[method])
+        axes.axhline(100 * curves.chance, color=INK, linewidth=0.6, linestyle=(0, (4, 3)), label="chance")
         axes.set_title(printable(reading, _LONGEST), fontsize=9, loc="left")
         axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
@@ -239,52 +212,118 @@ def pruned_curves(curves: CurveSet, colors: Mapping[str, str], width: float, *, 
     return figure
 
 
-def _pruned_line(axes: Axes, curves: CurveSet, method: str, reading: str, color: str) -> None:
+def _pruned_line(axes: Axes, curves: CurveSet, method: str, reading: str, style: Style) -> None:
     curve = curves.curve(method, reading)
+    look: Any = {"color": style.color, "linestyle": style.line, "marker": style.marker, "markersize": 3.5}
+    name = printable(label(method), _LONGEST)
     if curve is None:
         # An empty line: the method still has its place in the key.
-        axes.plot([], [], color=color, linewidth=1.7, label=printable(label(method), _LONGEST))
+        axes.plot([], [], linewidth=1.7, label=name, **look)
         return
     cut = 100 * np.array(curve.fractions)
     means = 100 * np.array([point.mean for point in curve.points])
     errors = 100 * np.array([point.error or 0 for point in curve.points])
-    axes.fill_between(cut, means - errors, means + errors, color=color, alpha=0.18, linewidth=0)
-    name = printable(label(method), _LONGEST)
-    axes.plot(cut, means, color=color, linewidth=1.7, marker="o", markersize=3, label=name)
+    axes.fill_between(cut, means - errors, means + errors, color=style.color, alpha=0.18, linewidth=0)
+    axes.plot(cut, means, linewidth=1.7, label=name, **look)
+
+
+def _compute_panel(axes: Axes, series: Sequence[Series], unit: Unit, budget: float | None) -> None:
+    drawn = []
+    for each in series:
+        found = [(cost, run) for run in each.runs if run.epochs and (cost := spent(run, unit))]
+        if not found:
+            continue
+        # Runs of a method have the same epochs, but for those a damaged record has lost.
+        epochs = min(len(cost) for cost, _ in found)
+        costs = np.array([cost[:epochs] for cost, _ in found], dtype=float)
+        values = np.array(
+            [[epoch["validation_accuracy"] for epoch in run.epochs[:epochs]] for _, run in found], dtype=float
+        )
+        drawn.append((each, costs, 100 * values))
+    largest = max((float(costs.mean(axis=0)[-1]) for _, costs, _ in drawn), default=1.0)
+    size, name = _unit(unit, largest)
+    for each, costs, values in drawn:
+        known = np.isfinite(values).any(axis=0)
+        if not known.any():
+            continue
+        at, values = costs.mean(axis=0)[known] / size, values[:, known]
+        if len(values) > 1:
+            low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+            axes.fill_between(at, low, high, color=each.color, alpha=_band(series), linewidth=0)
+        means = np.nanmean(values, axis=0)
+        axes.plot(at, means, color=each.color, linestyle=each.style.line, linewidth=1.7)
+        axes.plot(at[-1:], means[-1:], color=each.color, marker=each.style.marker, markersize=6.5)
+    if budget is not None:
+        axes.axvline(budget / size, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xlim(left=0)
+    axes.set_xlabel(name)
+
+
+def _unit(unit: Unit, largest: float) -> tuple[float, str]:
+    """What to divide by, and the name of the axis."""
+    if unit == "flops":
+        size, prefix = prefixed(largest)
+        return size, f"training so far, {prefix}FLOPs"
+    size, name = (1.0, "s") if largest < 120 else (60.0, "min") if largest < 7200 else (3600.0, "h")
+    return size, f"training so far, {name}"
 
 
 def _accuracy_dots(axes: Axes, series: Sequence[Series]) -> None:
+    from matplotlib.collections import LineCollection
+
     values = [
         {run.seed: 100 * run.result["test_accuracy"] for run in each.runs if run.result} for each in series
     ]
-    for row, (above, below) in enumerate(pairwise(values)):
-        for seed in above.keys() & below.keys():
-            axes.plot([above[seed], below[seed]], [row, row + 1], color=_FAINT, linewidth=0.8, zorder=1)
+    joins = [
+        [(above[seed], row), (below[seed], row + 1)]
+        for row, (above, below) in enumerate(pairwise(values))
+        for seed in above.keys() & below.keys()
+    ]
+    axes.add_collection(LineCollection(sorted(joins), colors=_FAINT, linewidths=0.8, zorder=1))
+    width = _width([number for found in values for number in found.values()])
     for row, (each, found) in enumerate(zip(series, values, strict=True)):
         numbers = list(found.values())
-        axes.scatter(
-            numbers, [row] * len(numbers), s=22, color=each.color, alpha=0.75, linewidths=0, zorder=3
-        )
-        axes.plot([np.mean(numbers)] * 2, [row - 0.27, row + 0.27], color=each.color, linewidth=2, zorder=4)
+        rows = row + stacked(numbers, width, 0.09, 0.3)
+        look: Any = {"color": each.color, "marker": each.style.marker, "linewidths": 0}
+        axes.scatter(numbers, rows, s=22, alpha=0.75, zorder=3, **look)
+        axes.plot([np.mean(numbers)] * 2, [row - 0.36, row + 0.36], color=each.color, linewidth=2, zorder=4)
     _name_rows(axes, series)
     axes.set_xlabel("test accuracy, %")
 
 
 def _difference_dots(axes: Axes, series: Sequence[Series], differences: Mapping[str, Paired]) -> None:
     axes.axvline(0, color=COLORS[0], linewidth=0.9)
+    width = _width([number for found in differences.values() for number in found.differences.values()])
     for row, each in enumerate(series):
         if each.method not in differences:
             continue
         found = differences[each.method]
         numbers = list(found.differences.values())
-        axes.scatter(
-            numbers, [row + 0.25] * len(numbers), s=16, color=each.color, alpha=0.6, linewidths=0, zorder=3
-        )
+        rows = row + 0.28 + stacked(numbers, width, 0.06, 0.14)
+        look: Any = {"color": each.color, "marker": each.style.marker, "linewidths": 0}
+        axes.scatter(numbers, rows, s=16, alpha=0.6, zorder=3, **look)
         if found.low is not None and found.high is not None:
             axes.plot([found.low, found.high], [row, row], color=each.color, linewidth=1.8, zorder=4)
-        axes.scatter([found.mean], [row], s=42, marker="D", color=each.color, zorder=5)
+        axes.scatter([found.mean], [row], s=42, zorder=5, **look)
     _name_rows(axes, series)
     axes.set_xlabel("difference, points")
+
+
+def stacked(values: Sequence[float], width: float, step: float, most: float) -> NDArray[np.float64]:
+    """Offsets that keep dots within ``width`` of each other apart: 0, ±``step``, … to ±``most``."""
+    counts: dict[int, int] = {}
+    offsets = []
+    for value in values:
+        place = round(value / width)
+        count = counts[place] = counts.get(place, -1) + 1
+        offset = step * ((count + 1) // 2)
+        offsets.append(min(offset, most) * (1 if count % 2 else -1))
+    return np.array(offsets)
+
+
+def _width(values: Sequence[float]) -> float:
+    """The share of an axis that holds ``values`` which a dot takes."""
+    return (max(values) - min(values)) / 60 or 1.0
 
 
 def _name_rows(axes: Axes, series: Sequence[Series]) -> None:
@@ -304,24 +343,36 @@ def _by_epoch(series: Series, key: str) -> tuple[NDArray[np.int64], NDArray[np.f
 
 def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> None:
     """Each method's mean line, its band from the lowest to the highest seed, and its seeds, faint."""
-    for each in series:
+    from matplotlib.collections import LineCollection
+
+    for index, each in enumerate(series):
         epochs, values = _by_epoch(each, key)
         known = np.isfinite(values).any(axis=0)
         numbers, epochs = scale * values[:, known], epochs[known]
+        if 1 < len(numbers) <= _SINGLE:
+            lines = [np.column_stack([epochs, one]) for one in numbers]
+            axes.add_collection(LineCollection(lines, colors=each.color, linewidths=0.6, alpha=0.35))
         if len(numbers) > 1:
-            for one in numbers:
-                axes.plot(epochs, one, color=each.color, linewidth=0.6, alpha=0.35)
-            axes.fill_between(
-                epochs,
-                np.nanmin(numbers, axis=0),
-                np.nanmax(numbers, axis=0),
-                color=each.color,
-                alpha=0.13,
-                linewidth=0,
-            )
-        axes.plot(epochs, np.nanmean(numbers, axis=0), color=each.color, linewidth=1.7)
+            low, high = np.nanmin(numbers, axis=0), np.nanmax(numbers, axis=0)
+            axes.fill_between(epochs, low, high, color=each.color, alpha=_band(series), linewidth=0)
+        axes.plot(
+            epochs,
+            np.nanmean(numbers, axis=0),
+            color=each.color,
+            linestyle=each.style.line,
+            marker=each.style.marker,
+            markersize=4.5,
+            # Markers of methods that lie on each other stand beside each other.
+            markevery=(index * max(1, len(epochs) // 40), max(1, len(epochs) // 6)),
+            linewidth=1.7,
+        )
     axes.locator_params(axis="x", integer=True)
     axes.margins(x=0.01)
+
+
+def _band(series: Sequence[Series]) -> float:
+    """How much of a band covers what is behind it: less the more of them lie over each other."""
+    return min(0.13, 0.5 / len(series))
 
 
 def _focus(series: Sequence[Series]) -> float | None:

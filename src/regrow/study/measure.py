@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from regrow.study import figures, records
+from regrow.study import drawing, figures, records
 from regrow.study.compare import check_comparable
 from regrow.study.curves import check_curve, measure_run
 from regrow.study.pruned import CurveSet, curve_sets, heading, tables, to_dict
@@ -70,10 +70,9 @@ def run_curves(
         if (each.split, each.criterion, each.scope) == (split, criterion, scope)
     )
     records.write_json(home / "curve.json", {"version": records.VERSION, **to_dict(curves)})
-    colors = dict(zip(curves.methods, figures.COLORS * len(curves.methods), strict=False))
-    draw = partial(figures.pruned_curves, curves, colors, key=True)
-    records.write_text(home / "curve.svg", figures.svg(draw, figures.WIDE))
-    records.write_bytes(home / "curve.png", figures.png(draw, figures.WIDE))
+    draw = partial(figures.pruned_curves, curves, drawing.styles(curves.methods), key=True)
+    records.write_text(home / "curve.svg", drawing.svg(draw, drawing.WIDE))
+    records.write_bytes(home / "curve.png", drawing.png(draw, drawing.WIDE))
     console.print(heading(curves), highlight=False, markup=False)
     for table in tables(curves):
         console.print(table)

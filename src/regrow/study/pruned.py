@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.study.compare import Paired, interval, label, paired, signed, spread
-from regrow.study.records import RunRecord, read_curves, weights_hash
+from regrow.study.compare import group_of
+from regrow.study.paired import Paired, paired, spread
+from regrow.study.records import RunRecord, curve_paths, read_curve, weights_hash
+from regrow.study.words import interval, label, signed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 READINGS = ("zeroed", "removed", "compensated")
 _HALF = 0.5
 _COLUMNS = 10
+# A curve record with the method, or the variant, and the seed of its run.
+_Record = tuple[str, int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -117,38 +122,85 @@ class CurveSet:
         return paired(_points(others.half_means), _points(mine.half_means))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The curve records of some runs.
+
+    Attributes:
+        records: those of the weights that the run has now, with their run.
+        outdated: the runs with records of weights they no longer have: they were trained again since.
+        broken: the files that cannot be read, and why.
+    """
+
+    records: list[tuple[RunRecord, dict[str, Any]]]
+    outdated: list[RunRecord]
+    broken: dict[Path, str]
+
+
+def read_measured(runs: Sequence[RunRecord]) -> Measured:
+    """Every curve record in the folders of ``runs``; one that is malformed is named, not raised."""
+    measured = Measured([], [], {})
+    for run in runs:
+        found = []
+        for path in curve_paths(run.folder):
+            try:
+                found.append(read_curve(path))
+            except ValueError as error:
+                measured.broken[path] = str(error)
+        weights = weights_hash(run.folder) if found else None
+        # Weights that were deleted to save room have not changed.
+        current = [record for record in found if weights in (None, record["weights"])]
+        measured.records.extend((run, record) for record in current)
+        if len(current) < len(found):
+            measured.outdated.append(run)
+    return measured
+
+
 def curve_sets(
     runs: Sequence[RunRecord],
     *,
     baseline: str = "standard",
+    variants: Mapping[Path, str] | None = None,
     fractions: Collection[float] | None = None,
     readings: Collection[str] | None = None,
 ) -> list[CurveSet]:
     """The curve records in the folders of ``runs``, together by split, criterion and scope.
 
-    Records of other weights than are in the folder now are left out (``outdated`` names them). A curve
-    has the fractions that all runs of its reading have, so that means compare like with like.
-
-    Args:
-        runs: comparable ones (see ``compare.check_comparable``).
-        baseline: the method that margins are taken over; the first method where no run has it.
-        fractions, readings: only these. Default: all.
+    As :func:`sets_of`, of all records.
 
     Raises:
         ValueError: a record that is malformed.
     """
-    found: dict[tuple[str, str, str], list[tuple[RunRecord, dict[str, Any]]]] = {}
-    for run in runs:
-        for record in _records(run)[0]:
-            key = (record["split"], record["criterion"], record["scope"])
-            found.setdefault(key, []).append((run, record))
+    measured = read_measured(runs)
+    if measured.broken:
+        raise ValueError(next(iter(measured.broken.values())))
+    return sets_of(measured, baseline=baseline, variants=variants, fractions=fractions, readings=readings)
+
+
+def sets_of(
+    measured: Measured,
+    *,
+    baseline: str = "standard",
+    variants: Mapping[Path, str] | None = None,
+    fractions: Collection[float] | None = None,
+    readings: Collection[str] | None = None,
+) -> list[CurveSet]:
+    """The records of ``measured``, together by split, criterion and scope.
+
+    A curve has the fractions that all runs of its reading have, so that means compare like with like.
+
+    Args:
+        measured: of comparable runs (see ``compare.check_comparable``).
+        baseline: the method that margins are taken over; the first method where no run has it.
+        variants: {run's folder: name} to tell variants of a method apart by. Default: the method.
+        fractions, readings: only these. Default: all.
+    """
+    found: dict[tuple[str, str, str], list[_Record]] = {}
+    for run, record in measured.records:
+        key = (record["split"], record["criterion"], record["scope"])
+        found.setdefault(key, []).append((group_of(run, variants), run.seed, record))
     sets = [_curve_set(key, each, baseline, fractions, readings) for key, each in sorted(found.items())]
     return [each for each in sets if each.curves]
-
-
-def outdated(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs with curve records of weights they no longer have: they were trained again since."""
-    return [run for run in runs if _records(run)[1]]
 
 
 def estimate(values: Collection[float]) -> Estimate:
@@ -280,42 +332,33 @@ def _points(means: dict[int, float]) -> dict[int, float]:
     return {seed: 100 * mean for seed, mean in means.items()}
 
 
-def _records(run: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The curve records of the weights that ``run`` has now, and those of other weights."""
-    found = read_curves(run.folder)
-    weights = weights_hash(run.folder) if found else None
-    # Weights that were deleted to save room have not changed.
-    current = [record for record in found if weights in (None, record["weights"])]
-    return current, [record for record in found if record not in current]
-
-
 def _curve_set(
     key: tuple[str, str, str],
-    found: Sequence[tuple[RunRecord, dict[str, Any]]],
+    found: Sequence[_Record],
     baseline: str,
     fractions: Collection[float] | None,
     readings: Collection[str] | None,
 ) -> CurveSet:
-    methods = list(dict.fromkeys(run.method for run, _ in found))
+    methods = list(dict.fromkeys(method for method, _, _ in found))
     baseline = baseline if baseline in methods else methods[0]
     methods.sort(key=lambda method: method != baseline)  # stable: the others stay in their order
-    by_reading: dict[str, list[tuple[RunRecord, dict[float, float]]]] = {}
-    for run, record in found:
+    by_reading: dict[str, list[tuple[str, int, dict[float, float]]]] = {}
+    for method, seed, record in found:
         for reading in dict.fromkeys(point["reading"] for point in record["points"]):
             values = {p["fraction"]: p["accuracy"] for p in record["points"] if p["reading"] == reading}
             if readings is None or reading in readings:
-                by_reading.setdefault(reading, []).append((run, values))
+                by_reading.setdefault(reading, []).append((method, seed, values))
     curves = []
     for reading in sorted(by_reading, key=lambda name: (*READINGS, name).index(name)):
-        shared = set.intersection(*(set(values) for _, values in by_reading[reading]))
+        shared = set.intersection(*(set(values) for _, _, values in by_reading[reading]))
         wanted = tuple(sorted(shared if fractions is None else shared & set(fractions)))
         for method in methods if wanted else []:
             accuracies = {
-                run.seed: tuple(values[fraction] for fraction in wanted)
-                for run, values in by_reading[reading]
-                if run.method == method
+                seed: tuple(values[fraction] for fraction in wanted)
+                for of_method, seed, values in by_reading[reading]
+                if of_method == method
             }
             if accuracies:
                 curves.append(Curve(method, reading, wanted, accuracies))
     split, criterion, scope = key
-    return CurveSet(split, criterion, scope, baseline, 1 / found[0][1]["classes"], tuple(curves))
+    return CurveSet(split, criterion, scope, baseline, 1 / found[0][2]["classes"], tuple(curves))

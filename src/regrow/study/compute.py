@@ -1,0 +1,83 @@
+"""Runs at equal compute: what each had reached when the cheapest of its seed was done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from regrow.study.records import RunRecord
+
+Unit = Literal["flops", "seconds"]
+
+
+@dataclass(frozen=True)
+class EqualCompute:
+    """Best validation accuracy within the compute that the cheapest run of the same seed spent.
+
+    ``accuracies`` are fractions, {method: {seed: accuracy}}, without the runs that had not finished an
+    epoch by then; ``budgets`` are in ``unit``, {seed: compute}.
+    """
+
+    unit: Unit
+    budgets: Mapping[int, float]
+    accuracies: Mapping[str, Mapping[int, float]]
+
+
+def equal_compute(runs: Mapping[str, Mapping[int, RunRecord]]) -> EqualCompute | None:
+    """Compare runs at equal compute: training FLOPs if every epoch has them, else seconds of training.
+
+    Args:
+        runs: {method: {seed: finished run}}.
+
+    Returns:
+        None where no seed has runs of two methods with epochs.
+    """
+    every = [run for of_method in runs.values() for run in of_method.values()]
+    unit: Unit = "flops" if all(spent(run, "flops") is not None for run in every) else "seconds"
+    seeds = sorted({seed for of_method in runs.values() for seed in of_method})
+    budgets: dict[int, float] = {}
+    accuracies: dict[str, dict[int, float]] = {method: {} for method in runs}
+    for seed in seeds:
+        costs = {
+            method: cost
+            for method, of_method in runs.items()
+            if seed in of_method and (cost := spent(of_method[seed], unit))
+        }
+        if len(costs) < 2:
+            continue
+        budgets[seed] = min(cost[-1] for cost in costs.values())
+        for method, cost in costs.items():
+            reached = best_within(runs[method][seed], cost, budgets[seed])
+            if reached is not None:
+                accuracies[method][seed] = reached
+    return EqualCompute(unit, budgets, accuracies) if budgets else None
+
+
+def spent(run: RunRecord, unit: Unit) -> list[float] | None:
+    """What ``run`` had spent after each of its epochs; None where an epoch does not say."""
+    costs = [cost for epoch in run.epochs if (cost := epoch.get(unit)) is not None]
+    return list(accumulate(costs)) if len(costs) == len(run.epochs) else None
+
+
+def best_within(run: RunRecord, cost: list[float], budget: float) -> float | None:
+    """The best validation accuracy of the epochs that ended within ``budget``; None without any.
+
+    That of the finished run is one of them where all of it was within, for batch norms may have been
+    re-estimated at its end.
+
+    Args:
+        run: a finished run.
+        cost: what it had spent after each epoch, as :func:`spent` gives it.
+        budget: in the same unit.
+    """
+    reached = [
+        epoch["validation_accuracy"]
+        for epoch, so_far in zip(run.epochs, cost, strict=True)
+        if so_far <= budget and epoch["validation_accuracy"] is not None
+    ]
+    if run.result is not None and cost and cost[-1] <= budget:
+        reached.append(run.result["validation_accuracy"])
+    return max(reached, default=None)

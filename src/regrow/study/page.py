@@ -1,0 +1,274 @@
+"""The HTML page of a report, from records that are read already."""
+
+from __future__ import annotations
+
+import base64
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.study import compare, drawing, figures, pruned, words
+from regrow.study.compare import METHOD_SETTINGS, MethodSummary
+from regrow.study.compute import equal_compute
+from regrow.study.drawing import NARROW, WIDE
+from regrow.study.figures import Series
+from regrow.study.paired import Spread
+from regrow.study.pruned import CurveSet
+from regrow.study.records import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MAPS = 3
+# Of more methods than this, the page begins with one sentence about all of them.
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a page is about.
+
+    Attributes:
+        title: the heading.
+        summaries: the methods, the baseline first.
+        runs: finished and unfinished, by method and seed.
+        groups: {run folder: method or variant}, of ``runs``.
+        rows: ``report.run_rows`` of ``runs``.
+        curves: accuracy–pruned curves.
+        outdated: runs whose curve is of other weights than they have now.
+        left_out: {folder or file: why it could not be read}.
+        home: the folder of the page.
+    """
+
+    title: str
+    summaries: Sequence[MethodSummary]
+    runs: Sequence[RunRecord]
+    groups: Mapping[Path, str]
+    rows: Sequence[Mapping[str, Any]]
+    curves: Sequence[CurveSet]
+    outdated: Sequence[RunRecord]
+    left_out: Mapping[str, str]
+    home: Path
+
+
+def render(content: Content) -> str:
+    """The page as HTML."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: drawing.printable(value) if type(value) is str else value,
+    )
+    environment.filters.update(
+        label=words.label,
+        mention=words.mention,
+        percent=words.percent,
+        signed=words.signed,
+        interval=words.interval,
+        p_value=words.p_value,
+        duration=words.duration,
+        flops=words.flops,
+        count=lambda number: words.flops(Spread(number, None)),
+        estimate=pruned.percent,
+        area=pruned.area,
+        setting=_setting,
+        # "95 %" and "n = 3" are not to be torn apart at the end of a line.
+        unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
+    )
+    environment.globals.update(bounds=words.bounds, markers=drawing.MARKERS)
+    source = resources.files("regrow.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    summaries, runs, home = content.summaries, content.runs, content.home
+    finished = [run for run in runs if run.result is not None]
+    series = _series(content)
+    drawings = _drawings(series, summaries, content.curves)
+    return environment.from_string(source).render(
+        title=content.title,
+        baseline=summaries[0].baseline,
+        compared=any(each.difference for each in summaries),
+        equal=any(each.at_equal_compute for each in summaries),
+        counted=any(each.flops for each in summaries),
+        overview=compare.overview(summaries) if summaries[-1].compared > _FEW else None,
+        headlines=compare.headline(summaries).split("\n"),
+        summaries=summaries,
+        series=series,
+        styles={each.method: each.style for each in series},
+        rows=[
+            {**row, "planned": run.config.get("epochs")} for row, run in zip(content.rows, runs, strict=True)
+        ],
+        figures={
+            name: (Markup(_uri(draw, WIDE)), Markup(_uri(draw, NARROW))) for name, draw in drawings.items()
+        },
+        pruned=content.curves,
+        readings=[
+            reading for reading in pruned.READINGS if any(reading in each.readings for each in content.curves)
+        ],
+        outdated=[near(run.folder, home) for run in content.outdated],
+        left_out=content.left_out,
+        maps=[
+            {"method": each.method, "shown": min(_MAPS, len(each.runs)), "runs": len(each.runs)}
+            for each in _mapped(series)
+        ],
+        cuts=[
+            {"method": each.method, "runs": len(each.runs), **shares, **_remarks(each.runs)}
+            for each in series
+            if (shares := cut_shares(each.runs)) is not None
+        ],
+        settings=_settings(series),
+        environments=_environments(finished, home),
+        commands=sorted({run.environment["command"] for run in finished}),
+        again=shlex.quote(f"{near(finished[-1].folder, home)}/config.yaml"),
+        regrow=finished[0].environment["regrow"],
+    )
+
+
+def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
+    """What was dropped when, over the seeds of one method, or None when nothing ever was.
+
+    Returns:
+        ``events``: [(cycle, epoch)] of the drops; ``rows``: per layer ``name``, ``filters`` and
+        ``shares``, for each event (mean, lowest, highest) share of the layer's filters dropped over the
+        runs that have the event. The last row is all layers together.
+    """
+    drops = [
+        {
+            (event["cycle"], event["epoch"]): event["filters"]
+            for event in run.events
+            if event["kind"] == "drop"
+        }
+        for run in runs
+    ]
+    events = sorted(set().union(*drops))
+    if not events or runs[0].result is None:
+        return None
+    sizes: dict[str, int] = runs[0].result["filters"]
+    rows = []
+    for name, layers in [*((name, [name]) for name in sizes), ("all layers", list(sizes))]:
+        filters = sum(sizes[layer] for layer in layers)
+        shares = []
+        for event in events:
+            found = [
+                sum(len(set(one[event].get(layer, []))) for layer in layers) / max(1, filters)
+                for one in drops
+                if event in one
+            ]
+            shares.append((sum(found) / len(found), min(found), max(found)))
+        rows.append({"name": name, "filters": filters, "shares": shares})
+    return {"events": events, "rows": rows}
+
+
+def _series(content: Content) -> list[Series]:
+    styles = drawing.styles([each.method for each in content.summaries])
+    runs: dict[str, list[RunRecord]] = {method: [] for method in styles}
+    for run in content.runs:
+        if run.result is not None:
+            runs[content.groups[run.folder]].append(run)
+    return [Series(method, style, runs[method]) for method, style in styles.items()]
+
+
+def _drawings(
+    series: Sequence[Series], summaries: Sequence[MethodSummary], curves: Sequence[CurveSet]
+) -> dict[str, Callable[[float], Figure]]:
+    differences = {each.method: each.difference for each in summaries if each.difference}
+    drawings: dict[str, Callable[[float], Figure]] = {"dots": partial(figures.dots, series, differences)}
+    looks = {each.method: each.style for each in series}
+    for index, each_set in enumerate(curves):
+        drawings[f"pruned {index}"] = partial(figures.pruned_curves, each_set, looks)
+    trained = [each for each in series if any(run.epochs for run in each.runs)]
+    if trained:
+        equal = equal_compute({each.method: {run.seed: run for run in each.runs} for each in series})
+        drawings["curves"] = partial(figures.learning_curves, trained)
+        drawings["compute"] = partial(figures.compute_curves, trained, equal)
+        drawings["overlap"] = partial(figures.overlap_curves, trained)
+    for each in _mapped(series):
+        drawings[f"map {each.method}"] = partial(figures.filter_map, each.runs[:_MAPS], each.color)
+    return drawings
+
+
+def _mapped(series: Sequence[Series]) -> list[Series]:
+    """The methods that ever dropped a filter."""
+    return [each for each in series if any(run.events and run.epochs for run in each.runs)]
+
+
+def _uri(draw: Callable[[float], Figure], width: float) -> str:
+    picture = drawing.svg(draw, width).encode("utf-8", errors="replace")
+    return "data:image/svg+xml;base64," + base64.b64encode(picture).decode()
+
+
+def _remarks(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """The notes of the events and the layers regrown along the least covered directions, with counts."""
+    notes: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for run in runs:
+        for event in run.events:
+            for note in event["notes"]:
+                notes[str(note)] = notes.get(str(note), 0) + 1
+            least_covered = event.get("least_covered")
+            for layer in least_covered if isinstance(least_covered, list) else []:
+                layers[str(layer)] = layers.get(str(layer), 0) + 1
+    restores = sum(event["kind"] == "restore" for run in runs for event in run.events)
+    return {"notes": notes, "least_covered": layers, "restores": restores}
+
+
+def _settings(series: Sequence[Series]) -> dict[str, Any]:
+    """Settings all methods share, and those that belong to a method or differ, {key: [value of each]}."""
+    configs = [each.runs[0].config for each in series]
+    keys = [
+        key
+        for key in dict.fromkeys(key for config in configs for key in config)
+        if key not in ("version", "method", "seed")
+    ]
+    owned = frozenset().union(*METHOD_SETTINGS.values())
+    shared = {
+        key: configs[0].get(key)
+        for key in keys
+        if key not in owned and all(config.get(key) == configs[0].get(key) for config in configs)
+    }
+    differing = {
+        key: [
+            "—"
+            if key in owned and key not in METHOD_SETTINGS.get(config["method"], owned)
+            else _setting(config.get(key, "—"))
+            for config in configs
+        ]
+        for key in keys
+        if key not in shared
+    }
+    used = {key: values for key, values in differing.items() if set(values) != {"—"}}
+    return {"shared": shared, "differing": used}
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
+
+
+def _environments(runs: Sequence[RunRecord], home: Path) -> dict[str, list[tuple[str, str]]]:
+    """{key: [(value, which runs)]}: one value where all runs agree."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key in runs[0].environment:
+        if key in ("version", "command"):
+            continue
+        folders: dict[str, list[str]] = {}
+        for run in runs:
+            folders.setdefault(_setting(run.environment.get(key)), []).append(near(run.folder, home))
+        found[key] = [
+            (value, "" if len(folders) == 1 else ", ".join(where)) for value, where in folders.items()
+        ]
+    return found
+
+
+def near(folder: Path, home: Path) -> str:
+    """``folder`` as seen from the report; its name alone when it lies elsewhere."""
+    folder, home = folder.resolve(), home.resolve()
+    return folder.relative_to(home).as_posix() if folder.is_relative_to(home) else folder.name
