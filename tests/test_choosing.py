@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from regrow.choosing import Choice, check_choice, choose, coupled_filters, families_of, merged
+from regrow.choosing import (
+    Choice,
+    check_choice,
+    choose,
+    coupled_filters,
+    families_of,
+    merged,
+    renumbered,
+)
 from regrow.structure import read_structure
 
 
@@ -127,3 +135,17 @@ def test_families_are_of_one_kind_and_units_join_them():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         check_choice(**{"scope": "layer", "floor": 0.1, "round_to": 1, "coupled": "jointly", **settings})
+
+
+def test_units_of_what_cuts_have_left():
+    units = [{"a": [0, 1], "b": [2]}, {"a": [2], "b": [0]}, {"c": [1], "b": [1]}]
+    left = {"a": torch.tensor([True, False, True]), "c": torch.tensor([True, True, False])}
+    # c holds a filter at zero and goes on counting it.
+    scores = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(3)}
+    assert renumbered(units, left, scores) == [
+        {"a": [0], "b": [2]},
+        {"a": [1], "b": [0]},
+        {"c": [1], "b": [1]},
+    ]
+    left["b"], scores["b"] = torch.tensor([True, False, True]), torch.zeros(2)
+    assert renumbered(units, left, scores) == [{"a": [0], "b": [1]}, {"a": [1], "b": [0]}]

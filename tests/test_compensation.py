@@ -11,6 +11,7 @@ from torch import nn
 from regrow.compensation import READINGS, compensate, read_as
 from regrow.reestimation import reestimate_norms
 from regrow.removal import remove_filters, zero_filters
+from regrow.structure import read_structure
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -525,3 +526,15 @@ def test_compensation_recovers_much_of_what_removal_costs_on_real_digits() -> No
     full = float((outputs(net, x[1200:]).argmax(1) == y[1200:]).float().mean())
     assert full > 0.9
     assert accuracy("compensated") > accuracy("removed") + 0.1
+
+
+def test_known_readers_save_the_look_for_them(make_net, monkeypatch):
+    model = make_net()
+    readers = read_structure(model, torch.randn(1, 3, 8, 8))
+    other = copy.deepcopy(model)
+    keep = {"conv2": torch.arange(8) < 5}
+    images = [torch.randn(16, 3, 8, 8)]
+    record = compensate(model, keep, images, example_inputs=torch.randn(1, 3, 8, 8))
+    monkeypatch.setattr("regrow.removal.read_structure", None)
+    assert compensate(other, keep, images, example_inputs=torch.randn(1, 3, 8, 8), readers=readers) == record
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

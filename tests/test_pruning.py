@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regrow.bridgeout_layers import add_bridgeout
 from regrow.checkpoint import load, save
 from regrow.pruning import prune
+from regrow.surgery import cut
 
 X = torch.randn(2, 3, 8, 8)
 IMAGES = [torch.randn(64, 3, 8, 8)]
@@ -104,13 +105,29 @@ def test_coupled_filters_go_jointly_or_not():
     individual, joint = Residual(), Residual()
     joint.load_state_dict(individual.state_dict())
     settings = {"fraction": 0.5, "example_inputs": X, "compensate": False}
-    alone = prune(individual, **settings)["layers"]
+    alone = prune(individual, coupled="individually", **settings)["layers"]
     assert alone == {name: {"before": 8, "after": 4} for name in ("stem", "first", "second")}
     assert individual.head.in_features > 4  # what either of the two keeps
-    report = prune(joint, coupled="jointly", **settings)
+    report = prune(joint, **settings)
+    assert report["settings"]["coupled"] == "jointly"
     assert report["dropped"]["stem"] == report["dropped"]["second"]
     assert joint.head.in_features == 4
     assert joint.stem.out_channels == joint.first.in_channels == joint.second.out_channels == 4
+
+
+@pytest.mark.parametrize("faster", ["individually", "jointly"])
+def test_for_latency_the_faster_way_is_taken(faster, monkeypatch):
+    # In place of a clock. Cut jointly, the head reads no more than the stem gives.
+    def clock(models, _inputs):
+        small = models[1]
+        jointly = small.head.in_features == small.stem.out_channels
+        slower = 0.4 if jointly != (faster == "jointly") else 0.0
+        return [{"median": 1.0}, {"median": 0.05 * small.stem.out_channels + slower}]
+
+    monkeypatch.setattr("regrow.budget.measure_latency", clock)
+    report = prune(Residual(), latency=0.6, example_inputs=X, compensate=False)
+    assert report["settings"]["coupled"] == faster
+    assert report["target"]["reached"] <= 0.6
 
 
 def test_widths_are_rounded(make_net):
@@ -191,3 +208,43 @@ def test_a_ddp_model_is_refused(make_net, tmp_path):
         assert wrapped.module.conv1.out_channels == 6
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("coupled", ["individually", "jointly"])
+def test_a_net_that_was_cut_is_pruned_again(coupled, tmp_path):
+    model = Residual().eval()
+    fresh = copy.deepcopy(model)
+    settings = {"example_inputs": X, "compensate": False}
+    prune(model, fraction=0.25, coupled=coupled, **settings)
+    assert [model.stem.out_channels, model.first.out_channels, model.second.out_channels] == [6, 6, 6]
+    given = copy.deepcopy(model)
+    report = prune(model, fraction=0.5, coupled=coupled, **settings)
+    assert report["layers"] == {name: {"before": 6, "after": 3} for name in ("stem", "first", "second")}
+    assert report["filters"] == {"before": 18, "after": 9}
+    assert report["parameters"]["before"] == sum(p.numel() for p in given.parameters())
+    assert report["parameters"]["after"] == sum(p.numel() for p in model.parameters())
+    assert report["macs"]["before"] > report["macs"]["after"]
+    # What is dropped counts the filters that the cut net has.
+    keep = {name: torch.ones(6, dtype=torch.bool) for name in report["dropped"]}
+    for name, indices in report["dropped"].items():
+        assert len(indices) == 3
+        keep[name][indices] = False
+    cut(given, keep, example_inputs=X)
+    assert torch.allclose(given(X), model(X), rtol=1e-5, atol=1e-6)
+    save(model, tmp_path / "twice.safetensors")
+    assert torch.equal(load(fresh, tmp_path / "twice.safetensors").eval()(X), model(X))
+
+
+def test_pruned_again_within_a_budget_and_compensated(make_net):
+    model = make_net((12, 12, 12)).eval()
+    inputs = torch.randn(50, 3, 8, 8)
+    settings = {"example_inputs": X, "calibration": IMAGES, "validation": [(inputs, torch.zeros(50).long())]}
+    first = prune(model, macs=0.6, **settings)
+    second = prune(model, macs=0.6, **settings)
+    assert second["macs"]["before"] == first["macs"]["after"]
+    assert second["macs"]["after"] <= 0.6 * first["macs"]["after"]
+    assert second["accuracy"]["before"] == first["accuracy"]["after"]
+    nothing = prune(model, fraction=0, **settings)
+    assert nothing["dropped"] == {}
+    assert nothing["compensation"] == {"folded": [], "unfolded": {}, "norms": [], "images": 0}
+    assert nothing["parameters"]["after"] == second["parameters"]["after"]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from regrow.checkpoint import load, save
     from regrow.compensation import compensate, read_as
     from regrow.cycle import Event, RePr
+    from regrow.deploy import fold_norms
+    from regrow.deploy import fold_norms
     from regrow.export import export_onnx
     from regrow.pruning import prune
     from regrow.reestimation import reestimate_norms
@@ -32,6 +34,8 @@ _HOMES = {
     "compensate": "regrow.compensation",
     "cut": "regrow.surgery",
     "export_onnx": "regrow.export",
+    "fold_norms": "regrow.deploy",
+    "fold_norms": "regrow.deploy",
     "load": "regrow.checkpoint",
     "overlap": "regrow.scoring",
     "prune": "regrow.pruning",
@@ -51,6 +55,7 @@ __all__ = [
     "compensate",
     "cut",
     "export_onnx",
+    "fold_norms",
     "load",
     "overlap",
     "prune",

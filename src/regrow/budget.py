@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -112,7 +113,15 @@ class Search:
             return known[count]
 
         start = math.inf if kind == "max_drop" else 1.0
-        rung, found = first_within(value, rungs, limit, start=start, close=_CLOSE[kind])
+        close, guess = _CLOSE[kind], None
+        if kind in ("macs", "params"):
+            self.tell(0.1, "guessing how many filters go")
+
+            def estimated(rung: int) -> float:
+                return self.bench.estimate(self.choose(fraction(rung)))[kind]
+
+            guess, _ = first_within(estimated, rungs, limit, start=1.0, close=close)
+        rung, found = first_within(value, rungs, limit, start=start, close=close, guess=guess)
         if found > limit or not removed(self.choose(fraction(rung))):
             raise ValueError(self._refusal(kind, limit, known))
         reached = found
@@ -128,6 +137,18 @@ class Search:
             f"{kind}={limit} was met while searching and not when looked at again ({reached:.3g}): the "
             "measurement varies too much. Quiet the machine, or ask for a little less."
         )
+
+    def latency_at(self, macs: float) -> float:
+        """The share of its latency that the network takes when cut to this share of its MACs, about."""
+        rungs = min(_RUNGS["macs"], self.filters - 1)
+        rung, _ = first_within(
+            lambda rung: self.bench.estimate(self.choose(rung / (rungs + 1)))["macs"],
+            rungs,
+            macs,
+            start=1.0,
+            close=_CLOSE["macs"],
+        )
+        return self._value("latency", self.choose(rung / (rungs + 1)))
 
     def _value(self, kind: str, keep: Mapping[str, Tensor]) -> float:
         if not removed(keep):
@@ -145,8 +166,11 @@ class Search:
             return timing[1]["median"] / timing[0]["median"], timing
         if kind == "params":
             return count_parameters(small) / count_parameters(self.model), None
-        dense = count_macs(self.model, self.example_inputs)
-        return count_macs(small, self.example_inputs) / dense, None
+        return count_macs(small, self.example_inputs) / self._macs, None
+
+    @functools.cached_property
+    def _macs(self) -> int:
+        return count_macs(self.model, self.example_inputs)
 
     def _refusal(self, kind: str, limit: float, known: Mapping[int, float]) -> str:
         tried = {count: found for count, found in known.items() if count}

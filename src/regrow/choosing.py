@@ -18,7 +18,7 @@ from regrow.selection import check_selection, select
 from regrow.suggest import nearest
 
 SCOPES = ("layer", "global", "isomorphic")
-COUPLED = ("individually", "jointly")
+COUPLED = ("jointly", "individually")  # the default first
 
 Unit = Mapping[str, Sequence[int]]
 
@@ -71,7 +71,8 @@ def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dic
         {name: BoolTensor[filters]} on the CPU, True = alive.
     """
     scores = {name: torch.as_tensor(values).detach().double().cpu() for name, values in scores.items()}
-    scores = _shared(scores, choice.units)
+    numbers = _unit_numbers(scores, choice.units)
+    scores = _by_layer(_unit_means(torch.cat(list(scores.values())), numbers), scores)
     groups = choice.families if choice.scope == "isomorphic" else [list(scores)]
     keep: dict[str, Tensor] = {}
     with warnings.catch_warnings():
@@ -88,10 +89,10 @@ def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dic
     before = -1
     while (alive := sum(int(mask.sum()) for mask in keep.values())) != before:
         before = alive
-        for unit in choice.units:
-            if any(keep[name][list(indices)].any() for name, indices in unit.items()):
-                for name, indices in unit.items():
-                    keep[name][list(indices)] = True
+        flat = torch.cat(list(keep.values()))
+        stays = torch.zeros(len(flat), dtype=torch.bool)
+        stays[numbers[flat]] = True
+        keep = _by_layer(stays[numbers], keep)
         for name, mask in keep.items():
             count = _up(int(mask.sum()), choice.round_to)
             keep[name] = mask | _best(scores[name].masked_fill(mask, math.inf), count)
@@ -156,6 +157,30 @@ def coupled_filters(
     return [dict(unit) for unit in units.values() if sum(map(len, unit.values())) > 1]
 
 
+def renumbered(
+    units: Iterable[Unit], left: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> list[dict[str, list[int]]]:
+    """``units`` of an uncut model as units of the filters that cuts have left of it.
+
+    Args:
+        left: layer → BoolTensor[filters before the first cut], True = left; layers not listed: all.
+        scores: {name: Tensor[filters]} of the filters that each layer counts now.
+    """
+    found = []
+    for unit in units:
+        now: dict[str, list[int]] = {}
+        for name, indices in unit.items():
+            mask = left.get(name)
+            # A layer that holds some at zero goes on counting all its filters.
+            if mask is not None and len(scores[name]) < len(mask):
+                indices = [int(mask[:i].sum()) for i in indices if mask[i]]
+            if indices:
+                now[name] = list(indices)
+        if sum(map(len, now.values())) > 1:
+            found.append(now)
+    return found
+
+
 class _Links:
     """Sets of things that were joined (union–find)."""
 
@@ -178,14 +203,28 @@ def _kind(module: Any) -> tuple[Any, ...]:
     return (type(module).__name__, grouped, *(getattr(module, detail, None) for detail in details))
 
 
-def _shared(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> dict[str, Tensor]:
-    """``scores`` with the mean of each unit in place of its filters' own."""
-    scores = {name: values.clone() for name, values in scores.items()}
+def _unit_numbers(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> Tensor:
+    """The number of each filter's unit, layer after layer; a filter by itself is one too."""
+    starts, count = {}, 0
+    for name, values in scores.items():
+        starts[name] = count
+        count += len(values)
+    numbers = torch.arange(count)
     for unit in units:
-        mean = torch.cat([scores[name][list(indices)] for name, indices in unit.items()]).mean()
-        for name, indices in unit.items():
-            scores[name][list(indices)] = mean
-    return scores
+        members = [starts[name] + index for name, indices in unit.items() for index in indices]
+        numbers[torch.tensor(members)] = members[0]
+    return numbers
+
+
+def _unit_means(flat: Tensor, numbers: Tensor) -> Tensor:
+    """Of the scores ``flat`` the mean of each unit in place of its filters' own."""
+    sums = torch.zeros_like(flat).index_add(0, numbers, flat)
+    return (sums / torch.bincount(numbers, minlength=len(flat)))[numbers]
+
+
+def _by_layer(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([len(values) for values in like.values()])
+    return {name: part.clone() for name, part in zip(like, parts, strict=True)}
 
 
 def _up(count: int, multiple: int) -> int:

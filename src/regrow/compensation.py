@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regrow.calibration import check_calibration, check_finite_results, evaluating, forward, inputs_of
 from regrow.filters import unwrap
+from regrow.readers import Readers
 from regrow.reestimation import reestimate_norms, running_norms
 from regrow.removal import plan_removal, remove_filters, zero_filters
 from regrow.structure import call
@@ -71,6 +72,7 @@ def compensate(
     example_inputs: Any,
     fold: bool = True,
     reestimate: bool = True,
+    readers: Mapping[str, Readers] | None = None,
 ) -> dict[str, Any]:
     """Remove filters from a trained model, in place, and make up for them on unlabelled images.
 
@@ -96,6 +98,8 @@ def compensate(
         example_inputs: what ``model`` takes; one picture is enough.
         fold: whether to fold the means.
         reestimate: whether to re-estimate the batch norms (``reestimate_norms``).
+        readers: what ``structure.read_structure`` says of the model, where that is known already: it takes
+            most of the time for few images.
 
     Returns:
         JSON-able record: that of ``remove_filters``, and folded [layers that took a mean], unfolded
@@ -107,7 +111,7 @@ def compensate(
             Nothing is changed then.
     """
     model = unwrap(model)
-    removal = plan_removal(model, keep, example_inputs)
+    removal = plan_removal(model, keep, example_inputs, readers)
     check_calibration(calibration)
     record = removal.record("compensated") | {"folded": [], "unfolded": {}, "norms": [], "images": 0}
     if not removal.gone:
@@ -120,7 +124,7 @@ def compensate(
     behind: dict[str, list[str]] = {}
     if fold:
         shifts, record["images"] = _mean_shifts(model, cut, removal.gone, calibration)
-        behind = _norms_behind(model, example_inputs)
+        behind = norms_behind(model, example_inputs)
         record["unfolded"] = _fold(cut, shifts, behind)
         record["folded"] = [name for name in shifts if name not in record["unfolded"]]
     if reestimate and running_norms(cut):
@@ -210,8 +214,13 @@ def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, l
     return unfolded
 
 
-def _norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
-    """The batch norms with running statistics that read the very output of a layer: {layer: norms}."""
+def norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
+    """The batch norms with running statistics that read the very output of one layer alone.
+
+    Returns:
+        {convolution or linear layer: norms}, as found in one pass over ``example_inputs``. What else reads
+        the layer's output does not show.
+    """
     # Holding the outputs keeps their ids from being used again; a version tells of work in place.
     outputs: dict[int, tuple[str, int, Tensor]] = {}
     sources: dict[str, set[str]] = {}

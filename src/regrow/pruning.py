@@ -14,13 +14,23 @@ from torch import Tensor, nn
 from regrow.accuracy import top1
 from regrow.budget import Search, check_target, removed
 from regrow.calibration import check_calibration, inputs_of
-from regrow.choosing import Choice, check_choice, choose, coupled_filters, families_of, merged
+from regrow.choosing import (
+    COUPLED,
+    Choice,
+    check_choice,
+    choose,
+    coupled_filters,
+    families_of,
+    merged,
+    renumbered,
+)
 from regrow.cost import activation_bytes, count_macs, count_parameters, measure_latency, weight_bytes
 from regrow.filters import convolutions, left_out, unwrap
 from regrow.removal import unremovable
 from regrow.scoring import check_criterion, score
 from regrow.structure import read_structure
-from regrow.trials import Bench, become
+from regrow.surgery import filter_counts, keep_of_uncut
+from regrow.trials import Bench, become, uncut
 
 __all__ = ["prune"]
 
@@ -41,7 +51,7 @@ def prune(
     validation: Iterable[Any] | None = None,
     criterion: str = "l2",
     scope: str = "layer",
-    coupled: str = "individually",
+    coupled: str | None = None,
     round_to: int = 1,
     floor: float = 0.1,
     exclude: Iterable[str] = (),
@@ -55,8 +65,8 @@ def prune(
     one for ``max_drop``), on copies; ``model`` changes once, at the end, or not at all. It is not trained.
 
     Args:
-        model: any trained module with convolutions, not inside a data-parallel wrapper. Its parameters
-            become new, smaller ones: build optimizers afterwards.
+        model: any trained module with convolutions, cut before or not, not inside a data-parallel wrapper.
+            Its parameters become new, smaller ones: build optimizers afterwards.
         example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords. MACs,
             latency and memory are those of a pass over it.
         fraction: target: share of the ranked filters to remove, 0 ≤ fraction < 1.
@@ -70,9 +80,10 @@ def prune(
         criterion: as ``score`` takes it.
         scope: ``"layer"`` removes the same share of each layer, ``"global"`` ranks all filters together,
             ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
-        coupled: filters that are added into the same channel of a residual stream go ``"individually"``,
-            each layer computing its kept ones only, or ``"jointly"``, by their mean score, so that the
-            channel leaves the stream.
+        coupled: filters that are added into the same channel of a residual stream go ``"jointly"``, by their
+            mean score, so that the channel leaves the stream, or ``"individually"``, each layer computing
+            its kept ones only. None: jointly; for ``latency`` whichever of the two is faster here at the
+            same number of multiply-accumulates.
         round_to: layers keep a multiple of this many filters, where they have as many.
         floor: share of each layer that stays.
         exclude: names of convolutions, or of containers of them, to leave alone.
@@ -99,7 +110,7 @@ def prune(
         {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
     )
     check_criterion(criterion)
-    check_choice(scope, floor, round_to, coupled)
+    check_choice(scope, floor, round_to, coupled or COUPLED[0])
     _check_unwrapped(model)
     if compensate and calibration is None:
         raise ValueError(
@@ -111,24 +122,38 @@ def prune(
     user = unwrap(model)
     tell = progress or _silent
     tell(0.0, "reading the structure")
-    readers = read_structure(user, example_inputs)
+    whole = uncut(user)
+    readers = read_structure(whole, example_inputs)
     base = copy.deepcopy(user).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = [exclude] if isinstance(exclude, str) else list(exclude)
     scores = score(base, criterion, exclude=[*names, *fixed], seed=seed)
-    units = coupled_filters(base, readers, scores) if coupled == "jointly" else []
-    choice = Choice(scope, floor, round_to, merged(families_of(base, readers, scores), units), units)
-    choosing = functools.partial(choose, scores, choice=choice)
+
+    def choosing(way: str) -> Callable[[float], dict[str, Tensor]]:
+        units = coupled_filters(whole, readers, scores) if way == "jointly" else []
+        units = renumbered(units, keep_of_uncut(base, {}, readers), scores)
+        choice = Choice(scope, floor, round_to, merged(families_of(whole, readers, scores), units), units)
+        return functools.partial(choose, scores, choice=choice)
+
     images = _first_images(base, calibration) if compensate and calibration is not None else None
     if isinstance(validation, Iterator):  # it yields once, and there are several passes
         validation = list(validation)
     accuracy, pictures = top1(base, validation) if validation is not None else (None, None)
     bench = Bench(base, example_inputs, readers, images)
 
+    def searching(way: str) -> Search:
+        labelled = validation or ()
+        filters = _count(scores)
+        return Search(base, example_inputs, bench, choosing(way), filters, labelled, accuracy or 0.0, tell)
+
+    if coupled is None and kind == "latency":
+        tell(0.1, "comparing two ways to cut")
+        coupled = min(COUPLED, key=lambda way: searching(way).latency_at(value))
+    coupled = coupled or COUPLED[0]
     timing = None
     if kind == "fraction":
         tell(0.1, "cutting")
-        keep = choosing(value)
+        keep = choosing(coupled)(value)
         trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
         # Rounding to whole filters alone is half a filter a layer at most.
         if reached * _count(keep) < value * _count(keep) - 0.5 * len(keep) - 1e-9:
@@ -139,15 +164,12 @@ def prune(
                 stacklevel=2,
             )
     else:
-        search = Search(
-            base, example_inputs, bench, choosing, _count(scores), validation or (), accuracy or 0.0, tell
-        )
-        met = search.run(kind, value)
+        met = searching(coupled).run(kind, value)
         trial, reached, timing = met.trial, met.reached, met.timing
     tell(0.9, "measuring")
     small = trial.model
     left = {name: "excluded" for name in convolutions(base) if name not in scores} | left_out(base) | fixed
-    before, after = _sizes(base), _sizes(small)
+    before, after = filter_counts(base), filter_counts(small)
     timing = timing or measure_latency([base, small], example_inputs)
     report: dict[str, Any] = {
         "version": _VERSION,
@@ -200,6 +222,8 @@ def _check_unwrapped(model: nn.Module) -> None:
             )
         if "_bridgeout_passes" in vars(module):
             raise ValueError("the model has Bridgeout: call remove_bridgeout before pruning.")
+        if "_regrow_folded" in vars(module):
+            raise ValueError("the norms of the model are folded: prune before fold_norms.")
 
 
 def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
@@ -217,14 +241,6 @@ def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
 
 def _count(filters: Mapping[str, Tensor]) -> int:
     return sum(map(len, filters.values()))
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    # The weight itself: one that is spread has more rows while the layer computes.
-    return {
-        name: conv.out_channels if (weight := conv._parameters.get("weight")) is None else len(weight)
-        for name, conv in convolutions(model).items()
-    }
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -16,7 +16,7 @@ from regrow.readers import Readers
 from regrow.removal import plan_removal, unremovable
 from regrow.structure import read_structure
 
-__all__ = ["apply_plan", "cut"]
+__all__ = ["apply_plan", "cut", "filter_counts", "keep_of_uncut"]
 
 _VERSION = 1
 
@@ -60,13 +60,13 @@ def cut(
     """
     _check_model(model)
     model = unwrap(model)
-    before, parameters = _sizes(model), _count(model)
+    before, parameters = filter_counts(model), _count(model)
     whole, keep, readers = model, check_keep(model, keep), None
     if is_cut(model):
         # What a cut leaves picks and places channels by index: it is planned anew, from the uncut model.
         widen(whole := copy.deepcopy(model))
         readers = read_structure(whole, example_inputs)
-        keep = _keep_of_uncut(model, keep, readers)
+        keep = keep_of_uncut(model, keep, readers)
     removal = plan_removal(whole, keep, example_inputs, readers)
     plan = plan_cut(whole, keep, example_inputs, readers=removal.readers or None)
     if optimizer is not None:
@@ -78,7 +78,7 @@ def cut(
         if optimizer is not None:
             _repoint(optimizer, widened)
             _repoint(optimizer, replaced)
-    after = _sizes(model)
+    after = filter_counts(model)
     return {
         "version": _VERSION,
         "plan": plan.to_dict(),
@@ -89,10 +89,20 @@ def cut(
     }
 
 
-def _keep_of_uncut(
+def keep_of_uncut(
     model: nn.Module, keep: Mapping[str, Tensor], readers: Mapping[str, Readers]
 ) -> dict[str, Tensor]:
-    """Keep masks of a model that was cut before, over the filters that it had before that."""
+    """Keep masks of a model that was cut before, over the filters that it had before that.
+
+    Args:
+        model: as it is now.
+        keep: {name: BoolTensor[filters]} of the filters it has left. Layers not named keep those.
+        readers: what ``read_structure`` says of the uncut model.
+
+    Returns:
+        {name: BoolTensor[filters before the first cut]}; layers that were not cut are listed if ``keep``
+        names them.
+    """
     found = {}
     for name, conv in convolutions(model).items():
         left = vars(conv).get("_regrow_left", {"kept": {}})
@@ -120,6 +130,8 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
         if "_bridgeout_passes" in vars(module):
             raise ValueError("the model has Bridgeout: call remove_bridgeout before the cut.")
+        if "_regrow_folded" in vars(module):
+            raise ValueError("the norms of the model are folded: cut before fold_norms.")
         if any(map(nn.parameter.is_lazy, module._parameters.values())):
             raise ValueError(f"{owner!r} is a lazy layer without shapes yet: run one forward pass first.")
     if not convolutions(model):
@@ -128,7 +140,8 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _sizes(model: nn.Module) -> dict[str, int]:
+def filter_counts(model: nn.Module) -> dict[str, int]:
+    """{name: how many filters a convolution holds}, after cuts too."""
     # The weight itself: one that is spread has more rows while the layer computes.
     return {
         name: conv.out_channels if (weight := conv._parameters.get("weight")) is None else len(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from regrow.compensation import compensate
 from regrow.cutplan import plan_cut
-from regrow.cuts import CutPlan, apply_plan
+from regrow.cuts import CutPlan, apply_plan, is_cut, widen
+from regrow.estimate import Estimate
 from regrow.readers import Readers
 from regrow.removal import plan_removal
+from regrow.surgery import keep_of_uncut
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class Trial:
 
     Attributes:
         model: the copy.
-        keep: {name: BoolTensor[filters]}, True = alive.
-        plan: what was left of each layer.
-        gone: {name: indices of the filters that went}, followers too.
+        keep: {name: BoolTensor[filters]}, True = alive, of the filters that the model has.
+        plan: what was left of each layer, for the model as it was before its first cut.
+        gone: {name: indices of the filters that went}, followers too, of those that the model has.
         compensation: the record of ``compensate``, or None.
     """
 
@@ -40,9 +43,9 @@ class Bench:
     """Makes copies of one model, in evaluation mode, with filters removed.
 
     Args:
-        model: the network as it is; it is only read.
+        model: the network as it is, cut before or not; it is only read.
         example_inputs: as ``read_structure`` takes them.
-        readers: what ``read_structure`` says of the model.
+        readers: what ``read_structure`` says of ``uncut(model)``.
         images: batches to compensate with; None does not compensate.
     """
 
@@ -54,12 +57,19 @@ class Bench:
         images: Sequence[Any] | None,
     ) -> None:
         self._model, self._example, self._readers, self._images = model, example_inputs, readers, images
+        self._whole = uncut(model)
+        self._left = keep_of_uncut(model, {}, readers)
+        # The plan of the last cut: what a search ends with it has often looked at just before.
+        self._planned: tuple[dict[str, Tensor], CutPlan] | None = None
 
     def masked(self, keep: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Any] | None]:
         """A copy of the full size that computes what the cut and compensated network does; the record."""
-        model = copy.deepcopy(self._model).eval()
+        model = copy.deepcopy(self._whole).eval()
+        keep = self._keep(keep)
         if self._images is not None:
-            record = compensate(model, keep, self._images, example_inputs=self._example)
+            record = compensate(
+                model, keep, self._images, example_inputs=self._example, readers=self._readers
+            )
             return model, {key: record[key] for key in ("folded", "unfolded", "norms", "images")}
         with torch.no_grad():
             plan_removal(model, keep, self._example, self._readers).apply(model)
@@ -67,16 +77,67 @@ class Bench:
 
     def cut(self, keep: Mapping[str, Tensor], *, compensated: bool) -> Trial:
         """A small copy; one that is not compensated has the right sizes only."""
-        plan = plan_cut(self._model, keep, self._example, readers=self._readers)
+        if all(mask.all() for mask in keep.values()):
+            nothing = {"folded": [], "unfolded": {}, "norms": [], "images": 0} if self._images else None
+            return Trial(copy.deepcopy(self._model).eval(), keep, CutPlan(), {}, nothing)
+        whole = self._keep(keep)
+        plan = self._plan(whole)
         record = None
         if compensated:
             model, record = self.masked(keep)
         else:
-            model = copy.deepcopy(self._model).eval()
-        gone = plan_removal(self._model, keep, self._example, self._readers).gone
+            model = copy.deepcopy(self._whole).eval()
+        gone = self._removed(whole)
         if gone:
             apply_plan(model, plan)
-        return Trial(model, keep, plan, gone, record)
+        return Trial(model, keep, plan, self._gone(gone), record)
+
+    def estimate(self, keep: Mapping[str, Tensor]) -> dict[str, float]:
+        """About what share of its ``macs`` and ``params`` the model would have left, without a cut."""
+        before = self._estimate.of(self._removed(self._keep({})))
+        after = self._estimate.of(self._removed(self._keep(keep)))
+        return {kind: after[kind] / before[kind] for kind in after}
+
+    @functools.cached_property
+    def _estimate(self) -> Estimate:
+        return Estimate(self._whole, self._example, self._readers)
+
+    def _removed(self, whole: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return plan_removal(self._whole, whole, self._example, self._readers).gone
+
+    def _plan(self, whole: dict[str, Tensor]) -> CutPlan:
+        if self._planned is not None:
+            before, plan = self._planned
+            if whole.keys() == before.keys() and all(
+                torch.equal(whole[name], before[name]) for name in whole
+            ):
+                return plan
+        plan = plan_cut(self._whole, whole, self._example, readers=self._readers)
+        self._planned = whole, plan
+        return plan
+
+    def _keep(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``keep``, of the filters that the model has, as masks of those that it had before its first cut."""
+        return keep_of_uncut(self._model, keep, self._readers)
+
+    def _gone(self, gone: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """Of the filters ``gone`` since the first cut those that the model has, by their indices in it."""
+        found = {}
+        for name, indices in gone.items():
+            if (left := self._left.get(name)) is not None:
+                layer: Any = self._model.get_submodule(name)
+                spread = layer.out_channels == len(left)  # it goes on counting all its filters
+                indices = [i if spread else int(left[:i].sum()) for i in indices if left[i]]
+            if indices:
+                found[name] = indices
+        return found
+
+
+def uncut(model: nn.Module) -> nn.Module:
+    """``model``, or a copy of it in the shapes it had before its first cut, which computes the same."""
+    if is_cut(model):
+        widen(model := copy.deepcopy(model))
+    return model
 
 
 @torch.no_grad()
@@ -84,6 +145,7 @@ def become(model: nn.Module, trial: Trial) -> None:
     """Cut ``model``, the one that ``trial`` is of, in place, and give it the trial's values."""
     if not trial.gone:
         return
+    widen(model)
     apply_plan(model, trial.plan)
     for mine, theirs in (
         *zip(model.parameters(), trial.model.parameters(), strict=True),

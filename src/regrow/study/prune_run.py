@@ -30,7 +30,7 @@ def run_prune(
     targets: dict[str, float | None],
     criterion: str,
     scope: str,
-    coupled: str,
+    coupled: str | None,
     round_to: int,
     floor: float,
     exclude: Sequence[str],
