@@ -46,7 +46,7 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["report"], ["curve"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["study"], ["report"], ["curve"]])
 def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
     code = (
         f"import sys; sys.argv = ['regrow', *{command}, '--help']\n"
@@ -59,7 +59,8 @@ def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
     assert shown.returncode == 0, shown.stderr
     words = {
         "train": ["--data", "--out", "Example:"],
-        "compare": ["--seeds", "--methods"],
+        "compare": ["--seeds", "--methods", "--jobs"],
+        "study": ["--dry-run", "--jobs", "--launcher", "Example:"],
         "curve": ["--criterion", "--fractions", "Example:"],
     }
     for word in words.get("".join(command), ["report"]):
@@ -91,6 +92,22 @@ def test_compare_and_report(tmp_path: Path) -> None:
     done = runner.invoke(app, ["report", str(tmp_path / "cmp"), "--out", str(page)])
     assert done.exit_code == 0, done.output
     assert page.read_text().count("<html") == 1
+
+
+def test_a_study_that_fails_in_part_exits_with_1_and_reports_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "methods: standard\nseeds: 0\nmodels: {convnet: {width: 4}, vgg: {depth: 12}}\n"
+        "settings: {train_size: 100, epochs: 1, threads: 1}\n"
+    )
+    arguments = ["study", str(file), "--out", str(tmp_path / "out")]
+    planned = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "2 runs, 0 done, 2 to run" in planned.output
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "1 run failed; the same command tries again what is not finished:" in done.output
+    assert (tmp_path / "out" / "convnet-digits" / "report.html").exists()
 
 
 def test_curve_measures_two_runs_and_the_report_shows_it(tmp_path: Path) -> None:
@@ -129,11 +146,16 @@ def test_curve_measures_two_runs_and_the_report_shows_it(tmp_path: Path) -> None
 
 
 def test_unknown_values_are_refused(tmp_path: Path) -> None:
+    typo = tmp_path / "study.yaml"
+    typo.write_text("methods: standard\nseeds: 0\nsettings: {epoch: 3}\n")
     for arguments, message in (
         (["compare", "--methods", "standard,rper"], "rper"),
         (["compare", "--seeds", "x"], "0-4"),
         (["train", "--config", str(tmp_path / "none.yaml")], "no configuration file"),
         (["report", str(tmp_path)], "no run found"),
+        (["study", str(typo)], "unknown setting 'epoch'; did you mean 'epochs'"),
+        (["study", str(typo), "--launcher", "rya"], "did you mean 'ray'"),
+        (["compare", "--jobs", "0"], "1 or more"),
         (["curve", str(tmp_path)], "no run found"),
         (["curve", str(tmp_path), "--fractions", "0.3"], "write 30"),
         (["curve", str(tmp_path), "--readings", "zeroed,remved"], "did you mean 'removed'"),

@@ -998,8 +998,13 @@ def test_two_processes_stay_together(tmp_path):
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["widths"] == two["widths"]
     assert sum(one["widths"].values()) == 22 - 7
+    assert one["events"] == two["events"]
+    assert [event["kind"] for event in one["events"] if event] == ["drop", "restore"]
     for name, tensor in one["model"].items():
         assert "running" in name or torch.equal(tensor, two["model"][name]), name
+    for kind in ("drop", "restore"):
+        one, two = (torch.load(tmp_path / f"{kind}{rank}.pt", weights_only=True) for rank in range(2))
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def run_as_one_of_two(folder, rank):
@@ -1019,15 +1024,41 @@ def run_as_one_of_two(folder, rank):
 
 
 def train_as_one_of_two(folder, rank):
-    model, optimizer, cycle = start_on(build, "sgd", cycles=1)
+    model = build()
+    optimizer = sgd(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    seen = {}
+    cycle = RePr(
+        wrapped, optimizer, example_inputs=X[:1], full=2, sub=4, cycles=1, skip_first=False, consumers="init"
+    )
+    seen, events = {}, []
     for step in range(8):
         if cycle.phase == "sub":
             seen = widths(model)
         fit(wrapped, optimizer, 2 * step + rank)
-        cycle.step()
-    torch.save({"model": model.state_dict(), "widths": seen}, f"{folder}/{rank}.pt")
+        if rank == 1 and step in (1, 5):
+            # As if this process had rounded otherwise, so that it would choose and regrow differently.
+            with torch.no_grad():
+                model.conv2.weight.copy_(model.conv2.weight.flip(0))
+        events.append(cycle.step())
+        if events[-1] is not None:
+            torch.save(model.state_dict(), f"{folder}/{events[-1].kind}{rank}.pt")
+    events = [event and event.to_dict() for event in events]
+    check_that_errors_reach_both(model, optimizer, wrapped, rank)
+    torch.save({"model": model.state_dict(), "widths": seen, "events": events}, f"{folder}/{rank}.pt")
+
+
+def check_that_errors_reach_both(model, optimizer, wrapped, rank):
+    again = RePr(wrapped, optimizer, example_inputs=X[:1], full=1, sub=1, cycles=1)
+    good = model.conv2.weight.detach().clone()
+    if rank == 0:
+        model.conv2.weight.data[0] = float("nan")
+    try:
+        again.step()
+    except ValueError as error:
+        assert "conv2" in str(error)
+    else:
+        raise AssertionError("no error reached this process")
+    model.conv2.weight.data.copy_(good)
 
 
 if __name__ == "__main__":

@@ -43,12 +43,20 @@ def test_every_public_name_is_there_and_none_needs_an_extra():
 
 
 @pytest.mark.parametrize(
-    "module", ["regrow.cli", "regrow.study.records", "regrow.study.compare", "regrow.study.report"]
+    "module",
+    [
+        "regrow.cli",
+        "regrow.study.records",
+        "regrow.study.compare",
+        "regrow.study.report",
+        "regrow.study.launch",
+        "regrow.study.cluster",
+    ],
 )
 def test_what_reads_files_needs_no_torch(module):
     loaded = loaded_by(f"import {module}")
     assert module in loaded
-    assert not loaded & {"torch", "torchvision", "timm", "regrow.cycle"}
+    assert not loaded & {"torch", "torchvision", "timm", "ray", "regrow.cycle"}
 
 
 def test_help_names_the_commands_and_needs_no_torch():

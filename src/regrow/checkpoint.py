@@ -37,10 +37,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: ``state_dict()`` holds what safetensors cannot (a sparse or quantized tensor, a layer
             without weights yet, something that is no tensor), or a part of the model was cut by itself and
-            the model around it too. Nothing is written then.
+            the model around it too, or its norms are folded. Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     model = unwrap(model)
+    if "_regrow_folded" in vars(model):
+        raise ValueError("the norms of the model are folded: save it before fold_norms.")
     tensors, shared = _tensors(model)
     described = {"version": _VERSION, "cuts": _cuts(model), "shared": shared}
     metadata = {_METADATA: json.dumps(described, separators=(",", ":"))}

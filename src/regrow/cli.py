@@ -26,6 +26,14 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file of settings; flags override it.", rich_help_panel="Run"),
 ]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        help="Runs to train at a time, CPUs shared out evenly (default: one a CPU).",
+        rich_help_panel="Where runs run",
+    ),
+]
 
 
 def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -73,10 +81,13 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
     """
     run_config = make_config({**(read_settings(config) if config else {}), **settings})
     from regrow.study import records
+    from regrow.study.processes import is_first
     from regrow.study.progress import Progress
     from regrow.study.train import train as run
 
     ran = run(run_config, out, rerun=rerun, progress=Progress())
+    if not is_first():
+        return
     result = records.read_run(out).result or {}
     typer.echo(
         f"{'' if ran else 'already finished (--rerun trains it again): '}"
@@ -100,6 +111,7 @@ def compare(
     ] = "0-2",
     config: ConfigFile = None,
     rerun: Rerun = False,
+    jobs: Jobs = None,
 ) -> None:
     """Train every method with every seed, compare them pair by pair, and write a report.
 
@@ -111,9 +123,55 @@ def compare(
     shared = {**(read_settings(config) if config else {}), **settings}
     shared = {key: value for key, value in shared.items() if key not in ("method", "seed")}
     configs = [make_config({**shared, "method": method, "seed": seed}) for method, seed in pairs]
-    from regrow.study.launch import run_comparison
+    from regrow.study.launch import local, run_comparison
 
-    run_comparison(configs, out, rerun=rerun)
+    if not run_comparison(configs, out, rerun=rerun, launcher=local(jobs, rerun=rerun)):
+        raise typer.Exit(1)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML file: methods, seeds, models, data, settings.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to (default: runs/NAME of the study).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what is done and what would run, and stop.")
+    ] = False,
+    jobs: Jobs = None,
+    launcher: Annotated[
+        str, typer.Option(help="Where runs run: local processes, or ray.", rich_help_panel="Where runs run")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster: auto, host:port or ray://host:port (default: one is started here).",
+            rich_help_panel="Where runs run",
+        ),
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None,
+        typer.Option(help="CPUs of the cluster for each run (default: 1).", rich_help_panel="Where runs run"),
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None,
+        typer.Option(
+            help="GPUs of the cluster for each run; 0.5 lets two share one (default: 0).",
+            rich_help_panel="Where runs run",
+        ),
+    ] = None,
+) -> None:
+    """Train what a study's file wants and is not done yet, and write a report for every comparison in it.
+
+    Example: regrow study study.yaml --dry-run
+    """
+    from regrow.study.launch import choose_launcher, run_study
+
+    chosen = choose_launcher(
+        launcher, jobs=jobs, address=address, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run
+    )
+    if not run_study(file, out, dry_run=dry_run, launcher=chosen):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -123,13 +181,32 @@ def report(
         Path | None, typer.Option(help="The page to write (default: report.html in the first folder).")
     ] = None,
     baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "standard",
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder to write the records to as TensorBoard event files, too.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about finished runs: numbers, curves, what was off when."""
-    from regrow.study.records import find_runs
+    from regrow.study.gather import gather
     from regrow.study.report import write_report
+    from regrow.study.variants import variant_names
 
-    page = write_report(find_runs(*folders), out or folders[0] / "report.html", baseline=baseline)
+    runs, left_out = gather(*folders)
+    for why in left_out.values():
+        typer.secho(f"regrow: left out: {why}", fg="yellow", err=True)
+    variants = variant_names({run.folder: run.config for run in runs})
+    page = write_report(
+        runs,
+        out or folders[0] / "report.html",
+        baseline=baseline,
+        variants=variants,
+        left_out=left_out,
+    )
     typer.echo(f"report: {page}")
+    if tensorboard is not None:
+        from regrow.study.tensorboard import write_tensorboard
+
+        files = write_tensorboard(runs, tensorboard, variants)
+        typer.echo(f"{len(files)} event files: tensorboard --logdir {tensorboard}")
 
 
 @app.command()
@@ -221,12 +298,13 @@ def prune(
         ),
     ] = "layer",
     coupled: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Filters that are added together go individually or jointly.",
+            help="Filters that are added together go jointly or individually. (default: jointly; for "
+            "--latency the faster of the two)",
             rich_help_panel="Which filters",
         ),
-    ] = "individually",
+    ] = None,
     round_to: Annotated[
         int, typer.Option(help="Widths are multiples of this.", rich_help_panel="Which filters")
     ] = 1,

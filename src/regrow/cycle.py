@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from regrow.agreeing import copy_from_first, first_decides, group_of
 from regrow.cutplan import plan_cut
 from regrow.cuts import CutPlan
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
@@ -64,7 +65,9 @@ class RePr:
 
     Args:
         model: any module; DDP and ``torch.compile`` wrappers are looked through. Grouped and depthwise
-            convolutions are left alone (``left_out`` says which and why).
+            convolutions are left alone (``left_out`` says which and why). Of a DDP wrapper's processes
+            the first decides for all, and each change leaves them with the same weights and buffers, bit
+            for bit: give the wrapper, and call ``step`` in every process.
         optimizer: the one that trains ``model``.
         fraction: share of the ranked filters to drop, 0 ≤ fraction < 1.
         full, sub: lengths of the two phases of a cycle, in calls of ``step``.
@@ -133,6 +136,7 @@ class RePr:
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
 
         self._model = unwrap(model)
+        self._group = group_of(model)
         check_not_sharded(self._model)
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
@@ -248,32 +252,54 @@ class RePr:
         return event
 
     def _drop(self, cycle: int) -> Event:
+        decided = self._first_decides(lambda: self._choose(cycle))
+        for warning in decided["warnings"]:
+            warnings.warn(warning, stacklevel=3)
+        self._warn_if_rate_is_low("dropped")
+        self._copy_from_first()
+        plan = decided["plan"]
+        self._sub = self._sub_phase(decided["dropped"], plan=plan and CutPlan.from_dict(plan))
+        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
+
+    def _choose(self, cycle: int) -> dict[str, Any]:
+        """What to drop, and how to compute without it: JSON-able."""
         settings = self._settings
         seed = _seed(settings["seed"], cycle, 0)
         scores = score(self._model, settings["criterion"], exclude=self.left_out, seed=seed)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             keep = select(scores, settings["fraction"], scope=settings["scope"], floor=settings["floor"])
-        notes = [str(warning.message) for warning in caught]
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-        self._warn_if_rate_is_low("dropped")
+        said = [str(warning.message) for warning in caught]
         dropped = {
             name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
         }
         plan, reasons = self._plan(dropped)
-        self._sub = self._sub_phase(dropped, plan=plan)
-        notes += reasons
-        return Event("drop", self._step + 1, cycle + 1, dropped, notes=notes)
+        return {
+            "dropped": dropped,
+            "plan": plan and plan.to_dict(),
+            "warnings": said,
+            "notes": said + reasons,
+        }
 
     def _restore(self, cycle: int) -> Event:
-        assert self._sub is not None
-        check_finite({name: self._conv(name) for name in self._sub.dropped})
+        sub = self._sub
+        assert sub is not None
+        self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
         self._warn_if_rate_is_low("restored")
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
-        least_covered, notes = self._sub.restore(generator)
-        dropped, self._sub = self._sub.dropped, None
-        return Event("restore", self._step + 1, cycle + 1, dropped, least_covered, notes)
+        least_covered, notes = sub.restore(generator)
+        # A decomposition need not come out the same on every processor, and rows must not drift apart.
+        self._copy_from_first()
+        self._sub = None
+        said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
+        return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
+
+    def _first_decides(self, decide: Callable[[], Any]) -> Any:
+        return first_decides(decide, self._group, next(self._model.parameters()).device)
+
+    def _copy_from_first(self) -> None:
+        if self._group is not None:
+            copy_from_first([*self._model.parameters(), *self._model.buffers()], self._group)
 
     def _plan(self, dropped: Mapping[str, list[int]]) -> tuple[CutPlan | None, list[str]]:
         """How to compute without ``dropped``, and notes on the layers that go on computing them."""

@@ -188,3 +188,44 @@ def test_calibration_is_of_the_first_pictures_in_no_small_batch(pictures: int, s
     assert [len(batch) for batch in batches] == sizes
     expected = (images.pixels[: sum(sizes)].float() / 255 - 0.5) / 0.25
     torch.testing.assert_close(torch.cat(batches), expected)
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(22, 2), (23, 3), (24, 4), (21, 2)])
+def test_processes_share_the_batches_of_one(count: int, ranks: int) -> None:
+    images = numbered(count)
+    options = {"batch_size": 8, "augmentation": "shift-flip", "seed": 3}
+    parts = [list(make(images, rank=rank, ranks=ranks, **options).epoch(2)) for rank in range(ranks)]
+    whole = list(make(images, **options).epoch(2))
+    left = count % 8
+    steps = count // 8 + (left >= 2 * ranks)
+    for rank in range(ranks):
+        batches = make(images, rank=rank, ranks=ranks, **options)
+        assert len(batches) == len(parts[rank]) == steps
+        assert [batches.size_of(step) for step in range(steps)] == [
+            min(8, count - 8 * step) for step in range(steps)
+        ]
+    for step in range(steps):
+        sizes = [len(part[step][1]) for part in parts]
+        assert min(sizes) >= 2
+        assert max(sizes) - min(sizes) <= 1
+        for of_one, of_all in zip(
+            whole[step], zip(*(part[step] for part in parts), strict=True), strict=True
+        ):
+            assert torch.equal(of_one, torch.cat(of_all))
+
+
+def test_processes_share_what_is_measured_to_the_last_picture() -> None:
+    images = numbered(9)
+    parts = [list(make(images, shuffle=False, rank=rank, ranks=2).epoch(0)) for rank in (0, 1)]
+    assert [[labels.tolist() for _, labels in part] for part in parts] == [
+        [[0, 1], [4, 5], []], [[2, 3], [6, 7], [8]],
+    ]  # fmt: skip
+
+
+def test_too_little_for_every_process_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 processes need two pictures each in a batch, 8 in all"):
+        make(numbered(50), batch_size=7, ranks=4)
+    with pytest.raises(ValueError, match="there are 7 pictures"):
+        make(numbered(7), batch_size=8, ranks=4)
+    with pytest.raises(ValueError, match="rank must be from 0 to 1, not 2"):
+        make(numbered(50), rank=2, ranks=2)

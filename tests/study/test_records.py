@@ -11,7 +11,7 @@ import yaml
 from regrow.study import records
 
 EPOCH = {
-    "version": 1,
+    "version": 2,
     "epoch": 1,
     "phase": "full",
     "learning_rate": 0.1,
@@ -23,9 +23,10 @@ EPOCH = {
     "alive": 6,
     "filters": 6,
     "seconds": 2.5,
+    "flops": 1000,
 }
 EVENT = {
-    "version": 1,
+    "version": 2,
     "epoch": 2,
     "kind": "drop",
     "cycle": 1,
@@ -33,20 +34,22 @@ EVENT = {
     "notes": [],
 }
 RESULT = {
-    "version": 1,
+    "version": 2,
     "test_accuracy": 0.6,
     "test_loss": 1.2,
     "validation_accuracy": 0.62,
     "train_seconds": 5.0,
     "seconds": 6.0,
     "parameters": 99,
+    "train_flops": 3000,
+    "resumed": 0,
     "filters": {"features.0.conv": 4, "features.1.conv": 2},
 }
 
 
 def make_run(folder: Path, method: str = "repr", seed: int = 0, *, finished: bool = True) -> Path:
     records.write_yaml(
-        records.config_path(folder), {"version": 1, "method": method, "seed": seed, "epochs": 3}
+        records.config_path(folder), {"version": 2, "method": method, "seed": seed, "epochs": 3}
     )
     records.write_json(records.environment_path(folder), records.environment("cpu", threads=2))
     for epoch in (1, 2, 3):
@@ -238,7 +241,7 @@ def test_a_diverged_run_can_be_read(tmp_path):
 def test_a_newer_version_says_to_upgrade(tmp_path, name):
     path = make_run(tmp_path) / name
     path.write_text(
-        path.read_text().replace('"version": 1', '"version": 2').replace("version: 1", "version: 2")
+        path.read_text().replace('"version": 2', '"version": 3').replace("version: 2", "version: 3")
     )
     with pytest.raises(ValueError, match=rf"{name}.*newer regrow .*upgrade regrow"):
         records.read_run(tmp_path)
@@ -300,7 +303,7 @@ def test_find_runs_says_what_a_run_folder_is(tmp_path):
 
 
 CURVE = {
-    "version": 1,
+    "version": 2,
     "split": "test",
     "criterion": "l2",
     "scope": "layer",
@@ -332,7 +335,7 @@ POINT = CURVE["points"][0]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "newer regrow"),
+        ({"version": 3}, "newer regrow"),
         ({"weights": None}, "'weights' must be str, got None"),
         ({"classes": 0}, "'classes' must be 1 or more, got 0"),
         ({"points": {}}, "'points' must be list"),

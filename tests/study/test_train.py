@@ -12,8 +12,10 @@ from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import make_config
 from regrow.study.data import Splits, load_data
 from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.identity import resolved
 from regrow.study.models import build_model
-from regrow.study.train import Diverged, evaluate, settings_of, train
+from regrow.study.steps import evaluate
+from regrow.study.train import Diverged, train
 
 SMALL: dict[str, Any] = {"data": "digits", "width": 8, "train_size": 300, "epochs": 4, "threads": 1}
 
@@ -85,7 +87,7 @@ def test_a_finished_run_is_not_run_again_unless_asked(tmp_path: Path) -> None:
     assert len(records.read_run(tmp_path / "run").epochs) == 5
 
 
-def test_an_unfinished_run_is_started_again(tmp_path: Path) -> None:
+def test_an_unfinished_run_without_checkpoints_begins_anew(tmp_path: Path) -> None:
     whole = run(tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     again = run(tmp_path / "run")
@@ -98,7 +100,7 @@ def test_an_unfinished_run_is_started_again(tmp_path: Path) -> None:
 def test_the_recorded_settings_repeat_the_run(tmp_path: Path) -> None:
     first = run(tmp_path / "a", method="repr", epochs=6)
     config = make_config(first.config)
-    assert settings_of(config) == {k: v for k, v in first.config.items() if k != "version"}
+    assert resolved(config) == {k: v for k, v in first.config.items() if k != "version"}
     train(config, tmp_path / "b")
     one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("a", "b"))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -226,3 +228,39 @@ def test_repr_trains_residual_nets(tmp_path: Path, model: str) -> None:
     record = run(tmp_path / "run", **size, **data)
     assert [event["kind"] for event in record.events] == ["drop", "restore"]
     assert record.result is not None
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_trains_and_leaves_float32(tmp_path: Path, precision: str) -> None:
+    exact = run(tmp_path / "exact", seed=2, epochs=8)
+    rounded = run(tmp_path / precision, seed=2, epochs=8, precision=precision)
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("exact", precision))
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32, torch.int64}
+    assert not torch.equal(one["classifier.weight"], two["classifier.weight"])
+    # float16's scaler skips the first steps while it looks for its scale.
+    assert rounded.epochs[-1]["train_loss"] == pytest.approx(exact.epochs[-1]["train_loss"], rel=0.3)
+    assert rounded.config["precision"] == precision
+
+
+def test_flops_of_an_epoch_by_hand(tmp_path: Path) -> None:
+    settings = {
+        "full": 1,
+        "sub": 1,
+        "cycles": 1,
+        "epochs": 3,
+        "train_size": 301,
+        "batch_size": 100,
+        "width": 4,
+    }
+    record = run(tmp_path / "run", method="repr", **settings)
+    # 300 of 301 pictures: a last batch of one is left out. Convolutions over 8×8, 4×4 and 2×2, the first
+    # of them without a gradient for its input.
+    weights = [(9, 4, 64), (36, 4, 16), (36, 4, 4)]
+    convolutions = [2 * inputs * filters * places for inputs, filters, places in weights]
+    head = 2 * 4 * 10
+    whole = 300 * (2 * convolutions[0] + 3 * sum(convolutions[1:]) + 3 * head)
+    flops = [line["flops"] for line in record.epochs]
+    assert record.result is not None
+    assert record.result["train_flops"] == sum(flops)
+    assert flops[0] == flops[2] == whole
+    assert flops[1] < whole

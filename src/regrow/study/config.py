@@ -70,6 +70,11 @@ class RunConfig(BaseModel):
         "Learning rate. hold-cosine holds it through the cycles and anneals after the last restore; "
         "standard training gets the same.",
     )
+    precision: Literal["float32", "bfloat16", "float16"] = _setting(
+        "float32",
+        _TRAINING,
+        "bfloat16 and float16 train by autocast; weights and what is measured stay float32.",
+    )
 
     method: Literal[
         "standard", "backprop", "repr", "bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout"

@@ -38,9 +38,13 @@ class Batches:
         shuffle: False keeps the order of ``images``, for evaluation.
         device: where ``images`` are held and batches are made.
         channels: 3 repeats the channel of grey pictures. Default: as ``images`` have.
+        rank, ranks: of ``ranks`` processes this one, from 0, gets its part of every batch: neighbours in
+            the order of one process, their numbers equal or one apart. ``batch_size`` stays the size of
+            all parts together. When shuffling, a last batch without two pictures for everyone is left
+            out; when not, parts may be empty.
 
     Raises:
-        ValueError: a bad value, or no pictures.
+        ValueError: a bad value, no pictures, or too few for every process.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Batches:
         shuffle: bool = True,
         device: torch.device | str = "cpu",
         channels: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         own = images.pixels.shape[1]
         if len(images) == 0:
@@ -72,12 +78,21 @@ class Batches:
             raise ValueError(f"seed must be 0 or more, not {seed}.")
         if channels not in (None, own) and own != 1:
             raise ValueError(f"only grey pictures can be repeated to {channels} channels; these have {own}.")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be from 0 to {ranks - 1}, not {rank}.")
+        if shuffle and ranks > 1 and min(batch_size, len(images)) < 2 * ranks:
+            raise ValueError(
+                f"{ranks} processes need two pictures each in a batch, {2 * ranks} in all: batch_size is "
+                f"{batch_size}, and there are {len(images)} pictures."
+            )
         self.pixels = images.pixels.to(device)
         self.labels = images.labels.to(device)
         self.batch_size = batch_size
         self.augmentation = augmentation
         self.seed = seed
         self.shuffle = shuffle
+        self.rank = rank
+        self.ranks = ranks
         self.channels = own if channels is None else channels
         self._mean = torch.tensor(mean, device=device).mul(255).view(1, -1, 1, 1)
         self._scale = torch.tensor(std, device=device).mul(255).reciprocal().view(1, -1, 1, 1)
@@ -85,7 +100,7 @@ class Batches:
     def __len__(self) -> int:
         """Batches per epoch."""
         whole, left = divmod(len(self.labels), self.batch_size)
-        dropped = self.shuffle and whole > 0 and left == 1
+        dropped = self.shuffle and whole > 0 and left < 2 * self.ranks
         return whole + (left > 0 and not dropped)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -112,11 +127,27 @@ class Batches:
         together = max(1, _PIXELS_AT_ONCE // (self.batch_size * self.pixels[0].numel()))
         end = min(len(self) * self.batch_size, count)
         for start in range(0, end, together * self.batch_size):
-            here = slice(start, min(start + together * self.batch_size, end))
+            parts = [
+                self.part(first, min(first + self.batch_size, end))
+                for first in range(start, min(start + together * self.batch_size, end), self.batch_size)
+            ]
+            here: slice | Tensor = slice(parts[0].start, parts[-1].stop)
+            if self.ranks > 1:
+                here = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
             chosen = here if order is None else order[here]
             pictures = self._prepared(self.pixels[chosen], offsets[:, here], mirrored[here], pad)
-            labels = self.labels[chosen]
-            yield from zip(pictures.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            sizes = [part.stop - part.start for part in parts]
+            yield from zip(pictures.split(sizes), self.labels[chosen].split(sizes), strict=True)
+
+    def part(self, start: int, stop: int) -> slice:
+        """This process's part of the batch of pictures ``start`` to ``stop`` in the order of an epoch."""
+        count = stop - start
+        bounds = (start + count * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return slice(*bounds)
+
+    def size_of(self, number: int) -> int:
+        """How many pictures the parts of batch ``number`` of an epoch, from 0, have together."""
+        return min(self.batch_size, len(self.labels) - number * self.batch_size)
 
     def _prepared(self, pictures: Tensor, offsets: Tensor, mirrored: Tensor, pad: int) -> Tensor:
         if "shift" in self.augmentation:

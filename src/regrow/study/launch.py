@@ -1,45 +1,159 @@
-"""Many runs, one after another, and the report about them."""
+"""Many runs: what is to be done, the runs themselves, and the reports about them. No PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from regrow.study import records
 from regrow.study.compare import headline, summarise, table
-from regrow.study.config import RunConfig
-from regrow.study.progress import Progress
+from regrow.study.config import RunConfig, make_config
+from regrow.study.gather import read_each
+from regrow.study.identity import normalised, resolved
+from regrow.study.index import IndexRow, write_index
+from regrow.study.live import LiveTable
+from regrow.study.local import run_local
+from regrow.study.names import MODEL_FAMILIES, WHERE
+from regrow.study.plan import STUDY_FILE, Comparison, Job, check_folder, claim, jobs_of, plan
 from regrow.study.report import write_report
-from regrow.study.train import train
+from regrow.study.seeds import as_ranges
+from regrow.study.studyfile import read_study
+from regrow.study.watching import LOGS, Watch
+from regrow.study.words import label
+from regrow.suggest import nearest
+
+# Opens what runs are to be sent to, and gives a function that trains jobs and says why some failed.
+Launcher = AbstractContextManager[Callable[[Sequence[Job], Watch], dict[Path, str]]]
+
+REPORT = "report.html"
 
 
-def run_comparison(configs: Sequence[RunConfig], folder: Path, *, rerun: bool = False) -> Path:
+def local(workers: int | None = None, *, rerun: bool = False) -> Launcher:
+    """Train in processes of this machine, ``workers`` at a time (default: as many as there are CPUs).
+
+    Raises:
+        ValueError: ``workers`` is below 1.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"--jobs is how many runs to train at a time, 1 or more, not {workers}.")
+    return nullcontext(partial(run_local, workers=workers, rerun=rerun))
+
+
+def choose_launcher(
+    name: str,
+    *,
+    jobs: int | None = None,
+    address: str | None = None,
+    cpus_per_run: int | None = None,
+    gpus_per_run: float | None = None,
+) -> Launcher:
+    """Where runs are to run, as the options of the command say.
+
+    Raises:
+        ValueError: an unknown launcher, an option that belongs to the other one, or a bad value.
+    """
+    options = {"--address": address, "--cpus-per-run": cpus_per_run, "--gpus-per-run": gpus_per_run}
+    given = [option for option, value in options.items() if value is not None]
+    if name == "local":
+        if given:
+            raise ValueError(f"{', '.join(given)} are for --launcher ray.")
+        return local(jobs)
+    if name != "ray":
+        raise ValueError(f"unknown launcher {name!r}{nearest(name, ['local', 'ray'])}")
+    if jobs is not None:
+        raise ValueError("--jobs is for local processes: with Ray, --cpus-per-run says how many runs fit.")
+    from regrow.study.cluster import ray_cluster
+
+    return ray_cluster(address, cpus=1 if cpus_per_run is None else cpus_per_run, gpus=gpus_per_run or 0)
+
+
+def run_study(
+    file: Path, folder: Path | None = None, *, dry_run: bool = False, launcher: Launcher | None = None
+) -> bool:
+    """Show what the study in ``file`` wants and has, train the rest, and write a report per comparison.
+
+    Args:
+        file: the study, as in ``docs/study.md``.
+        folder: for runs and reports (default: runs/NAME).
+        dry_run: show it, and do nothing.
+        launcher: where runs run (default: ``local()``).
+
+    Returns:
+        Whether every run is finished and every report written; what failed has been printed.
+
+    Raises:
+        ValueError: the file, the folder or the launcher's settings are not fit for it; nothing has been
+            written then.
+    """
+    console = Console()
+    study = read_study(file)
+    folder = Path("runs") / study.name if folder is None else folder
+    check_folder(study, folder)
+    comparisons, unreadable = plan(study, folder)
+    jobs = jobs_of(comparisons)
+    _check_models({job.config.model for job in jobs})
+    for path in unreadable:
+        console.print(f"{path} cannot be read: it is left alone.", style="yellow", highlight=False)
+    console.print(plan_table(comparisons))
+    rest = [job for job in jobs if job.state != "done"]
+    console.print(
+        f"{study.name}: {len(jobs)} runs, {len(jobs) - len(rest)} done, {len(rest)} to run; in {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if dry_run:
+        return True
+    failed: dict[Path, str] = {}
+    if rest:
+        with launcher or local() as train:
+            claim(study, folder, comparisons)
+            failed = _train(train, rest, folder, console)
+    else:
+        claim(study, folder, comparisons)
+    reported = [_report(each, console) for each in comparisons]
+    if len(comparisons) > 1:
+        rows = [row for row in reported if row is not None]
+        page = write_index(folder / "index.html", study.name, rows, file=STUDY_FILE)
+        console.print(f"all reports: {page}", highlight=False, soft_wrap=True)
+    return _told(failed, console) and None not in reported
+
+
+def run_comparison(
+    configs: Sequence[RunConfig], folder: Path, *, rerun: bool = False, launcher: Launcher | None = None
+) -> bool:
     """Train what ``configs`` say and is not finished yet, print the comparison and write the report.
 
     Args:
         configs: one for every run; the first one's method is the baseline.
         folder: run folders go below it, named by method and seed, beside ``comparison.json``.
         rerun: train finished runs again.
+        launcher: where runs run (default: ``local()``).
 
     Returns:
-        The report's path.
+        Whether every run is finished and the report written; what failed has been printed.
 
     Raises:
-        ValueError, Diverged: as ``train``; runs that were finished before stay.
+        ValueError: a run that is finished in ``folder`` has other settings, or a model's name is unknown.
     """
     console = Console()
-    folders = [records.run_folder(folder, config.method, config.seed) for config in configs]
-    for number, (config, run) in enumerate(zip(configs, folders, strict=True), start=1):
-        ran = train(config, run, rerun=rerun, progress=Progress())
-        result = records.read_run(run).result or {}
-        console.print(
-            f"[{number}/{len(configs)}] {run.name}: test accuracy {result['test_accuracy']:.2%}, "
-            + (f"trained in {result['train_seconds']:.1f} s" if ran else "finished before"),
-            markup=False,
-            highlight=False,
-        )
+    if (folder / STUDY_FILE).exists():
+        raise ValueError(f"{folder} holds a study: choose another --out, or add to {folder / STUDY_FILE}.")
+    jobs = [_comparison_job(config, folder, rerun) for config in configs]
+    _check_models({config.model for config in configs})
+    rest = [job for job in jobs if job.state != "done"]
+    if len(rest) < len(jobs):
+        console.print(f"{len(jobs) - len(rest)} of {len(jobs)} runs finished before", highlight=False)
+    failed = {}
+    if rest:
+        with launcher or local(rerun=rerun) as train:
+            failed = _train(train, rest, folder, console)
     baseline = configs[0].method
     records.write_json(
         records.comparison_path(folder),
@@ -48,15 +162,119 @@ def run_comparison(configs: Sequence[RunConfig], folder: Path, *, rerun: bool = 
             "baseline": baseline,
             "methods": list(dict.fromkeys(config.method for config in configs)),
             "seeds": sorted({config.seed for config in configs}),
-            "runs": [run.name for run in folders],
+            "runs": [job.folder.name for job in jobs],
         },
     )
-    runs = [records.read_run(run) for run in folders]
-    summaries = summarise(runs, baseline)
-    page = write_report(
-        runs, folder / "report.html", baseline=baseline, title=f"{configs[0].model} on {configs[0].data}"
+    title = f"{configs[0].model} on {configs[0].data}"
+    variants: dict[Path, str] = {job.folder: job.config.method for job in jobs}
+    reported = _report(Comparison(folder, tuple(jobs), variants, baseline, title), console)
+    return _told(failed, console) and reported is not None
+
+
+def plan_table(comparisons: Sequence[Comparison]) -> Table:
+    """What is there and what is to run, as a table for the terminal: seeds by comparison and method."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("comparison", "method", "done", "unfinished", "to run"):
+        shown.add_column(column, overflow="fold")
+    for each in comparisons:
+        first = each.folder.name
+        for variant in dict.fromkeys(each.variants.values()):
+            seeds: dict[str, list[int]] = {"done": [], "unfinished": [], "new": []}
+            for job in each.jobs:
+                if each.variants[job.folder] == variant:
+                    seeds[job.state].append(job.config.seed)
+            cells = [first, label(variant), *map(as_ranges, seeds.values())]
+            shown.add_row(*map(Text, cells))
+            first = ""
+    return shown
+
+
+def _train(
+    train: Callable[[Sequence[Job], Watch], dict[Path, str]],
+    jobs: Sequence[Job],
+    root: Path,
+    console: Console,
+) -> dict[Path, str]:
+    try:
+        with LiveTable(jobs, root, console=console) as shown:
+            return train(jobs, shown)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on where it was.", highlight=False)
+        raise
+    finally:
+        for logs in {job.folder.parent / LOGS for job in jobs}:
+            if logs.is_dir() and not any(logs.iterdir()):
+                logs.rmdir()
+
+
+def _told(failed: dict[Path, str], console: Console) -> bool:
+    if not failed:
+        return True
+    count = f"{len(failed)} run{'s' if len(failed) > 1 else ''} failed"
+    console.print(
+        f"{count}; the same command tries again what is not finished:", style="red", highlight=False
     )
+    for folder, error in failed.items():
+        console.print(f"  {folder}: {error}", markup=False, highlight=False, soft_wrap=True)
+    return False
+
+
+def _report(comparison: Comparison, console: Console) -> IndexRow | None:
+    """Print what was found, and write the page; None, and the reason printed, where there is none."""
+    name = f"{comparison.folder}: "
+    finished = [job.folder for job in comparison.jobs if records.is_finished(job.folder)]
+    if not finished:
+        console.print(f"{name}no run is finished, so there is no report.", highlight=False, soft_wrap=True)
+        return None
+    try:
+        runs, left_out = read_each(finished)
+        for why in left_out.values():
+            console.print(f"left out: {why}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        summaries = summarise(runs, comparison.baseline, comparison.variants)
+        page = write_report(
+            runs,
+            comparison.folder / REPORT,
+            title=comparison.title,
+            baseline=comparison.baseline,
+            variants=comparison.variants,
+            left_out=left_out,
+        )
+    except ValueError as error:
+        console.print(f"{name}no report: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return None
+    console.print(f"\n{comparison.title}", style="bold", markup=False, highlight=False)
     console.print(table(summaries))
-    console.print(headline(summaries), highlight=False)
-    console.print(f"report: {page}", highlight=False)
-    return page
+    found = headline(summaries)
+    console.print(found, markup=False, highlight=False)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return IndexRow(comparison.title, page, found, len(finished), len(comparison.jobs))
+
+
+def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
+    run = records.run_folder(folder, config.method, config.seed)
+    if rerun or not records.config_path(run).exists():
+        return Job(config, run, "new")
+    finished = records.is_finished(run)
+    there = resolved(normalised(make_config(records.read_config(run))))
+    wanted = resolved(normalised(config))
+    differing = [
+        f"{key}={there[key]!r} (asked for: {wanted[key]!r})"
+        for key in sorted(wanted.keys() - WHERE)
+        if there[key] != wanted[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"{run} holds {'a finished' if finished else 'an unfinished'} run with {', '.join(differing)}. "
+            "Choose another --out, or pass --rerun to replace it."
+        )
+    return Job(config, run, "done" if finished else "unfinished")
+
+
+def _check_models(names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for a name that is no model's, before the first run says so."""
+    rest = [name for name in names if name not in MODEL_FAMILIES]
+    if rest:
+        from regrow.study.models import model_channels
+
+        for name in rest:
+            model_channels(name, 3)

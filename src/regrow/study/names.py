@@ -8,3 +8,5 @@ MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
 POOLINGS = ("max", "avg", "none")
 # What the papers call them.
 METHOD_ALIASES = {"backprop": "standard"}
+# Settings in which a run may differ and still be the same run: where it ran and where its data lay.
+WHERE = frozenset({"device", "threads", "data_dir"})

@@ -4,14 +4,18 @@ A **run folder** is one training run (one method, one seed):
 
 - ``config.yaml``: every setting, enough to repeat the run;
 - ``environment.json``: versions, processor, device, the command;
-- ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1;
+- ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1, ``flops`` those of its
+  training steps (None when they cannot be counted);
 - ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
   happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
-- ``result.json``: written last; a run that has it is finished;
+- ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
+  killed and went on;
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
 A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
+
+Version 1 had no ``flops``, ``train_flops`` and ``resumed``: they are read as None.
 """
 
 from __future__ import annotations
@@ -23,15 +27,18 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+from regrow import atomic
+
+VERSION = 2
 
 _INTEGER = (int,)
+_INTEGER_OR_NONE = (int, type(None))
 _NUMBER = (int, float)
 _NUMBER_OR_NONE = (int, float, type(None))
 _TEXT = (str,)
@@ -66,6 +73,7 @@ _EPOCH: _Kinds = {
     "alive": _INTEGER,
     "filters": _INTEGER,
     "seconds": _NUMBER,
+    "flops": _INTEGER_OR_NONE,
 }
 _EVENT: _Kinds = {
     "epoch": _INTEGER,
@@ -82,7 +90,11 @@ _RESULT: _Kinds = {
     "seconds": _NUMBER,
     "parameters": _INTEGER,
     "filters": _MAPPING,
+    "train_flops": _INTEGER_OR_NONE,
+    "resumed": _INTEGER_OR_NONE,
 }
+# Keys that came with version 2.
+_ADDED = ("flops", "train_flops", "resumed")
 _CURVE: _Kinds = {
     "split": _TEXT,
     "criterion": _TEXT,
@@ -150,15 +162,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data``, whole or not at all; missing parent folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic.write_bytes(path, data)
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -202,6 +206,19 @@ def append_line(path: str | Path, data: Mapping[str, Any]) -> None:
     _cut_torn_line(path)
     with path.open("ab") as file:
         file.write(line.encode())
+
+
+def write_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON-lines file, as ``append_line`` would line by line, whole or not at all; none removes it.
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
+    """
+    text = "".join(_to_json(path, line) + "\n" for line in lines)
+    if text:
+        write_text(path, text)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -270,13 +287,12 @@ def read_run(folder: str | Path) -> RunRecord:
             the message names the file and the key or line.
     """
     folder = Path(folder)
-    if not config_path(folder).exists():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml.")
+    config = read_config(folder)
     finished = is_finished(folder)
     return _checked(
         RunRecord(
             folder=folder,
-            config=_read_config(config_path(folder)),
+            config=config,
             # A run that has only just started may not have written it yet.
             environment=_read_json(environment_path(folder), _ENVIRONMENT)
             if finished or environment_path(folder).exists()
@@ -286,6 +302,13 @@ def read_run(folder: str | Path) -> RunRecord:
             result=_read_json(result_path(folder), _RESULT) if finished else None,
         )
     )
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read and check the settings of the run in ``folder`` alone. Errors as ``read_run``."""
+    if not config_path(folder).exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml.")
+    return _read_config(config_path(folder))
 
 
 def find_runs(*folders: str | Path) -> list[RunRecord]:
@@ -348,7 +371,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_bytes())
+        # A tenth of the time where libyaml is there, as in the wheels of PyYAML.
+        data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _check(data, _CONFIG, str(path))
@@ -368,6 +392,8 @@ def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
 
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
     """``data`` when it is a mapping of a known version with the keys and types of ``kinds``."""
+    if isinstance(data, dict):
+        data = data | {key: None for key in _ADDED if key in kinds and key not in data}
     return _check_keys(data, {"version": _INTEGER, **kinds}, where)
 
 

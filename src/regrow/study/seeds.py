@@ -1,28 +1,52 @@
-"""Lists as people type them on a command line."""
+"""Lists as people type them, on a command line or in a study file."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from typing import TypeVar
 
 from regrow.study.names import METHOD_ALIASES
 
 T = TypeVar("T", int, str)
+MOST_RUNS = 10_000
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, where: str = "--seeds") -> list[int]:
     """``"0,1,2"``, ``"0-4"`` or a mixture, in the order given.
 
+    Args:
+        text: what was typed.
+        where: what to call it in an error.
+
     Raises:
-        ValueError: anything else, or a seed given twice.
+        ValueError: anything else, a seed given twice, or more than 10,000.
     """
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"--seeds takes numbers such as 0,1,2 or 0-4, got {text!r}.")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return _once("--seeds", seeds)
+            raise ValueError(f"{where} takes numbers such as 0,1,2 or 0-4, got {text!r}.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= MOST_RUNS - len(seeds):
+            raise ValueError(f"{where}: {text!r} are more than {MOST_RUNS:,} seeds.")
+        seeds += range(first, last + 1)
+    return _once(where, seeds)
+
+
+def seeds_of(value: object, where: str = "seeds") -> list[int]:
+    """Seeds as a YAML file has them: ``3``, ``"0-4"``, ``[0, 1, 2]`` or a list of such, in that order.
+
+    Raises:
+        ValueError: as ``parse_seeds``, or an empty list.
+    """
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"{where} is an empty list: write 0-4, or [0, 1, 2].")
+    if any(isinstance(each, bool) or not isinstance(each, int | str) for each in values):
+        raise ValueError(f"{where} takes numbers such as 0-4 or [0, 1, 2], got {value!r}.")
+    return parse_seeds(",".join(map(str, values)), where)
 
 
 def parse_methods(text: str) -> list[str]:
@@ -38,8 +62,21 @@ def parse_methods(text: str) -> list[str]:
     return _once("--methods", methods)
 
 
-def _once(flag: str, values: list[T]) -> list[T]:
-    twice = sorted({str(value) for value in values if values.count(value) > 1})
+def as_ranges(seeds: Iterable[int]) -> str:
+    """Seeds in ascending order, as people type them: ``"0-2, 7"``."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and parts[-1][-1] == seed - 1:
+            parts[-1][1:] = [seed]
+        else:
+            parts.append([seed])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _once(where: str, values: list[T]) -> list[T]:
+    twice = [value for value, times in Counter(values).items() if times > 1]
     if twice:
-        raise ValueError(f"{flag} names {', '.join(twice)} twice: a pair must not be counted twice.")
+        raise ValueError(
+            f"{where} names {', '.join(map(str, twice))} twice: a pair must not be counted twice."
+        )
     return values

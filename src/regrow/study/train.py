@@ -1,34 +1,54 @@
-"""The reference loop: one run, from its settings to a run folder."""
+"""The reference loop: one run, from its settings to a run folder, whatever interrupts it."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regrow.bridgeout_layers import add_bridgeout, remove_bridgeout
+from regrow.bridgeout_layers import remove_bridgeout
 from regrow.cycle import RePr
 from regrow.filters import eligible
 from regrow.scoring import overlap
 from regrow.study import records
+from regrow.study.building import (
+    add_noise,
+    build,
+    device_of,
+    load_splits,
+    make_optimizer,
+    make_repr,
+    make_scheduler,
+)
+from regrow.study.checkpoints import from_bytes, remove_checkpoints, to_bytes, write_checkpoint
 from regrow.study.config import RunConfig
-from regrow.study.data import Splits, load_data
+from regrow.study.data import Splits
 from regrow.study.feeding import Batches, calibration_batches
-from regrow.study.models import build_model, model_channels
+from regrow.study.flops import step_flops
+from regrow.study.lock import locked
+from regrow.study.models import model_channels
 from regrow.study.progress import Progress
-from regrow.study.rivals import add_dropout
-from regrow.study.schedule import rate_factor
+from regrow.study.ranks import Ranks, device_here, joined
+from regrow.study.run_folder import (
+    begin,
+    check_folder,
+    check_not_foreign,
+    last_good_path,
+    save_weights,
+    writing,
+)
+from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
+from regrow.study.steps import BadLoss, evaluate, state_of_weights, train_epoch
 
 _EVALUATION_BATCH = 500
-_LAST_GOOD = "last-good.safetensors"
-# How many steps a NaN may go unseen: looking at a loss makes a GPU wait for it.
-_LOOK_EVERY = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Diverged(ArithmeticError):
@@ -38,11 +58,13 @@ class Diverged(ArithmeticError):
 def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Progress | None = None) -> bool:
     """Train one network as ``config`` says and leave a run folder.
 
+    Started by ``torchrun`` in several processes, they train it together (see docs/resume.md).
+
     Args:
         config: the settings.
         folder: made if it is not there. A finished run of the same settings is left as it is; an
-            unfinished one is started again.
-        rerun: run even if the folder holds a finished run, and replace it.
+            unfinished one goes on from its last checkpoint, and ends as if it had not been stopped.
+        rerun: begin anew, and replace the run that the folder holds.
         progress: where to show how far it is; None shows nothing.
 
     Returns:
@@ -51,107 +73,168 @@ def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Pro
     Raises:
         ValueError: settings that do not fit each other, the data or the model, or a folder that holds
             another run.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written to.
         Diverged: the loss became NaN or infinite.
     """
-    if not rerun and records.is_finished(folder):
-        _check_same(config, folder)
+    with joined() as ranks:
+        return _train(config, folder, rerun, progress, ranks)
+
+
+def _train(config: RunConfig, folder: Path, rerun: bool, progress: Progress | None, ranks: Ranks) -> bool:
+    if ranks.first(lambda: _is_done(config, folder, rerun)):
         return False
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = device_of(config.device)
-    splits = load_splits(config)
+    device = device_of(device_here(config.device))
+    run = _set_up(config, ranks.in_turn(lambda: load_splits(config)), device, ranks)
+    with ExitStack() as held:
+
+        def start() -> bool:
+            with writing(folder):
+                held.enter_context(locked(folder))
+            # Another process may have finished it while this one was getting ready.
+            return _is_done(config, folder, rerun)
+
+        if ranks.first(start):
+            return False
+        environment = {
+            **records.environment(str(device), torch.get_num_threads()),
+            "processes": ranks.count,
+        }
+        begun: list[bytes | None] = []
+
+        def prepare() -> None:
+            with writing(folder):
+                begun.append(begin(config, folder, environment, rerun=rerun))
+
+        ranks.first(prepare)
+        checkpoint = ranks.share(begun[0] if begun else None)
+        shown = progress if progress is not None and ranks.rank == 0 else Progress(quiet=True)
+        with shown:
+            _run(config, folder, run, checkpoint, environment, ranks, shown)
+    return True
+
+
+def _is_done(config: RunConfig, folder: Path, rerun: bool) -> bool:
+    if rerun:
+        check_not_foreign(folder)
+        return False
+    if done := check_folder(config, folder):
+        remove_checkpoints(folder)  # of a process that was killed after it had written the result
+    return done
+
+
+@dataclass
+class _Parts:
+    """What a run trains with."""
+
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    repr_: RePr | None
+    train: Batches
+    validation: Batches
+    test: Batches
+    calibration: list[Tensor]
+
+    @property
+    def trained(self) -> tuple[Any, ...]:
+        return self.model, self.optimizer, self.scheduler, self.scaler, self.repr_
+
+
+def _set_up(config: RunConfig, splits: Splits, device: torch.device, ranks: Ranks) -> _Parts:
     torch.manual_seed(config.seed)
     model = build(config, splits).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels = model_channels(config.model, splits.channels)
-    feed: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
+    whole: dict[str, Any] = {"mean": splits.mean, "std": splits.std, "device": device, "channels": channels}
+    feed = {**whole, "rank": ranks.rank, "ranks": ranks.count}
     train_batches = Batches(
         splits.train, batch_size=config.batch_size, augmentation=config.augmentation, seed=config.seed, **feed
     )
-    validation = Batches(splits.validation, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
-    test = Batches(splits.test, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
-    calibration = calibration_batches(splits.train, **feed)
-    if config.method in ("bridgeout", "targeted-bridgeout"):
-        add_bridgeout(model, config.p, config.q, target_fraction=_targeted(config), seed=config.seed)
-    elif config.method in ("dropout", "targeted-dropout"):
-        add_dropout(model, config.p, _targeted(config))
+    # The same weights' noise in every process, as if one saw the whole batch.
+    add_noise(model, config)
     optimizer = make_optimizer(model, config)
-    repr_: RePr | None = None
-    if config.method == "repr":
-        repr_ = RePr(
-            model,
-            optimizer,
-            example_inputs=torch.zeros(1, channels, *splits.size, device=device),
-            fraction=config.fraction,
-            full=config.cycle.full,
-            sub=config.cycle.sub,
-            cycles=config.cycle.cycles,
-            criterion=config.criterion,
-            consumers=config.consumers,
-            scope=config.scope,
-            floor=config.floor,
-            exclude=config.exclude,
-            skip_first=config.skip_first,
-            compact=config.compact,
-            seed=config.seed,
-        )
-    _start_folder(config, folder, device)
-    with progress or Progress(quiet=True) as shown:
-        _run(config, folder, model, optimizer, repr_, (train_batches, validation, test), calibration, shown)
-    return True
+    wrapped = ranks.wrapped(model)
+    repr_ = make_repr(wrapped, optimizer, config, torch.zeros(1, channels, *splits.size, device=device))
+    if ranks.rank > 0:
+        # Dropout's masks are of pictures, and every process has others.
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, ranks.rank]).generate_state(1)[0]))
+    return _Parts(
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        scheduler=make_scheduler(optimizer, config, len(train_batches)),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "float16"),
+        repr_=repr_,
+        train=train_batches,
+        validation=Batches(splits.validation, batch_size=_EVALUATION_BATCH, shuffle=False, **feed),
+        test=Batches(splits.test, batch_size=_EVALUATION_BATCH, shuffle=False, **feed),
+        calibration=calibration_batches(splits.train, **whole),
+    )
 
 
 def _run(
     config: RunConfig,
     folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    repr_: RePr | None,
-    batches: tuple[Batches, Batches, Batches],
-    calibration: list[Tensor],
+    run: _Parts,
+    checkpoint: bytes | None,
+    environment: dict[str, Any],
+    ranks: Ranks,
     progress: Progress,
 ) -> None:
-    train_batches, validation, test = batches
     started = time.perf_counter()
-    steps = len(train_batches)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: rate_factor(
-            config.schedule,
-            step,
-            config.epochs * steps,
-            min(config.epochs, config.cycle.last_restore) * steps,
-        ),
-    )
+    model, repr_, steps = run.model, run.repr_, len(run.train)
     ranked = eligible(model)
     filters = {name: conv.out_channels for name, conv in ranked.items()}
-    train_seconds = 0.0
-    good = _state(model)
-    measured: dict[str, float] = {}
+    done: dict[str, Any] = {
+        "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0,
+        "environment": {**environment, "resumed": 0},
+    }  # fmt: skip
+    if checkpoint is not None:
+        done = from_bytes(checkpoint)
+        load_state(done["trained"], *run.trained)
+        if ranks.rank < len(done["random"]):
+            load_random_state(done["random"][ranks.rank])
+        done["environment"] = {**environment, "resumed": done["environment"]["resumed"] + 1}
+    spent: float = done["seconds"]
+    good = state_of_weights(model)
+    counted: tuple[int, tuple[int, int] | None] | None = None
     progress.start(folder.name, config.epochs * steps)
-    for epoch in range(1, config.epochs + 1):
+    for line in done["epochs"]:
+        progress.advance(steps, line["train_loss"])
+        progress.epoch(line["epoch"], config.epochs, line["train_loss"], line["validation_accuracy"])
+    for epoch in range(done["epoch"] + 1, config.epochs + 1):
         phase = repr_.phase if repr_ is not None and repr_.phase == "sub" else "full"
         alive = sum(filters.values())
         if repr_ is not None:
             alive -= sum(int((~mask).sum()) for mask in repr_.keep.values())
-        rate = optimizer.param_groups[0]["lr"]
+        rate = run.optimizer.param_groups[0]["lr"]
+        # Each drop takes other filters, so each sub phase has a count of its own.
+        if counted is None or counted[0] != len(done["events"]):
+            images = run.calibration[0].contiguous(memory_format=torch.channels_last)
+            labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+            counted = len(done["events"]), step_flops(model, images, labels)
         begun = time.perf_counter()
         try:
             loss, accuracy = train_epoch(
-                model, train_batches.epoch(epoch), optimizer, scheduler, steps, progress
-            )
-        except _BadLoss as bad:
-            save_weights(good, folder / _LAST_GOOD)
+                run.wrapped, run.train, epoch, run.optimizer, run.scheduler, run.scaler,
+                _DTYPES[config.precision], ranks, progress,
+            )  # fmt: skip
+        except BadLoss as bad:
+            ranks.first(partial(save_weights, good, last_good_path(folder)))
             raise Diverged(
                 f"the loss became {bad.loss} in epoch {epoch}, step {bad.step} of {steps}, at a learning "
                 f"rate of {bad.rate:.4g}. The weights as they were after epoch {epoch - 1} are in "
-                f"{folder / _LAST_GOOD}. Train with a lower --lr."
+                f"{last_good_path(folder)}. Train with a lower --lr, and --rerun."
             ) from None
         seconds = time.perf_counter() - begun
-        train_seconds += seconds
-        measured = evaluate(model, validation)
-        good = _state(model)
-        records.append_line(
-            records.epochs_path(folder),
+        ranks.copy_from_first(model)
+        measured = evaluate(model, run.validation, ranks)
+        good = state_of_weights(model)
+        done["epochs"].append(
             {
                 "version": records.VERSION,
                 "epoch": epoch,
@@ -165,208 +248,65 @@ def _run(
                 "alive": alive,
                 "filters": sum(filters.values()),
                 "seconds": seconds,
-            },
+                "flops": counted[1] and counted[1][0] * _pictures(run.train) // counted[1][1],
+            }
         )
         progress.epoch(epoch, config.epochs, loss, measured["accuracy"])
         event = repr_.step() if repr_ is not None else None
         if event is not None:
-            records.append_line(
-                records.events_path(folder), {"version": records.VERSION, "epoch": epoch, **event.to_dict()}
-            )
+            done["events"].append({"version": records.VERSION, "epoch": epoch, **event.to_dict()})
+        generators = ranks.gather(to_bytes(random_state()))
+        done.update(
+            epoch=epoch,
+            measured=measured,
+            seconds=spent + time.perf_counter() - started,
+            trained=state_of(*run.trained),
+            random=[from_bytes(each) for each in generators],
+        )
+        ranks.first(partial(_write, folder, done, new_event=event is not None))
+    _finish(config, folder, run, done, ranks, spent - started)
+
+
+def _write(folder: Path, done: dict[str, Any], *, new_event: bool) -> None:
+    with writing(folder):
+        records.append_line(records.epochs_path(folder), done["epochs"][-1])
+        if new_event:
+            records.append_line(records.events_path(folder), done["events"][-1])
+        write_checkpoint(folder, done["epoch"], done)
+
+
+def _finish(
+    config: RunConfig, folder: Path, run: _Parts, done: dict[str, Any], ranks: Ranks, started: float
+) -> None:
+    measured = done["measured"]
     if config.method in ("bridgeout", "targeted-bridgeout"):
-        remove_bridgeout(model, calibration if config.reestimate else None)
-        measured = evaluate(model, validation)
-    final = evaluate(model, test)
-    save_weights(_state(model), records.weights_path(folder))
-    records.write_json(
-        records.result_path(folder),
-        {
-            "version": records.VERSION,
-            "test_accuracy": final["accuracy"],
-            "test_loss": final["loss"],
-            "validation_accuracy": measured["accuracy"],
-            "train_seconds": train_seconds,
-            "seconds": time.perf_counter() - started,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "filters": filters,
-        },
-    )
+        remove_bridgeout(run.model, run.calibration if config.reestimate else None)
+        ranks.copy_from_first(run.model)
+        measured = evaluate(run.model, run.validation, ranks)
+    final = evaluate(run.model, run.test, ranks)
+    flops = [line["flops"] for line in done["epochs"]]
+    result = {
+        "version": records.VERSION,
+        "test_accuracy": final["accuracy"],
+        "test_loss": final["loss"],
+        "validation_accuracy": measured["accuracy"],
+        "train_seconds": sum(line["seconds"] for line in done["epochs"]),
+        "seconds": time.perf_counter() + started,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "filters": {name: conv.out_channels for name, conv in eligible(run.model).items()},
+        "train_flops": None if None in flops else sum(flops),
+        "resumed": done["environment"]["resumed"],
+    }
+
+    def write() -> None:
+        with writing(folder):
+            save_weights(state_of_weights(run.model), records.weights_path(folder))
+            records.write_json(records.result_path(folder), result)
+            remove_checkpoints(folder)
+
+    ranks.first(write)
 
 
-class _BadLoss(Exception):
-    def __init__(self, loss: float, step: int, rate: float) -> None:
-        self.loss, self.step, self.rate = loss, step, rate
-
-
-def train_epoch(
-    model: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    steps: int,
-    progress: Progress,
-) -> tuple[float, float]:
-    """One pass over ``batches``; the scheduler steps with every batch. Returns mean loss and accuracy.
-
-    Raises:
-        _BadLoss: a loss is not finite.
-    """
-    model.train()
-    device = next(model.parameters()).device
-    losses = torch.zeros(steps, device=device)
-    sizes = torch.zeros(steps)
-    rates = []
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    looked = 0
-    for step, (images, labels) in enumerate(batches):
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = nn.functional.cross_entropy(logits, labels)
-        loss.backward()
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-        losses[step] = loss.detach()
-        sizes[step] = len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        if step + 1 == steps or step + 1 - looked == _LOOK_EVERY:
-            recent = losses[looked : step + 1].cpu()
-            if not torch.isfinite(recent).all():
-                first = int((~torch.isfinite(recent)).nonzero()[0])
-                raise _BadLoss(float(recent[first]), looked + first + 1, rates[looked + first])
-            progress.advance(step + 1 - looked, float(recent.mean()))
-            looked = step + 1
-    seen = float(sizes.sum())
-    return float((losses.cpu() * sizes).sum()) / seen, int(correct) / seen
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> dict[str, float]:
-    """Mean cross-entropy ``loss`` and ``accuracy`` (0 to 1) of ``model`` in eval mode."""
-    model.eval()
-    loss, correct, seen = 0.0, 0, 0
-    for images, labels in batches.epoch(0):
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-        seen += len(labels)
-    return {"loss": loss / seen, "accuracy": correct / seen}
-
-
-def load_splits(config: RunConfig) -> Splits:
-    """The pictures of a run. Errors as ``load_data``."""
-    return load_data(
-        config.data,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
-        split_seed=config.split_seed,
-        train_size=config.train_size,
-        label_noise=config.label_noise,
-        image_size=config.image_size,
-    )
-
-
-def build(config: RunConfig, splits: Splits) -> nn.Module:
-    """The network of a run, with first weights from the global generator. Errors as ``build_model``."""
-    return build_model(
-        config.model,
-        classes=len(splits.classes),
-        channels=splits.channels,
-        size=splits.size,
-        depth=config.depth,
-        width=config.width,
-        batch_norm=config.batch_norm,
-        pooling=config.pooling,
-    )
-
-
-def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer ``config`` names, over all of ``model``'s parameters."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            config.rate,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, config.rate, weight_decay=config.weight_decay)
-
-
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write ``state`` as safetensors, under a temporary name first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone().cpu().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _targeted(config: RunConfig) -> float:
-    return config.target_fraction if config.method.startswith("targeted-") else 1.0
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a setting such as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: this machine has none such.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}). Write --device cpu.") from None
-    return device
-
-
-def _start_folder(config: RunConfig, folder: Path, device: torch.device) -> None:
-    if folder.exists() and any(folder.iterdir()) and not records.config_path(folder).exists():
-        raise ValueError(f"{folder} is not empty and not a run folder: choose another --out.")
-    # The result first: without it the folder is an unfinished run, whatever else is still there.
-    for path in (
-        records.result_path(folder),
-        records.epochs_path(folder),
-        records.events_path(folder),
-        records.weights_path(folder),
-        folder / _LAST_GOOD,
-        *records.curve_paths(folder),
-    ):
-        path.unlink(missing_ok=True)
-    records.write_yaml(records.config_path(folder), {"version": records.VERSION, **settings_of(config)})
-    records.write_json(
-        records.environment_path(folder), records.environment(str(device), torch.get_num_threads())
-    )
-
-
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """``config`` as plain data, with the lengths of the cycle and the learning rate it comes to."""
-    settings = config.model_dump(mode="json")
-    cycle = config.cycle
-    settings.update(full=cycle.full, sub=cycle.sub, cycles=cycle.cycles, lr=config.rate)
-    return settings
-
-
-def _check_same(config: RunConfig, folder: Path) -> None:
-    there, wanted = records.read_run(folder).config, settings_of(config)
-    # Where a run may differ and still be the same run: where it ran and where its data lay.
-    skipped = {"version", "device", "threads", "data_dir"}
-    differing = [
-        f"{key}={there.get(key)!r} (asked for: {wanted.get(key)!r})"
-        for key in sorted({*there, *wanted} - skipped)
-        if there.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} holds a finished run with {', '.join(differing)}. Choose another --out, or "
-            "pass --rerun to replace it."
-        )
+def _pictures(batches: Batches) -> int:
+    """How many pictures an epoch trains on."""
+    return sum(batches.size_of(number) for number in range(len(batches)))

@@ -1,0 +1,123 @@
+"""From the settings of a run to what it trains with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from regrow.bridgeout_layers import add_bridgeout
+from regrow.cycle import RePr
+from regrow.study.config import RunConfig
+from regrow.study.data import Splits, load_data
+from regrow.study.models import build_model
+from regrow.study.rivals import add_dropout
+from regrow.study.schedule import rate_factor
+
+
+def load_splits(config: RunConfig) -> Splits:
+    """The pictures of a run. Errors as ``load_data``."""
+    return load_data(
+        config.data,
+        data_dir=Path(config.data_dir) if config.data_dir else None,
+        split_seed=config.split_seed,
+        train_size=config.train_size,
+        label_noise=config.label_noise,
+        image_size=config.image_size,
+    )
+
+
+def build(config: RunConfig, splits: Splits) -> nn.Module:
+    """The network of a run, with first weights from the global generator. Errors as ``build_model``."""
+    return build_model(
+        config.model,
+        classes=len(splits.classes),
+        channels=splits.channels,
+        size=splits.size,
+        depth=config.depth,
+        width=config.width,
+        batch_norm=config.batch_norm,
+        pooling=config.pooling,
+    )
+
+
+def add_noise(model: nn.Module, config: RunConfig) -> None:
+    """Put the noise of ``config``'s method on ``model``, if it has any."""
+    targeted = config.target_fraction if config.method.startswith("targeted-") else 1.0
+    if config.method in ("bridgeout", "targeted-bridgeout"):
+        add_bridgeout(model, config.p, config.q, target_fraction=targeted, seed=config.seed)
+    elif config.method in ("dropout", "targeted-dropout"):
+        add_dropout(model, config.p, targeted)
+
+
+def make_repr(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, example_inputs: torch.Tensor
+) -> RePr | None:
+    """RePr as ``config`` says; None for another method. Errors as ``RePr``."""
+    if config.method != "repr":
+        return None
+    return RePr(
+        model,
+        optimizer,
+        example_inputs=example_inputs,
+        fraction=config.fraction,
+        full=config.cycle.full,
+        sub=config.cycle.sub,
+        cycles=config.cycle.cycles,
+        criterion=config.criterion,
+        consumers=config.consumers,
+        scope=config.scope,
+        floor=config.floor,
+        exclude=config.exclude,
+        skip_first=config.skip_first,
+        compact=config.compact,
+        seed=config.seed,
+    )
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer ``config`` names, over all of ``model``'s parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            config.rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, config.rate, weight_decay=config.weight_decay)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of every step, of which an epoch has ``steps``."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: rate_factor(
+            config.schedule,
+            step,
+            config.epochs * steps,
+            min(config.epochs, config.cycle.last_restore) * steps,
+        ),
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a setting such as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has none such.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}). Write --device cpu.") from None
+    return device

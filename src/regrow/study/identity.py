@@ -1,0 +1,79 @@
+"""When two sets of settings are the same run, and what is told apart how. No PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from regrow.study.compare import METHOD_SETTINGS, STRENGTHS
+from regrow.study.config import RunConfig
+from regrow.study.names import WHERE
+
+_OWNED = frozenset().union(*METHOD_SETTINGS.values())
+
+
+def own_settings(method: str) -> frozenset[str]:
+    """The settings that a method may have values of its own for, in a comparison with others."""
+    return METHOD_SETTINGS.get(method, frozenset()) | STRENGTHS
+
+
+def normalised(config: RunConfig) -> RunConfig:
+    """``config`` with the settings of other methods at their defaults: they do not change the run."""
+    others = _OWNED - METHOD_SETTINGS.get(config.method, _OWNED)
+    return config.model_copy(update={key: RunConfig.model_fields[key].default for key in others})
+
+
+@functools.lru_cache(maxsize=100_000)
+def run_key(config: RunConfig) -> str:
+    """A text that is equal for two settings when they are the same run."""
+    settings = resolved(normalised(config))
+    return json.dumps({key: settings[key] for key in settings.keys() - WHERE}, sort_keys=True)
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """``config`` as plain data, with the lengths of the cycle and the learning rate it comes to."""
+    cycle = config.cycle
+    lengths = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
+    return {**config.model_dump(mode="json"), **lengths}
+
+
+def unresolved(config: RunConfig) -> dict[str, Any]:
+    """``config`` as plain data, with None for the lengths of the cycle and the learning rate by default.
+
+    So epochs that differ do not make the lengths that follow from them differ too.
+    """
+    settings, default = (
+        resolved(config),
+        config.model_copy(update={"full": None, "sub": None, "cycles": None}),
+    )
+    if default.cycle == config.cycle:
+        settings.update(full=None, sub=None, cycles=None)
+    if config.model_copy(update={"lr": None}).rate == config.rate:
+        settings["lr"] = None
+    return settings
+
+
+def differing(settings: list[dict[str, Any]]) -> list[str]:
+    """The keys in which some of ``settings`` differ, in their order."""
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+
+
+def shown(value: object) -> str:
+    """A setting's value in as few letters as tell it from others."""
+    if value is None:
+        return "default"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return format(value, ".10g")
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value)) or "none"
+    return str(value)
+
+
+def describe(settings: Mapping[str, Any], keys: list[str]) -> str:
+    """``"fraction 0.2, skip first no"``: the values of ``keys`` for people to read."""
+    return ", ".join(f"{key.replace('_', ' ')} {shown(settings.get(key))}" for key in keys)

@@ -1,0 +1,146 @@
+"""A run's folder when the run begins: whose it is, and what is left of an earlier try."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from regrow.atomic import write_bytes
+from regrow.study import records
+from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
+from regrow.study.config import RunConfig, make_config
+from regrow.study.identity import WHERE, normalised, resolved
+
+# What a run must have in common with its earlier part to end bit for bit as if it had not been stopped.
+_ALIKE = ("torch", "processor", "device", "threads", "processes")
+
+
+def last_good_path(folder: Path) -> Path:
+    """The weights after the last epoch without a NaN, when a run diverged."""
+    return folder / "last-good.safetensors"
+
+
+def check_folder(config: RunConfig, folder: Path) -> bool:
+    """Whether ``folder`` holds a finished run of ``config``; nothing is changed.
+
+    Raises:
+        ValueError: it holds a run with other settings, finished or not, or something else.
+    """
+    check_not_foreign(folder)
+    if not records.config_path(folder).exists():
+        return False
+    finished = records.is_finished(folder)
+    there = records.read_config(folder)
+    with suppress(ValueError):  # settings that this version does not know: compared as they are
+        there = resolved(normalised(make_config(there)))
+    wanted = resolved(normalised(config))
+    differing = [
+        f"{key}={there.get(key)!r} (asked for: {wanted.get(key)!r})"
+        for key in sorted({*there, *wanted} - WHERE - {"version"})
+        if there.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds {'a finished' if finished else 'an unfinished'} run with "
+            f"{', '.join(differing)}. Choose another --out, or pass --rerun to replace it."
+        )
+    return finished
+
+
+def check_not_foreign(folder: Path) -> None:
+    """Raise ``ValueError`` if ``folder`` holds anything, and no run."""
+    if not folder.exists() or records.config_path(folder).exists():
+        return
+    # Names with a dot are what a process leaves that is killed before it has written the settings.
+    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and not a run folder: choose another --out.")
+
+
+def begin(config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool) -> bytes | None:
+    """Make ``folder``, which is locked, ready to train in: as new, or as at its last checkpoint.
+
+    Args:
+        environment: of this process, as ``records.environment`` gives it.
+        rerun: begin anew, whatever is there.
+
+    Returns:
+        The checkpoint to go on from, for ``from_bytes``; None at the beginning.
+
+    Warns:
+        UserWarning: a checkpoint is damaged, or the run was begun on another machine or version.
+    """
+    for path in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        path.unlink(missing_ok=True)
+    last_good_path(folder).unlink(missing_ok=True)
+    unfinished = not rerun and records.config_path(folder).exists()
+    checkpoint = read_checkpoint(folder) if unfinished else None
+    if checkpoint is None:
+        _clear(folder)
+        records.write_yaml(records.config_path(folder), {"version": records.VERSION, **resolved(config)})
+        records.write_json(records.environment_path(folder), {**environment, "resumed": 0})
+        return None
+    state = from_bytes(checkpoint)
+    before = state["environment"]
+    if other := [key for key in _ALIKE if before.get(key) != environment.get(key)]:
+        changes = ", ".join(f"{key} {before.get(key)} → {environment.get(key)}" for key in other)
+        warnings.warn(
+            f"{folder}: the run goes on under other conditions ({changes}): its result need not be the same "
+            "bit for bit.",
+            stacklevel=2,
+        )
+    resumed = {**environment, "resumed": _resumed(folder, state) + 1}
+    records.write_json(records.environment_path(folder), resumed)
+    records.write_lines(records.epochs_path(folder), state["epochs"])
+    records.write_lines(records.events_path(folder), state["events"])
+    return checkpoint
+
+
+def _resumed(folder: Path, state: dict[str, Any]) -> int:
+    """How often the run was resumed before: also after the checkpoint, if that can still be read."""
+    try:
+        there = records.read_run(folder).environment.get("resumed", 0)
+    except ValueError:
+        there = 0
+    return max(int(there), int(state["environment"]["resumed"]))
+
+
+def _clear(folder: Path) -> None:
+    # The result first: without it the folder is an unfinished run, whatever else is still there.
+    for path in (
+        records.result_path(folder),
+        records.epochs_path(folder),
+        records.events_path(folder),
+        records.weights_path(folder),
+        *records.curve_paths(folder),
+    ):
+        path.unlink(missing_ok=True)
+    remove_checkpoints(folder)
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write ``state`` as safetensors, whole or not at all."""
+    write_bytes(path, save(state))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say of an error in writing what it means for the run.
+
+    Raises:
+        OSError: what was raised in the block, in one line.
+    """
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to: {error.strerror or error}. Nothing that was there is damaged: "
+            "make it writable or make room, and give the same command again."
+        ) from error

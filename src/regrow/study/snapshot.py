@@ -1,0 +1,72 @@
+"""Everything that a run's next step depends on, as plain data and back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from regrow.bridgeout_layers import bridgeout_state, load_bridgeout_state
+from regrow.cycle import RePr
+
+
+def state_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    repr_: RePr | None,
+) -> dict[str, Any]:
+    """The state of what trains, for ``load_state``; the random generators are ``random_state``'s."""
+    return {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict(),
+        "repr": None if repr_ is None else repr_.state_dict(),
+        "bridgeout": bridgeout_state(model) if "_bridgeout_passes" in vars(model) else None,
+    }
+
+
+def load_state(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
+    repr_: RePr | None,
+) -> None:
+    """Go on where ``state_of`` was called, with all of them built anew from the same settings."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    scaler.load_state_dict(state["scaler"])
+    if repr_ is not None:
+        repr_.load_state_dict(state["repr"])
+    if state["bridgeout"] is not None:
+        load_bridgeout_state(model, state["bridgeout"])
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: PyTorch's on the CPU and all GPUs, NumPy's, Python's."""
+    # Not that anything here draws from it: a model of the user's may.
+    name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": (name, torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, gauss),
+        "python": random.getstate(),
+    }
+
+
+def load_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing where ``random_state`` was called."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, key, *rest = state["numpy"]
+    np.random.set_state((name, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

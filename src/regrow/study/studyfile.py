@@ -1,0 +1,251 @@
+"""A study's file: a grid of runs, read, checked and expanded. No PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from regrow.study.config import RunConfig, make_config
+from regrow.study.identity import WHERE, normalised, own_settings, run_key
+from regrow.study.names import DATA_NAMES, METHOD_ALIASES
+from regrow.study.seeds import MOST_RUNS, seeds_of
+from regrow.suggest import nearest
+
+_KEYS = ("name", "methods", "models", "data", "seeds", "settings")
+_METHODS: tuple[str, ...] = get_args(RunConfig.model_fields["method"].annotation)
+# What has a key of its own at the top of the file.
+_ELSEWHERE = {"method": "methods", "model": "models", "data": "data", "seed": "seeds"}
+_SHARED = [key for key in RunConfig.model_fields if key not in _ELSEWHERE]
+
+_Options = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run of a study.
+
+    ``comparison`` is equal for the runs that are compared with each other: what they share.
+    """
+
+    config: RunConfig
+    comparison: RunConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's name, its file, and its runs: by comparison, then seed, then method, the baseline first."""
+
+    name: str
+    text: bytes
+    runs: tuple[Wanted, ...]
+
+
+def read_study(path: Path, name: str | None = None) -> Study:
+    """The study in the YAML file ``path``; ``docs/study.md`` describes the format.
+
+    Args:
+        path: the file.
+        name: of the study, where the file does not give it (default: the file's name).
+
+    Raises:
+        ValueError: the file is not there, is not YAML, or does not describe a study; the message names
+            the key, and the nearest one that there is.
+    """
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"there is no study file {path}.") from None
+    try:
+        content = yaml.load(text.decode("utf-8"), _NoKeyTwice)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Study(_name(content, name or path.stem), text, _expand(content))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class _NoKeyTwice(yaml.SafeLoader):
+    """YAML, but a key that stands twice in one mapping is an error, where YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"line {line} has {key.value!r} for the second time: say it once.")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _name(content: object, default: str) -> str:
+    _check_mapping(content)
+    assert isinstance(content, dict)
+    name = content.get("name", default)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise ValueError(f"name is what the folder is called: letters, digits, . _ + and -, got {name!r}.")
+    return name
+
+
+def _check_mapping(content: object) -> None:
+    if not isinstance(content, dict):
+        raise ValueError("a study is a mapping: methods: [standard, repr] and seeds: 0-4, at the least.")
+    for key in content:
+        if key in _SHARED:
+            raise ValueError(f"{key!r} is a setting of the runs: write it under settings.")
+        if key not in _KEYS:
+            raise ValueError(f"unknown key {key!r}{nearest(str(key), _KEYS)}")
+    for key in ("methods", "seeds"):
+        if content.get(key) is None:
+            example = {"methods": "methods: [standard, repr]", "seeds": "seeds: 0-4"}[key]
+            raise ValueError(f"there is no {key!r}: write {example}, say.")
+
+
+def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
+    seeds = seeds_of(content["seeds"])
+    methods = _options(content["methods"], "methods")
+    models = _options(content.get("models") or RunConfig.model_fields["model"].default, "models")
+    data = _options(content.get("data") or RunConfig.model_fields["data"].default, "data")
+    settings = content.get("settings") or {}
+    _check_settings(settings, "settings")
+    for kind, known in (("methods", _METHODS), ("data", DATA_NAMES)):
+        for name in {"methods": methods, "data": data}[kind]:
+            if name not in known:
+                raise ValueError(f"{kind}: unknown {name!r}{nearest(name, known)}")
+    methods = _by_one_name(methods)
+    for method, own in methods.items():
+        _check_own(method, own)
+    grids = [
+        (base | {"data": each_data, "model": model})
+        for each_data, base_data in data.items()
+        for model, base_model in models.items()
+        for base in [_merged(settings, (f"data: {each_data}", base_data), (f"models: {model}", base_model))]
+    ]
+    own_points = sum(_points(own) for own in methods.values())
+    count = sum(map(_points, grids)) * own_points * len(seeds)
+    if count > MOST_RUNS:
+        raise ValueError(
+            f"this is a grid of {count:,} runs; {MOST_RUNS:,} are the most. Make several studies."
+        )
+    comparisons: dict[str, tuple[RunConfig, list[dict[str, Any]]]] = {}
+    for shared in itertools.chain.from_iterable(map(_product, grids)):
+        comparison = normalised(make_config({**shared, "method": "standard", "seed": 0}))
+        comparisons.setdefault(run_key(comparison), (comparison, []))[1].append(shared)
+    return tuple(
+        Wanted(config, comparison)
+        for comparison, shared in comparisons.values()
+        for config in _runs(shared, methods, seeds)
+    )
+
+
+def _runs(shared: list[dict[str, Any]], methods: _Options, seeds: list[int]) -> Iterator[RunConfig]:
+    """The runs of one comparison, none twice: settings that a method has no use for do not make two."""
+    variants = [
+        {**each, **own, "method": method}
+        for method, options in methods.items()
+        for each in shared
+        for own in _product(options)
+    ]
+    seen = set()
+    for seed in seeds:
+        for variant in variants:
+            config = normalised(make_config({**variant, "seed": seed}))
+            key = run_key(config)
+            if key not in seen:
+                seen.add(key)
+                yield config
+
+
+def _options(value: object, where: str) -> _Options:
+    """Names, a list of names, or names with settings of their own, as {name: settings}."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError(f"{where} takes names, such as [a, b], got {value!r}.")
+        twice = [name for name in dict.fromkeys(value) if value.count(name) > 1]
+        if twice:
+            raise ValueError(f"{where} names {', '.join(twice)} twice.")
+        value = dict.fromkeys(value)
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where} takes a name, a list of names, or names with settings, got {value!r}.")
+    if not value:
+        raise ValueError(f"{where} is empty: name one at least.")
+    options = {name: {} if settings is None else settings for name, settings in value.items()}
+    for name, settings in options.items():
+        _check_settings(settings, f"{where}: {name}")
+    return options
+
+
+def _by_one_name(methods: _Options) -> _Options:
+    named: _Options = {}
+    for method, options in methods.items():
+        name = METHOD_ALIASES.get(method, method)
+        if name in named:
+            raise ValueError(f"methods names {name} twice: {method} is another name of it.")
+        named[name] = options
+    return named
+
+
+def _check_settings(settings: object, where: str) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} takes settings, such as {{epochs: 30}}, got {settings!r}.")
+    for key, value in settings.items():
+        if key in _ELSEWHERE:
+            raise ValueError(
+                f"{where}: {key!r} has its place at the top of the file, as {_ELSEWHERE[key]!r}."
+            )
+        if key not in _SHARED:
+            raise ValueError(f"{where}: unknown setting {key!r}{nearest(str(key), _SHARED)}")
+        values = _values(key, value)
+        if key in WHERE and isinstance(value, list):
+            raise ValueError(f"{where}: {key} says where a run runs, not what it is: it cannot vary.")
+        if not values:
+            raise ValueError(f"{where}: {key} is an empty list: give it a value, or leave it out.")
+        for place, each in enumerate(values):
+            if any(type(each) is type(other) and each == other for other in values[:place]):
+                raise ValueError(f"{where}: {key} has {each!r} twice.")
+
+
+def _check_own(method: str, own: Mapping[str, Any]) -> None:
+    allowed = own_settings(method)
+    for key in own:
+        if key not in allowed:
+            raise ValueError(
+                f"methods: {method}: {key!r} must be the same for all methods of a comparison: write it "
+                f"under settings. What {method} may have for itself: {', '.join(sorted(allowed))}."
+            )
+
+
+def _merged(shared: Mapping[str, Any], *parts: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+    (one, first), (other, second) = parts
+    for key in first.keys() & second.keys():
+        raise ValueError(f"{key!r} is set under {one} and under {other}: say it once.")
+    return {**shared, **first, **second}
+
+
+def _values(key: str, value: object) -> list[Any]:
+    """The values of a setting: the items of a list, unless the setting is a list itself."""
+    if not isinstance(value, list):
+        return [value]
+    one_value = key == "exclude" and not any(isinstance(each, list) for each in value)
+    return [value] if one_value else value
+
+
+def _points(settings: Mapping[str, Any]) -> int:
+    return math.prod(len(_values(key, value)) for key, value in settings.items())
+
+
+def _product(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values of ``settings``."""
+    axes = [_values(key, value) for key, value in settings.items()]
+    for values in itertools.product(*axes):
+        yield dict(zip(settings, values, strict=True))

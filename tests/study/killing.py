@@ -1,0 +1,120 @@
+"""Runs in processes of their own that are killed: forked from one that has imported PyTorch already."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regrow.study.config import make_config
+
+_context = multiprocessing.get_context("forkserver")
+# All that a run imports, so that a process costs a fork and not the seconds that these take.
+_context.set_forkserver_preload(
+    [
+        "__main__",
+        "regrow.study.train",
+        "sklearn.datasets",
+        "timm",
+        "torch._dynamo",
+        "torch.distributed.nn",
+        "torch_pruning",
+        "torchvision",
+    ]
+)
+
+Process = multiprocessing.process.BaseProcess
+
+
+def start(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> Process:
+    """Begin to train in a process of its own; with ``kill``, it dies at the call of that name and number."""
+    process = _context.Process(target=_run, args=(settings, folder, kill, {}))
+    process.start()
+    return process
+
+
+def start_two(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> list[Process]:
+    """Begin to train in two processes together; with ``kill``, the second dies there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[Process] = []
+    for rank in (0, 1):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+        variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = _context.Process(target=_run, args=(settings, folder, kill if rank else None, variables))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _run(
+    settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None, variables: dict[str, Any]
+) -> None:
+    import torch
+
+    from regrow.study.train import train
+
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    if variables:
+        _keep_what_is_measured(folder.parent / f"rank{variables['RANK']}.safetensors")
+    with _dying_at(kill):
+        train(make_config(settings), folder)
+
+
+def _keep_what_is_measured(path: Path) -> None:
+    """Leave the weights that ``evaluate`` saw last at ``path``."""
+    from safetensors.torch import save_file
+
+    from regrow.study import train
+
+    real = train.evaluate
+
+    def evaluate(model: Any, *rest: Any) -> dict[str, float]:
+        save_file(train.state_of_weights(model), path)
+        return real(model, *rest)
+
+    train.evaluate = evaluate
+
+
+@contextlib.contextmanager
+def _dying_at(kill: tuple[str, int] | None) -> Any:
+    if kill is None:
+        yield
+        return
+    import torch
+
+    from regrow import atomic
+    from regrow.study import checkpoints, records, steps, train
+
+    places: dict[str, tuple[Any, str]] = {
+        "step": (torch.optim.lr_scheduler.LambdaLR, "step"),
+        "evaluate": (train, "evaluate"),
+        "append": (records, "append_line"),
+        "checkpoint": (train, "write_checkpoint"),
+        "write": (checkpoints, "write_bytes"),
+        "rename": (atomic.os, "replace"),
+        "sync": (atomic.os, "fsync"),
+        "prune": (Path, "unlink"),
+        "finish": (train, "_finish"),
+        "epoch": (steps, "train_epoch"),
+    }
+    owner, name = places[kill[0]]
+    real: Callable[..., Any] = getattr(owner, name)
+    left = kill[1]
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, dying)
+    yield
