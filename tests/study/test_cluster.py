@@ -79,7 +79,7 @@ def test_runs_on_a_cluster_a_failed_one_and_one_whose_worker_is_killed(
 ) -> None:
     address, below = cluster_process
     long, bad, good = jobs = [
-        job(tmp_path / "a" / "standard-seed0", epochs=300),
+        job(tmp_path / "a" / "standard-seed0", epochs=150),
         job(tmp_path / "b" / "standard-seed0", model="vgg", depth=12),
         job(tmp_path / "c" / "standard-seed0"),
     ]
@@ -101,7 +101,7 @@ def test_runs_on_a_cluster_a_failed_one_and_one_whose_worker_is_killed(
         (kind, folder) for kind in ("finished", "started") for folder in "abc"
     ]
     assert killed
-    assert [epoch["epoch"] for epoch in records.read_run(long.folder).epochs] == list(range(1, 301))
+    assert [epoch["epoch"] for epoch in records.read_run(long.folder).epochs] == list(range(1, 151))
     assert records.read_run(long.folder).environment["resumed"] == 1, "from its checkpoint"
     command = records.read_run(good.folder).environment["command"]
     assert "default_worker" not in command, "the command is what a person typed"

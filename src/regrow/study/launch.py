@@ -100,14 +100,11 @@ def run_study(
     jobs = jobs_of(comparisons)
     _check_models({job.config.model for job in jobs})
     for path in unreadable:
-        console.print(f"{path} cannot be read: it is left alone.", style="yellow", highlight=False)
+        _say(console, f"{path} cannot be read: it is left alone.", "yellow")
     console.print(plan_table(comparisons))
     rest = [job for job in jobs if job.state != "done"]
-    console.print(
-        f"{study.name}: {len(jobs)} runs, {len(jobs) - len(rest)} done, {len(rest)} to run; in {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    done = len(jobs) - len(rest)
+    _say(console, f"{study.name}: {len(jobs)} runs, {done} done, {len(rest)} to run; in {folder}")
     if dry_run:
         return True
     failed: dict[Path, str] = {}
@@ -121,7 +118,7 @@ def run_study(
     if len(comparisons) > 1:
         rows = [row for row in reported if row is not None]
         page = write_index(folder / "index.html", study.name, rows, file=STUDY_FILE)
-        console.print(f"all reports: {page}", highlight=False, soft_wrap=True)
+        _say(console, f"all reports: {page}")
     return _told(failed, console) and None not in reported
 
 
@@ -149,7 +146,7 @@ def run_comparison(
     _check_models({config.model for config in configs})
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):
-        console.print(f"{len(jobs) - len(rest)} of {len(jobs)} runs finished before", highlight=False)
+        _say(console, f"{len(jobs) - len(rest)} of {len(jobs)} runs finished before")
     failed = {}
     if rest:
         with launcher or local(rerun=rerun) as train:
@@ -199,7 +196,7 @@ def _train(
         with LiveTable(jobs, root, console=console) as shown:
             return train(jobs, shown)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on where it was.", highlight=False)
+        _say(console, "stopped; the same command goes on where it was.")
         raise
     finally:
         for logs in {job.folder.parent / LOGS for job in jobs}:
@@ -211,25 +208,22 @@ def _told(failed: dict[Path, str], console: Console) -> bool:
     if not failed:
         return True
     count = f"{len(failed)} run{'s' if len(failed) > 1 else ''} failed"
-    console.print(
-        f"{count}; the same command tries again what is not finished:", style="red", highlight=False
-    )
+    _say(console, f"{count}; the same command tries again what is not finished:", "red")
     for folder, error in failed.items():
-        console.print(f"  {folder}: {error}", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"  {folder}: {error}")
     return False
 
 
 def _report(comparison: Comparison, console: Console) -> IndexRow | None:
     """Print what was found, and write the page; None, and the reason printed, where there is none."""
-    name = f"{comparison.folder}: "
     finished = [job.folder for job in comparison.jobs if records.is_finished(job.folder)]
     if not finished:
-        console.print(f"{name}no run is finished, so there is no report.", highlight=False, soft_wrap=True)
+        _say(console, f"{comparison.folder}: no run is finished, so there is no report.")
         return None
     try:
         runs, left_out = read_each(finished)
         for why in left_out.values():
-            console.print(f"left out: {why}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            _say(console, f"left out: {why}", "yellow")
         summaries = summarise(runs, comparison.baseline, comparison.variants)
         page = write_report(
             runs,
@@ -240,14 +234,19 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
             left_out=left_out,
         )
     except ValueError as error:
-        console.print(f"{name}no report: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"{comparison.folder}: no report: {error}", "red")
         return None
-    console.print(f"\n{comparison.title}", style="bold", markup=False, highlight=False)
+    _say(console, f"\n{comparison.title}", "bold")
     console.print(table(summaries))
     found = headline(summaries)
     console.print(found, markup=False, highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    _say(console, f"report: {page}")
     return IndexRow(comparison.title, page, found, len(finished), len(comparison.jobs))
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print ``text`` as it is: a folder's name is not markup, and a path is not to be broken."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
