@@ -8,7 +8,9 @@ Each step that goes beyond masks is taken only if forward passes on a copy confi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from regrow.cuts import CutPlan, is_cut
 from regrow.filters import unwrap
 from regrow.readers import Readers
 from regrow.removal import Removal, plan_removal
+from regrow.shrinking import smaller_picture
 
 __all__ = ["CutPlan", "plan_cut"]
 
@@ -52,6 +55,8 @@ def plan_cut(
     model = unwrap(model)
     if is_cut(model):
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
+    with suppress(Exception):  # a model that cannot be copied: read_structure says so
+        example_inputs = smaller_picture(copy.deepcopy(model).eval(), example_inputs)
     removal = plan_removal(model, keep, example_inputs, readers)
     if not followers:
         removal = Removal(removal.readers, removal.dropped, {})

@@ -20,7 +20,6 @@ from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim
 from regrow.readers import Consumer, Norm
 from regrow.removal import Removal
-from regrow.shrinking import smaller_picture
 from regrow.structure import call, floating, per_channel, unsettle
 
 _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
@@ -327,14 +326,13 @@ class NoDropout(TorchFunctionMode):
 
 
 def _precise(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
-    """A copy of the model and its inputs, pictures small, in the most precise numbers that its code bears."""
+    """A copy of the model, and its inputs, in the most precise numbers that its code bears."""
     for dtype in (torch.float64, torch.float32):
         probe = copy.deepcopy(model).eval().requires_grad_(False)
         for part in probe.modules():
             if "_bridgeout_passes" in vars(part):
                 remove_bridgeout(part)
         probe, example = probe.to(dtype), _mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
-        example = smaller_picture(probe, example)
         try:
             _run(probe, example, training=False)
         except Exception:  # a dtype written into the model's code
