@@ -167,8 +167,9 @@ def main() -> None:
         f"`python benchmarks/checkpoint_cost.py --rounds {given.rounds} --train-size {given.train_size} "
         f"--threads {given.threads}`: n = {given.rounds} epochs of ResNet-20 on {given.train_size} pictures "
         "of Fashion-MNIST (batches of 128, SGD), each followed by what it writes. Checkpoint: "
-        f"{size / 1e6:.2f} MB with the records of {EPOCHS} epochs, written through to the disk. Progress: a bar "
-        "in a terminal; none is drawn elsewhere. Shares are paired within a round: median (lowest to highest).",
+        f"{size / 1e6:.2f} MB with the records of {EPOCHS} epochs, written through to the disk. Progress: a "
+        "bar in a terminal; none is drawn elsewhere. Shares are paired within a round: median (lowest to "
+        "highest).",
         "",
         f"{where['processor']}, {where['cores']} cores, {given.threads} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
