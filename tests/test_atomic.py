@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from regrow import atomic
 from regrow.atomic import replacing
 
 
@@ -43,3 +44,34 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
         temporary.unlink()
         os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
     assert (tmp_path / "kept").stat().st_mode == plain.stat().st_mode
+
+
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    seen = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        seen.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
+        real_sync(descriptor)
+
+    def replace(old, new):
+        seen.append("rename")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    atomic.write_bytes(tmp_path / "a", b"new")
+    assert seen == ["file", "rename", "folder"]
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_bytes_that_cannot_be_written_leave_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_bytes(tmp_path / "a", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]

@@ -141,6 +141,20 @@ def test_lines_come_back_as_written(tmp_path):
     assert path.read_bytes().count(b"\n") == 2
 
 
+def test_lines_are_replaced_whole_and_none_removes_the_file(tmp_path):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    lines = [{"epoch": 1, "loss": float("nan")}, {"epoch": 2, "loss": 0.1}]
+    records.write_lines(path, lines)
+    for line in lines:
+        records.append_line(other, line)
+    assert path.read_bytes() == other.read_bytes()
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        records.write_lines(path, [{"epoch": object()}])
+    assert path.read_bytes() == other.read_bytes()
+    records.write_lines(path, [])
+    assert not path.exists()
+
+
 def test_a_torn_last_line_is_dropped_and_cut_off_by_the_next_append(tmp_path):
     path = tmp_path / "a.jsonl"
     records.append_line(path, {"epoch": 1})

@@ -255,12 +255,13 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_run_that_was_resumed_says_how_often_and_adds_its_time(tmp_path: Path) -> None:
     settings, folder = {**SMALL, **METHODS["repr"]}, tmp_path / "run"
-    for number in (6, 10):  # four steps an epoch: in epoch 2, then in epoch 2 + 3
+    # Four steps an epoch: in epoch 2, then in epoch 2 + 2, then in epoch 4 before a new checkpoint.
+    for number in (6, 10, 2):
         start(settings, folder, kill=("step", number)).join()
     assert len(records.read_run(folder).epochs) == 3
     finish(settings, folder)
     run = records.read_run(folder)
     assert run.result is not None
-    assert run.result["resumed"] == run.environment["resumed"] == 2
+    assert run.result["resumed"] == run.environment["resumed"] == 3
     assert run.result["train_seconds"] == pytest.approx(sum(line["seconds"] for line in run.epochs))
     assert run.result["seconds"] > run.result["train_seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,7 +63,9 @@ def check_not_foreign(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty and not a run folder: choose another --out.")
 
 
-def begin(config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool) -> bytes | None:
+def begin(
+    config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool
+) -> tuple[bytes | None, int]:
     """Make ``folder``, which is locked, ready to train in: as new, or as at its last checkpoint.
 
     Args:
@@ -70,7 +73,8 @@ def begin(config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun
         rerun: begin anew, whatever is there.
 
     Returns:
-        The checkpoint to go on from, for ``from_bytes``; None at the beginning.
+        The checkpoint to go on from, for ``from_bytes``, None at the beginning; and how often the run
+        has been resumed, this time included.
 
     Warns:
         UserWarning: a checkpoint is damaged, or the run was begun on another machine or version.
@@ -84,7 +88,7 @@ def begin(config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun
         _clear(folder)
         records.write_yaml(records.config_path(folder), {"version": records.VERSION, **resolved(config)})
         records.write_json(records.environment_path(folder), {**environment, "resumed": 0})
-        return None
+        return None, 0
     state = from_bytes(checkpoint)
     before = state["environment"]
     if other := [key for key in _ALIKE if before.get(key) != environment.get(key)]:
@@ -94,20 +98,19 @@ def begin(config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun
             "bit for bit.",
             stacklevel=2,
         )
-    resumed = {**environment, "resumed": _resumed(folder, state) + 1}
-    records.write_json(records.environment_path(folder), resumed)
+    resumed = _resumed(folder, state) + 1
+    records.write_json(records.environment_path(folder), {**environment, "resumed": resumed})
     records.write_lines(records.epochs_path(folder), state["epochs"])
     records.write_lines(records.events_path(folder), state["events"])
-    return checkpoint
+    return checkpoint, resumed
 
 
 def _resumed(folder: Path, state: dict[str, Any]) -> int:
     """How often the run was resumed before: also after the checkpoint, if that can still be read."""
-    try:
-        there = records.read_run(folder).environment.get("resumed", 0)
-    except ValueError:
-        there = 0
-    return max(int(there), int(state["environment"]["resumed"]))
+    before = int(state["environment"]["resumed"])
+    with suppress(OSError, ValueError, KeyError):
+        before = max(before, int(json.loads(records.environment_path(folder).read_bytes())["resumed"]))
+    return before
 
 
 def _clear(folder: Path) -> None:

@@ -104,11 +104,13 @@ def _train(config: RunConfig, folder: Path, rerun: bool, progress: Progress | No
         }
         begun: list[bytes | None] = []
 
-        def prepare() -> None:
+        def prepare() -> int:
             with writing(folder):
-                begun.append(begin(config, folder, environment, rerun=rerun))
+                checkpoint, resumed = begin(config, folder, environment, rerun=rerun)
+            begun.append(checkpoint)
+            return resumed
 
-        ranks.first(prepare)
+        environment["resumed"] = ranks.first(prepare)
         checkpoint = ranks.share(begun[0] if begun else None)
         shown = progress if progress is not None and ranks.rank == 0 else Progress(quiet=True)
         with shown:
@@ -190,15 +192,14 @@ def _run(
     ranked = eligible(model)
     filters = {name: conv.out_channels for name, conv in ranked.items()}
     done: dict[str, Any] = {
-        "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0,
-        "environment": {**environment, "resumed": 0},
+        "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
     }  # fmt: skip
     if checkpoint is not None:
         done = from_bytes(checkpoint)
         load_state(done["trained"], *run.trained)
         if ranks.rank < len(done["random"]):
             load_random_state(done["random"][ranks.rank])
-        done["environment"] = {**environment, "resumed": done["environment"]["resumed"] + 1}
+        done["environment"] = environment
     spent: float = done["seconds"]
     good = state_of_weights(model)
     counted: tuple[int, tuple[int, int] | None] | None = None
