@@ -870,12 +870,13 @@ def test_compact_computes_the_kept_filters_alone():
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Identity])
-def test_data_parallel_is_masked(wrap):
+def test_data_parallel_is_masked_and_the_event_says_so(wrap):
     model = build()
     optimizer = sgd(model)
     wrapped = nn.DataParallel(model) if wrap is nn.DataParallel else model
     cycle = repr_on(wrapped, optimizer)
-    run(model, optimizer, cycle, 3)
+    notes = [note for event in run(model, optimizer, cycle, 3) if event for note in event.notes]
+    assert any("use DistributedDataParallel" in note for note in notes) == (wrap is nn.DataParallel)
     assert (widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}) == (wrap is nn.DataParallel)
     assert is_dead(model, cycle)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from regrow.compensation import compensate, read_as
     from regrow.cycle import Event, RePr
     from regrow.deploy import fold_norms
-    from regrow.deploy import fold_norms
     from regrow.export import export_onnx
     from regrow.pruning import prune
     from regrow.reestimation import reestimate_norms
@@ -34,7 +33,6 @@ _HOMES = {
     "compensate": "regrow.compensation",
     "cut": "regrow.surgery",
     "export_onnx": "regrow.export",
-    "fold_norms": "regrow.deploy",
     "fold_norms": "regrow.deploy",
     "load": "regrow.checkpoint",
     "overlap": "regrow.scoring",

@@ -155,8 +155,9 @@ class RePr:
                 weight = self._model.get_submodule(consumer)._parameters.get("weight")
                 if weight is None or not weight.requires_grad:
                     readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
-        self._compact = compact and not isinstance(model, nn.DataParallel)
-        self._example_inputs = _detached(example_inputs) if self._compact else None
+        self._replicated = isinstance(model, nn.DataParallel)
+        self._compact = compact
+        self._example_inputs = _detached(example_inputs) if compact else None
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -305,6 +306,11 @@ class RePr:
         """How to compute without ``dropped``, and notes on the layers that go on computing them."""
         if not self._compact or not dropped:
             return None, []
+        if self._replicated:
+            return None, [
+                "all dropped filters are computed and held at 0, for nn.DataParallel copies the model for "
+                "every pass: use DistributedDataParallel."
+            ]
         keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
         for name, indices in dropped.items():
             keep[name][indices] = False
