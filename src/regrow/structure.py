@@ -21,7 +21,7 @@ from regrow.readers import Consumer, Norm, Readers, Reads, column_mask, silence
 from regrow.shrinking import smaller_picture
 
 # Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
-_LONGEST_WALK = 6000
+_LONGEST_WALK, _LEAST_WALK = 6000, 400
 _SUMS = ("AddBackward", "SubBackward", "AddcmulBackward")
 
 
@@ -72,9 +72,10 @@ def read_structure(model: nn.Module, example_inputs: Any) -> dict[str, Readers]:
             graph = _trace(probe, example_inputs)
         except Exception as error:  # torch-pruning raises whatever it stumbled over
             reason = f"torch-pruning could not trace the model ({type(error).__name__})"
+        patience = _Patience()
         for name in order:
             conv = probe.get_submodule(name)
-            found = None if graph is None else _walked(graph, conv, names)
+            found = None if graph is None else _walked(graph, conv, names, patience)
             if found is None:
                 reason = reason or "torch-pruning could not follow its channels"
                 filters = list(range(convolutions(probe)[name].out_channels))
@@ -137,11 +138,25 @@ def _trace(probe: nn.Module, example_inputs: Any) -> Any:
         )
 
 
-def _walked(graph: Any, conv: Any, names: Mapping[nn.Module, str]) -> Readers | None:
+class _Patience:
+    """How many steps per filter a walk over the graph may take.
+
+    An operation that multiplies indices makes some walks endless, and others of the model mostly lead to
+    it too: after each that took all its steps, those that follow get fewer.
+    """
+
+    def __init__(self) -> None:
+        self.steps = _LONGEST_WALK
+
+    def lose(self) -> None:
+        self.steps = max(self.steps // 4, _LEAST_WALK)
+
+
+def _walked(graph: Any, conv: Any, names: Mapping[nn.Module, str], patience: _Patience) -> Readers | None:
     """``_walk``, or None where torch-pruning stumbles or loses count of the channels."""
     readers = Readers()
     try:
-        _walk(graph, conv, names, readers)
+        _walk(graph, conv, names, readers, patience)
     except Exception:  # torch-pruning raises whatever it stumbled over
         return None
     return readers
@@ -157,7 +172,9 @@ def _channels(module: Any) -> float:
     return known if known is not None else math.inf if weight is None else len(weight)
 
 
-def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Readers) -> None:
+def _walk(
+    graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Readers, patience: _Patience
+) -> None:
     """Follow a convolution's channels forward until something multiplies them by weights or adds to them."""
     from torch_pruning._helpers import _HybridIndex
 
@@ -168,7 +185,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
     readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
     stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
     sums: list[tuple[Any, list[Any]]] = []
-    for node, indices in _visits(stack, len(conv.weight)):
+    for node, indices in _visits(stack, len(conv.weight), patience):
         if not node.outputs:
             readers.output = True
             readers.mixed = readers.mixed or "it is part of the network's output"
@@ -188,7 +205,7 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
             if _reach(readers, target, mapped, names):
                 stack.append((target_node, mapped))
     try:
-        for node, indices in _visits(sums, len(conv.weight)):
+        for node, indices in _visits(sums, len(conv.weight), patience):
             if not node.outputs:
                 readers.blocked = readers.blocked or "it is part of the network's output"
             sums += [
@@ -200,10 +217,12 @@ def _walk(graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Reader
         readers.reached, readers.blocked = {}, "torch-pruning could not follow its channels"
 
 
-def _visits(stack: list[tuple[Any, list[Any]]], filters: int) -> Iterator[tuple[Any, list[Any]]]:
+def _visits(
+    stack: list[tuple[Any, list[Any]]], filters: int, patience: _Patience
+) -> Iterator[tuple[Any, list[Any]]]:
     """What is on ``stack``, to which the caller adds, each channel of each node once."""
     visited: dict[int, set[Any]] = {}
-    left = _LONGEST_WALK * filters
+    left = patience.steps * filters
     while stack:
         node, indices = stack.pop()
         seen = visited.setdefault(id(node), set())
@@ -213,6 +232,7 @@ def _visits(stack: list[tuple[Any, list[Any]]], filters: int) -> Iterator[tuple[
             seen.update(fresh)
             left -= len(fresh)
             if left < 0:
+                patience.lose()
                 raise ValueError("torch-pruning has lost count of the channels: there is no end of them")
             yield node, fresh
 
