@@ -150,6 +150,8 @@ def measure(name: str) -> dict[str, Any]:
     started = time.perf_counter()
     readers = read_structure(model, example)
     left_out = {conv: reason for conv in convolutions(model) if (reason := unremovable(readers, conv))}
+    if len(left_out) == len(convolutions(model)):
+        return nothing_to_cut(model, left_out, time.perf_counter() - started)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         keep = regrow.select(regrow.score(model, "ortho", exclude=left_out), FRACTION)
@@ -188,6 +190,24 @@ def measure(name: str) -> dict[str, Any]:
         "effect": effect,
         "cut_seconds": seconds,
         "seconds": time.perf_counter() - started,
+    }
+
+
+def nothing_to_cut(model: nn.Module, left_out: dict[str, str], seconds: float) -> dict[str, Any]:
+    """The result of a model none of whose filters can go: a transformer with one convolution, say."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "filters": sum(conv.out_channels for conv in convolutions(model).values()),
+        "dropped": 0,
+        "masked": 0,
+        "placed": 0,
+        "reasons": {},
+        "left_out": left_out,
+        "parameters": {"before": size, "after": size},
+        "errors": {"eval": 0.0, "train": 0.0, "gradients": 0.0},
+        "effect": 0.0,
+        "cut_seconds": 0.0,
+        "seconds": seconds,
     }
 
 
