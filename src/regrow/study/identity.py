@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from regrow.study import records
 from regrow.study.compare import METHOD_SETTINGS, STRENGTHS
-from regrow.study.config import RunConfig
+from regrow.study.config import RunConfig, make_config
 from regrow.study.names import WHERE
 
 _OWNED = frozenset().union(*METHOD_SETTINGS.values())
@@ -37,6 +40,25 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     cycle = config.cycle
     lengths = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
     return {**config.model_dump(mode="json"), **lengths}
+
+
+def check_same_run(config: RunConfig, folder: Path) -> None:
+    """Raise ``ValueError`` if the run in ``folder``, finished or not, has other settings than ``config``."""
+    finished = records.is_finished(folder)
+    there = records.read_config(folder)
+    with suppress(ValueError):  # settings that this version does not know: compared as they are
+        there = resolved(normalised(make_config(there)))
+    wanted = resolved(normalised(config))
+    unlike = [
+        f"{key}={there.get(key)!r} (asked for: {wanted.get(key)!r})"
+        for key in sorted({*there, *wanted} - WHERE - {"version"})
+        if there.get(key) != wanted.get(key)
+    ]
+    if unlike:
+        raise ValueError(
+            f"{folder} holds {'a finished' if finished else 'an unfinished'} run with "
+            f"{', '.join(unlike)}. Choose another --out, or pass --rerun to replace it."
+        )
 
 
 def unresolved(config: RunConfig) -> dict[str, Any]:

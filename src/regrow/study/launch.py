@@ -14,13 +14,13 @@ from rich.text import Text
 
 from regrow.study import records
 from regrow.study.compare import headline, summarise, table
-from regrow.study.config import RunConfig, make_config
+from regrow.study.config import RunConfig
 from regrow.study.gather import read_each
-from regrow.study.identity import normalised, resolved
+from regrow.study.identity import check_same_run
 from regrow.study.index import IndexRow, write_index
 from regrow.study.live import LiveTable
 from regrow.study.local import run_local
-from regrow.study.names import MODEL_FAMILIES, WHERE
+from regrow.study.names import MODEL_FAMILIES
 from regrow.study.plan import STUDY_FILE, Comparison, Job, check_folder, claim, jobs_of, plan
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
@@ -253,20 +253,8 @@ def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
     run = records.run_folder(folder, config.method, config.seed)
     if rerun or not records.config_path(run).exists():
         return Job(config, run, "new")
-    finished = records.is_finished(run)
-    there = resolved(normalised(make_config(records.read_config(run))))
-    wanted = resolved(normalised(config))
-    differing = [
-        f"{key}={there[key]!r} (asked for: {wanted[key]!r})"
-        for key in sorted(wanted.keys() - WHERE)
-        if there[key] != wanted[key]
-    ]
-    if differing:
-        raise ValueError(
-            f"{run} holds {'a finished' if finished else 'an unfinished'} run with {', '.join(differing)}. "
-            "Choose another --out, or pass --rerun to replace it."
-        )
-    return Job(config, run, "done" if finished else "unfinished")
+    check_same_run(config, run)
+    return Job(config, run, "done" if records.is_finished(run) else "unfinished")
 
 
 def _check_models(names: Iterable[str]) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from regrow.atomic import write_bytes
 from regrow.study import records
 from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
-from regrow.study.config import RunConfig, make_config
-from regrow.study.identity import WHERE, normalised, resolved
+from regrow.study.config import RunConfig
+from regrow.study.identity import check_same_run, resolved
 
 # What a run must have in common with its earlier part to end bit for bit as if it had not been stopped.
 _ALIKE = ("torch", "processor", "device", "threads", "processes")
@@ -36,22 +36,8 @@ def check_folder(config: RunConfig, folder: Path) -> bool:
     check_not_foreign(folder)
     if not records.config_path(folder).exists():
         return False
-    finished = records.is_finished(folder)
-    there = records.read_config(folder)
-    with suppress(ValueError):  # settings that this version does not know: compared as they are
-        there = resolved(normalised(make_config(there)))
-    wanted = resolved(normalised(config))
-    differing = [
-        f"{key}={there.get(key)!r} (asked for: {wanted.get(key)!r})"
-        for key in sorted({*there, *wanted} - WHERE - {"version"})
-        if there.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{folder} holds {'a finished' if finished else 'an unfinished'} run with "
-            f"{', '.join(differing)}. Choose another --out, or pass --rerun to replace it."
-        )
-    return finished
+    check_same_run(config, folder)
+    return records.is_finished(folder)
 
 
 def check_not_foreign(folder: Path) -> None:
