@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.checkpoint import save
+from regrow.confirming import unsettle
 from regrow.deploy import Placed, fold_norms
 from regrow.export import export_onnx
 from regrow.pruning import prune
-from regrow.structure import unsettle
 from regrow.surgery import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.structure import call
+from regrow.calling import call
 
 
 def check_calibration(calibration: Any) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calibration import check_calibration, check_finite_results, evaluating, forward, inputs_of
+from regrow.calling import call
 from regrow.filters import unwrap
 from regrow.readers import Readers
 from regrow.reestimation import reestimate_norms, running_norms
 from regrow.removal import plan_removal, remove_filters, zero_filters
-from regrow.structure import call
 from regrow.suggest import nearest
 
 READINGS = ("zeroed", "removed", "compensated")

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.calibration import evaluating
+from regrow.calling import call
 from regrow.filters import unwrap
-from regrow.structure import call
 
 _WARM_UP = 3
 _PASSES = (5, 200)  # at least, at most

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from regrow.cutprobe import Probe
 from regrow.cuts import CutPlan
 from regrow.filters import Convolution
-from regrow.readers import Norm, Readers
+from regrow.readers import Norm, Readers, per_channel, tied_modules
 from regrow.removal import Removal
-from regrow.structure import per_channel, tied_modules
 
 # How far the filters of a convolution leave: held at 0; placed among zeros, right behind it or behind its
 # norm; out of the tensors behind it too.

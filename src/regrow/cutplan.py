@@ -8,22 +8,23 @@ Each step that goes beyond masks is taken only if forward passes on a copy confi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.copying import copied
 from regrow.cutdraft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
 from regrow.cutprobe import Probe
 from regrow.cuts import CutPlan, is_cut
 from regrow.filters import unwrap
 from regrow.readers import Readers
-from regrow.removal import Removal, plan_removal
+from regrow.removal import Removal, dropped_filters, plan_removal
 from regrow.shrinking import smaller_picture
+from regrow.structure import propose_structure
 
-__all__ = ["CutPlan", "plan_cut"]
+__all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
 
 
 def plan_cut(
@@ -52,18 +53,38 @@ def plan_cut(
         ValueError: as ``remove_filters``; the model has been cut before; which layers run depends on the
             data; no filter of a layer would be left.
     """
+    return plan_removal_and_cut(model, keep, example_inputs, readers=readers, followers=followers)[1]
+
+
+def plan_removal_and_cut(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    *,
+    readers: Mapping[str, Readers] | None = None,
+    followers: bool = True,
+) -> tuple[Removal, CutPlan]:
+    """``plan_cut``, and the removal that it stands for. Arguments and errors are those of ``plan_cut``."""
     model = unwrap(model)
     if is_cut(model):
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
-    with suppress(Exception):  # a model that cannot be copied: read_structure says so
-        example_inputs = smaller_picture(copy.deepcopy(model).eval(), example_inputs)
-    removal = plan_removal(model, keep, example_inputs, readers)
-    if not followers:
-        removal = Removal(removal.readers, removal.dropped, {})
-    if not removal.gone:
-        return CutPlan()
+    nothing = Removal({}, {}, {}), CutPlan()
+    if not dropped_filters(model, keep):
+        return nothing
+    proposal = None
+    if readers is None:
+        proposal = propose_structure(model, example_inputs)
+        readers, example_inputs = proposal.readers, proposal.example_inputs
+    else:
+        with suppress(Exception):  # what fails here fails below
+            example_inputs = smaller_picture(copied(model).eval(), example_inputs)
+    removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
     probe = Probe(model, removal, example_inputs)
-    return _Search(removal, probe, Drafting(model, removal, probe)).plan()
+    # What the graph proposes of these filters, the probe has seen; where it has seen otherwise, all is asked.
+    if proposal is not None and not probe.confirms_removal:
+        removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
+        probe = Probe(model, removal, example_inputs)
+    return removal, _Search(removal, probe, Drafting(model, removal, probe)).plan()
 
 
 class _Search:

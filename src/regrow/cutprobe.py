@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
+from regrow.calling import call, floating
+from regrow.confirming import reads_silence, unsettle
+from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim
-from regrow.readers import Consumer, Norm
+from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
-from regrow.structure import call, floating, per_channel, unsettle
 
 _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 _DROPOUTS = {
@@ -37,20 +39,23 @@ class Probe:
             not listed.
         own: convolution → the norm that reads its output, and nothing else's.
         exercised: the layers that computed something in the passes that plans are compared by.
+        confirms_removal: what the readers say of the filters that are removed is so: their norms read and
+            make 0 in their channels, and rows that go along read nothing else.
         partial: some layers ran in none of these passes, and may read anything in training.
     """
 
     def __init__(self, model: nn.Module, removal: Removal, example_inputs: Any) -> None:
         """Raises ``ValueError`` if which layers run depends on the data."""
-        self._model, example = _precise(model, example_inputs)
-        self._tolerance = 1e-6 if _dtype(self._model) == torch.float64 else 1e-3
-        with torch.no_grad():
-            unsettle(self._model, torch.Generator().manual_seed(0))
-            removal.apply(self._model)
         # Of the layers whose forward method is not PyTorch's own: an input to try a slice on.
         self._samples: dict[str, Tensor] = {}
-        self.own, ran = self._look(example)
+        # Of the others: the shape of what they make of each shape.
+        self._shapes: dict[str, dict[torch.Size, torch.Size]] = {}
+        example, ran, norms_read_silence = self._take(model, removal, example_inputs)
+        self._tolerance = 1e-6 if _dtype(self._model) == torch.float64 else 1e-3
         self.dead, others = self._find_dead(example, removal.gone)
+        self.confirms_removal = norms_read_silence and all(
+            self._follows(name, rows) for name, rows in removal.followers.items()
+        )
         self._inputs, self._expected = self._references(example)
         self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
         every = {name for name, module in self._model.named_modules() if isinstance(module, Consumer | Norm)}
@@ -63,6 +68,27 @@ class Probe:
                     "filters. Cut the parts that always run, each as a model of its own."
                 )
 
+    def _take(self, model: nn.Module, removal: Removal, example_inputs: Any) -> tuple[Any, set[str], bool]:
+        """Copy the model in the most precise numbers that its code bears, and look at one pass: its inputs
+        in those numbers, the layers that ran, whether the norms of removed filters read silence."""
+        for dtype in (torch.float64, torch.float32, None):
+            self._model, example = _precise(model, example_inputs, dtype)
+            with torch.no_grad():
+                unsettle(self._model, torch.Generator().manual_seed(0))
+                removal.apply(self._model)
+            try:
+                return example, *self._look(example, removal)
+            except Exception:  # a dtype written into the model's code
+                if dtype is None:
+                    raise
+        raise AssertionError
+
+    def _follows(self, name: str, rows: Sequence[int]) -> bool:
+        """Whether all that ``rows`` of a grouped convolution read is 0 whatever comes in."""
+        conv: Any = self._model.get_submodule(name)
+        groups = torch.tensor(rows) // (conv.out_channels // conv.groups)
+        return name in self.dead and bool(self.dead[name].view(conv.groups, -1)[groups].all())
+
     def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> list[str] | None:
         """None if ``plan`` computes what the masks do, in eval and train mode; else the layers that had run,
         one after the other, when it turned out that it does not.
@@ -71,7 +97,7 @@ class Probe:
             present: layer → BoolTensor[channels]: which of its input channels the plan leaves in the
                 tensor that arrives. Layers not listed: all.
         """
-        cut = _copy(self._model)
+        cut = copied(self._model)
         ran: list[str] = []
         try:
             apply_plan(cut, plan)
@@ -117,14 +143,21 @@ class Probe:
             whole = whole.index_select(at, torch.tensor(halves["rows"], device=whole.device))
         return whole.shape == part.shape and _close(whole, part, self._tolerance)
 
-    def _look(self, example: Any) -> tuple[dict[str, str], set[str]]:
-        """The norms that belong to one convolution alone, and the layers that ran."""
+    def _look(self, example: Any, removal: Removal) -> tuple[set[str], bool]:
+        """The layers that ran, and whether the norms of removed filters read silence; notes norms that belong
+        to one convolution alone, samples and shapes."""
         made: dict[int, tuple[str, Tensor]] = {}
         readers: dict[str, list[str]] = {}
         sources: dict[str, list[str]] = {}
         ran = set()
+        silent: dict[str, list[int]] = {}
+        for name, gone in removal.gone.items():
+            for norm, reads in removal.readers[name].norms.items():
+                silent.setdefault(norm, []).extend(reads.of(gone))
+        all_silent = True
 
         def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal all_silent
             ran.add(name)
             if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
                 made[id(output)] = (name, output)  # holding the tensor keeps its id from being used again
@@ -134,12 +167,17 @@ class Probe:
                 sources.setdefault(name, []).append(source)
                 if source:
                     readers[source].append(name)
-            elif isinstance(module, Consumer) and inputs and type(module).forward not in _STOCK:
-                self._samples[name] = inputs[0].detach().clone()
+                if silent.get(name):
+                    all_silent = all_silent and reads_silence(module, inputs, output, silent[name])
+            elif isinstance(module, Consumer) and inputs:
+                if type(module).forward in _STOCK:
+                    self._shapes.setdefault(name, {})[inputs[0].shape] = output.shape
+                else:
+                    self._samples[name] = inputs[0].detach().clone()
 
         with _hooked(self._model, after):
             _run(self._model, example, training=False)
-        own = {
+        self.own = {
             name: norms[0]
             for name, norms in readers.items()
             if norms
@@ -147,7 +185,7 @@ class Probe:
             and set(sources[norms[0]]) == {name}
             and per_channel(self._model.get_submodule(norms[0]))
         }
-        return own, ran
+        return ran, all_silent
 
     def _find_dead(
         self, example: Any, gone: Mapping[str, Sequence[int]]
@@ -194,13 +232,34 @@ class Probe:
                 return noise
 
             try:
-                with _hooked(self._model, after):
+                with _hooked(self._model, after), self._idle():
                     # Noise as input too: a channel of the example may be 0 by chance.
                     _run(self._model, _noise(example, 1), training=False)
             except Exception:  # noise may be more than the model's own code bears
                 return {}, []
             ran.append(names)
         return {name: ~seen for name, seen in alive.items() if name not in unclear}, ran
+
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """PyTorch's own convolutions and linear layers make zeros of the shape that they would make: what
+        they compute is replaced by noise anyway."""
+        with ExitStack() as stack:
+            for name, shapes in self._shapes.items():
+                module: Any = self._model.get_submodule(name)
+                if "forward" in vars(module):
+                    continue
+
+                def forward(
+                    x: Tensor, module: Any = module, shapes: Mapping[torch.Size, torch.Size] = shapes
+                ) -> Tensor:
+                    if x.shape not in shapes:
+                        return cast(Tensor, type(module).forward(module, x))
+                    return x.new_zeros(()).expand(shapes[x.shape])
+
+                module.forward = forward
+                stack.callback(delattr, module, "forward")
+            yield
 
     def _references(self, example: Any) -> tuple[Any, dict[bool, _Seen]]:
         """Inputs to compare plans by, and what masks give in each mode that they can be compared in."""
@@ -212,7 +271,7 @@ class Probe:
             except Exception:  # the model takes no other batch, or no such numbers
                 continue
             try:
-                self._watch(_copy(self._model), True, seen := _Seen())
+                self._watch(copied(self._model), True, seen := _Seen())
                 expected[True] = seen
             except Exception:  # a model that needs targets to train, or a batch of several
                 if inputs is not example:
@@ -325,25 +384,19 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _precise(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, Any]:
-    """A copy of the model, and its inputs, in the most precise numbers that its code bears."""
-    for dtype in (torch.float64, torch.float32):
-        probe = copy.deepcopy(model).eval().requires_grad_(False)
-        for part in probe.modules():
-            if "_bridgeout_passes" in vars(part):
-                remove_bridgeout(part)
-        probe, example = probe.to(dtype), _mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
-        try:
-            _run(probe, example, training=False)
-        except Exception:  # a dtype written into the model's code
-            continue
-        return probe, example
-    return copy.deepcopy(model).eval().requires_grad_(False), example_inputs
+def _precise(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+    """A copy of the model to change, and its inputs, in numbers of ``dtype``, or as they are."""
 
+    def renew(values: Tensor) -> Tensor:
+        return values.to(dtype if values.is_floating_point() else None, copy=True)
 
-def _copy(model: nn.Module) -> nn.Module:
-    # A cut replaces parameters and never writes them, so copies may share them. Statistics are written.
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    probe = copied(model, renew).eval().requires_grad_(False)
+    for part in probe.modules():
+        if "_bridgeout_passes" in vars(part):
+            remove_bridgeout(part)
+    if dtype is None:
+        return probe, example_inputs
+    return probe.to(dtype), _mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

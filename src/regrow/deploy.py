@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calibration import evaluating
+from regrow.calling import call, floating
 from regrow.compensation import norms_behind
+from regrow.confirming import unsettle
 from regrow.cuts import Small
 from regrow.filters import Convolution, unwrap
 from regrow.placing import place
-from regrow.structure import call, floating, unsettle
 
 _VERSION = 1
 _BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calibration import evaluating
+from regrow.calling import call
 from regrow.cost import count_macs, count_parameters
 from regrow.readers import Consumer, Readers
-from regrow.structure import call
 
 
 class Estimate:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.atomic import replacing
 from regrow.calibration import evaluating
+from regrow.calling import call
 from regrow.filters import unwrap
-from regrow.structure import call
 
 _VERSION = 1
 _TOLERANCE = 1e-4

@@ -51,6 +51,7 @@ class Readers:
         output: the channels leave the network with no weights behind them, as a classifier's do.
         unsilenced: empty, or the name of a norm that sees the channels and cannot be silenced for them
             alone (it serves other channels too, it has no weight to be set to 0, …).
+        noisy: those of ``consumers`` that a silenced channel reaches as something else than 0.
         reached: the layers that the channels reach, sums included, up to those that multiply them by
             weights of their own. The graph's proposal: nothing has confirmed it.
         blocked: empty, or why the channels cannot be left out of the tensors on the way (the same).
@@ -62,8 +63,25 @@ class Readers:
     norm_first: bool = False
     output: bool = False
     unsilenced: str = ""
+    noisy: list[str] = field(default_factory=list)
     reached: dict[str, Reads] = field(default_factory=dict)
     blocked: str = ""
+
+
+def per_channel(norm: nn.Module) -> bool:
+    """Whether a norm's output in one channel depends on that channel alone."""
+    return not isinstance(norm, nn.LayerNorm) and (
+        not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
+    )
+
+
+def tied_modules(model: nn.Module) -> set[str]:
+    """The modules that hold a parameter which another module holds too."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
+    return {name for names in holders.values() if len(names) > 1 for name in names}
 
 
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:

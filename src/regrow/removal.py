@@ -30,7 +30,7 @@ def zero_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Any]
         ValueError: ``keep`` does not fit, or names a layer whose rows are not its own.
     """
     model = unwrap(model)
-    dropped = _dropped(model, keep)
+    dropped = dropped_filters(model, keep)
     for name, indices in dropped.items():
         silence(model, name, Readers(), indices)
     return {"version": _VERSION, "reading": "zeroed", "dropped": dropped}
@@ -88,7 +88,7 @@ class Removal:
         }
 
 
-def _dropped(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def dropped_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """{name: indices of the filters to drop}, layers that lose none left out; ``ValueError`` as above."""
     masks = check_keep(model, keep)
     dropped = {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items() if not mask.all()}
@@ -117,19 +117,22 @@ def plan_removal(
     keep: Mapping[str, Tensor],
     example_inputs: Any,
     readers: Mapping[str, Readers] | None = None,
+    *,
+    followers: bool = True,
 ) -> Removal:
     """What ``remove_filters`` would do to ``model``; it is only read, and refused as there.
 
-    ``readers``: what ``read_structure`` says of the model, where that is known already.
+    ``readers``: what ``read_structure`` says of the model, where that is known already. Without
+    ``followers`` rows of grouped convolutions stay, whatever they read.
     """
-    dropped = _dropped(model, keep)
+    dropped = dropped_filters(model, keep)
     if not dropped:
         return Removal({}, {}, {})
     readers = readers or read_structure(model, example_inputs)
     for name in dropped:
         if reason := unremovable(readers, name):
             raise ValueError(f"the filters of {name!r} cannot be removed: {reason}. Leave it out of keep.")
-    return Removal(readers, dropped, _followers(model, readers, dropped))
+    return Removal(readers, dropped, _followers(model, readers, dropped) if followers else {})
 
 
 def unremovable(readers: Mapping[str, Readers], name: str) -> str:
@@ -152,11 +155,11 @@ def _followers(
     followers: dict[str, list[int]] = {}
     for name, found in readers.items():  # in order of execution: a row's inputs come before the row
         gone = [*dropped.get(name, ()), *followers.get(name, ())]
-        if not gone or found.mixed:
+        if not gone:
             continue
         for consumer, reads in found.consumers.items():
             layer: Any = model.get_submodule(consumer)
-            grouped = getattr(layer, "groups", 1) > 1
+            grouped = getattr(layer, "groups", 1) > 1 and consumer not in found.noisy
             if not grouped or consumer in borrowed or unremovable(readers, consumer):
                 continue
             mask = column_mask(layer, reads.of(gone))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.cutplan import plan_cut
+from regrow.cutplan import plan_removal_and_cut
 from regrow.cuts import Replaced, apply_plan, is_cut, widen
 from regrow.filters import check_keep, convolutions, unwrap
 from regrow.readers import Readers
-from regrow.removal import plan_removal, unremovable
+from regrow.removal import unremovable
 from regrow.structure import read_structure
 
 __all__ = ["apply_plan", "cut", "filter_counts", "keep_of_uncut"]
@@ -67,8 +67,7 @@ def cut(
         widen(whole := copy.deepcopy(model))
         readers = read_structure(whole, example_inputs)
         keep = keep_of_uncut(model, keep, readers)
-    removal = plan_removal(whole, keep, example_inputs, readers)
-    plan = plan_cut(whole, keep, example_inputs, readers=removal.readers or None)
+    removal, plan = plan_removal_and_cut(whole, keep, example_inputs, readers=readers)
     if optimizer is not None:
         _check_slots(model, optimizer)
     if removal.gone:
