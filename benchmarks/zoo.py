@@ -29,11 +29,13 @@ import torch
 from torch import Tensor, nn
 
 import regrow
+from regrow.calling import call, floating
+from regrow.confirming import unsettle
 from regrow.cutprobe import NoDropout
 from regrow.cuts import CutPlan, kept_by, sliced
 from regrow.filters import convolutions
 from regrow.removal import plan_removal, unremovable
-from regrow.structure import call, floating, read_structure, unsettle
+from regrow.structure import read_structure
 from regrow.surgery import cut
 
 FRACTION = 0.3
