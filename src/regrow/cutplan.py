@@ -79,12 +79,16 @@ def plan_removal_and_cut(
         with suppress(Exception):  # what fails here fails below
             example_inputs = smaller_picture(copied(model).eval(), example_inputs)
     removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
-    probe = Probe(model, removal, example_inputs)
-    # What the graph proposes of these filters, the probe has seen; where it has seen otherwise, all is asked.
-    if proposal is not None and not probe.confirms_removal:
-        removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
-        probe = Probe(model, removal, example_inputs)
-    return removal, _Search(removal, probe, Drafting(model, removal, probe)).plan()
+    for quick in (True, False):
+        probe = Probe(model, removal, example_inputs, quick=quick)
+        if proposal is not None and not probe.confirms_removal:
+            # The graph is wrong about these filters: ask passes about everything that it says.
+            removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
+            proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
+        search = _Search(removal, probe, Drafting(model, removal, probe))
+        if (plan := search.wished()) is not None:
+            return removal, plan
+    return removal, search.plan()
 
 
 class _Search:
@@ -92,13 +96,20 @@ class _Search:
 
     def __init__(self, removal: Removal, probe: Probe, drafting: Drafting) -> None:
         self._removal, self._probe, self._drafting = removal, probe, drafting
+        self._wishes = {name: self._wish(name) for name in drafting.convolutions}
+
+    def wished(self) -> CutPlan | None:
+        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed."""
+        draft = self._drafting.draft(self._wishes)
+        return draft.plan if self._probe.refutes(draft.plan, draft.present) is None else None
 
     def plan(self) -> CutPlan:
-        """Raises ``ValueError`` if not even masks are confirmed: the model never computes the same twice."""
-        convs = self._drafting.convolutions
-        wished = {name: self._wish(name) for name in convs}
-        if self._refuted(wished) is None:
-            return self._drafting.draft(wished).plan
+        """The best that is confirmed, where ``wished`` is not.
+
+        Raises:
+            ValueError: not even masks are confirmed: the model never computes the same twice.
+        """
+        convs, wished = self._drafting.convolutions, self._wishes
         levels = dict.fromkeys(convs, MASKED)
         if self._refuted(levels) is not None:  # a channel that is zero in eval mode only, say
             self._drafting.want_everything()
