@@ -28,8 +28,46 @@ def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) ->
             values = parameter.detach() if renew is None else renew(parameter.detach())
             memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
     for module in model.modules():
+        if (plain := _copied_layer(module, memo)) is not None:
+            memo[id(module)] = plain
+            continue
         for value in vars(module).values():
             # A module has a dozen: deepcopy rebuilds each by way of its pickled form.
-            if type(value) in (OrderedDict, dict, set) and not value:
+            if type(value) in _EMPTY and not value:
                 memo[id(value)] = type(value)()
     return copy.deepcopy(model, memo)
+
+
+_EMPTY = (OrderedDict, dict, set)
+_CONSTANT = (bool, int, float, str, type(None))
+
+
+def _copied_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
+    """A copy of one of PyTorch's own layers; None where it holds more than numbers, parameters and buffers.
+
+    Args:
+        memo: as for ``copy.deepcopy``; parameters are in it already, buffers are added.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("torch.nn.modules.") or kind.__setstate__ is not nn.Module.__setstate__:
+        return None
+    state: dict[str, Any] = {}
+    for key, value in vars(module).items():
+        if key == "_parameters" and all(p is None or id(p) in memo for p in value.values()):
+            state[key] = type(value)((name, p if p is None else memo[id(p)]) for name, p in value.items())
+        elif key == "_buffers" and all(b is None or type(b) is Tensor for b in value.values()):
+            for buffer in value.values():
+                if buffer is not None and id(buffer) not in memo:
+                    memo[id(buffer)] = buffer.detach().clone()
+            state[key] = type(value)((name, b if b is None else memo[id(b)]) for name, b in value.items())
+        elif type(value) in _EMPTY and not value:
+            state[key] = type(value)()
+        elif type(value) in _CONSTANT or (
+            type(value) is tuple and all(type(part) in _CONSTANT for part in value)
+        ):
+            state[key] = value
+        else:
+            return None
+    made = kind.__new__(kind)
+    vars(made).update(state)
+    return made

@@ -167,11 +167,11 @@ def widen(model: nn.Module) -> list[Replaced]:
     return replaced
 
 
-def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> Tensor:
+def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int] | Tensor]) -> Tensor:
     """``tensor`` with the ``kept`` indices of each dimension named, in its own memory format."""
     last = channels_last(tensor)
     for dim, indices in kept.items():
-        tensor = tensor.index_select(dim, torch.tensor(indices, device=tensor.device))
+        tensor = tensor.index_select(dim, torch.as_tensor(indices, device=tensor.device))
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor
 
 
@@ -222,12 +222,17 @@ class Layer:
         }
         device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
         names = []
+        # Weight, bias and statistics share their lists.
+        tensors = {
+            id(at): torch.tensor(at, device=device) for kept in self.kept.values() for at in kept.values()
+        }
         for key, kept in self.kept.items():
             old = module._parameters.get(key)
+            stay = {dim: tensors[id(at)] for dim, at in kept.items()}
             if old is None:
-                module._buffers[key] = sliced(module._buffers[key], kept)
+                module._buffers[key] = sliced(module._buffers[key], stay)
                 continue
-            new = _parameter(old, functools.partial(sliced, kept=kept))
+            new = _parameter(old, functools.partial(sliced, kept=stay))
             module._parameters[key] = new
             replaced.append(Replaced(old, new, kept))
             names.append(key)

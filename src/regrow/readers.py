@@ -105,24 +105,32 @@ def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int
     zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
     """
     model = unwrap(model)
-    for tensor, indices in silent_entries(model, name, readers, dropped):
-        tensor.index_fill_(0, indices, 0)
-    for norm_name, reads in readers.norms.items():
-        norm = model.get_submodule(norm_name)
-        if isinstance(mean := getattr(norm, "running_mean", None), Tensor):
-            mean[reads.of(dropped)] = 0
+    for module, indices in _silent_rows(model, name, readers, dropped):
+        for tensor in (*_affine(module), getattr(module, "running_mean", None)):
+            if isinstance(tensor, Tensor):
+                tensor.index_fill_(0, indices.to(tensor.device), 0)
 
 
 def silent_entries(
     model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
-    model = unwrap(model)
-    parts: list[tuple[nn.Module, Sequence[int]]] = [(model.get_submodule(name), dropped)]
-    parts += [(model.get_submodule(norm), reads.of(dropped)) for norm, reads in readers.norms.items()]
     return [
-        (parameter, torch.tensor(indices, device=parameter.device))
-        for module, indices in parts
-        for parameter in (module._parameters.get("weight"), module._parameters.get("bias"))
-        if isinstance(parameter, nn.Parameter) and len(indices)
+        (parameter, indices.to(parameter.device))
+        for module, indices in _silent_rows(unwrap(model), name, readers, dropped)
+        for parameter in _affine(module)
     ]
+
+
+def _silent_rows(
+    model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]
+) -> list[tuple[nn.Module, Tensor]]:
+    """A convolution and its norms, each with the rows that must be 0."""
+    parts: list[tuple[str, Sequence[int]]] = [(name, dropped)]
+    parts += [(norm, reads.of(dropped)) for norm, reads in readers.norms.items()]
+    return [(model.get_submodule(layer), torch.tensor(rows)) for layer, rows in parts if len(rows)]
+
+
+def _affine(module: nn.Module) -> list[nn.Parameter]:
+    both = (module._parameters.get("weight"), module._parameters.get("bias"))
+    return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,33 +16,49 @@ from regrow.readers import Consumer, Norm
 _SIDE = 64
 _MOST = 2
 
+Way = list[tuple[str, int]]
+
 
 def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
-    """Pictures [batch, channels, height, width] made smaller, if the same layers then run with as many
-    channels; else, and for any other kind of input, ``example_inputs`` as they are.
+    """``shrunk`` pictures, if ``model`` takes the same way through its layers for them; else, and for any
+    other kind of input, ``example_inputs`` as they are.
 
     Args:
         model: a copy, in evaluation mode; it runs once on each size.
-        example_inputs: two pictures at most are kept. Those with a side below 128 pixels stay as they are.
     """
-    if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not len(example_inputs):
+    small = shrunk(example_inputs)
+    if small is None:
         return example_inputs
-    height, width = example_inputs.shape[2:]
-    if not example_inputs.is_floating_point() or min(height, width) < 2 * _SIDE:
-        return example_inputs
-    few = example_inputs[:_MOST]
-    scale = _SIDE / min(height, width)
-    size = [round(side * scale / 32) * 32 for side in (height, width)]
-    small = F.interpolate(few, size, mode="area")
     try:
-        return small if _way(model, small) == _way(model, few) else example_inputs
+        return small if way(model, small) == way(model, example_inputs) else example_inputs
     except Exception:  # a model of one size, or a failure that the caller's own pass will report
         return example_inputs
 
 
-def _way(model: nn.Module, pictures: Tensor) -> list[tuple[str, int]]:
+def shrunk(example_inputs: Any) -> Tensor | None:
+    """The first two of the pictures [batch, channels, height, width], 64 pixels on the shorter side; None if
+    that has less than 128, and for any other kind of input."""
+    if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not len(example_inputs):
+        return None
+    height, width = example_inputs.shape[2:]
+    if not example_inputs.is_floating_point() or min(height, width) < 2 * _SIDE:
+        return None
+    scale = _SIDE / min(height, width)
+    size = [round(side * scale / 32) * 32 for side in (height, width)]
+    return F.interpolate(example_inputs[:_MOST], size, mode="area")
+
+
+def way(model: nn.Module, pictures: Tensor) -> Way:
     """The layers that run, in order, and how many channels each makes."""
-    found: list[tuple[str, int]] = []
+    with watched(model) as found, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(pictures[:_MOST])
+    return found
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[Way]:
+    """The way that passes in here take."""
+    found: Way = []
 
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -54,9 +72,7 @@ def _way(model: nn.Module, pictures: Tensor) -> list[tuple[str, int]]:
         if isinstance(module, Consumer | Norm)
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(pictures)
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
 from regrow.filters import convolutions, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, per_channel
-from regrow.shrinking import smaller_picture
+from regrow.shrinking import shrunk, watched, way
 
 # Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
 _LONGEST_WALK, _LEAST_WALK = 6000, 400
@@ -84,14 +84,8 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             "torch.nn.utils.parametrizations."
         ) from error
     with _undisturbed(probe), torch.enable_grad():
-        example_inputs = smaller_picture(probe, example_inputs)
         seen = _Seen(probe)
-        graph, reason = None, ""
-        try:
-            graph = _trace(probe, example_inputs, seen)
-        except Exception as error:  # torch-pruning raises whatever it stumbled over
-            reason = f"torch-pruning could not trace the model ({type(error).__name__})"
-            _run(probe, example_inputs, seen)
+        graph, reason, example_inputs = _traced_small(probe, example_inputs, seen)
         names = {module: name for name, module in probe.named_modules()}
         patience = _Patience()
         readers = {}
@@ -125,16 +119,18 @@ class _Seen:
 
     Attributes:
         behind: convolution → the norms whose input is its own output; in order of execution.
+        done: it came to its end.
     """
 
     def __init__(self, probe: nn.Module) -> None:
         self._probe = probe
         self.behind: dict[str, list[str]] = {}
+        self.done = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Forward passes in here are seen."""
-        self.behind = {}
+        self.behind, self.done = {}, False
         produced: dict[int, tuple[str, Tensor]] = {}
 
         def made(name: str) -> Callable[..., None]:
@@ -160,6 +156,7 @@ class _Seen:
         ]
         try:
             yield
+            self.done = True
         finally:
             for handle in handles:
                 handle.remove()
@@ -174,6 +171,28 @@ def _run(probe: nn.Module, example_inputs: Any, seen: _Seen) -> Any:
             f"the model's forward pass fails on example_inputs: {error}. Pass what the model takes, for "
             "example one batch of your loader, x[:1]; a tuple for several arguments, a dict for keywords."
         ) from error
+
+
+def _traced_small(probe: nn.Module, example_inputs: Any, seen: _Seen) -> tuple[Any, str, Any]:
+    """The graph, or None and why; and the pictures that it was made from: small ones if the model takes the
+    same way for them."""
+    if (small := shrunk(example_inputs)) is not None:
+        with suppress(Exception):  # a model of one size, or a failure that the pass below will report
+            large = way(probe, example_inputs)
+            with watched(probe) as found:
+                graph, reason = _traced(probe, small, seen)
+            if found == large:
+                return graph, reason, small
+    return *_traced(probe, example_inputs, seen), example_inputs
+
+
+def _traced(probe: nn.Module, example_inputs: Any, seen: _Seen) -> tuple[Any, str]:
+    try:
+        return _trace(probe, example_inputs, seen), ""
+    except Exception as error:  # torch-pruning raises whatever it stumbled over
+        if not seen.done:
+            _run(probe, example_inputs, seen)
+        return None, f"torch-pruning could not trace the model ({type(error).__name__})"
 
 
 def _trace(probe: nn.Module, example_inputs: Any, seen: _Seen) -> Any:
@@ -301,12 +320,13 @@ def _steps(node: Any, indices: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _note(found: dict[str, Reads], layer: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> None:
-    if max(index.idx for index in mapped) >= _channels(layer):
+    indices = [index.idx for index in mapped]
+    if max(indices) >= _channels(layer):
         # A split into uneven parts, a tensor that is folded.
         raise ValueError(f"torch-pruning has lost count of the channels that {names[layer]!r} reads")
     entry = found.setdefault(names[layer], Reads())
     entry.filters += [index.root_idx for index in mapped]
-    entry.indices += [index.idx for index in mapped]
+    entry.indices += indices
 
 
 def _weighs(target: Any, names: Mapping[nn.Module, str]) -> bool:
