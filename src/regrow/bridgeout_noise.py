@@ -12,12 +12,12 @@ from torch import Tensor
 from regrow.filters import rows
 from regrow.leasing import Pool
 
-# Weights worked on at a time on a CPU: little scratch memory, and it stays in the core's cache.
-_CHUNK = 2**18
+# Weights worked on at a time on a CPU: little scratch memory, and each core's share stays in its cache.
+_CHUNK = 2**17
 # The least size of a weight in the derivative's denominator: far below any that matters to the output.
 _SMALLEST = 1e-6
-# One 64-bit random number decides about four weights.
-_LANES, _LEVELS = 4, 2**16
+# Random numbers are made in rows of this length.
+_COLUMNS = 512
 # A step's perturbed weights and their gradients are as large as those of the step before.
 pool = Pool()
 
@@ -91,23 +91,28 @@ def perturbed(
     if p == 0 or weight.numel() == 0:
         return weight.clone()
     generator, dither = _stream(weight.device, f"{seed} {layer} {int(number)}")
-    # A threshold among 2^16 levels, dithered per draw, so that the probability is p and not its rounding.
-    kept_levels = math.floor((1 - p) * _LEVELS + dither)
+    # A threshold among 2^32 levels, dithered per draw, so that the probability is p and not its rounding.
+    threshold = min(math.floor((1 - p) * 2**32 + dither) - 2**31, 2**31 - 1)
     noisy = pool.empty_like(weight)
     chunk, scratch, spare = _scratch(weight)
-    bits = torch.empty(math.ceil(scratch.numel() / _LANES), dtype=torch.int64, device=weight.device)
-    lanes = bits.view(torch.int16)[: scratch.numel()].as_strided(scratch.shape, scratch.stride())
-    for part, out in zip(weight.split(chunk), noisy.split(chunk), strict=True):
-        part = part.to(scratch.dtype)
-        amplitude = _amplitude(part, q, scratch[: len(part)], spare[: len(part)])
+    size, count = scratch.numel(), math.ceil(len(weight) / chunk)
+    columns, factors, shifts = _keys(count, math.ceil(size / _COLUMNS), weight.device, generator)
+    memory = torch.empty(factors.shape[1] * _COLUMNS, dtype=scratch.dtype, device=weight.device)
+    words = memory.view(torch.int32)[: len(memory)]
+    table, words = words.view(-1, _COLUMNS), words[:size]
+    rest, flat = memory.as_strided(scratch.shape, scratch.stride()), spare.as_strided((size,), (1,))
+    for part, out, column, factor, shift in zip(
+        weight.split(chunk), noisy.split(chunk), columns, factors, shifts, strict=True
+    ):
+        part, length = part.to(scratch.dtype), len(part)
+        amplitude = _amplitude(part, q, scratch[:length], spare[:length])
         if target_fraction < 1:
             amplitude *= smallest(part, target_fraction)
-        # From -2^63 on: without a lower end random_ leaves the sign bit, and so every fourth lane's, at 0.
-        bits.random_(-(2**63), None, generator=generator)
-        kept = spare[: len(part)].copy_(lanes[: len(part)]).le_(kept_levels - 1 - _LEVELS // 2)
-        # For m = 0 this is exactly −1: with q = 2 the weight is then exactly 0, a dropped connection.
-        factor = kept.mul_(1 / (1 - p)).sub_(1)
-        torch.addcmul(part, amplitude, factor, out=out)
+        torch.mul(factor, column, out=table).add_(shift).lt_(threshold)
+        flat.copy_(words)
+        # For m = 0 w − |w|: with q = 2 the weight is then exactly 0, a dropped connection.
+        without = torch.sub(part, amplitude, out=rest[:length])
+        torch.addcmul(without, amplitude, spare[:length], value=1 / (1 - p), out=out)
     return noisy
 
 
@@ -140,9 +145,19 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 def _scratch(weight: Tensor) -> tuple[int, Tensor, Tensor]:
     """How many filters to work on at a time, and two scratch tensors for that many."""
     # Elsewhere than on a CPU a pass over all of the weights is one kernel, and more would be slower.
-    chunk = max(1, _CHUNK * len(weight) // weight.numel()) if weight.is_cpu else len(weight)
+    parts = math.ceil(weight.numel() / _CHUNK) if weight.is_cpu else 1
+    chunk = math.ceil(len(weight) / parts)
     scratch = torch.empty_like(weight[:chunk], dtype=torch.promote_types(weight.dtype, torch.float32))
     return chunk, scratch, torch.empty_like(scratch)
+
+
+def _keys(
+    count: int, rows: int, device: torch.device, generator: torch.Generator
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    numbers = torch.empty(count, rows + _COLUMNS // 2, dtype=torch.int64, device=device)
+    numbers.random_(-(2**63), None, generator=generator)
+    column, factor, shift = numbers.view(torch.int32).split([_COLUMNS, rows, rows], 1)
+    return column.unsqueeze(1), factor.bitwise_or_(1).unsqueeze(2), shift.unsqueeze(2)
 
 
 def _amplitude(weight: Tensor, q: float, out: Tensor, spare: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def _loud(
         silence(probe, name, found, dropped[name])
     loud = set()
 
-    def watch(name: str, reader: str, indices: list[int]) -> Callable[..., None]:
+    def watch(name: str, reader: str, indices: Tensor) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not reads_silence(module, inputs, output, indices):
                 loud.add((name, reader))
@@ -149,7 +149,7 @@ def _loud(
         for reader, reads in [*found.norms.items(), *found.consumers.items()]:
             if indices := reads.of(dropped[name]):
                 module = probe.get_submodule(reader)
-                handles.append(module.register_forward_hook(watch(name, reader, indices)))
+                handles.append(module.register_forward_hook(watch(name, reader, torch.tensor(indices))))
     try:
         call(probe, example_inputs)
     finally:
@@ -158,7 +158,7 @@ def _loud(
     return loud
 
 
-def reads_silence(module: nn.Module, inputs: Any, output: Any, indices: Sequence[int]) -> bool:
+def reads_silence(module: nn.Module, inputs: Any, output: Any, indices: Tensor) -> bool:
     """Whether the channels ``indices`` are 0 in what a layer is called with, and behind a norm too."""
     if not inputs:
         return False
@@ -179,10 +179,10 @@ def _channel_dims(module: nn.Module, seen: Tensor) -> list[int]:
     return [1]
 
 
-def _is_silent(tensor: Tensor, dim: int, indices: Sequence[int]) -> bool:
-    if dim >= tensor.dim() or max(indices) >= tensor.shape[dim]:
+def _is_silent(tensor: Tensor, dim: int, indices: Tensor) -> bool:
+    if dim >= tensor.dim() or indices.max() >= tensor.shape[dim]:
         return False
-    return not tensor.index_select(dim, torch.tensor(indices, device=tensor.device)).any()
+    return not tensor.index_select(dim, indices.to(tensor.device)).any()
 
 
 def _moves(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) ->
         if type(parameter) is nn.Parameter:
             values = parameter.detach() if renew is None else renew(parameter.detach())
             memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-    for module in model.modules():
-        if (plain := _copied_layer(module, memo)) is not None:
+    for module in reversed(list(model.modules())):  # parts before the whole
+        if (plain := _copied_plain(module, memo)) is not None:
             memo[id(module)] = plain
             continue
         for value in vars(module).values():
@@ -39,27 +40,36 @@ def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) ->
 
 
 _EMPTY = (OrderedDict, dict, set)
-_CONSTANT = (bool, int, float, str, type(None))
+_CONSTANT = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType)
 
 
-def _copied_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
-    """A copy of one of PyTorch's own layers; None where it holds more than numbers, parameters and buffers.
+def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
+    """What ``copy.deepcopy`` makes of a module that holds constants, parameters, buffers and modules that
+    were copied; None of one that holds more, or has a way of its own to be copied.
 
     Args:
-        memo: as for ``copy.deepcopy``; parameters are in it already, buffers are added.
+        memo: as for ``copy.deepcopy``; buffers are added.
     """
-    kind = type(module)
-    if not kind.__module__.startswith("torch.nn.modules.") or kind.__setstate__ is not nn.Module.__setstate__:
+    kind: Any = type(module)
+    if (
+        hasattr(kind, "__deepcopy__")
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+        or kind.__getstate__ is not object.__getstate__
+        or kind.__setstate__ is not nn.Module.__setstate__
+        or kind.__new__ is not object.__new__
+    ):
         return None
     state: dict[str, Any] = {}
     for key, value in vars(module).items():
-        if key == "_parameters" and all(p is None or id(p) in memo for p in value.values()):
-            state[key] = type(value)((name, p if p is None else memo[id(p)]) for name, p in value.items())
-        elif key == "_buffers" and all(b is None or type(b) is Tensor for b in value.values()):
-            for buffer in value.values():
-                if buffer is not None and id(buffer) not in memo:
-                    memo[id(buffer)] = buffer.detach().clone()
-            state[key] = type(value)((name, b if b is None else memo[id(b)]) for name, b in value.items())
+        if key in ("_parameters", "_buffers", "_modules"):
+            if key == "_buffers":
+                for buffer in value.values():
+                    if type(buffer) is Tensor and id(buffer) not in memo:
+                        memo[id(buffer)] = buffer.detach().clone()
+            if any(part is not None and id(part) not in memo for part in value.values()):
+                return None
+            state[key] = type(value)((name, memo.get(id(part))) for name, part in value.items())
         elif type(value) in _EMPTY and not value:
             state[key] = type(value)()
         elif type(value) in _CONSTANT or (
@@ -70,4 +80,4 @@ def _copied_layer(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
             return None
     made = kind.__new__(kind)
     vars(made).update(state)
-    return made
+    return cast(nn.Module, made)

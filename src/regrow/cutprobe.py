@@ -164,6 +164,7 @@ class Probe:
         for name, gone in removal.gone.items():
             for norm, reads in removal.readers[name].norms.items():
                 silent.setdefault(norm, []).extend(reads.of(gone))
+        indices = {norm: torch.tensor(channels) for norm, channels in silent.items() if channels}
         all_silent = True
 
         def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -177,8 +178,8 @@ class Probe:
                 sources.setdefault(name, []).append(source)
                 if source:
                     readers[source].append(name)
-                if silent.get(name):
-                    all_silent = all_silent and reads_silence(module, inputs, output, silent[name])
+                if name in indices:
+                    all_silent = all_silent and reads_silence(module, inputs, output, indices[name])
             elif isinstance(module, Consumer) and inputs:
                 if type(module).forward in _STOCK:
                     self._shapes.setdefault(name, {})[inputs[0].shape] = output.shape
@@ -208,6 +209,7 @@ class Probe:
         alive: dict[str, Tensor] = {}
         unclear: set[str] = set()
         ran: list[set[str]] = []
+        silent = {name: torch.tensor(filters) for name, filters in gone.items() if len(filters)}
         generator = torch.Generator().manual_seed(2)
 
         def see(name: str, tensor: Any, dim: int) -> None:
@@ -237,8 +239,8 @@ class Probe:
                     unclear.add(name)
                 noise = torch.rand(output.shape, generator=generator).to(output).add(0.5).mul(sign)
                 dim = channel_dim(module, output)
-                if silent := [*gone.get(name, ())]:
-                    index = torch.tensor(silent, device=output.device)
+                if name in silent:
+                    index = silent[name].to(output.device)
                     noise = noise.index_copy(dim, index, output.index_select(dim, index))
                 return noise
 

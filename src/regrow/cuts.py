@@ -220,7 +220,7 @@ class Layer:
             "shapes": {key: list(own[key].shape) for key in self.kept} | before["shapes"],
             "numbers": {key: vars(module)[key] for key in self.numbers} | before["numbers"],
         }
-        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        device = next((t.device for t in own.values() if t is not None), torch.device("cpu"))
         names = []
         # Weight, bias and statistics share their lists.
         tensors = {
