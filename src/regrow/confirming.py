@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regrow.calling import call, floating
 from regrow.filters import convolutions
+from regrow.placing import index_tensor
 from regrow.readers import Consumer, Norm, Readers, column_mask, per_channel, silence, tied_modules
 
 
@@ -149,7 +150,7 @@ def _loud(
         for reader, reads in [*found.norms.items(), *found.consumers.items()]:
             if indices := reads.of(dropped[name]):
                 module = probe.get_submodule(reader)
-                handles.append(module.register_forward_hook(watch(name, reader, torch.tensor(indices))))
+                handles.append(module.register_forward_hook(watch(name, reader, index_tensor(indices))))
     try:
         call(probe, example_inputs)
     finally:
@@ -203,7 +204,7 @@ def _moves(
         def hook(module: Any, _inputs: Any, output: Tensor) -> Tensor:
             dim = output.dim() - module.weight.dim() + 1
             noise = torch.randn(output.shape, generator=generator).to(output)
-            index = torch.tensor(indices, device=output.device)
+            index = index_tensor(indices, output.device)
             return output.index_copy(dim, index, noise.index_select(dim, index))
 
         return hook

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.cutprobe import Probe
 from regrow.cuts import CutPlan
 from regrow.filters import Convolution
+from regrow.placing import index_tensor
 from regrow.readers import Norm, Readers, per_channel, tied_modules
 from regrow.removal import Removal
 
@@ -93,7 +94,7 @@ class Drafting:
     def _flow(self, found: Readers) -> dict[str, tuple[Tensor, Tensor]]:
         """Where the channels of a convolution go: {layer: (filters, the layer's input channels)}."""
         return {
-            reader: (torch.tensor(reads.filters), torch.tensor(reads.indices))
+            reader: (index_tensor(reads.filters), index_tensor(reads.indices))
             for reader, reads in found.reached.items()
             # A PReLU with one parameter takes any number of channels.
             if getattr(self._modules[reader], "num_parameters", 2) > 1
@@ -238,7 +239,7 @@ class Drafting:
             if name not in plan.rows:
                 return
             busy = torch.zeros(groups, dtype=torch.bool)
-            busy[torch.tensor(plan.rows[name]) // (module.out_channels // groups)] = True
+            busy[index_tensor(plan.rows[name]) // (module.out_channels // groups)] = True
             read = busy.repeat_interleave(len(present) // groups)
             if not busy.all():
                 plan.groups[name] = int(busy.sum())

@@ -20,7 +20,7 @@ from regrow.calling import call, floating
 from regrow.confirming import reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
-from regrow.placing import channel_dim
+from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
 
@@ -96,7 +96,7 @@ class Probe:
     def _follows(self, name: str, rows: Sequence[int]) -> bool:
         """Whether all that ``rows`` of a grouped convolution read is 0 whatever comes in."""
         conv: Any = self._model.get_submodule(name)
-        groups = torch.tensor(rows) // (conv.out_channels // conv.groups)
+        groups = index_tensor(rows) // (conv.out_channels // conv.groups)
         return name in self.dead and bool(self.dead[name].view(conv.groups, -1)[groups].all())
 
     def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> list[str] | None:
@@ -141,7 +141,7 @@ class Probe:
         try:
             apply_plan(small, plan)
             if picked is not None:
-                index = torch.tensor(picked, device=given.device)
+                index = index_tensor(picked, given.device)
                 narrow = given.index_select(dim, index)
                 given = torch.zeros_like(given).index_copy(dim, index, narrow)
             with torch.no_grad():
@@ -150,7 +150,7 @@ class Probe:
             return False
         if "rows" in halves:
             at = channel_dim(module, whole)
-            whole = whole.index_select(at, torch.tensor(halves["rows"], device=whole.device))
+            whole = whole.index_select(at, index_tensor(halves["rows"], whole.device))
         return whole.shape == part.shape and _close(whole, part, self._tolerance)
 
     def _look(self, example: Any, removal: Removal) -> tuple[set[str], bool]:
@@ -164,7 +164,7 @@ class Probe:
         for name, gone in removal.gone.items():
             for norm, reads in removal.readers[name].norms.items():
                 silent.setdefault(norm, []).extend(reads.of(gone))
-        indices = {norm: torch.tensor(channels) for norm, channels in silent.items() if channels}
+        indices = {norm: index_tensor(channels) for norm, channels in silent.items() if channels}
         all_silent = True
 
         def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -209,7 +209,7 @@ class Probe:
         alive: dict[str, Tensor] = {}
         unclear: set[str] = set()
         ran: list[set[str]] = []
-        silent = {name: torch.tensor(filters) for name, filters in gone.items() if len(filters)}
+        silent = {name: index_tensor(filters) for name, filters in gone.items() if len(filters)}
         generator = torch.Generator().manual_seed(2)
 
         def see(name: str, tensor: Any, dim: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import unwrap
-from regrow.placing import channel_dim, channels_last, place, take
+from regrow.placing import channel_dim, channels_last, index_tensor, place, take
 from regrow.suggest import nearest
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters")
@@ -171,7 +171,7 @@ def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int] | Tensor]) -> Tensor
     """``tensor`` with the ``kept`` indices of each dimension named, in its own memory format."""
     last = channels_last(tensor)
     for dim, indices in kept.items():
-        tensor = tensor.index_select(dim, torch.as_tensor(indices, device=tensor.device))
+        tensor = tensor.index_select(dim, index_tensor(indices, tensor.device))
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor
 
 
@@ -222,10 +222,9 @@ class Layer:
         }
         device = next((t.device for t in own.values() if t is not None), torch.device("cpu"))
         names = []
-        # Weight, bias and statistics share their lists.
-        tensors = {
-            id(at): torch.tensor(at, device=device) for kept in self.kept.values() for at in kept.values()
-        }
+        # Weight, bias and statistics share one list.
+        lists = {id(at): at for kept in self.kept.values() for at in kept.values()}
+        tensors = {number: index_tensor(at, device) for number, at in lists.items()}
         for key, kept in self.kept.items():
             old = module._parameters.get(key)
             stay = {dim: tensors[id(at)] for dim, at in kept.items()}
@@ -376,9 +375,7 @@ def _among(tensor: Tensor, shape: Sequence[int], kept: Mapping[int, Sequence[int
     """``tensor`` at the places ``kept`` of a larger one."""
     last = channels_last(tensor)
     whole = tensor.new_full(tuple(shape), fill)
-    places = [
-        torch.tensor(kept.get(dim, range(size)), device=tensor.device) for dim, size in enumerate(shape)
-    ]
+    places = [index_tensor(kept.get(dim, range(size)), tensor.device) for dim, size in enumerate(shape)]
     whole[torch.meshgrid(*places, indexing="ij")] = tensor
     return whole.movedim(1, -1).contiguous().movedim(-1, 1) if last else whole
 
@@ -415,7 +412,7 @@ class Small(nn.Module):
 
     def _index(self, device: torch.device) -> None:
         for key, at in self._regrow_at.items():
-            self._buffers[key] = None if at is None else torch.tensor(at, device=device)
+            self._buffers[key] = None if at is None else index_tensor(at, device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.calibration import evaluating
 from regrow.calling import call
 from regrow.cost import count_macs, count_parameters
+from regrow.placing import index_tensor
 from regrow.readers import Consumer, Readers
 
 
@@ -82,8 +83,8 @@ class _Flows:
             self._starts[name] = count
             count += len(model.get_submodule(name).weight)  # type: ignore[arg-type]
         empty = torch.zeros(0, dtype=torch.long)
-        self._from = torch.cat([empty, *(torch.tensor(r.filters) + self._starts[n] for n, _, r in pairs)])
-        self._to = torch.cat([empty, *(torch.tensor(r.indices) + number[layer] for _, layer, r in pairs)])
+        self._from = torch.cat([empty, *(index_tensor(r.filters) + self._starts[n] for n, _, r in pairs)])
+        self._to = torch.cat([empty, *(index_tensor(r.indices) + number[layer] for _, layer, r in pairs)])
         self._count, self._shape = count, (len(layers), widest)
         self.widths = dict(zip(layers, self._arriving(torch.ones(count, dtype=torch.bool)), strict=True))
 
@@ -91,7 +92,7 @@ class _Flows:
         """Of the channels that are followed to a layer, the share that still has a filter."""
         alive = torch.ones(self._count, dtype=torch.bool)
         for name, indices in gone.items():
-            alive[torch.tensor(indices) + self._starts[name]] = False
+            alive[index_tensor(indices) + self._starts[name]] = False
         left = self._arriving(alive)
         return {name: now / width for (name, width), now in zip(self.widths.items(), left, strict=True)}
 

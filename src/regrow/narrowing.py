@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regrow.cuts import CutPlan, Layer, layers
 from regrow.filters import unwrap
 from regrow.norming import batch_norm, norms_innermost
-from regrow.placing import channel_dim, place, take, take_block
+from regrow.placing import channel_dim, index_tensor, place, take, take_block
 
 
 def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
@@ -231,10 +231,10 @@ def _slices(layer: Layer) -> _Slices:
     device = next((tensor.device for tensor in own.values() if tensor is not None), torch.device("cpu"))
 
     def index(kept: Sequence[int] | None) -> Tensor | None:
-        return None if kept is None else torch.tensor(kept, device=device)
+        return None if kept is None else index_tensor(kept, device)
 
     def at(places: tuple[int, list[int]] | None) -> tuple[int, Tensor] | None:
-        return None if places is None else (places[0], torch.tensor(places[1], device=device))
+        return None if places is None else (places[0], index_tensor(places[1], device))
 
     spread = at(layer.spread)
     tensors = {

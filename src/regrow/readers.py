@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import Convolution, unwrap
+from regrow.placing import index_tensor
 
 Norm = (
     nn.modules.batchnorm._BatchNorm
@@ -92,7 +93,7 @@ def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
     rows, columns = layer.weight.shape[:2]
     mask = torch.zeros(rows, columns, dtype=torch.bool, device=layer.weight.device)
     groups = getattr(layer, "groups", 1)
-    index = torch.tensor(indices, dtype=torch.long, device=mask.device)
+    index = index_tensor(indices, mask.device)
     mask.view(groups, rows // groups, columns)[index // columns, :, index % columns] = True
     return mask
 
@@ -128,7 +129,7 @@ def _silent_rows(
     """A convolution and its norms, each with the rows that must be 0."""
     parts: list[tuple[str, Sequence[int]]] = [(name, dropped)]
     parts += [(norm, reads.of(dropped)) for norm, reads in readers.norms.items()]
-    return [(model.get_submodule(layer), torch.tensor(rows)) for layer, rows in parts if len(rows)]
+    return [(model.get_submodule(layer), index_tensor(rows)) for layer, rows in parts if len(rows)]
 
 
 def _affine(module: nn.Module) -> list[nn.Parameter]:
