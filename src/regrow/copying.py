@@ -55,8 +55,9 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
         hasattr(kind, "__deepcopy__")
         or kind.__reduce_ex__ is not object.__reduce_ex__
         or kind.__reduce__ is not object.__reduce__
-        or kind.__getstate__ is not object.__getstate__
-        or kind.__setstate__ is not nn.Module.__setstate__
+        or kind.__getstate__ is not nn.Module.__getstate__
+        # PyTorch's own add what pickles of older versions lack.
+        or not kind.__setstate__.__module__.startswith("torch.nn.modules.")
         or kind.__new__ is not object.__new__
     ):
         return None
@@ -72,10 +73,10 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
             state[key] = type(value)((name, memo.get(id(part))) for name, part in value.items())
         elif type(value) in _EMPTY and not value:
             state[key] = type(value)()
-        elif type(value) in _CONSTANT or (
-            type(value) is tuple and all(type(part) in _CONSTANT for part in value)
-        ):
+        elif type(value) in _CONSTANT:
             state[key] = value
+        elif type(value) in (tuple, list) and all(type(part) in _CONSTANT for part in value):
+            state[key] = type(value)(value)
         else:
             return None
     made = kind.__new__(kind)
