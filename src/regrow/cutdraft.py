@@ -50,14 +50,10 @@ class Drafting:
         for name in self.convolutions:
             if name not in self.fixed and not probe.separable(name, rows=True):
                 self.fixed.add(name)
-        written: dict[str, Tensor] = {}
-        for flow in self.flows.values():
-            for reader, (_, indices) in flow.items():
-                mask = written.setdefault(reader, torch.zeros(self._width(reader), dtype=torch.bool))
-                mask[indices] = True
-        self._written = written
+        readers = [*(reader for flow in self.flows.values() for reader in flow), *probe.dead]
+        self._wanted = {name: self._wanted_channels(name) for name in dict.fromkeys(readers)}
+        self._pairs = _Pairs(self.flows, self._alive, self._wanted)
         self.together = self._components()
-        self._wanted = {name: self._wanted_channels(name) for name in {*written, *probe.dead}}
 
     def _components(self) -> dict[str, set[str]]:
         together = {name: {name} for name in self.convolutions}
@@ -132,26 +128,30 @@ class Drafting:
         A channel that a reader wants is emitted by everyone who adds to it, and one that is emitted
         arrives everywhere it leads to.
         """
-        emitted = {name: torch.full_like(alive, levels[name] < OUT) for name, alive in self._alive.items()}
-        present = {name: wanted.clone() for name, wanted in self._wanted.items()}
-        for name, mask in present.items():
-            mask |= ~self._written.get(name, torch.zeros_like(mask))
+        pairs = self._pairs
+        alive = torch.cat(list(self._alive.values()))
+        out = torch.tensor([levels[name] == OUT for name in self._alive])
+        all_emitted = ~out[pairs.owner]
+        all_present = torch.cat(list(self._wanted.values())) | ~pairs.written
+        emitted = {name: all_emitted[where] for name, where in pairs.filters.items()}
+        present = {name: all_present[where] for name, where in pairs.channels.items()}
+        grouped = [(name, conv) for name, conv in self.convolutions.items() if conv.groups > 1]
         before = -1
         while True:
-            count = sum(int(mask.sum()) for mask in [*emitted.values(), *present.values()])
+            count = int(all_emitted.sum()) + int(all_present.sum())
             if count == before:
-                hollow = [name for name, mask in emitted.items() if not (mask & self._alive[name]).any()]
+                left = torch.zeros(len(emitted)).index_add_(0, pairs.owner, (all_emitted & alive).float())
+                hollow = [name for name, kept in zip(emitted, left.tolist(), strict=True) if not kept]
                 if not hollow:
                     return emitted, present
                 emitted[hollow[0]][int(self._alive[hollow[0]].int().argmax())] = True
             before = count
-            for name, flow in self.flows.items():
-                for reader, (filters, indices) in flow.items():
-                    emitted[name][filters[present[reader][indices]]] = True
-                    present[reader][indices[emitted[name][filters]]] = True
-            for name, conv in self.convolutions.items():
-                if conv.groups > 1 and name in present:
-                    computed = emitted[name] if levels[name] == MASKED else emitted[name] & self._alive[name]
+            all_emitted[pairs.sources[all_present[pairs.targets]]] = True
+            all_present[pairs.targets[all_emitted[pairs.sources]]] = True
+            for name, conv in grouped:
+                if name in present:
+                    masked = levels[name] == MASKED
+                    computed = emitted[name] if masked else emitted[name] & self._alive[name]
                     busy = computed.view(conv.groups, -1).any(1)
                     present[name].view(conv.groups, -1)[busy] = True
 
@@ -254,3 +254,42 @@ class Drafting:
 def _indices(mask: Tensor) -> list[int]:
     indices: list[int] = mask.nonzero().flatten().tolist()
     return indices
+
+
+class _Pairs:
+    """Which filters reach which channels of which layers, both numbered over the whole network.
+
+    Attributes:
+        sources, targets: [pairs] the filter and the channel.
+        filters, channels: convolution, or layer → where its numbers are.
+        owner: [filters] the number of the convolution.
+        written: BoolTensor[channels]: some filter reaches it.
+    """
+
+    def __init__(
+        self,
+        flows: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+        filters: Mapping[str, Tensor],
+        channels: Mapping[str, Tensor],
+    ) -> None:
+        self.filters, self.channels = _slices(filters), _slices(channels)
+        empty = torch.zeros(0, dtype=torch.long)
+        sources, targets = [empty], [empty]
+        for name, flow in flows.items():
+            for reader, (those, indices) in flow.items():
+                sources.append(those + self.filters[name].start)
+                targets.append(indices + self.channels[reader].start)
+        self.sources, self.targets = torch.cat(sources), torch.cat(targets)
+        counts = torch.tensor([len(mask) for mask in filters.values()])
+        self.owner = torch.arange(len(counts)).repeat_interleave(counts)
+        self.written = torch.zeros(sum(map(len, channels.values())), dtype=torch.bool)
+        self.written[self.targets] = True
+
+
+def _slices(masks: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Where each of ``masks`` lies when all are put one after the other."""
+    found, start = {}, 0
+    for name, mask in masks.items():
+        found[name] = slice(start, start + len(mask))
+        start += len(mask)
+    return found

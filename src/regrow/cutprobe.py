@@ -237,7 +237,8 @@ class Probe:
                     see(name, inputs[0], channel_dim(module, inputs[0]))
                 else:
                     unclear.add(name)
-                noise = torch.rand(output.shape, generator=generator).to(output).add(0.5).mul(sign)
+                low, high = sorted((0.5 * sign, 1.5 * sign))
+                noise = torch.empty(output.shape).uniform_(low, high, generator=generator).to(output)
                 dim = channel_dim(module, output)
                 if name in silent:
                     index = silent[name].to(output.device)
