@@ -8,9 +8,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from regrow.cutplan import CutPlan, plan_cut
+from regrow.cutprobe import Probe
 from regrow.cuts import apply_plan
+from regrow.readers import Reads
 from regrow.removal import remove_filters
-from regrow.structure import read_structure
+from regrow.structure import propose_structure, read_structure
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -488,3 +490,57 @@ def test_a_layer_of_which_nothing_would_be_left_is_refused():
     model = nn.Sequential(conv(3, 2), nn.ReLU(), conv(2, 2, groups=2), nn.ReLU(), conv(2, 4), head(4))
     with pytest.raises(ValueError, match="no filter of '2' would be left"):
         plan_cut(model, {"0": keep_but(2, 0), "2": keep_but(2, 1)}, X[:1])
+
+
+# --- what the graph proposes is not taken for granted ------------------------------------------------------
+
+
+def test_a_proposal_about_a_norm_that_is_wrong_is_found_out(monkeypatch):
+    model = Net(
+        lambda s, x: s.head(F.relu(s.n(torch.cat([s.a(x), s.b(x)], 1)))),
+        a=conv(3, 2), b=conv(3, 3), n=nn.BatchNorm2d(5), head=head(5),
+    )  # fmt: skip
+
+    def lying(*args):
+        proposal = propose_structure(*args)
+        proposal.readers["a"].norms["n"] = Reads([0, 1], [2, 3])  # b's channels
+        return proposal
+
+    keep = {"a": keep_but(2, 0)}
+    assert plan_cut(model, keep, X[:1]).channels == {"n": [1, 2, 3, 4]}
+    monkeypatch.setattr("regrow.cutplan.propose_structure", lying)
+    with pytest.raises(ValueError, match="'n' behind it cannot be silenced"):
+        plan_cut(model, keep, X[:1])
+
+
+def test_a_row_behind_an_activation_that_makes_something_of_zero_stays():
+    layers = conv(3, 4), nn.Sigmoid(), conv(4, 4, groups=4), nn.ReLU(), head(4)
+    plan = planned(nn.Sequential(*layers), **{"0": [1]})
+    assert "2" not in plan.rows
+    layers = conv(3, 4), nn.ReLU(), conv(4, 4, groups=4), nn.ReLU(), head(4)
+    assert planned(nn.Sequential(*layers), **{"0": [1]}).rows == {"0": [0, 2, 3], "2": [0, 2, 3]}
+
+
+def test_what_float32_refutes_is_looked_at_in_float64(monkeypatch, make_net):
+    model, keep = make_net((3, 4)), {"conv1": keep_but(3, 1)}
+    expected, refutes, asked = plan_cut(model, keep, X[:1]), Probe.refutes, []
+
+    def strict(probe, *args):
+        asked.append(next(probe._model.parameters()).dtype)
+        return [] if asked[-1] == torch.float32 else refutes(probe, *args)
+
+    monkeypatch.setattr(Probe, "refutes", strict)
+    assert plan_cut(model, keep, X[:1]) == expected
+    assert asked == [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+def test_float32_is_enough_for_common_nets(name, monkeypatch):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=4)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    keep = {
+        name: torch.arange(layer.out_channels) % 3 > 0 for name, layer in layers.items() if layer.groups == 1
+    }
+    monkeypatch.setattr("regrow.cutplan._Search.plan", None)  # what comes after a refutation
+    assert plan_cut(model, keep, torch.randn(1, 3, 64, 64)).rows
