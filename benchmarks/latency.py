@@ -19,7 +19,6 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,12 +80,6 @@ def torch_pruned(model: nn.Module, x: Tensor, channels: float) -> None:
             pruning_ratio=channels,
             ignored_layers=outputs,
         ).step()
-
-
-def cut_half(model: nn.Module, x: Tensor, channels: float) -> None:
-    """The same share of each layer's filters, by regrow's own steps."""
-    scores = regrow.score(model, "l2")
-    regrow.cut(model, regrow.select(scores, channels, scope="layer"), example_inputs=x)
 
 
 def variants(name: str, x: Tensor, channels: float, wanted: list[str]) -> list[Variant]:
@@ -194,30 +187,6 @@ def size_table(found: list[Variant], x: Tensor) -> list[str]:
     return lines
 
 
-def seconds(act: Callable[[nn.Module, Tensor, float], None], model: nn.Module, x: Tensor) -> float:
-    model = copy.deepcopy(model)
-    begun = time.perf_counter()
-    act(model, x, 0.5)
-    return time.perf_counter() - begun
-
-
-def cutting_row(name: str, x: Tensor, rounds: int) -> str:
-    """How long it takes to cut half of the channels, in turns."""
-    model = build(name)
-    theirs, ours = [], []
-    for turn in range(rounds + 1):
-        pair = seconds(torch_pruned, model, x), seconds(cut_half, model, x)
-        if turn:  # the first one imports and allocates
-            theirs.append(pair[0])
-            ours.append(pair[1])
-    ratio = statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
-    return f"| {name} | {spread(theirs)} | {spread(ours)} | {ratio:.2f} |"
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -230,7 +199,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=112, help="of the pictures in the larger batch")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each network, batch of 1")
     parser.add_argument("--batch-rounds", type=int, default=5, help="the same, larger batch")
-    parser.add_argument("--cuts", type=int, default=3, help="timed cuts of each network")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -248,7 +216,6 @@ def main() -> None:
     labels = {"1": (one, arguments.rounds), str(arguments.batch): (many, arguments.batch_rounds)}
     sections: list[str] = []
     short: list[str] = []
-    cutting: list[str] = []
     for name in arguments.nets:
         tell(name)
         found = variants(name, one, arguments.channels, arguments.settings)
@@ -264,8 +231,6 @@ def main() -> None:
                     print(short[-1], flush=True)
             sections += ["", f"Threads: {threads}.", "", *latency_table(found, batches)]
         torch.set_num_threads(most)
-        cutting.append(cutting_row(name, one, arguments.cuts) + f" {found[2].seconds:.1f} |")
-        tell(cutting[-1])
     where = environment("cpu", most)
     lines = [
         "# What a cut buys on the clock",
@@ -292,18 +257,6 @@ def main() -> None:
         "| network | MACs | Torch-Pruning, as is | Torch-Pruning | " + " | ".join(arguments.settings) + " |",
         "|---|--:|--:|" + "--:|" * (1 + len(arguments.settings)),
         *short,
-        "",
-        "## How long cutting takes",
-        "",
-        f"Half of the channels of each layer, in turns, {most} threads, n = {arguments.cuts}, after one that "
-        "does not count: Torch-Pruning's pruner made and stepped; regrow's `score`, `select` and `cut`, "
-        "which reads the structure, plans, and confirms the plan on a copy. Seconds, median "
-        "(lowest–highest). Last, n = 1: the whole of `prune(model, macs=…)` "
-        f"({arguments.settings[0]}), with its search, its own timing of both networks, and its report.",
-        "",
-        "| network | Torch-Pruning | regrow | regrow : Torch-Pruning | `prune` |",
-        "|---|--:|--:|--:|--:|",
-        *cutting,
         *sections,
     ]
     text = "\n".join(lines) + "\n"
