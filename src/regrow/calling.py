@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,3 +26,14 @@ def floating(output: Any) -> list[Tensor]:
     if isinstance(output, tuple | list):
         return [tensor for part in output for tensor in floating(part)]
     return []
+
+
+def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``inputs`` with every floating tensor in it changed."""
+    if isinstance(inputs, Tensor):
+        return change(inputs.detach()) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: mapped(value, change) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return type(inputs)(mapped(value, change) for value in inputs)
+    return inputs

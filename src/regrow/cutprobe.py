@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
-from regrow.calling import call, floating
+from regrow.calling import call, floating, mapped
 from regrow.confirming import reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
@@ -435,22 +435,11 @@ def _precise(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
             remove_bridgeout(part)
     if dtype is None:
         return probe, example_inputs
-    return probe.to(dtype), _mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
+    return probe.to(dtype), mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``inputs`` with every floating tensor in it changed."""
-    if isinstance(inputs, Tensor):
-        return change(inputs.detach()) if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _mapped(value, change) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(_mapped(value, change) for value in inputs)
-    return inputs
 
 
 def _noise(example: Any, repeats: int) -> Any:
@@ -475,4 +464,4 @@ def _noise(example: Any, repeats: int) -> Any:
         not isinstance(part, tuple | list | Mapping)
         for part in (example.values() if isinstance(example, Mapping) else example)
     )
-    return _mapped(longer(example) if repeats > 1 and flat else example, change)
+    return mapped(longer(example) if repeats > 1 and flat else example, change)

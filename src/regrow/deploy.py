@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calibration import evaluating
-from regrow.calling import call, floating
+from regrow.calling import call, floating, mapped
 from regrow.compensation import norms_behind
 from regrow.confirming import unsettle
 from regrow.cuts import Small
@@ -149,15 +149,7 @@ def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> 
 def _noise(example: Any, dtype: torch.dtype) -> Any:
     """Random numbers for the floating tensors in ``example``, of which one is not to be taken for 0."""
     generator = torch.Generator().manual_seed(1)
-    if isinstance(example, Tensor):
-        if not example.is_floating_point():
-            return example
-        return torch.rand(example.shape, generator=generator, dtype=dtype).to(example.device)
-    if isinstance(example, dict):
-        return {key: _noise(value, dtype) for key, value in example.items()}
-    if isinstance(example, tuple | list):
-        return [_noise(value, dtype) for value in example]
-    return example
+    return mapped(example, lambda x: torch.rand(x.shape, generator=generator, dtype=dtype).to(x.device))
 
 
 def _seen(model: nn.Module, inputs: Any) -> Tensor:

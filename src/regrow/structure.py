@@ -218,8 +218,11 @@ class _Patience:
     def __init__(self) -> None:
         self.steps = _LONGEST_WALK
 
-    def lose(self) -> None:
-        self.steps = max(self.steps // 4, _LEAST_WALK)
+    def spend(self, steps: int, allowed: int) -> None:
+        """Raises ``ValueError`` if these are more ``steps`` than ``allowed``."""
+        if steps > allowed:
+            self.steps = max(self.steps // 4, _LEAST_WALK)
+            raise ValueError("torch-pruning has lost count of the channels: there is no end of them")
 
 
 def _walked(graph: Any, conv: Any, names: Mapping[nn.Module, str], patience: _Patience) -> Readers | None:
@@ -260,7 +263,7 @@ def _walk(
             readers.output = True
             readers.mixed = readers.mixed or "it is part of the network's output"
             readers.blocked = readers.blocked or readers.mixed
-        for target_node, mapped in _steps(node, indices):
+        for target_node, mapped in _steps(node, indices, len(conv.weight), patience):
             target = target_node.module
             if isinstance(target, Norm | Consumer):
                 _note(readers.norms if isinstance(target, Norm) else readers.consumers, target, mapped, names)
@@ -280,7 +283,7 @@ def _walk(
                 readers.blocked = readers.blocked or "it is part of the network's output"
             sums += [
                 (target, mapped)
-                for target, mapped in _steps(node, indices)
+                for target, mapped in _steps(node, indices, len(conv.weight), patience)
                 if _reach(readers, target.module, mapped, names)
             ]
     except Exception:  # torch-pruning raises whatever it stumbled over
@@ -300,21 +303,28 @@ def _visits(
         fresh = [index for index in dict.fromkeys(indices) if index not in seen]
         if fresh or not indices:
             seen.update(fresh)
+            patience.spend(len(fresh), left)
             left -= len(fresh)
-            if left < 0:
-                patience.lose()
-                raise ValueError("torch-pruning has lost count of the channels: there is no end of them")
             yield node, fresh
 
 
-def _steps(node: Any, indices: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+def _steps(
+    node: Any, indices: list[Any], filters: int, patience: _Patience
+) -> Iterator[tuple[Any, list[Any]]]:
     """The nodes that read ``node``, each with the places where it reads ``indices``."""
     for edge in node.dependencies:
         if edge.source is not node or not any(edge.target is output for output in node.outputs):
             continue
         mapped = indices
         for mapping in edge.index_mapping:
-            mapped = mapped if mapping is None else mapping(mapped)
+            if mapping is None:
+                continue
+            stride = getattr(mapping, "_stride", 1)
+            if stride > 1 and not mapping.reverse:  # before millions of places are listed
+                channels = _channels(edge.target.module)
+                many = max(patience.steps * filters, int(channels) if channels < math.inf else 0)
+                patience.spend(len(mapped) * stride, many)
+            mapped = mapping(mapped)
         if mapped:
             yield edge.target, mapped
 
