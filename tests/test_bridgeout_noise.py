@@ -1,12 +1,15 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import regrow
 from regrow import bridgeout_noise
-from regrow.bridgeout_noise import bridgeout, perturbed, smallest
+from regrow.bridgeout_noise import bridgeout, draw, perturbed, smallest
 
 
 def generator(seed=0):
@@ -263,3 +266,229 @@ def test_bad_settings_are_refused(arguments, message):
 def test_bad_weights_are_refused(weight):
     with pytest.raises(ValueError, match="real floating-point"):
         bridgeout(weight)
+
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Counts the backward passes that wrote a new gradient."""
+    calls, scaled = [], bridgeout_noise.scaled
+
+    def counted(*arguments):
+        calls.append(1)
+        return scaled(*arguments)
+
+    monkeypatch.setattr(bridgeout_noise, "scaled", counted)
+    return calls
+
+
+def weight_of(seed=0):
+    return torch.randn(4, 3, 3, 3, generator=generator(seed)).requires_grad_()
+
+
+def noise(weight, function=draw):
+    return function(weight, 0.3, 1.5, 1.0, 1, 2, torch.tensor(3))
+
+
+def convolved(weight, function=draw):
+    return F.conv2d(IMAGES, noise(weight, function)).square().sum()
+
+
+def expected(loss):
+    """The gradient by way of ``perturbed``, which always writes a new one."""
+    weight = weight_of()
+    loss(noise(weight, perturbed)).backward()
+    return weight.grad
+
+
+def square(noisy):
+    return F.conv2d(IMAGES, noisy).square().sum()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_convolutions_gradient_is_overwritten(copied, layout):
+    weight = weight_of().detach().to(memory_format=layout).requires_grad_()
+    seen = []
+    noisy = noise(weight)
+    noisy.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    square(noisy).backward()
+    assert not copied
+    assert weight.grad.data_ptr() == seen[0]
+    (wanted,) = torch.autograd.grad(square(noise(weight, perturbed)), weight)
+    torch.testing.assert_close(weight.grad, wanted)
+
+
+def test_a_linear_layers_gradient_is_a_view_and_left_alone(copied):
+    weight = torch.randn(5, 7, generator=generator()).requires_grad_()
+    images = torch.randn(4, 7, generator=generator(1))
+    F.linear(images, noise(weight)).square().sum().backward()
+    assert copied == [1]
+    (ours,) = torch.autograd.grad(F.linear(images, noise(weight, perturbed)).square().sum(), weight)
+    torch.testing.assert_close(weight.grad, ours)
+
+
+def test_gradients_accumulate_and_a_graph_may_be_gone_through_twice(copied):
+    weight = weight_of()
+    for _ in range(2):
+        convolved(weight).backward()
+    loss = convolved(weight)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward()
+    assert not copied
+    one = expected(square)
+    torch.testing.assert_close(first, 3 * one)
+    torch.testing.assert_close(weight.grad, 4 * one)
+
+
+def test_one_draw_with_several_uses():
+    def twice(noisy):
+        return square(noisy) + F.conv2d(IMAGES, 2 * noisy).sum() + noisy.sum() + noisy[0].square().sum()
+
+    weight = weight_of()
+    twice(noise(weight)).backward()
+    torch.testing.assert_close(weight.grad, expected(twice))
+
+
+def test_two_weights_that_get_the_same_gradient():
+    def together(noisy):
+        return square(noisy + other)
+
+    other = weight_of(1).detach().requires_grad_()
+    wanted = expected(together)
+    plain, other.grad = other.grad, None
+    for function in (lambda noisy: square(noisy + other), lambda noisy: square(other + noisy)):
+        weight, other.grad = weight_of(), None
+        function(noise(weight)).backward()
+        torch.testing.assert_close(weight.grad, wanted)
+        torch.testing.assert_close(other.grad, plain)
+    one, two = weight_of(), weight_of()
+    square(noise(one) + noise(two)).backward()
+    torch.testing.assert_close(one.grad, two.grad)
+    torch.testing.assert_close(one.grad, expected(lambda noisy: square(noisy + noisy.detach())))
+
+
+KEEPERS = {
+    "tensor": lambda gradient: gradient,
+    "detached": lambda gradient: gradient.detach(),
+    "view": lambda gradient: gradient[1:],
+    "numpy": lambda gradient: gradient.numpy(),
+    "storage": lambda gradient: gradient.untyped_storage(),
+    "dlpack": lambda gradient: gradient.__dlpack__(),
+}
+
+
+def values(kept):
+    if isinstance(kept, torch.UntypedStorage):
+        return torch.empty(0).set_(kept).flatten()
+    kept = kept if isinstance(kept, torch.Tensor | np.ndarray) else torch.from_dlpack(kept)
+    return torch.as_tensor(kept).flatten()
+
+
+@pytest.mark.parametrize("keeper", KEEPERS.values(), ids=KEEPERS)
+@pytest.mark.parametrize("place", ["tensor", "node", "prehook"])
+def test_a_gradient_that_somebody_keeps_is_left_alone(copied, keeper, place):
+    weight, kept, before = weight_of(), [], []
+
+    def keep(gradient):
+        before.append(gradient.detach().clone())
+        kept.append(keeper(gradient))
+
+    noisy = noise(weight)
+    loss = F.conv2d(IMAGES, noisy)
+    if place == "tensor":
+        noisy.register_hook(keep)
+    elif place == "node":
+        loss.grad_fn.register_hook(lambda inputs, _: keep(inputs[1]))
+    else:
+        noisy.grad_fn.register_prehook(lambda gradients: keep(gradients[0]))
+    loss.square().sum().backward()
+    assert copied == [1]
+    torch.testing.assert_close(weight.grad, expected(square))
+    kept_values = values(kept[0])
+    assert torch.equal(kept_values, before[0].flatten()[-kept_values.numel() :])
+
+
+def test_gradients_that_are_asked_for_or_given_are_left_alone(copied):
+    weight = weight_of()
+    noisy = noise(weight)
+    noisy.retain_grad()
+    square(noisy).backward()
+    through = noise(weight_of(), perturbed).detach().requires_grad_()
+    (wanted,) = torch.autograd.grad(square(through), through)
+    torch.testing.assert_close(noisy.grad, wanted)
+    torch.testing.assert_close(weight.grad, expected(square))
+    noisy = noise(weight)
+    both = torch.autograd.grad(square(noisy), [noisy, weight])
+    torch.testing.assert_close(both[0], wanted)
+    torch.testing.assert_close(both[1], expected(square))
+    given = torch.full_like(noisy, 2.0)
+    noise(weight).backward(given)
+    assert (given == 2).all()
+    noise(weight).sum().backward()  # one number, read as a whole tensor
+    assert copied
+
+
+def test_memory_that_is_not_pytorchs_own_is_left_alone(copied):
+    array = np.full((4, 3, 3, 3), 2, np.float32)
+
+    class Upstream(torch.autograd.Function):
+        @staticmethod
+        def forward(_, noisy):
+            return noisy.sum()
+
+        @staticmethod
+        def backward(*_):
+            return torch.from_numpy(array)
+
+    weight = weight_of()
+    Upstream.apply(noise(weight)).backward()
+    assert (array == 2).all()
+    assert copied == [1]
+    torch.testing.assert_close(weight.grad, expected(lambda noisy: 2 * noisy.sum()))
+
+
+def test_a_mode_that_keeps_every_tensor_keeps_the_gradient_as_it_was(copied):
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            result = function(*arguments, **(named or {}))
+            kept.append(result)
+            if "convolution_backward" in str(function):
+                before.append(result[1].clone())
+                kept.append(result[1])
+            return result
+
+    weight, kept, before = weight_of(), [], []
+    loss = convolved(weight)
+    with Keeping():
+        loss.backward()
+    assert copied == [1]
+    assert any(isinstance(k, torch.Tensor) and torch.equal(k, before[0]) for k in kept)
+    torch.testing.assert_close(weight.grad, expected(square))
+
+
+def test_a_gradient_penalty_goes_through_the_draw(copied):
+    def penalty(function):
+        weight, images = weight_of(), IMAGES.clone().requires_grad_()
+        loss = F.conv2d(images, noise(weight, function)).square().sum()
+        (slope,) = torch.autograd.grad(loss, images, create_graph=True)
+        slope.square().sum().backward()
+        return weight.grad
+
+    torch.testing.assert_close(penalty(draw), penalty(perturbed))
+    weight = weight_of()
+    (first,) = torch.autograd.grad(convolved(weight), weight, create_graph=True)
+    torch.testing.assert_close(first, expected(square))
+    assert copied
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inside_a_checkpoint(reentrant):
+    weight, images = weight_of(), IMAGES.clone().requires_grad_()
+    out = checkpoint(lambda x: F.conv2d(x, noise(weight)).tanh(), images, use_reentrant=reentrant)
+    out.square().sum().backward()
+    torch.testing.assert_close(
+        weight.grad, expected(lambda noisy: F.conv2d(IMAGES, noisy).tanh().square().sum())
+    )

@@ -71,8 +71,8 @@ def test_a_constant_channel_goes_into_the_bias_of_a_convolution() -> None:
     assert net[2].bias.item() == 0.5 + 3 * 10
     torch.testing.assert_close(outputs(net, x), before)
     assert record == {
-        "version": 1, "reading": "compensated", "dropped": {"0": [1]}, "followers": {}, "folded": ["2"],
-        "unfolded": {}, "norms": [], "images": 2,
+        "version": 1, "reading": "compensated", "dropped": {"0": [1]}, "followers": {}, "silenced": {},
+        "folded": ["2"], "unfolded": {}, "norms": [], "images": 2,
     }  # fmt: skip
     assert json.loads(json.dumps(record)) == record
 

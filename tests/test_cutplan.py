@@ -271,15 +271,17 @@ def test_an_activation_that_turns_zero_into_something_else_gets_its_full_width()
     )
 
 
-def test_a_norm_behind_a_sum_keeps_a_channel_of_zeros_alive():
+def test_a_norm_behind_a_sum_loses_a_channel_that_nothing_writes_to():
     model = Net(
         lambda s, x: s.head(F.relu(s.n(s.a(x) + s.b(x)))),
         a=conv(3, 4), b=conv(3, 4), n=nn.BatchNorm2d(4), head=head(4),
     )  # fmt: skip
-    plan = planned(model, a=[1], b=[1])
-    assert plan.rows == {"a": [0, 2, 3], "b": [0, 2, 3]}
-    assert "n" not in plan.channels
-    assert plan.columns == {}
+    three = [0, 2, 3]
+    assert planned(model, a=[1], b=[1]) == CutPlan(
+        rows={"a": three, "b": three}, channels={"n": three}, columns={"head.2": three}
+    )
+    one = planned(model, a=[1], b=[2])  # each channel has a writer still
+    assert one == CutPlan(rows={"a": three, "b": [0, 1, 3]}, placed={"a": (4, three), "b": (4, [0, 1, 3])})
 
 
 def test_a_parametric_activation_shrinks():

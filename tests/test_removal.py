@@ -90,7 +90,8 @@ def test_a_removed_channel_emits_exact_zeros(make_net: Callable[..., nn.Sequenti
     assert list(net.state_dict()) == keys
     assert json.loads(json.dumps(record)) == record
     assert record == {
-        "version": 1, "reading": "removed", "dropped": {"conv1": [1, 4], "conv3": [0]}, "followers": {},
+        "version": 1, "reading": "removed", "dropped": {"conv1": [1, 4], "conv3": [0]},
+        "followers": {}, "silenced": {},
     }  # fmt: skip
 
 

@@ -223,6 +223,7 @@ class Drafting:
         if not present.all():
             plan.channels[name] = _indices(present)
         silent = torch.zeros_like(present)
+        silent[index_tensor(self._removal.silenced.get(name, []))] = True
         for conv, found in self._removal.readers.items():
             if name in found.norms:
                 silent[found.norms[name].of(self._removal.gone.get(conv, ()))] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,6 +23,7 @@ from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
+from regrow.watching import hooked
 
 _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 _DROPOUTS = {
@@ -186,7 +187,7 @@ class Probe:
                 else:
                     self._samples[name] = inputs[0].detach().clone()
 
-        with _hooked(self._model, after):
+        with hooked(self._model, after):
             _run(self._model, example, training=False)
         self.own = {
             name: norms[0]
@@ -246,7 +247,7 @@ class Probe:
                 return noise
 
             try:
-                with _hooked(self._model, after), self._idle():
+                with hooked(self._model, after), self._idle():
                     # Noise as input too: a channel of the example may be 0 by chance.
                     _run(self._model, _noise(example, 1), training=False)
             except Exception:  # noise may be more than the model's own code bears
@@ -335,7 +336,7 @@ class Probe:
             if output.numel():
                 seen.made.add(name)
 
-        with _hooked(model, after, before):
+        with hooked(model, after, before):
             seen.outputs = floating(_run(model, self._inputs, training))
         if expected is not None:
             pairs = zip(expected.outputs, seen.outputs, strict=True)
@@ -376,27 +377,6 @@ def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _weights(count: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm that makes a
-    tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers."""
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, Consumer | Norm):
-
-                def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
-                    return after(name, module, inputs, output) if isinstance(output, Tensor) else None
-
-                # In front of the user's own hooks, which may change the output.
-                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
-            if before is not None and isinstance(module, Consumer):
-                ahead = functools.partial(before, name)
-                stack.callback(module.register_forward_pre_hook(ahead).remove)
-        yield
 
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> Any:

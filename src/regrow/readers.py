@@ -107,7 +107,7 @@ def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int
     """
     model = unwrap(model)
     for module, indices in _silent_rows(model, name, readers, dropped):
-        for tensor in (*_affine(module), getattr(module, "running_mean", None)):
+        for tensor in (*affine(module), getattr(module, "running_mean", None)):
             if isinstance(tensor, Tensor):
                 tensor.index_fill_(0, indices.to(tensor.device), 0)
 
@@ -119,7 +119,7 @@ def silent_entries(
     return [
         (parameter, indices.to(parameter.device))
         for module, indices in _silent_rows(unwrap(model), name, readers, dropped)
-        for parameter in _affine(module)
+        for parameter in affine(module)
     ]
 
 
@@ -132,6 +132,7 @@ def _silent_rows(
     return [(model.get_submodule(layer), index_tensor(rows)) for layer, rows in parts if len(rows)]
 
 
-def _affine(module: nn.Module) -> list[nn.Parameter]:
+def affine(module: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias, those of them that there are."""
     both = (module._parameters.get("weight"), module._parameters.get("bias"))
     return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions, unwrap
 from regrow.readers import Readers, column_mask, silence
+from regrow.silencing import norms_without_writers, silence_norms
 from regrow.structure import read_structure
 
 _VERSION = 1
@@ -40,11 +42,12 @@ def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inpu
     """Make dropped filters emit exactly 0 behind their norms too, in place: they are gone.
 
     A row of a grouped convolution that reads dropped channels only (a depthwise one, say) goes with
-    them, as it does in a smaller network. Parameters keep their shapes.
+    them, as it does in a smaller network, and so does the channel of a norm behind a sum to which
+    dropped filters alone are added. Parameters keep their shapes.
 
     Returns:
         JSON-able record: version, reading, dropped {name: indices}, followers {name: rows of grouped
-        convolutions that went along}.
+        convolutions that went along}, silenced {name: channels of norms behind sums that did}.
 
     Raises:
         ValueError: as ``zero_filters``; the model cannot be traced; a layer in ``keep`` is not reached, is
@@ -58,18 +61,22 @@ def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inpu
 
 @dataclass(frozen=True)
 class Removal:
-    """Filters to remove, and rows of grouped convolutions that go along: {name: indices} each.
+    """Filters to remove, and what goes along: {name: indices} each.
 
-    ``readers`` say what reads the channels of every convolution of the model.
+    Attributes:
+        readers: what reads the channels of every convolution of the model.
+        followers: rows of grouped convolutions that read removed channels only.
+        silenced: channels of norms behind sums that removed filters alone write to.
     """
 
     readers: Mapping[str, Readers]
     dropped: Mapping[str, list[int]]
     followers: Mapping[str, list[int]]
+    silenced: Mapping[str, list[int]] = field(default_factory=dict)
 
     @functools.cached_property
     def gone(self) -> dict[str, list[int]]:
-        """All that goes, {name: indices}."""
+        """The filters that go, {name: indices}."""
         names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]
         return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
 
@@ -77,6 +84,7 @@ class Removal:
         """Silence it in ``model``, the user's own module or a copy of it."""
         for name, indices in self.gone.items():
             silence(model, name, self.readers[name], indices)
+        silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:
         """What was done, JSON-able."""
@@ -85,6 +93,7 @@ class Removal:
             "reading": reading,
             "dropped": dict(self.dropped),
             "followers": dict(self.followers),
+            "silenced": dict(self.silenced),
         }
 
 
@@ -119,11 +128,14 @@ def plan_removal(
     readers: Mapping[str, Readers] | None = None,
     *,
     followers: bool = True,
+    norms: bool = True,
 ) -> Removal:
     """What ``remove_filters`` would do to ``model``; it is only read, and refused as there.
 
-    ``readers``: what ``read_structure`` says of the model, where that is known already. Without
-    ``followers`` rows of grouped convolutions stay, whatever they read.
+    Args:
+        readers: what ``read_structure`` says of the model, where that is known already.
+        followers: whether rows and channels that read removed filters only go along.
+        norms: whether to look for norms among them, which can take forward passes.
     """
     dropped = dropped_filters(model, keep)
     if not dropped:
@@ -132,7 +144,11 @@ def plan_removal(
     for name in dropped:
         if reason := unremovable(readers, name):
             raise ValueError(f"the filters of {name!r} cannot be removed: {reason}. Leave it out of keep.")
-    return Removal(readers, dropped, _followers(model, readers, dropped) if followers else {})
+    removal = Removal(readers, dropped, _followers(model, readers, dropped) if followers else {})
+    if not (followers and norms):
+        return removal
+    silenced = norms_without_writers(model, readers, removal.gone, example_inputs)
+    return dataclasses.replace(removal, silenced=silenced)
 
 
 def unremovable(readers: Mapping[str, Readers], name: str) -> str:

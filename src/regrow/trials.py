@@ -103,7 +103,7 @@ class Bench:
         return Estimate(self._whole, self._example, self._readers)
 
     def _removed(self, whole: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        return plan_removal(self._whole, whole, self._example, self._readers).gone
+        return plan_removal(self._whole, whole, self._example, self._readers, norms=False).gone
 
     def _plan(self, whole: dict[str, Tensor]) -> CutPlan:
         if self._planned is not None:
