@@ -546,3 +546,18 @@ def test_float32_is_enough_for_common_nets(name, monkeypatch):
     }
     monkeypatch.setattr("regrow.cutplan._Search.plan", None)  # what comes after a refutation
     assert plan_cut(model, keep, torch.randn(1, 3, 64, 64)).rows
+
+
+def test_nothing_known_of_any_reader_leaves_a_plan_that_is_right(monkeypatch):
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), head(4))
+
+    def blind(*args):
+        proposal = propose_structure(*args)
+        for found in proposal.readers.values():
+            found.consumers, found.reached, found.blocked = {}, {}, "torch-pruning could not trace the model"
+        return proposal
+
+    monkeypatch.setattr("regrow.cutplan.propose_structure", blind)
+    monkeypatch.setattr(Probe, "_find_dead", lambda *_: ({}, []))
+    plan = plan_cut(model, {"0": keep_but(4, 1)}, X[:1])
+    assert plan == CutPlan(rows={"0": [0, 2, 3]}, placed={"0": (4, [0, 2, 3])})

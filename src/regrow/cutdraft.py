@@ -132,7 +132,9 @@ class Drafting:
         alive = torch.cat(list(self._alive.values()))
         out = torch.tensor([levels[name] == OUT for name in self._alive])
         all_emitted = ~out[pairs.owner]
-        all_present = torch.cat(list(self._wanted.values())) | ~pairs.written
+        # Nothing is known of any reader where the graph breaks and the model bears no noise.
+        nothing = torch.zeros(0, dtype=torch.bool)
+        all_present = torch.cat([nothing, *self._wanted.values()]) | ~pairs.written
         emitted = {name: all_emitted[where] for name, where in pairs.filters.items()}
         present = {name: all_present[where] for name, where in pairs.channels.items()}
         grouped = [(name, conv) for name, conv in self.convolutions.items() if conv.groups > 1]
