@@ -130,3 +130,29 @@ def test_gradients_of_a_network_that_normalises_first_stay_in_range():
     largest = max(p.grad.abs().max() for p in model.parameters())
     worst = max((a - p.grad).abs().max() for a, p in zip(single, model.parameters(), strict=True))
     assert worst < 0.01 * largest
+
+
+def test_a_second_cut_counts_from_what_is_left():
+    masked, small = ahead(), ahead()
+    cut(small, KEEP, example_inputs=X)
+    cut(small, {"conv1": torch.tensor([True, False])}, example_inputs=X)  # filter 3 of the four there were
+    remove_filters(masked, KEEP | {"conv1": without(1, 2, 3)}, example_inputs=X)
+    for training in (False, True):
+        torch.testing.assert_close(small.train(training)(X), masked.train(training)(X), rtol=1e-4, atol=1e-5)
+
+
+def test_training_goes_on_as_in_the_masked_network():
+    masked, small = ahead().double(), ahead().double()
+    x, y = X.double(), torch.tensor([0, 1, 0, 1])
+    removal = plan_removal(masked, KEEP, x)
+    removal.apply(masked)
+    cut(small, KEEP, example_inputs=x)
+    for model in (masked, small):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(x), y).backward()
+            optimizer.step()
+            if model is masked:
+                removal.apply(masked)
+    torch.testing.assert_close(small.eval()(x), masked.eval()(x))
