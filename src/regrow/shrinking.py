@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.readers import Consumer, Norm
+from regrow.watching import hooked
 
 # Of the shorter side: at 64 pixels a network that halves its maps five times still has four in the last.
 _SIDE = 64
@@ -60,19 +60,8 @@ def watched(model: nn.Module) -> Iterator[Way]:
     """The way that passes in here take."""
     found: Way = []
 
-    def note(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.append((name, output.shape[1] if isinstance(output, Tensor) and output.dim() > 1 else 0))
+    def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found.append((name, output.shape[1] if output.dim() > 1 else 0))
 
-        return hook
-
-    handles = [
-        module.register_forward_hook(note(name))
-        for name, module in model.named_modules()
-        if isinstance(module, Consumer | Norm)
-    ]
-    try:
+    with hooked(model, after):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
