@@ -1,9 +1,7 @@
-from typing import ClassVar
-
 import pytest
 import torch
 
-from regrow.leasing import Pool, unshared
+from regrow.leasing import Pool
 
 LARGE = (64, 64, 8, 8)  # 1 MiB in float32
 
@@ -73,47 +71,3 @@ def test_clearing_gives_back_what_is_free_and_later_what_is_not():
     assert (used == 5).all()
     del used
     assert not pool._free
-
-
-class Twice(torch.autograd.Function):
-    """A result whose gradient's ``unshared`` is noted, and one that has no use."""
-
-    answers: ClassVar[list[bool]] = []
-
-    @staticmethod
-    def forward(tensor):
-        return tensor * 2, tensor.new_empty(())
-
-    @staticmethod
-    def setup_context(*_):
-        pass
-
-    @staticmethod
-    def backward(_, gradient, zero):
-        Twice.answers.append(unshared(gradient, zero))
-        return gradient
-
-
-def said(use, **options):
-    tensor = torch.ones(3, 4, requires_grad=True)
-    result, _ = Twice.apply(tensor)
-    Twice.answers.clear()
-    torch.autograd.grad(use(result), tensor, **options)
-    return list(Twice.answers)
-
-
-def test_whether_a_gradient_is_anybody_elses():
-    kept = []
-
-    def keep(result):
-        result.register_hook(lambda gradient: kept.append(gradient))
-        return (result * 3).sum()
-
-    other = torch.ones(3, 4)
-    assert said(lambda result: (result * other).sum()) == [True]
-    assert said(lambda result: (result * other).sum() + (result * 5).sum()) == [True]
-    assert said(keep) == [False]
-    assert said(lambda result: result.sum()) == [False]  # one number, read as 12
-    assert said(lambda result: result, grad_outputs=other) == [False]
-    assert said(lambda result: (result * other).sum(), create_graph=True) == [False]
-    assert not unshared(torch.ones(3), torch.ones(3))  # outside of a backward pass

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from regrow.bridgeout_noise import check_noise, draw, pool
+from regrow.bridgeout_noise import check_noise, perturbed, pool
 from regrow.bridgeout_passes import Passes
 from regrow.filters import excluded, unwrap
 from regrow.reestimation import reestimate_norms, running_norms
@@ -175,7 +175,7 @@ class _Bridged(nn.Module):
         noise = self._bridgeout
         given = noise.passes.settings
         number = noise.passes.current()
-        noise.noisy = draw(
+        noise.noisy = perturbed(
             weight, given["p"], given["q"], given["target_fraction"], given["seed"] % 2**63, noise.key, number
         )
         try:

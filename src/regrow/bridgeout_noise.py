@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.coins import COLUMNS, factors, limit, toss
 from regrow.filters import rows
-from regrow.leasing import Pool, unshared
+from regrow.leasing import Pool
 
-# Weights worked on at a time on a CPU: little scratch memory, and each core's share stays in its cache.
-_CHUNK = 2**17
+# Weights worked on at a time on a CPU: little scratch memory, and it stays in the core's cache.
+_CHUNK = 2**18
 # The least size of a weight in the derivative's denominator: far below any that matters to the output.
 _SMALLEST = 1e-6
+# One 64-bit random number decides about four weights.
+_LANES, _LEVELS = 4, 2**16
 # A step's perturbed weights and their gradients are as large as those of the step before.
 pool = Pool()
 
@@ -59,7 +60,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return draw(weight, p, q, target_fraction, 0, 0, number)
+    return perturbed(weight, p, q, target_fraction, 0, 0, number)
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
@@ -78,14 +79,6 @@ def check_noise(p: float, q: float, target_fraction: float) -> None:
         )
 
 
-def draw(
-    weight: Tensor, p: float, q: float, target_fraction: float, seed: int, layer: int, number: Tensor
-) -> Tensor:
-    """``perturbed``, with less memory written in the backward pass."""
-    inputs = (weight, p, q, target_fraction, seed, layer, number)
-    return perturbed(*inputs) if torch.compiler.is_compiling() else _Draw.apply(*inputs)[0]
-
-
 # An operator of its own, so that torch.compile calls it as it is, random generator included.
 @torch.library.custom_op("regrow::bridgeout", mutates_args=())
 def perturbed(
@@ -98,24 +91,23 @@ def perturbed(
     if p == 0 or weight.numel() == 0:
         return weight.clone()
     generator, dither = _stream(weight.device, f"{seed} {layer} {int(number)}")
-    below = limit(1 - p, dither)
+    # A threshold among 2^16 levels, dithered per draw, so that the probability is p and not its rounding.
+    kept_levels = math.floor((1 - p) * _LEVELS + dither)
     noisy = pool.empty_like(weight)
-    chunk, (scratch, kept, rest), table = _scratch(weight, 3)
-    size = scratch.numel()
-    tossed, flat = table.view(-1)[:size], kept.as_strided((size,), (1,))
-    parts = weight.split(chunk)
-    tables = factors(len(parts), size, weight.device, generator)
-    for part, out, row, column in zip(parts, noisy.split(chunk), *tables, strict=True):
-        if (length := len(part)) < chunk:
-            scratch, kept, rest = scratch[:length], kept[:length], rest[:length]
+    chunk, scratch, spare = _scratch(weight)
+    bits = torch.empty(math.ceil(scratch.numel() / _LANES), dtype=torch.int64, device=weight.device)
+    lanes = bits.view(torch.int16)[: scratch.numel()].as_strided(scratch.shape, scratch.stride())
+    for part, out in zip(weight.split(chunk), noisy.split(chunk), strict=True):
         part = part.to(scratch.dtype)
-        amplitude = _amplitude(part, q, scratch, kept)
+        amplitude = _amplitude(part, q, scratch[: len(part)], spare[: len(part)])
         if target_fraction < 1:
             amplitude *= smallest(part, target_fraction)
-        toss(row, column, below, table)
-        flat.copy_(tossed)
-        # For m = 0 it is w − |w|^(q/2) alone: with q = 2 exactly 0, a dropped connection.
-        torch.addcmul(torch.sub(part, amplitude, out=rest), amplitude, kept, value=1 / (1 - p), out=out)
+        # From -2^63 on: without a lower end random_ leaves the sign bit, and so every fourth lane's, at 0.
+        bits.random_(-(2**63), None, generator=generator)
+        kept = spare[: len(part)].copy_(lanes[: len(part)]).le_(kept_levels - 1 - _LEVELS // 2)
+        # For m = 0 this is exactly −1: with q = 2 the weight is then exactly 0, a dropped connection.
+        factor = kept.mul_(1 / (1 - p)).sub_(1)
+        torch.addcmul(part, amplitude, factor, out=out)
     return noisy
 
 
@@ -145,21 +137,12 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
     return (below | (tied & (tied.cumsum(1) <= room))).view(weight.shape)
 
 
-def _scratch(weight: Tensor, count: int) -> tuple[int, list[Tensor], Tensor]:
-    """How many filters to work on at a time, and ``count`` scratch tensors for that many.
-
-    The last one's memory also as a table of integers, for ``toss``: one is to be read before the other
-    is written.
-    """
+def _scratch(weight: Tensor) -> tuple[int, Tensor, Tensor]:
+    """How many filters to work on at a time, and two scratch tensors for that many."""
     # Elsewhere than on a CPU a pass over all of the weights is one kernel, and more would be slower.
-    parts = math.ceil(weight.numel() / _CHUNK) if weight.is_cpu else 1
-    chunk = math.ceil(len(weight) / parts)
-    like = torch.empty_like(weight[:chunk], device="meta")
-    size = math.ceil(like.numel() / COLUMNS) * COLUMNS
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    memory = torch.empty(count * size, dtype=dtype, device=weight.device)
-    scratch = [memory.as_strided(like.shape, like.stride(), i * size) for i in range(count)]
-    return chunk, scratch, memory[-size:].view(torch.int32)[:size].view(-1, COLUMNS)
+    chunk = max(1, _CHUNK * len(weight) // weight.numel()) if weight.is_cpu else len(weight)
+    scratch = torch.empty_like(weight[:chunk], dtype=torch.promote_types(weight.dtype, torch.float32))
+    return chunk, scratch, torch.empty_like(scratch)
 
 
 def _amplitude(weight: Tensor, q: float, out: Tensor, spare: Tensor) -> Tensor:
@@ -194,52 +177,21 @@ perturbed.register_autograd(_gradient, setup_context=_remember)
 @torch.library.custom_op("regrow::bridgeout_gradient", mutates_args=())
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float) -> Tensor:
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
-    return _scale(gradient, weight, noisy, q, out=pool.empty_like(gradient))
+    out = pool.empty_like(gradient)
+    if weight.numel() == 0:
+        return out
+    chunk, scratch, spare = _scratch(weight)
+    parts = (tensor.split(chunk) for tensor in (gradient, weight, noisy, out))
+    for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
+        weight_part = weight_part.to(scratch.dtype)
+        inverse = torch.reciprocal(weight_part, out=scratch[: len(weight_part)])
+        # At w = 0 the bound meets a noise of 0.
+        inverse.clamp_(-1 / _SMALLEST, 1 / _SMALLEST)
+        relative = torch.sub(noisy_part, weight_part, out=spare[: len(weight_part)]).mul_(inverse)
+        torch.addcmul(gradient_part, gradient_part, relative, value=q / 2, out=out_part)
+    return out
 
 
 @scaled.register_fake
 def _(gradient: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(gradient)
-
-
-def _scale(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, out: Tensor) -> Tensor:
-    """``scaled``, written to ``out``, which may be ``gradient``."""
-    if weight.numel() == 0:
-        return out
-    chunk, (scratch, spare), _ = _scratch(weight, 2)
-    parts = (tensor.split(chunk) for tensor in (gradient, weight, noisy, out))
-    for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
-        if (length := len(weight_part)) < chunk:
-            scratch, spare = scratch[:length], spare[:length]
-        weight_part = weight_part.to(scratch.dtype)
-        # At w = 0 the bound meets a noise of 0.
-        inverse = torch.reciprocal(weight_part, out=scratch).clamp_(-1 / _SMALLEST, 1 / _SMALLEST)
-        relative = torch.sub(noisy_part, weight_part, out=spare).mul_(inverse)
-        torch.addcmul(gradient_part, gradient_part, relative, value=q / 2, out=out_part)
-    return out
-
-
-class _Draw(torch.autograd.Function):
-    """``perturbed``, which overwrites the gradient that it is given if nothing else can see it.
-
-    The second result has no use. So autograd makes a zero for its gradient and hands that over as it
-    does the other, and a gradient that more refers to than to this zero is somebody else's as well.
-    """
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        noisy = perturbed(*inputs)
-        return noisy, noisy.new_empty(())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _remember(ctx, inputs, output[0])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, zero: Tensor) -> tuple[Tensor | None, ...]:
-        weight, noisy = ctx.saved_tensors
-        if unshared(gradient, zero) and gradient.stride() == noisy.stride():
-            _scale(gradient, weight, noisy, ctx.q, out=gradient)
-        else:
-            gradient = scaled(gradient, weight, noisy, ctx.q)
-        return gradient, None, None, None, None, None, None

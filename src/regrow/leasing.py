@@ -1,14 +1,11 @@
-"""Memory that is used again: large tensors made and dropped in every step, and what nobody else reads."""
+"""Memory that is used again: for large tensors that are made and dropped in every training step."""
 
 from __future__ import annotations
 
-import sys
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 # Smaller tensors come from memory that the C library keeps at hand anyway.
 _LEAST = 2**20
@@ -41,33 +38,3 @@ class Pool:
     def clear(self) -> None:
         """Give back what is not in use; what is goes back to the system once it is free."""
         self._free = {}
-
-
-def unshared(tensor: Tensor, like: Tensor) -> bool:
-    """Whether ``tensor`` may be overwritten, because nothing else refers to it or to its memory.
-
-    To be called in the backward pass only. True as well means that the memory is PyTorch's own, and that
-    no graph of the backward pass is made, which would need the values later.
-
-    Args:
-        tensor: on the CPU; on other devices it counts as shared.
-        like: a tensor that nobody else has, which the caller got and holds in just the same way.
-    """
-    plain = type(tensor) is Tensor and tensor.is_cpu and not torch.is_grad_enabled()
-    # A mode sees every tensor, and so may keep both of these.
-    if not plain or _get_current_dispatch_mode() is not None:
-        return False
-    # The method is PyTorch's own affair: where it is missing, every tensor counts as shared.
-    return hasattr(tensor, "_use_count") and _references(tensor) == _references(like)
-
-
-def _references(tensor: Any) -> tuple[int, int, int, int, bool]:
-    """How many refer to it and to its storage, in Python and within; whether PyTorch owns the memory."""
-    storage = tensor.untyped_storage()
-    return (
-        sys.getrefcount(tensor),
-        tensor._use_count(),
-        sys.getrefcount(storage),
-        torch._C._storage_Use_Count(storage._cdata),
-        storage.resizable(),
-    )
