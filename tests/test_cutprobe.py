@@ -1,0 +1,102 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from regrow.cutdraft import OUT, Drafting
+from regrow.cutprobe import Probe
+from regrow.cuts import CutPlan
+from regrow.removal import Removal, plan_removal
+
+X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """A stem, a residual block with a depthwise convolution, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.wide, self.norm1 = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.deep, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.back, self.norm3 = nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.norm0(self.stem(x)).relu()
+        y = self.norm2(self.deep(self.norm1(self.wide(x)).relu())).relu()
+        return self.head((x + self.norm3(self.back(y))).relu().mean((2, 3)))
+
+
+def without(count, *dropped):
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[list(dropped)] = False
+    return keep
+
+
+KEEP = {"stem": without(6, 1, 2), "wide": without(8, 0, 5), "back": without(6, 1, 3)}
+
+
+def confirmed(quick):
+    torch.manual_seed(0)
+    model = Block()
+    removal = plan_removal(model, KEEP, X)
+    probe = Probe(model, removal, X, quick=quick)
+    drafting = Drafting(model, removal, probe)
+    return probe, drafting.draft(dict.fromkeys(drafting.convolutions, OUT))
+
+
+def with_one_index_changed(plan):
+    """Every plan that differs from ``plan`` in one index of one layer: another that is not there yet."""
+    widths = {"rows": 0, "columns": 1}
+    module = dict(Block().named_modules())
+    for part in ("rows", "columns", "channels"):
+        for layer, indices in getattr(plan, part).items():
+            width = module[layer].weight.shape[widths.get(part, 0)]
+            for old in indices:
+                for new in set(range(width)) - set(indices):
+                    changed = copy.deepcopy(plan)
+                    getattr(changed, part)[layer] = sorted({*indices, new} - {old})
+                    yield changed
+    for layer, (width, positions) in plan.placed.items():
+        for old in positions:
+            for new in set(range(width)) - set(positions):
+                changed = copy.deepcopy(plan)
+                changed.placed[layer] = (width, sorted({*positions, new} - {old}))
+                yield changed
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_plan_with_a_wrong_index_is_refuted(quick):
+    probe, draft = confirmed(quick)
+    assert probe.refutes(draft.plan, draft.present) is None
+    wrong = list(with_one_index_changed(draft.plan))
+    assert len(wrong) > 100
+    assert all(probe.refutes(plan, draft.present) is not None for plan in wrong)
+
+
+def test_what_a_probe_sees():
+    probe, draft = confirmed(quick=True)
+    assert probe.confirms_removal
+    assert probe.own == {"stem": "norm0", "wide": "norm1", "deep": "norm2", "back": "norm3"}
+    assert probe.dead["wide"].tolist() == [False, True, True, False, False, False]
+    assert probe.dead["back"].nonzero().flatten().tolist() == [0, 5]
+    assert probe.dead["head"].tolist() == [False, True, False, False, False, False]  # 2 and 3 have a writer
+    assert draft.plan.rows["deep"] == [1, 2, 3, 4, 6, 7]
+
+
+def test_a_removal_that_silences_what_others_write_to_is_not_confirmed():
+    torch.manual_seed(0)
+    model = Block()
+    removal = plan_removal(model, KEEP, X)
+    wide = copy.deepcopy(removal.readers)
+    wide["wide"].norms["norm1"].indices[:2] = [1, 0]  # filter 0 is said to be channel 1
+    assert not Probe(model, Removal(wide, removal.dropped, removal.followers), X).confirms_removal
+    rows = {"deep": [0, 4, 5]}  # row 4 reads a channel that is kept
+    assert not Probe(model, Removal(removal.readers, removal.dropped, rows), X).confirms_removal
+
+
+def test_a_plan_that_does_not_fit_is_refuted():
+    probe, draft = confirmed(quick=True)
+    assert probe.refutes(CutPlan(rows={"stem": [0, 9]}), draft.present) == []
