@@ -106,7 +106,7 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
         if tensor is not None:
-            tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+            tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
 
     for tensor in [*probe.parameters(), *probe.buffers()]:
         if tensor.is_floating_point() and tensor.numel() and _constant(tensor):

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -57,21 +58,17 @@ class Probe:
             ValueError: which layers run depends on the data.
         """
         self._quick = quick
-        # Of the layers whose forward method is not PyTorch's own: an input to try a slice on.
-        self._samples: dict[str, Tensor] = {}
-        # Of the others: the shape of what they make of each shape.
-        self._shapes: dict[str, dict[torch.Size, torch.Size]] = {}
-        example, ran, norms_read_silence = self._take(model, removal, example_inputs)
-        self._tolerance = 1e-6 if _dtype(self._model) == torch.float64 else 1e-4 if quick else 1e-3
+        example = self._take(model, removal, example_inputs)
+        self.own = self._look.own()
         self.dead, others = self._find_dead(example, removal.gone)
-        self.confirms_removal = norms_read_silence and all(
+        self.confirms_removal = self._look.silent and all(
             self._follows(name, rows) for name, rows in removal.followers.items()
         )
-        self._inputs, self._expected = self._references(example)
         self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
+        ran = set(self._expected[False].ran)
         every = {name for name, module in self._model.named_modules() if isinstance(module, Consumer | Norm)}
         self.partial = True not in self._expected and ran != every
-        for other in [*others, set(self._expected[False].ran)]:
+        for other in others:
             if other != ran:
                 some = ", ".join(repr(name) for name in sorted(other ^ ran)[:3])
                 raise ValueError(
@@ -79,20 +76,44 @@ class Probe:
                     "filters. Cut the parts that always run, each as a model of its own."
                 )
 
-    def _take(self, model: nn.Module, removal: Removal, example_inputs: Any) -> tuple[Any, set[str], bool]:
-        """Copy the model in the most precise numbers that its code bears, and look at one pass: its inputs
-        in those numbers, the layers that ran, whether the norms of removed filters read silence."""
+    def _take(self, model: nn.Module, removal: Removal, example_inputs: Any) -> Any:
+        """Copy the model in the most precise numbers that its code bears, and look at it; the example in
+        those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
             self._model, example = _precise(model, example_inputs, dtype)
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model)
+            precise = _dtype(self._model) == torch.float64
+            self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
-                return example, *self._look(example, removal)
+                self._refer(example, removal)
+                return example
             except Exception:  # a dtype written into the model's code
                 if dtype is None:
                     raise
         raise AssertionError
+
+    def _refer(self, example: Any, removal: Removal) -> None:
+        """Find inputs to compare plans by, and note what masks give in each mode that can be compared."""
+        one, two = _noise(example, 1), _noise(example, 2)
+        # Two pictures are twice the work; a norm of a single value per channel needs them to train.
+        for inputs in (one, two, example) if self._quick else (two, one, example):
+            self._inputs, self._look = inputs, _Look(self._model, removal)
+            self._expected = {False: _Seen()}
+            try:
+                self._watch(self._model, False, self._expected[False], note=self._look.note)
+            except Exception:  # the model takes no other batch, or no such numbers
+                if inputs is example:
+                    raise
+                continue
+            try:
+                self._watch(copied(self._model), True, seen := _Seen())
+                self._expected[True] = seen
+            except Exception:  # a model that needs targets to train, or a batch of several
+                if inputs is not example:
+                    continue
+            return
 
     def _follows(self, name: str, rows: Sequence[int]) -> bool:
         """Whether all that ``rows`` of a grouped convolution read is 0 whatever comes in."""
@@ -124,9 +145,9 @@ class Probe:
         module: Any = self._model.get_submodule(name)
         if type(module).forward in _STOCK:
             return True
-        if name not in self._samples:
+        if name not in self._look.samples:
             return False
-        given = self._samples[name]
+        given = self._look.samples[name]
         dim = channel_dim(module, given)
         groups = getattr(module, "groups", 1)
         read, filters = given.shape[dim] // groups, len(module.weight)
@@ -152,52 +173,7 @@ class Probe:
         if "rows" in halves:
             at = channel_dim(module, whole)
             whole = whole.index_select(at, index_tensor(halves["rows"], whole.device))
-        return whole.shape == part.shape and _close(whole, part, self._tolerance)
-
-    def _look(self, example: Any, removal: Removal) -> tuple[set[str], bool]:
-        """The layers that ran, and whether the norms of removed filters read silence; notes norms that belong
-        to one convolution alone, samples and shapes."""
-        made: dict[int, tuple[str, Tensor]] = {}
-        readers: dict[str, list[str]] = {}
-        sources: dict[str, list[str]] = {}
-        ran = set()
-        silent: dict[str, list[int]] = {}
-        for name, gone in removal.gone.items():
-            for norm, reads in removal.readers[name].norms.items():
-                silent.setdefault(norm, []).extend(reads.of(gone))
-        indices = {norm: index_tensor(channels) for norm, channels in silent.items() if channels}
-        all_silent = True
-
-        def after(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            nonlocal all_silent
-            ran.add(name)
-            if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
-                made[id(output)] = (name, output)  # holding the tensor keeps its id from being used again
-                readers.setdefault(name, [])
-            if isinstance(module, Norm):
-                source = made.get(id(inputs[0]), ("", None))[0] if inputs else ""
-                sources.setdefault(name, []).append(source)
-                if source:
-                    readers[source].append(name)
-                if name in indices:
-                    all_silent = all_silent and reads_silence(module, inputs, output, indices[name])
-            elif isinstance(module, Consumer) and inputs:
-                if type(module).forward in _STOCK:
-                    self._shapes.setdefault(name, {})[inputs[0].shape] = output.shape
-                else:
-                    self._samples[name] = inputs[0].detach().clone()
-
-        with hooked(self._model, after):
-            _run(self._model, example, training=False)
-        self.own = {
-            name: norms[0]
-            for name, norms in readers.items()
-            if norms
-            and set(norms) == {norms[0]}
-            and set(sources[norms[0]]) == {name}
-            and per_channel(self._model.get_submodule(norms[0]))
-        }
-        return ran, all_silent
+        return _close(whole, part, self._tolerance, _scale(whole))
 
     def _find_dead(
         self, example: Any, gone: Mapping[str, Sequence[int]]
@@ -260,7 +236,7 @@ class Probe:
         """PyTorch's own convolutions and linear layers make zeros of the shape that they would make: what
         they compute is replaced by noise anyway."""
         with ExitStack() as stack:
-            for name, shapes in self._shapes.items():
+            for name, shapes in self._look.shapes.items():
                 module: Any = self._model.get_submodule(name)
                 if "forward" in vars(module):
                     continue
@@ -276,26 +252,6 @@ class Probe:
                 stack.callback(delattr, module, "forward")
             yield
 
-    def _references(self, example: Any) -> tuple[Any, dict[bool, _Seen]]:
-        """Inputs to compare plans by, and what masks give in each mode that they can be compared in."""
-        one, two = _noise(example, 1), _noise(example, 2)
-        # Two pictures are twice the work; a norm of a single value per channel needs them to train.
-        for inputs in (one, two, example) if self._quick else (two, one, example):
-            self._inputs = inputs
-            expected = {False: _Seen()}
-            try:
-                self._watch(self._model, False, expected[False])
-            except Exception:  # the model takes no other batch, or no such numbers
-                continue
-            try:
-                self._watch(copied(self._model), True, seen := _Seen())
-                expected[True] = seen
-            except Exception:  # a model that needs targets to train, or a batch of several
-                if inputs is not example:
-                    continue
-            return inputs, expected
-        raise AssertionError("the example has passed through the model before")
-
     def _watch(
         self,
         model: nn.Module,
@@ -303,6 +259,7 @@ class Probe:
         seen: _Seen,
         expected: _Seen | None = None,
         present: Mapping[str, Tensor] | None = None,
+        note: Callable[..., None] | None = None,
     ) -> None:
         """Run ``model`` and note what is ``seen``; ``ValueError`` where it is not as ``expected``.
 
@@ -316,13 +273,14 @@ class Probe:
             dim = channel_dim(module, given[0])
             mine = _fingerprint(given[0], dim)
             if expected is None:
-                seen.given.append((name, mine, given[0].clone()))
+                scale = float(mine.abs().max()) if mine.numel() else 0.0
+                seen.given.append((name, mine, given[0].clone(), scale))
                 return None
-            other_name, theirs, same = expected.given[len(seen.given)]
-            seen.given.append((name, mine, same))
-            if not torch.isfinite(theirs).all():
+            other_name, theirs, same, scale = expected.given[len(seen.given)]
+            seen.given.append((name, mine, same, scale))
+            if not math.isfinite(scale):
                 raise ValueError(f"{name!r} reads no numbers to compare by")
-            scale, arrive = _scale(theirs), None
+            arrive = None
             if present and name in present and len(present[name]) == len(theirs):
                 arrive = present[name].nonzero().flatten().to(theirs.device)
                 theirs = theirs[arrive]
@@ -330,29 +288,87 @@ class Probe:
                 raise ValueError(f"{name!r} reads something else")
             return same.clone() if arrive is None else same.index_select(dim, arrive), *given[1:]
 
-        def after(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
+        def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
             if not seen.ran or name != seen.ran[-1]:
                 seen.ran.append(name)
             if output.numel():
                 seen.made.add(name)
+            if note is not None:
+                note(name, module, given, output)
 
         with hooked(model, after, before):
             seen.outputs = floating(_run(model, self._inputs, training))
         if expected is not None:
             pairs = zip(expected.outputs, seen.outputs, strict=True)
             if len(seen.given) != len(expected.given) or not all(
-                _close(theirs, mine, self._tolerance) for theirs, mine in pairs
+                _close(theirs, mine, self._tolerance, _scale(theirs)) for theirs, mine in pairs
             ):
                 raise ValueError("the outputs differ")
 
 
+class _Look:
+    """What a pass shows of the layers of a masked model.
+
+    Attributes:
+        shapes: of PyTorch's own convolutions and linear layers: input → output.
+        samples: of others: an input to try a slice on.
+        silent: the norms of removed filters read and make 0 in their channels.
+    """
+
+    def __init__(self, model: nn.Module, removal: Removal) -> None:
+        self._model = model
+        self._made: dict[int, tuple[str, Tensor]] = {}
+        self._readers: dict[str, list[str]] = {}
+        self._sources: dict[str, list[str]] = {}
+        self.shapes: dict[str, dict[torch.Size, torch.Size]] = {}
+        self.samples: dict[str, Tensor] = {}
+        self.silent = True
+        removed: dict[str, list[int]] = {}
+        for name, gone in removal.gone.items():
+            for norm, reads in removal.readers[name].norms.items():
+                removed.setdefault(norm, []).extend(reads.of(gone))
+        self._removed = {norm: index_tensor(channels) for norm, channels in removed.items() if channels}
+
+    def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """To be called behind every convolution, linear layer and norm."""
+        if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
+            # Holding the tensor keeps its id from being used again.
+            self._made[id(output)] = (name, output)
+            self._readers.setdefault(name, [])
+        if isinstance(module, Norm):
+            source = self._made.get(id(inputs[0]), ("", None))[0] if inputs else ""
+            self._sources.setdefault(name, []).append(source)
+            if source:
+                self._readers[source].append(name)
+            if name in self._removed:
+                self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
+        elif isinstance(module, Consumer) and inputs:
+            if type(module).forward in _STOCK:
+                self.shapes.setdefault(name, {})[inputs[0].shape] = output.shape
+            else:
+                self.samples[name] = inputs[0].detach().clone()
+
+    def own(self) -> dict[str, str]:
+        """{convolution: the norm that reads its output, and nothing else's}."""
+        self._made.clear()
+        return {
+            name: norms[0]
+            for name, norms in self._readers.items()
+            if norms
+            and set(norms) == {norms[0]}
+            and set(self._sources[norms[0]]) == {name}
+            and per_channel(self._model.get_submodule(norms[0]))
+        }
+
+
 @dataclass
 class _Seen:
-    """One pass: the layers that ran, what each read (a fingerprint of each channel, and the whole), the
-    layers that made something of it (a detector without a box calls its head with nothing), the outputs."""
+    """One pass: the layers that ran, what each read (a fingerprint of each channel, the whole, the largest
+    number of the fingerprint), the layers that made something of it (a detector without a box calls its head
+    with nothing), the outputs."""
 
     ran: list[str] = field(default_factory=list)
-    given: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    given: list[tuple[str, Tensor, Tensor, float]] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -361,11 +377,8 @@ def _scale(tensor: Tensor) -> float:
     return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
 
 
-def _close(a: Tensor, b: Tensor, tolerance: float, scale: float = 0.0) -> bool:
-    if a.shape != b.shape:
-        return False
-    atol = tolerance * max(scale, _scale(a))
-    return torch.allclose(a, b, rtol=tolerance, atol=atol, equal_nan=True)
+def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
