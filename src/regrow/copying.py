@@ -39,8 +39,8 @@ def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) ->
     return copy.deepcopy(model, memo)
 
 
-_EMPTY = (OrderedDict, dict, set)
-_CONSTANT = (bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType)
+_EMPTY = {OrderedDict, dict, set}
+_CONSTANT = {bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType}
 
 
 def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
@@ -61,22 +61,23 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
         or kind.__new__ is not object.__new__
     ):
         return None
-    state: dict[str, Any] = {}
-    for key, value in vars(module).items():
+    state = dict(vars(module))
+    for key, value in state.items():
+        of = type(value)
+        if of in _CONSTANT:
+            continue
+        if key == "_buffers":
+            for buffer in value.values():
+                if type(buffer) is Tensor and id(buffer) not in memo:
+                    memo[id(buffer)] = buffer.detach().clone()
         if key in ("_parameters", "_buffers", "_modules"):
-            if key == "_buffers":
-                for buffer in value.values():
-                    if type(buffer) is Tensor and id(buffer) not in memo:
-                        memo[id(buffer)] = buffer.detach().clone()
             if any(part is not None and id(part) not in memo for part in value.values()):
                 return None
-            state[key] = type(value)((name, memo.get(id(part))) for name, part in value.items())
-        elif type(value) in _EMPTY and not value:
-            state[key] = type(value)()
-        elif type(value) in _CONSTANT:
-            state[key] = value
-        elif type(value) in (tuple, list) and all(type(part) in _CONSTANT for part in value):
-            state[key] = type(value)(value)
+            state[key] = of((name, memo.get(id(part))) for name, part in value.items())
+        elif of in _EMPTY and not value:
+            state[key] = of()
+        elif of in (tuple, list) and all(type(part) in _CONSTANT for part in value):
+            state[key] = of(value)
         else:
             return None
     made = kind.__new__(kind)

@@ -22,7 +22,7 @@ from regrow.filters import unwrap
 from regrow.readers import Readers
 from regrow.removal import Removal, dropped_filters, plan_removal
 from regrow.shrinking import smaller_picture
-from regrow.structure import propose_structure
+from regrow.structure import Proposal, propose_structure
 
 __all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
 
@@ -80,7 +80,8 @@ def plan_removal_and_cut(
             example_inputs = smaller_picture(copied(model).eval(), example_inputs)
     removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
     for quick in (True, False):
-        probe = Probe(model, removal, example_inputs, quick=quick)
+        probe = None if proposal is None else _small_probe(model, removal, proposal, quick)
+        probe = probe or Probe(model, removal, example_inputs, quick=quick)
         if proposal is not None and not probe.confirms_removal:
             # The graph is wrong about these filters: ask passes about everything that it says.
             removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
@@ -89,6 +90,16 @@ def plan_removal_and_cut(
         if (plan := search.wished()) is not None:
             return removal, plan
     return removal, search.plan()
+
+
+def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: bool) -> Probe | None:
+    """A probe that looks at small pictures, if they take the way that the large ones do."""
+    if proposal.small is not None:
+        with suppress(Exception):  # a model of one size, or a failure that large pictures bring about too
+            probe = Probe(model, removal, proposal.small, quick=quick)
+            if probe.way == proposal.way:
+                return probe
+    return None
 
 
 class _Search:

@@ -24,6 +24,7 @@ from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
+from regrow.shrinking import Way, step
 from regrow.watching import hooked
 
 _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
@@ -40,6 +41,7 @@ class Probe:
             which output channels of a norm, are 0 whatever comes in. Layers that no pass reached are
             not listed.
         own: convolution → the norm that reads its output, and nothing else's.
+        way: the way that the inputs take by which plans are compared in eval mode.
         exercised: the layers that computed something in the passes that plans are compared by.
         confirms_removal: what the readers say of the filters that are removed is so: their norms read and
             make 0 in their channels, and rows that go along read nothing else.
@@ -59,7 +61,7 @@ class Probe:
         """
         self._quick = quick
         example = self._take(model, removal, example_inputs)
-        self.own = self._look.own()
+        self.own, self.way = self._look.own(), self._look.way
         self.dead, others = self._find_dead(example, removal.gone)
         self.confirms_removal = self._look.silent and all(
             self._follows(name, rows) for name, rows in removal.followers.items()
@@ -313,10 +315,12 @@ class _Look:
         shapes: of PyTorch's own convolutions and linear layers: input → output.
         samples: of others: an input to try a slice on.
         silent: the norms of removed filters read and make 0 in their channels.
+        way: as ``shrinking.way`` gives it.
     """
 
     def __init__(self, model: nn.Module, removal: Removal) -> None:
         self._model = model
+        self.way: Way = []
         self._made: dict[int, tuple[str, Tensor]] = {}
         self._readers: dict[str, list[str]] = {}
         self._sources: dict[str, list[str]] = {}
@@ -331,6 +335,7 @@ class _Look:
 
     def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """To be called behind every convolution, linear layer and norm."""
+        self.way.append(step(name, output))
         if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
             # Holding the tensor keeps its id from being used again.
             self._made[id(output)] = (name, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,18 +19,19 @@ _MOST = 2
 Way = list[tuple[str, int]]
 
 
-def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
+def smaller_picture(model: nn.Module, example_inputs: Any, known: Way | None = None) -> Any:
     """``shrunk`` pictures, if ``model`` takes the same way through its layers for them; else, and for any
     other kind of input, ``example_inputs`` as they are.
 
     Args:
         model: a copy, in evaluation mode; it runs once on each size.
+        known: the way that ``example_inputs`` take, where that is known already.
     """
     small = shrunk(example_inputs)
     if small is None:
         return example_inputs
     try:
-        return small if way(model, small) == way(model, example_inputs) else example_inputs
+        return small if way(model, small) == (known or way(model, example_inputs)) else example_inputs
     except Exception:  # a model of one size, or a failure that the caller's own pass will report
         return example_inputs
 
@@ -56,12 +57,19 @@ def way(model: nn.Module, pictures: Tensor) -> Way:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Way]:
-    """The way that passes in here take."""
+def watched(model: nn.Module, then: Callable[..., None] | None = None) -> Iterator[Way]:
+    """The way that passes in here take; ``then(name, module, inputs, output)`` at each step."""
     found: Way = []
 
-    def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found.append((name, output.shape[1] if output.dim() > 1 else 0))
+    def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        found.append(step(name, output))
+        if then is not None:
+            then(name, module, inputs, output)
 
     with hooked(model, after):
         yield found
+
+
+def step(name: str, output: Tensor) -> tuple[str, int]:
+    """One step of a way: a layer, and how many channels it makes."""
+    return name, output.shape[1] if output.dim() > 1 else 0

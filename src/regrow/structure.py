@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from regrow.calling import call, floating
 from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
-from regrow.filters import convolutions, unwrap
+from regrow.filters import Convolution, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, per_channel
-from regrow.shrinking import shrunk, watched, way
+from regrow.shrinking import Way, shrunk, smaller_picture, watched
 
 # Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
 _LONGEST_WALK, _LEAST_WALK = 6000, 400
@@ -52,12 +52,16 @@ class Proposal:
 
     Attributes:
         probe: a copy of the model, in evaluation mode, with the model's own memory for parameters.
-        example_inputs: what it takes; large pictures are made smaller.
+        example_inputs: what it takes; of large pictures two at most.
+        small: the same, shrunk; None where there is nothing to shrink. The model may not bear them.
+        way: the way that ``example_inputs`` take.
         readers: {qualified name: readers}, as ``read_structure`` gives them.
     """
 
     probe: nn.Module
     example_inputs: Any
+    small: Tensor | None
+    way: Way
     readers: dict[str, Readers]
 
     def confirmed(self) -> dict[str, Readers]:
@@ -65,7 +69,7 @@ class Proposal:
         with _undisturbed(self.probe), torch.no_grad():
             for parameter in self.probe.parameters():
                 parameter.data = parameter.data.clone()  # confirming silences filters
-            confirm(self.probe, self.example_inputs, self.readers)
+            confirm(self.probe, smaller_picture(self.probe, self.example_inputs, self.way), self.readers)
         return self.readers
 
 
@@ -84,8 +88,11 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             "torch.nn.utils.parametrizations."
         ) from error
     with _undisturbed(probe), torch.enable_grad():
+        small = shrunk(example_inputs)
+        if small is not None:
+            example_inputs = example_inputs[: len(small)]
         seen = _Seen(probe)
-        graph, reason, example_inputs = _traced_small(probe, example_inputs, seen)
+        graph, reason = _traced(probe, example_inputs, seen)
         names = {module: name for name, module in probe.named_modules()}
         patience = _Patience()
         readers = {}
@@ -100,7 +107,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
                 )
             readers[name] = found
         rule_out(probe, readers)
-    return Proposal(probe, example_inputs, readers)
+    return Proposal(probe, example_inputs, small, seen.way, readers)
 
 
 @contextmanager
@@ -119,12 +126,14 @@ class _Seen:
 
     Attributes:
         behind: convolution → the norms whose input is its own output; in order of execution.
+        way: as ``shrinking.way`` gives it.
         done: it came to its end.
     """
 
     def __init__(self, probe: nn.Module) -> None:
         self._probe = probe
         self.behind: dict[str, list[str]] = {}
+        self.way: Way = []
         self.done = False
 
     @contextmanager
@@ -133,33 +142,17 @@ class _Seen:
         self.behind, self.done = {}, False
         produced: dict[int, tuple[str, Tensor]] = {}
 
-        def made(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if isinstance(module, Norm):
+                if inputs and id(inputs[0]) in produced:
+                    self.behind[produced[id(inputs[0])][0]].append(name)
+            elif isinstance(module, Convolution):
                 self.behind.setdefault(name, [])
                 produced[id(output)] = (name, output)  # holding the tensor keeps its id from being used again
 
-            return hook
-
-        def read(name: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, inputs: Any) -> None:
-                if inputs and id(inputs[0]) in produced:
-                    self.behind[produced[id(inputs[0])][0]].append(name)
-
-            return hook
-
-        convs = convolutions(self._probe)
-        handles: list[Any] = [conv.register_forward_hook(made(name)) for name, conv in convs.items()]
-        handles += [
-            module.register_forward_pre_hook(read(name))
-            for name, module in self._probe.named_modules()
-            if isinstance(module, Norm)
-        ]
-        try:
+        with watched(self._probe, after) as self.way:
             yield
-            self.done = True
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.done = True
 
 
 def _run(probe: nn.Module, example_inputs: Any, seen: _Seen) -> Any:
@@ -171,19 +164,6 @@ def _run(probe: nn.Module, example_inputs: Any, seen: _Seen) -> Any:
             f"the model's forward pass fails on example_inputs: {error}. Pass what the model takes, for "
             "example one batch of your loader, x[:1]; a tuple for several arguments, a dict for keywords."
         ) from error
-
-
-def _traced_small(probe: nn.Module, example_inputs: Any, seen: _Seen) -> tuple[Any, str, Any]:
-    """The graph, or None and why; and the pictures that it was made from: small ones if the model takes the
-    same way for them."""
-    if (small := shrunk(example_inputs)) is not None:
-        with suppress(Exception):  # a model of one size, or a failure that the pass below will report
-            large = way(probe, example_inputs)
-            with watched(probe) as found:
-                graph, reason = _traced(probe, small, seen)
-            if found == large:
-                return graph, reason, small
-    return *_traced(probe, example_inputs, seen), example_inputs
 
 
 def _traced(probe: nn.Module, example_inputs: Any, seen: _Seen) -> tuple[Any, str]:
