@@ -75,3 +75,29 @@ def test_the_same_structure_and_the_same_plan():
     assert read_structure(model, large) == readers
     keep = {"layer1.0.conv1": torch.arange(64) % 3 > 0, "layer2.0.conv2": torch.arange(128) % 3 > 0}
     assert plan_cut(model, keep, large) == plan_cut(model, keep, small)
+
+
+def test_a_model_that_takes_another_way_for_small_pictures_is_planned_on_large_ones():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.more, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            return self.last(self.more(x).relu() if x.shape[-1] > 100 else x)
+
+    keep = {"first": torch.tensor([True, False, True, True]), "more": torch.tensor([True, True, False, True])}
+    plan = plan_cut(Branching(), keep, torch.randn(1, 3, 128, 128))
+    assert plan.rows == {"first": [0, 2, 3], "more": [0, 1, 3]}
+    assert plan.columns == {"more": [0, 2, 3], "last": [0, 1, 3]}
+
+
+def test_a_model_of_one_size_is_planned_at_that_size():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=32), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 2))
+    plan = plan_cut(model, {"0": torch.tensor([True, True, False, True])}, torch.randn(1, 3, 128, 128))
+    assert plan.rows == {"0": [0, 1, 3]}
+    assert plan.columns == {"3": [*range(32), *range(48, 64)]}
+    keep = {"0": torch.tensor([True, True, False, True])}
+    readers = read_structure(model, torch.randn(1, 3, 128, 128))
+    assert plan_cut(model, keep, torch.randn(1, 3, 128, 128), readers=readers) == plan
