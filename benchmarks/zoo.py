@@ -107,6 +107,8 @@ def build(name: str) -> nn.Module:
         settings = {"weights_backbone": None}
     if kind == "detection" and not bare.startswith("ssd"):
         settings |= {"min_size": 128, "max_size": 160}
+    if bare.startswith("keypoint"):  # its head takes minutes for hundreds of boxes in float64
+        settings |= {"box_detections_per_img": 10, "box_batch_size_per_image": 32}
     if kind == "detection":
         settings |= {"num_classes": 5}
     return getattr(_home(kind), bare)(weights=None, **settings)
