@@ -221,43 +221,50 @@ def errors_and_own(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """What ``compare`` says in float32, and in float64 (``eval64``, …) where that is not clear; where that is
     not either, what ``movement`` says. Both networks are changed."""
-    before = [copy.deepcopy(net.state_dict()) for net in (masked, small)]
-    errors = compare(masked, small, plan, inputs)
+    before = [[buffer.clone() for buffer in net.buffers()] for net in (masked, small)]
+    kept = kept_by(masked, plan)
+    errors = compare(computed(masked, inputs, kept), computed(small, inputs, {}))
     if max(errors.values()) <= TOLERANCE:
         return errors, {}
-    for net, state in zip((masked, small), before, strict=True):
-        net.load_state_dict(state)  # the statistics from before the pass in train mode
+    for net, buffers in zip((masked, small), before, strict=True):
+        for buffer, value in zip(net.buffers(), buffers, strict=True):
+            buffer.copy_(value)  # the statistics from before the pass in train mode
     in_double = cast_all(inputs, torch.float64)
     try:
-        again = compare(masked.double(), small.double(), plan, in_double)
+        # One after the other, and back: both in float64 would not fit where a network is large.
+        whole = computed(masked.double(), in_double, kept)
+        masked.float()
+        again = compare(whole, computed(small.double(), in_double, {}))
+        del whole
     except Exception:  # a dtype written into the model's code
         return errors | {"double": float("nan")}, {}
     unclear = any(errors[key] > TOLERANCE and again[key] > IN_DOUBLE for key in again)
     errors |= {f"{key}64": value for key, value in again.items()}
     if not unclear:
         return errors, {}
-    masked.load_state_dict(before[0])
-    return errors, movement(masked, plan, in_double)
+    for buffer, value in zip(masked.buffers(), before[0], strict=True):
+        buffer.copy_(value)
+    return errors, movement(masked.double(), plan, in_double)
 
 
-def compare(masked: nn.Module, small: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
-    """Relative differences of outputs in eval and train mode, and of the gradients of what is left."""
-    whole, part = computed(masked, inputs, kept_by(masked, plan)), computed(small, inputs, {})
-    return {key: difference(whole[key], part[key]) for key in whole}
+def compare(whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Relative differences of what two networks have ``computed``."""
+    return {key: difference(whole[key], part[key], together=key == "gradients") for key in whole}
 
 
 def computed(
     net: nn.Module, inputs: Any, kept: Mapping[nn.Parameter, Mapping[int, Sequence[int]]]
 ) -> dict[str, list[Tensor]]:
     """Outputs in eval and train mode, and the gradients of what ``kept`` leaves of each parameter."""
-    found = {"eval": outputs(net, inputs, False), "train": outputs(net, inputs, True)}
+    found = {"eval": outputs(net, inputs, False), "train": outputs(net, inputs, True, gradients=True)}
     sum(tensor.square().mean() for tensor in found["train"] if tensor.requires_grad).backward()
-    gradients = [
-        sliced(torch.zeros_like(p) if p.grad is None else p.grad, kept.get(p, {})).flatten()
-        for p in net.parameters()
-    ]
-    net.zero_grad()
-    return found | {"gradients": [torch.cat(gradients)]}
+    gradients = []
+    for p in net.parameters():
+        whole = torch.zeros_like(p) if p.grad is None else p.grad
+        gradients.append(sliced(whole, kept.get(p, {})).flatten())
+        p.grad = None
+    found = {key: [tensor.detach() for tensor in tensors] for key, tensors in found.items()}
+    return found | {"gradients": gradients}
 
 
 def movement(masked: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
@@ -270,7 +277,8 @@ def movement(masked: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
         masked.load_state_dict(state)
         nudge(masked, torch.Generator().manual_seed(seed))
         moved = computed(masked, inputs, kept)
-        furthest = {key: max(furthest[key], difference(still[key], moved[key])) for key in still}
+        apart = compare(still, moved)
+        furthest = {key: max(furthest[key], apart[key]) for key in still}
     return furthest
 
 
@@ -282,25 +290,31 @@ def nudge(net: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(parameter.nextafter(torch.where(away, 2 * parameter, 0 * parameter)))
 
 
-def outputs(model: nn.Module, inputs: Any, training: bool) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Any, training: bool, gradients: bool = False) -> list[Tensor]:
     model.train(training)
     torch.manual_seed(1)
-    with NoDropout(), torch.set_grad_enabled(training):
+    with NoDropout(), torch.set_grad_enabled(gradients):
         return floating(call(model, copy.deepcopy(inputs)))
 
 
-def difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """The largest difference, in units of the largest value of the same tensor; infinite for other shapes,
-    and where there are no numbers to compare (overflow, or zeros alone)."""
-    worst, seen = 0.0, False
+def difference(expected: list[Tensor], found: list[Tensor], together: bool = False) -> float:
+    """The largest difference, in units of the largest value of the same tensor (``together``: of all);
+    infinite for other shapes, and where there are no numbers to compare (overflow, or zeros alone)."""
+    worst, largest, seen = 0.0, 0.0, False
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape or not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             return float("inf")
-        if a.any():
-            seen = True
-            worst = max(worst, float((a - b).detach().abs().max() / a.detach().abs().max()))
-        elif b.any():
+        if not a.numel():
+            continue
+        apart, scale = float((a - b).detach().abs().max()), float(a.detach().abs().max())
+        if together:
+            worst, largest, seen = max(worst, apart), max(largest, scale), True
+        elif scale:
+            worst, seen = max(worst, apart / scale), True
+        elif apart:
             return float("inf")
+    if together and seen:
+        return worst / largest if largest else float("inf")
     return worst if seen or all(not a.numel() for a in expected) else float("inf")
 
 
