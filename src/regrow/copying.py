@@ -24,11 +24,12 @@ def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) ->
         Whatever ``copy.deepcopy`` does of a model that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
+    modules = list(model.modules())
+    for parameter in {p: None for module in modules for p in module._parameters.values()}:
         if type(parameter) is nn.Parameter:
             values = parameter.detach() if renew is None else renew(parameter.detach())
             memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-    for module in reversed(list(model.modules())):  # parts before the whole
+    for module in reversed(modules):  # parts before the whole
         if (plain := _copied_plain(module, memo)) is not None:
             memo[id(module)] = plain
             continue

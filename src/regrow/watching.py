@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from regrow.readers import Consumer, Norm
+
+# Tuples are tested faster than unions.
+_CONSUMERS = get_args(Consumer)
+_LAYERS = (*_CONSUMERS, *get_args(Norm))
 
 
 @contextmanager
@@ -18,16 +22,35 @@ def hooked(
 ) -> Iterator[None]:
     """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm that makes a
     tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers."""
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, Consumer | Norm):
+    handles: list[Any] = []
+    try:
+        for name, module in _layers(model):
 
-                def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
-                    return after(name, module, inputs, output) if isinstance(output, Tensor) else None
+            def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
+                return after(name, module, inputs, output) if isinstance(output, Tensor) else None
 
-                # In front of the user's own hooks, which may change the output.
-                stack.callback(module.register_forward_hook(hook, prepend=True).remove)
-            if before is not None and isinstance(module, Consumer):
-                ahead = functools.partial(before, name)
-                stack.callback(module.register_forward_pre_hook(ahead).remove)
+            # In front of the user's own hooks, which may change the output.
+            handles.append(module.register_forward_hook(hook, prepend=True))
+            if before is not None and isinstance(module, _CONSUMERS):
+                handles.append(module.register_forward_pre_hook(functools.partial(before, name)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``named_modules`` yields of convolutions, linear layers and norms, without a generator a level."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, _LAYERS):
+            found.append((name, module))
+        prefix = f"{name}." if name else ""
+        left += [(prefix + key, part) for key, part in reversed(module._modules.items()) if part is not None]
+    return found
