@@ -59,7 +59,6 @@ class Variant:
     model: nn.Module
     folded: nn.Module
     norms: tuple[int, int]  # folded, left
-    seconds: float  # that prune took
 
 
 def build(name: str) -> nn.Module:
@@ -86,7 +85,6 @@ def variants(name: str, x: Tensor, channels: float, wanted: list[str]) -> list[V
     """The uncut network, Torch-Pruning's, and regrow's of the same MACs."""
     whole = build(name)
     made = {"uncut": whole, "Torch-Pruning": build(name)}
-    took: dict[str, float] = {}
     torch_pruned(made["Torch-Pruning"], x, channels)
     share = count_macs(made["Torch-Pruning"], x) / count_macs(whole, x)
     for setting in wanted:
@@ -95,15 +93,13 @@ def variants(name: str, x: Tensor, channels: float, wanted: list[str]) -> list[V
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = regrow.prune(model, macs=share, example_inputs=x, compensate=False, **SETTINGS[setting])
-        reached, took[setting] = report["target"]["reached"], time.perf_counter() - begun
-        print(f"  {setting}: {reached:.3f} of {share:.3f}, {took[setting]:.1f} s", flush=True)
+        reached, seconds = report["target"]["reached"], time.perf_counter() - begun
+        print(f"  {setting}: {reached:.3f} of {share:.3f}, {seconds:.1f} s", flush=True)
     found = []
     for kind, model in made.items():
         folded, record = fold_norms(model, example_inputs=x)
         assert record["difference"] < 1e-4, record["difference"]
-        found.append(
-            Variant(kind, model, folded, (len(record["folded"]), len(record["left"])), took.get(kind, 0.0))
-        )
+        found.append(Variant(kind, model, folded, (len(record["folded"]), len(record["left"]))))
     return found
 
 

@@ -1,10 +1,12 @@
-"""What a model takes and what it gives, in whatever containers."""
+"""How a model is run: what it takes and gives, in whatever containers, and what a run leaves as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -15,6 +17,17 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     if isinstance(example_inputs, tuple | list):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random numbers go on as before; autocast, which would not see weights that change, is off."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
 
 
 def floating(output: Any) -> list[Tensor]:

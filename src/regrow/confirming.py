@@ -159,6 +159,22 @@ def _loud(
     return loud
 
 
+def noise_among(
+    output: Tensor, dim: int, silent: Tensor | None, sign: int, generator: torch.Generator
+) -> Tensor:
+    """Noise in place of what a layer makes, but for its ``silent`` channels in ``dim``, which stay.
+
+    Args:
+        sign: 1 or -1. Between the two no activation stops both, and no sum cancels.
+    """
+    low, high = sorted((0.5 * sign, 1.5 * sign))
+    noise = torch.empty(output.shape).uniform_(low, high, generator=generator).to(output)
+    if silent is None:
+        return noise
+    silent = silent.to(output.device)
+    return noise.index_copy(dim, silent, output.index_select(dim, silent))
+
+
 def reads_silence(module: nn.Module, inputs: Any, output: Any, indices: Tensor) -> bool:
     """Whether the channels ``indices`` are 0 in what a layer is called with, and behind a norm too."""
     if not inputs:

@@ -68,9 +68,8 @@ def plan_removal_and_cut(
     model = unwrap(model)
     if is_cut(model):
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
-    nothing = Removal({}, {}, {}), CutPlan()
     if not dropped_filters(model, keep):
-        return nothing
+        return Removal({}, {}, {}), CutPlan()
     proposal = None
     if readers is None:
         proposal = propose_structure(model, example_inputs)
@@ -120,7 +119,7 @@ class _Search:
         Raises:
             ValueError: not even masks are confirmed: the model never computes the same twice.
         """
-        convs, wished = self._drafting.convolutions, self._wishes
+        convs, wishes = self._drafting.convolutions, self._wishes
         levels = dict.fromkeys(convs, MASKED)
         if self._refuted(levels) is not None:  # a channel that is zero in eval mode only, say
             self._drafting.want_everything()
@@ -135,10 +134,10 @@ class _Search:
             able = [
                 name
                 for name in convs
-                if name in self._removal.gone and wished[name] >= level and levels[name] == level - 1
+                if name in self._removal.gone and wishes[name] >= level and levels[name] == level - 1
             ]
             self._raise(levels, able, level)
-        self._raise(levels, [name for name in convs if wished[name] == OUT], OUT)
+        self._raise(levels, [name for name in convs if wishes[name] == OUT], OUT)
         return self._drafting.draft(levels).plan
 
     def _wish(self, name: str) -> int:

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
-from regrow.calling import call, floating, mapped
-from regrow.confirming import reads_silence, unsettle
+from regrow.calling import call, floating, mapped, undisturbed
+from regrow.confirming import noise_among, reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
 from regrow.shrinking import Way, step
-from regrow.watching import hooked
+from regrow.watching import channel_layers, hooked
 
 _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 _DROPOUTS = {
@@ -68,7 +68,7 @@ class Probe:
         )
         self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
         ran = set(self._expected[False].ran)
-        every = {name for name, module in self._model.named_modules() if isinstance(module, Consumer | Norm)}
+        every = {name for name, _ in channel_layers(self._model)}
         self.partial = True not in self._expected and ran != every
         for other in others:
             if other != ran:
@@ -216,13 +216,7 @@ class Probe:
                     see(name, inputs[0], channel_dim(module, inputs[0]))
                 else:
                     unclear.add(name)
-                low, high = sorted((0.5 * sign, 1.5 * sign))
-                noise = torch.empty(output.shape).uniform_(low, high, generator=generator).to(output)
-                dim = channel_dim(module, output)
-                if name in silent:
-                    index = silent[name].to(output.device)
-                    noise = noise.index_copy(dim, index, output.index_select(dim, index))
-                return noise
+                return noise_among(output, channel_dim(module, output), silent.get(name), sign, generator)
 
             try:
                 with hooked(self._model, after), self._idle():
@@ -398,13 +392,7 @@ def _weights(count: int) -> Tensor:
 
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-        torch.no_grad(),
-        NoDropout() if training else nullcontext(),
-    ):
+    with undisturbed(model), torch.no_grad(), NoDropout() if training else nullcontext():
         torch.manual_seed(0)
         if model.training != training:
             model.train(training)

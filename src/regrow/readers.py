@@ -107,9 +107,14 @@ def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int
     """
     model = unwrap(model)
     for module, indices in _silent_rows(model, name, readers, dropped):
-        for tensor in (*affine(module), getattr(module, "running_mean", None)):
-            if isinstance(tensor, Tensor):
-                tensor.index_fill_(0, indices.to(tensor.device), 0)
+        zero_channels(module, indices)
+
+
+def zero_channels(module: nn.Module, indices: Tensor) -> None:
+    """Set weight, bias and running mean of a layer to 0 at ``indices``, of them that there are."""
+    for tensor in (*affine(module), getattr(module, "running_mean", None)):
+        if isinstance(tensor, Tensor):
+            tensor.index_fill_(0, indices.to(tensor.device), 0)
 
 
 def silent_entries(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.calling import undisturbed
 from regrow.watching import hooked
 
 # Of the shorter side: at 64 pixels a network that halves its maps five times still has four in the last.
@@ -51,7 +52,7 @@ def shrunk(example_inputs: Any) -> Tensor | None:
 
 def way(model: nn.Module, pictures: Tensor) -> Way:
     """The layers that run, in order, and how many channels each makes."""
-    with watched(model) as found, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with watched(model) as found, torch.no_grad(), undisturbed(model):
         model(pictures[:_MOST])
     return found
 

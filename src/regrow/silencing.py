@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.calling import call, mapped
-from regrow.confirming import unsettle
+from regrow.calling import call, mapped, undisturbed
+from regrow.confirming import noise_among, unsettle
 from regrow.copying import copied
 from regrow.placing import channel_dim, index_tensor
-from regrow.readers import Norm, Readers, affine, per_channel, silence, tied_modules
+from regrow.readers import Norm, Readers, affine, per_channel, silence, tied_modules, zero_channels
 from regrow.watching import hooked
 
 Channels = Mapping[str, Sequence[int]]
@@ -49,10 +49,7 @@ def norms_without_writers(
 def silence_norms(model: nn.Module, channels: Channels) -> None:
     """Have norms make 0 of the ``channels`` that carry nothing, in train and eval mode."""
     for name, those in channels.items():
-        norm = model.get_submodule(name)
-        for tensor in (*affine(norm), getattr(norm, "running_mean", None)):
-            if isinstance(tensor, Tensor):
-                tensor.index_fill_(0, index_tensor(those, tensor.device), 0)
+        zero_channels(model.get_submodule(name), index_tensor(those))
 
 
 def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
@@ -71,14 +68,8 @@ def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) 
             continue
         for name, those in readers.items():
             if channels and layer in those.reached:
-                removed = set(gone.get(name, ()))
-                channels = channels - {
-                    channel
-                    for row, channel in zip(
-                        those.reached[layer].filters, those.reached[layer].indices, strict=True
-                    )
-                    if row not in removed
-                }
+                reads = those.reached[layer]
+                channels = channels.difference(reads.of(set(reads.filters).difference(gone.get(name, ()))))
         if channels:
             found[layer] = sorted(channels)
     return found
@@ -89,7 +80,6 @@ def _loud(
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
     probe = copied(model, torch.clone).eval().requires_grad_(False)
-    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(4)
     loud: set[str] = set()
     ran: set[str] = set()
@@ -98,28 +88,19 @@ def _loud(
         if isinstance(module, Norm):
             if name in found:
                 ran.add(name)
-                if not inputs or inputs[0].index_select(1, index_tensor(found[name], device)).any():
+                if not inputs or inputs[0].index_select(1, index_tensor(found[name], inputs[0].device)).any():
                     loud.add(name)
             return None
-        # Noise of one sign, then of the other: no activation stops both, and no sum cancels.
-        noise = torch.empty(output.shape).uniform_(0.5, 1.5, generator=generator).to(output) * sign
-        if silent := gone.get(name):
-            index = index_tensor(silent, device)
-            dim = channel_dim(module, output)
-            noise = noise.index_copy(dim, index, output.index_select(dim, index))
-        return noise
+        silent = index_tensor(gone[name]) if gone.get(name) else None
+        return noise_among(output, channel_dim(module, output), silent, sign, generator)
 
     try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.autocast(device.type, enabled=False),
-            torch.no_grad(),
-        ):
+        with undisturbed(probe), torch.no_grad():
             unsettle(probe, torch.Generator().manual_seed(0))
             for name, indices in gone.items():
                 silence(probe, name, readers[name], indices)
             silence_norms(probe, found)
-            for sign in (1, -1):
+            for sign in (1, -1):  # see noise_among
                 with hooked(probe, functools.partial(after, sign)):
                     call(probe, mapped(example_inputs, torch.rand_like))
     except Exception:  # noise may be more than the model's own code bears

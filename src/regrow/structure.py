@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.calling import call, floating
+from regrow.calling import call, floating, undisturbed
 from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
 from regrow.filters import Convolution, unwrap
@@ -66,7 +66,7 @@ class Proposal:
 
     def confirmed(self) -> dict[str, Readers]:
         """The readers without what forward passes contradict; the proposal is used up."""
-        with _undisturbed(self.probe), torch.no_grad():
+        with undisturbed(self.probe), torch.no_grad():
             for parameter in self.probe.parameters():
                 parameter.data = parameter.data.clone()  # confirming silences filters
             confirm(self.probe, smaller_picture(self.probe, self.example_inputs, self.way), self.readers)
@@ -87,7 +87,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             "forward pass leaves tensors with a gradient on the model, and take weight_norm from "
             "torch.nn.utils.parametrizations."
         ) from error
-    with _undisturbed(probe), torch.enable_grad():
+    with undisturbed(probe), torch.enable_grad():
         small = shrunk(example_inputs)
         if small is not None:
             example_inputs = example_inputs[: len(small)]
@@ -108,17 +108,6 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             readers[name] = found
         rule_out(probe, readers)
     return Proposal(probe, example_inputs, small, seen.way, readers)
-
-
-@contextmanager
-def _undisturbed(probe: nn.Module) -> Iterator[None]:
-    """Random numbers go on as before; autocast, which would not see weights that change, is off."""
-    device = next((p.device for p in probe.parameters()), torch.device("cpu"))
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
 
 
 class _Seen:

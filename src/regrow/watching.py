@@ -24,7 +24,7 @@ def hooked(
     tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers."""
     handles: list[Any] = []
     try:
-        for name, module in _layers(model):
+        for name, module in channel_layers(model):
 
             def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
                 return after(name, module, inputs, output) if isinstance(output, Tensor) else None
@@ -39,7 +39,7 @@ def hooked(
             handle.remove()
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``named_modules`` yields of convolutions, linear layers and norms, without a generator a level."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
