@@ -74,7 +74,7 @@ def test_gradient_is_that_of_the_formula_away_from_zero(q):
 def test_gradient_by_finite_differences():
     weight = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
     number = torch.tensor(3)
-    assert torch.autograd.gradcheck(lambda w: perturbed(w, 0.3, 1.5, 1.0, 1, 2, number), (weight,))
+    assert torch.autograd.gradcheck(lambda w: perturbed(w, 0.3, 1.5, 1.0, 1, 2, number, False), (weight,))
 
 
 @pytest.mark.parametrize("q", [0.5, 1, 1.5])
@@ -130,7 +130,7 @@ def test_the_generator_decides_the_draw():
 def test_seed_layer_and_number_each_change_the_draw():
     weight = torch.ones(4, 30)
     draws = [
-        perturbed(weight, 0.5, 2.0, 1.0, seed, layer, torch.tensor(number))
+        perturbed(weight, 0.5, 2.0, 1.0, seed, layer, torch.tensor(number), False)
         for seed, layer, number in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0)]
     ]
     for i, first in enumerate(draws):
@@ -145,7 +145,7 @@ def test_every_lane_of_the_random_numbers_is_drawn_from_the_whole_range():
 
 
 def test_a_large_weight_is_drawn_in_parts_that_differ(monkeypatch):
-    monkeypatch.setattr(bridgeout_noise, "_CHUNK", 1000)
+    monkeypatch.setattr(bridgeout_noise, "_PART", 1000)
     weight = torch.ones(70, 10, 3, 3, requires_grad=True)  # parts of 11 filters, the last of 4
     noisy = bridgeout(weight, p=0.5, q=1, generator=generator())
     assert set(noisy.unique().tolist()) == {0, 2}
@@ -224,7 +224,7 @@ def test_weights_that_are_not_targeted_have_a_plain_gradient():
 
 def test_the_operator_meets_pytorchs_own_checks():
     weight = torch.rand(4, 3, 2, 2, requires_grad=True)
-    torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3)))
+    torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3), False))
 
 
 def test_it_trains_as_a_pure_function():

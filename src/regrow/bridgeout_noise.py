@@ -9,15 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow import bridgeout_kernels as kernels
 from regrow.filters import rows
 from regrow.leasing import Pool
 
-# Weights worked on at a time on a CPU: little scratch memory, and it stays in the core's cache.
-_CHUNK = 2**18
-# The least size of a weight in the derivative's denominator: far below any that matters to the output.
-_SMALLEST = 1e-6
-# One 64-bit random number decides about four weights.
-_LANES, _LEVELS = 4, 2**16
+# Weights worked on at a time on a CPU: what is in between stays in the cores' caches.
+_PART = 2**18
+# Positions are counted in 32 bits.
+_MOST = 2**30
 # A step's perturbed weights and their gradients are as large as those of the step before.
 pool = Pool()
 
@@ -60,7 +59,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return perturbed(weight, p, q, target_fraction, 0, 0, number)
+    return perturbed(weight, p, q, target_fraction, 0, 0, number, False)
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
@@ -79,35 +78,44 @@ def check_noise(p: float, q: float, target_fraction: float) -> None:
         )
 
 
-# An operator of its own, so that torch.compile calls it as it is, random generator included.
+# An operator of its own, so that torch.compile calls it as it is.
 @torch.library.custom_op("regrow::bridgeout", mutates_args=())
 def perturbed(
-    weight: Tensor, p: float, q: float, target_fraction: float, seed: int, layer: int, number: Tensor
+    weight: Tensor,
+    p: float,
+    q: float,
+    target_fraction: float,
+    seed: int,
+    layer: int,
+    number: Tensor,
+    compiled: bool,
 ) -> Tensor:
     """``bridgeout``, with the draw decided by (``seed``, ``layer``, ``number``) and nothing else.
 
     ``number`` [] is an integer in a tensor: torch.compile would compile again for every plain number.
+    Which weights are dropped depends neither on the device nor on ``compiled``, but on how the weight
+    lies in memory.
     """
     if p == 0 or weight.numel() == 0:
         return weight.clone()
-    generator, dither = _stream(weight.device, f"{seed} {layer} {int(number)}")
-    # A threshold among 2^16 levels, dithered per draw, so that the probability is p and not its rounding.
-    kept_levels = math.floor((1 - p) * _LEVELS + dither)
     noisy = pool.empty_like(weight)
-    chunk, scratch, spare = _scratch(weight)
-    bits = torch.empty(math.ceil(scratch.numel() / _LANES), dtype=torch.int64, device=weight.device)
-    lanes = bits.view(torch.int16)[: scratch.numel()].as_strided(scratch.shape, scratch.stride())
-    for part, out in zip(weight.split(chunk), noisy.split(chunk), strict=True):
-        part = part.to(scratch.dtype)
-        amplitude = _amplitude(part, q, scratch[: len(part)], spare[: len(part)])
-        if target_fraction < 1:
-            amplitude *= smallest(part, target_fraction)
-        # From -2^63 on: without a lower end random_ leaves the sign bit, and so every fourth lane's, at 0.
-        bits.random_(-(2**63), None, generator=generator)
-        kept = spare[: len(part)].copy_(lanes[: len(part)]).le_(kept_levels - 1 - _LEVELS // 2)
-        # For m = 0 this is exactly −1: with q = 2 the weight is then exactly 0, a dropped connection.
-        factor = kept.mul_(1 / (1 - p)).sub_(1)
-        torch.addcmul(part, amplitude, factor, out=out)
+    chosen = None if target_fraction == 1 else _in_memory(_smallest(weight, target_fraction), noisy)
+    start, key = _stream(f"{seed} {layer} {int(number)}")
+    # Of the 2^32 numbers from -2^31 on, 1 - p are kept.
+    kept = max(1, round((1 - p) * 2**32))
+    given = (_int32(kept - 2**31 - 1), _scalar(1 / (1 - p)), _scalar(q), q == 1.5)
+    weights, outs = _in_memory(weight, noisy), _in_memory(noisy, noisy)
+    part = _part(weight, compiled)
+    numbers = None if compiled else kernels.spaced(part, weight.device)
+    for begin in range(0, len(weights), part):
+        piece = slice(begin, begin + part)
+        draw = (_int32(start + kernels.SPACING * begin), _int32(key))
+        rest = (*draw, *given, None if chosen is None else chosen[piece], outs[piece])
+        if numbers is None:
+            with torch.no_grad():
+                kernels.compiled()[0](weights[piece], *rest)
+        else:
+            kernels.noisy(weights[piece], numbers[: len(outs[piece])], *rest)
     return noisy
 
 
@@ -137,61 +145,73 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
     return (below | (tied & (tied.cumsum(1) <= room))).view(weight.shape)
 
 
-def _scratch(weight: Tensor) -> tuple[int, Tensor, Tensor]:
-    """How many filters to work on at a time, and two scratch tensors for that many."""
+def _smallest(weight: Tensor, fraction: float) -> Tensor:
+    """``smallest``, a few filters at a time on a CPU, laid out in memory as ``weight`` is."""
+    chosen = torch.empty_like(weight, dtype=torch.bool)
+    filters = max(1, _part(weight, False) * len(weight) // weight.numel())
+    for few, out in zip(weight.split(filters), chosen.split(filters), strict=True):
+        out.copy_(smallest(few, fraction))
+    return chosen
+
+
+def _part(weight: Tensor, compiled: bool) -> int:
     # Elsewhere than on a CPU a pass over all of the weights is one kernel, and more would be slower.
-    chunk = max(1, _CHUNK * len(weight) // weight.numel()) if weight.is_cpu else len(weight)
-    scratch = torch.empty_like(weight[:chunk], dtype=torch.promote_types(weight.dtype, torch.float32))
-    return chunk, scratch, torch.empty_like(scratch)
+    return min(weight.numel(), _PART if weight.is_cpu and not compiled else _MOST)
 
 
-def _amplitude(weight: Tensor, q: float, out: Tensor, spare: Tensor) -> Tensor:
-    """|w|^(q/2), written to ``out``; ``spare`` is scratch."""
-    size = torch.abs(weight, out=out)
-    if q == 1.5:  # the published setting: two square roots take a tenth of the time of a power
-        return size.sqrt_().mul_(torch.sqrt(size, out=spare))
-    return size.pow_(q / 2)
+def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` as a vector, in the order in which the elements of ``like``, which is dense, lie."""
+    if tensor.stride() != like.stride():
+        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _stream(device: torch.device, draw: str) -> tuple[torch.Generator, float]:
-    """A generator, and a number in [0, 1), for one draw."""
-    # A hash, because the CPU's generator reads only the lower half of a seed, and neighbours must differ.
-    digest = hashlib.blake2b(draw.encode(), digest_size=12).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
-    return generator, int.from_bytes(digest[8:], "little") / 2**32
+def _stream(draw: str) -> tuple[int, int]:
+    """``start`` and ``key`` of ``kernels.scrambled``, for one draw."""
+    digest = hashlib.blake2b(draw.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
+
+
+def _int32(number: int) -> Tensor:
+    """``number`` modulo 2^32, as the int32 of the same bits."""
+    return torch.tensor((number + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cpu")
+
+
+def _scalar(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _, ctx.q, *_ = inputs
+    weight, _, ctx.q, *_, ctx.compiled = inputs
     # The convolution keeps w̃ anyway, and the parameter lives on: nothing extra is held.
     ctx.save_for_backward(weight, output)
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return scaled(gradient, *ctx.saved_tensors, ctx.q), None, None, None, None, None, None
+    weight, noisy = ctx.saved_tensors
+    return scaled(gradient, weight, noisy, ctx.q, ctx.compiled), *[None] * 7
 
 
 perturbed.register_autograd(_gradient, setup_context=_remember)
 
 
 @torch.library.custom_op("regrow::bridgeout_gradient", mutates_args=())
-def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float) -> Tensor:
+def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: bool) -> Tensor:
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
-    out = pool.empty_like(gradient)
+    # Like the weight, and not like the gradient: only such a one becomes ``.grad`` without a copy.
+    out = pool.empty_like(weight)
     if weight.numel() == 0:
         return out
-    chunk, scratch, spare = _scratch(weight)
-    parts = (tensor.split(chunk) for tensor in (gradient, weight, noisy, out))
-    for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
-        weight_part = weight_part.to(scratch.dtype)
-        inverse = torch.reciprocal(weight_part, out=scratch[: len(weight_part)])
-        # At w = 0 the bound meets a noise of 0.
-        inverse.clamp_(-1 / _SMALLEST, 1 / _SMALLEST)
-        relative = torch.sub(noisy_part, weight_part, out=spare[: len(weight_part)]).mul_(inverse)
-        torch.addcmul(gradient_part, gradient_part, relative, value=q / 2, out=out_part)
+    parts = (
+        _in_memory(tensor, out).split(_part(weight, compiled)) for tensor in (gradient, weight, noisy, out)
+    )
+    scale = kernels.compiled()[1] if compiled else kernels.scaled
+    with torch.no_grad():
+        for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
+            scale(gradient_part, weight_part, noisy_part, _scalar(q), out_part)
     return out
 
 
 @scaled.register_fake
-def _(gradient: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(gradient)
+def _(_: Tensor, weight: Tensor, *__: Any) -> Tensor:
+    return torch.empty_like(weight)
