@@ -3,8 +3,9 @@
     python benchmarks/bridgeout_step.py --out benchmarks/bridgeout_step.md
 
 The three kinds of step (plain, Bridgeout as it is, Bridgeout compiled) take turns in one process, and each
-ratio is of steps of one round. Memory is what PyTorch's allocator held at most during a step, read from a
-profile of one step.
+ratio is of steps of one round. Where a process's memory happens to lie moves its ratios by 2 %, so the
+table gives the median of several processes. Memory is what PyTorch's allocator held at most during a step,
+read from a profile of one step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 import regrow
 from regrow.bridgeout_noise import pool
@@ -28,6 +32,7 @@ from regrow.study.models import build_model
 from regrow.study.records import environment
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+KINDS = ["plain", "as it is", "compiled"]
 
 
 class Trainee:
@@ -72,67 +77,97 @@ def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
     return peak
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def rows(name: str, rounds: int, batch: int) -> list[str]:
-    """Two lines of the table, for one memory format."""
+def measure(name: str, rounds: int, batch: int, threads: int) -> dict[str, dict[str, float]]:
+    """What one process measures for one memory format: by kind, medians over its rounds, and memory."""
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(memory_format=FORMATS[name])
     labels = torch.randint(10, (batch,), generator=generator)
-    trainees = {kind: Trainee(FORMATS[name], kind) for kind in ("plain", "as it is", "compiled")}
-    times: dict[str, list[float]] = {kind: [] for kind in trainees}
-    shuffler = random.Random(0)
-    for number in range(rounds + 1):
-        # The first round warms up; the order is random, so that none always follows another.
-        for kind in shuffler.sample(list(trainees), 3):
+    trainees = {kind: Trainee(FORMATS[name], kind) for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    shuffler = random.Random()
+    for number in range(rounds + 2):
+        # Two rounds warm up; the order is random, so that none always follows another.
+        for kind in shuffler.sample(KINDS, len(KINDS)):
             taken = trainees[kind].step(images, labels)
-            if number:
+            if number > 1:
                 times[kind].append(taken)
-    plain_peak = peak_bytes(trainees["plain"], images, labels)
-    lines = []
-    for kind in ("as it is", "compiled"):
-        trainee = trainees[kind]
-        ratios = [b / a for a, b in zip(times["plain"], times[kind], strict=True)]
-        modules = dict(trainee.model.named_modules())
-        weights = sum(modules[layer].weight.nbytes for layer in trainee.layers)  # type: ignore[union-attr, misc]
-        extra = peak_bytes(trainee, images, labels) - plain_peak
-        lines.append(
-            f"| {name} | {kind} | {spread(times['plain'])} | {spread(times[kind])} | {spread(ratios)} | "
-            f"{extra / 2**20:.1f} MiB, {extra / weights:.2f} × the {weights / 2**20:.1f} MiB |"
-        )
-    return lines
+    peaks = {kind: peak_bytes(trainee, images, labels) for kind, trainee in trainees.items()}
+    weights = sum(
+        dict(trainees["as it is"].model.named_modules())[layer].weight.nbytes  # type: ignore[union-attr, misc]
+        for layer in trainees["as it is"].layers
+    )
+    return {
+        kind: {
+            "seconds": statistics.median(times[kind]),
+            "ratio": statistics.median(b / a for a, b in zip(times["plain"], times[kind], strict=True)),
+            "extra": peaks[kind] - peaks["plain"],
+            "weights": weights,
+        }
+        for kind in KINDS
+    }
+
+
+def rows(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Two lines of the table, for one memory format."""
+    command = [sys.executable, __file__, "--one", name, "--rounds", str(arguments.rounds)]
+    command += ["--batch", str(arguments.batch), "--threads", str(arguments.threads)]
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for _ in tqdm(range(arguments.processes), desc=name, disable=None):
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for kind, measured in json.loads(answer.splitlines()[-1]).items():
+            found[kind].append(measured)
+
+    def spread(kind: str, what: str) -> str:
+        values = [measured[what] for measured in found[kind]]
+        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    def memory(kind: str) -> str:
+        extra = statistics.median(measured["extra"] for measured in found[kind])
+        weights = found[kind][0]["weights"]
+        return f"{extra / 2**20:.1f} MiB, {extra / weights:.2f} × the {weights / 2**20:.1f} MiB"
+
+    return [
+        f"| {name} | {kind} | {spread('plain', 'seconds')} | {spread(kind, 'seconds')} | "
+        f"{spread(kind, 'ratio')} | {memory(kind)} |"
+        for kind in KINDS[1:]
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="counted rounds of steps (n)")
+    parser.add_argument("--processes", type=int, default=11, help="one after another (n)")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of steps in each")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", choices=list(FORMATS), help="measure in this process, and print JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.rounds, arguments.batch, arguments.threads)))
+        return
     where = environment("cpu", arguments.threads)
     lines = [
         "# One training step with Batch Bridgeout, beside the plain step",
         "",
-        f"`python benchmarks/bridgeout_step.py --rounds {arguments.rounds} --batch {arguments.batch} "
-        f"--threads {arguments.threads}`: VGG-16 with batch norm, {arguments.batch} pictures of 32×32, SGD "
-        f"with Nesterov momentum, p = 0.3 and q = 1.5 on all convolutions; n = {arguments.rounds} rounds "
-        "of one step of each, in random order. Median (lowest to highest); ratios are within a round. Extra "
-        "memory: how much higher the peak of a step is, beside the memory of the perturbed weights.",
+        f"`python benchmarks/bridgeout_step.py --processes {arguments.processes} --rounds {arguments.rounds} "
+        f"--batch {arguments.batch} --threads {arguments.threads}`: VGG-16 with batch norm, "
+        f"{arguments.batch} pictures of 32×32, SGD with Nesterov momentum, p = 0.3 and q = 1.5 on all "
+        f"convolutions. n = {arguments.processes} processes, in each {arguments.rounds} rounds of one step "
+        "of each kind, in random order. Ratios are within a round, of which a process gives the median; the "
+        "table has the median (lowest to highest) of the processes. Extra memory: how much higher the peak "
+        "of a step is, beside the memory of the perturbed weights.",
         "",
-        f"{where['processor']}, {where['cores']} cores, {torch.get_num_threads()} threads; Python "
+        f"{where['processor']}, {where['cores']} cores, {arguments.threads} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
         "",
         "| memory format | Bridgeout | plain, s | Bridgeout, s | ratio | extra memory : weights |",
         "|---|---|---|---|---|---|",
     ]
     for name in FORMATS:
-        lines += rows(name, arguments.rounds, arguments.batch)
+        lines += rows(name, arguments)
         print("\n".join(lines[-2:]), flush=True)
     text = "\n".join(lines) + "\n"
     print(text)

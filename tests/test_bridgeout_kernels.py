@@ -74,7 +74,7 @@ def test_seeds_layers_and_passes_are_uncorrelated():
     ones = torch.ones(n)
     kept = torch.stack(
         [
-            perturbed(ones, 0.3, 2.0, 1.0, seed, layer, torch.tensor(number), False).ne(0)
+            perturbed(ones, 0.3, 2.0, 1.0, seed, layer, torch.tensor(number), False, False).ne(0)
             for seed in (0, 1)
             for layer in (0, 1, 2)
             for number in range(1, 7)
@@ -91,7 +91,7 @@ def test_compiled_is_the_same_up_to_rounding(dtype, p, q, fraction):
     weight[0, 0] = 0
     gradient = torch.randn(weight.shape).to(dtype)  # not laid out like the weight
     number = torch.tensor(3)
-    plain, noisy = (perturbed(weight, p, q, fraction, 1, 2, number, way) for way in (False, True))
+    plain, noisy = (perturbed(weight, p, q, fraction, 1, 2, number, way, False) for way in (False, True))
     assert noisy.dtype == dtype
     assert noisy.stride() == weight.stride()
     eps = torch.finfo(dtype).eps

@@ -47,7 +47,7 @@ def snapshot(model):
 
 
 def noise_of(weight, seed, layer, number, p=0.3, q=1.5, target_fraction=1.0):
-    return perturbed(weight, p, q, target_fraction, seed, layer, torch.tensor(number), False)
+    return perturbed(weight, p, q, target_fraction, seed, layer, torch.tensor(number), False, False)
 
 
 def test_the_record_says_what_was_done(make_net):

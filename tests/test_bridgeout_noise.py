@@ -74,7 +74,9 @@ def test_gradient_is_that_of_the_formula_away_from_zero(q):
 def test_gradient_by_finite_differences():
     weight = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
     number = torch.tensor(3)
-    assert torch.autograd.gradcheck(lambda w: perturbed(w, 0.3, 1.5, 1.0, 1, 2, number, False), (weight,))
+    assert torch.autograd.gradcheck(
+        lambda w: perturbed(w, 0.3, 1.5, 1.0, 1, 2, number, False, False), (weight,)
+    )
 
 
 @pytest.mark.parametrize("q", [0.5, 1, 1.5])
@@ -130,7 +132,7 @@ def test_the_generator_decides_the_draw():
 def test_seed_layer_and_number_each_change_the_draw():
     weight = torch.ones(4, 30)
     draws = [
-        perturbed(weight, 0.5, 2.0, 1.0, seed, layer, torch.tensor(number), False)
+        perturbed(weight, 0.5, 2.0, 1.0, seed, layer, torch.tensor(number), False, False)
         for seed, layer, number in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0)]
     ]
     for i, first in enumerate(draws):
@@ -224,7 +226,7 @@ def test_weights_that_are_not_targeted_have_a_plain_gradient():
 
 def test_the_operator_meets_pytorchs_own_checks():
     weight = torch.rand(4, 3, 2, 2, requires_grad=True)
-    torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3), False))
+    torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3), False, False))
 
 
 def test_it_trains_as_a_pure_function():

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -15,6 +16,7 @@ from regrow.bridgeout_passes import Passes
 from regrow.filters import excluded, unwrap
 from regrow.reestimation import reestimate_norms, running_norms
 
+_STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 # 1 drew its random numbers from PyTorch's generator.
 _VERSION = 2
 
@@ -198,11 +200,22 @@ class _Bridged(nn.Module):
             noise.key,
             number,
             noise.compiled,
+            _reads_alone(self),
         )
         try:
             return super().forward(*args, **kwargs)
         finally:
             noise.noisy = None
+
+
+def _reads_alone(layer: _Bridged) -> bool:
+    """Whether nothing but one convolution or linear product can read w̃ in ``layer``."""
+    return (
+        # As add_bridgeout made it: no class in front, and the class behind it PyTorch's own.
+        vars(type(layer)).get("_plain") in _STOCK
+        and "_conv_forward" not in vars(layer)
+        and not torch.compiler.is_compiling()
+    )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from regrow.leasing import Pool
 _PART = 2**18
 # Positions are counted in 32 bits.
 _MOST = 2**30
-# A step's perturbed weights and their gradients are as large as those of the step before.
+# A step's perturbed weights are as large as those of the step before.
 pool = Pool()
 
 
@@ -59,7 +59,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return perturbed(weight, p, q, target_fraction, 0, 0, number, False)
+    return perturbed(weight, p, q, target_fraction, 0, 0, number, False, False)
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
@@ -89,12 +89,14 @@ def perturbed(
     layer: int,
     number: Tensor,
     compiled: bool,
+    alone: bool,  # noqa: ARG001 (_remember reads it)
 ) -> Tensor:
     """``bridgeout``, with the draw decided by (``seed``, ``layer``, ``number``) and nothing else.
 
     ``number`` [] is an integer in a tensor: torch.compile would compile again for every plain number.
     Which weights are dropped depends neither on the device nor on ``compiled``, but on how the weight
-    lies in memory.
+    lies in memory. ``alone``: what reads w̃ is one of PyTorch's own convolutions or linear layers and
+    nothing else, so its gradient is nobody else's and may be overwritten.
     """
     if p == 0 or weight.numel() == 0:
         return weight.clone()
@@ -182,14 +184,17 @@ def _scalar(number: float) -> Tensor:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _, ctx.q, *_, ctx.compiled = inputs
+    weight, _, ctx.q, *_, ctx.compiled, ctx.alone = inputs
     # The convolution keeps w̃ anyway, and the parameter lives on: nothing extra is held.
     ctx.save_for_backward(weight, output)
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, noisy = ctx.saved_tensors
-    return scaled(gradient, weight, noisy, ctx.q, ctx.compiled), *[None] * 7
+    if ctx.alone and not gradient.requires_grad and gradient.stride() == noisy.stride():
+        _scale(gradient, weight, noisy, ctx.q, ctx.compiled, gradient)
+        return gradient, *[None] * 8
+    return scaled(gradient, weight, noisy, ctx.q, ctx.compiled), *[None] * 8
 
 
 perturbed.register_autograd(_gradient, setup_context=_remember)
@@ -200,16 +205,19 @@ def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: 
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
     # Like the weight, and not like the gradient: only such a one becomes ``.grad`` without a copy.
     out = pool.empty_like(weight)
-    if weight.numel() == 0:
-        return out
-    parts = (
-        _in_memory(tensor, out).split(_part(weight, compiled)) for tensor in (gradient, weight, noisy, out)
-    )
-    scale = kernels.compiled()[1] if compiled else kernels.scaled
-    with torch.no_grad():
-        for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
-            scale(gradient_part, weight_part, noisy_part, _scalar(q), out_part)
+    _scale(gradient, weight, noisy, q, compiled, out)
     return out
+
+
+@torch.no_grad()
+def _scale(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: bool, out: Tensor) -> None:
+    if weight.numel() == 0:
+        return
+    part = _part(weight, compiled)
+    parts = (_in_memory(tensor.detach(), out).split(part) for tensor in (gradient, weight, noisy, out))
+    scale = kernels.compiled()[1] if compiled else kernels.scaled
+    for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
+        scale(gradient_part, weight_part, noisy_part, _scalar(q), out_part)
 
 
 @scaled.register_fake

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.cutprobe import Probe
 from regrow.cuts import CutPlan
-from regrow.filters import Convolution
+from regrow.filters import Convolution, named_parts
 from regrow.placing import index_tensor
 from regrow.readers import Norm, Readers, per_channel, tied_modules
 from regrow.removal import Removal
@@ -41,7 +41,7 @@ class Drafting:
 
     def __init__(self, model: nn.Module, removal: Removal, probe: Probe) -> None:
         self._removal, self._probe = removal, probe
-        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._modules: dict[str, Any] = dict(named_parts(model))
         self._tied = tied_modules(model)
         self.convolutions: dict[str, Convolution] = {name: self._modules[name] for name in removal.readers}
         self._alive = {name: self._alive_filters(name) for name in self.convolutions}

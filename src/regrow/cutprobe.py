@@ -110,7 +110,8 @@ class Probe:
                     raise
                 continue
             try:
-                self._watch(copied(self._model), True, seen := _Seen())
+                with _buffers_kept(self._model):
+                    self._watch(self._model, True, seen := _Seen())
                 self._expected[True] = seen
             except Exception:  # a model that needs targets to train, or a batch of several
                 if inputs is not example:
@@ -389,6 +390,17 @@ def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
 @functools.lru_cache(maxsize=32)
 def _weights(count: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Running statistics end as they began."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, values in saved:
+            buffer.copy_(values)
 
 
 def _run(model: nn.Module, inputs: Any, training: bool) -> Any:

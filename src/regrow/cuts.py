@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import unwrap
+from regrow.filters import named_parts, unwrap
 from regrow.placing import channel_dim, channels_last, index_tensor, place, take
 from regrow.suggest import nearest
 
@@ -181,7 +181,7 @@ def layers(model: nn.Module, plan: CutPlan) -> list[Layer]:
     Raises:
         ValueError: the plan does not fit the model.
     """
-    modules = dict(unwrap(model).named_modules())
+    modules = dict(named_parts(unwrap(model)))
     return [_leave(modules, plan, name) for name in _names(plan)]
 
 
@@ -382,7 +382,7 @@ def _among(tensor: Tensor, shape: Sequence[int], kept: Mapping[int, Sequence[int
 
 def _check_untied(model: nn.Module, layers: Sequence[Layer]) -> None:
     holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_parts(model):
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(name)
     for layer in layers:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import Convolution, unwrap
+from regrow.filters import Convolution, named_parts, unwrap
 from regrow.placing import index_tensor
 
 Norm = (
@@ -79,8 +79,8 @@ def per_channel(norm: nn.Module) -> bool:
 def tied_modules(model: nn.Module) -> set[str]:
     """The modules that hold a parameter which another module holds too."""
     holders: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
+    for name, module in named_parts(model):
+        for parameter in {p for p in module._parameters.values() if p is not None}:
             holders.setdefault(parameter, []).append(name)
     return {name for names in holders.values() if len(names) > 1 for name in names}
 

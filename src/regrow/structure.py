@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regrow.calling import call, floating, undisturbed
 from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
-from regrow.filters import Convolution, unwrap
+from regrow.filters import Convolution, named_parts, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, per_channel
 from regrow.shrinking import Way, shrunk, smaller_picture, watched
 
@@ -93,7 +93,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             example_inputs = example_inputs[: len(small)]
         seen = _Seen(probe)
         graph, reason = _traced(probe, example_inputs, seen)
-        names = {module: name for name, module in probe.named_modules()}
+        names = {module: name for name, module in named_parts(probe)}
         patience = _Patience()
         readers = {}
         for name, norms in seen.behind.items():

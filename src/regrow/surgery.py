@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.cutplan import plan_removal_and_cut
 from regrow.cuts import Replaced, apply_plan, is_cut, widen
-from regrow.filters import check_keep, convolutions, unwrap
+from regrow.filters import check_keep, convolutions, named_parts, unwrap
 from regrow.readers import Readers
 from regrow.removal import unremovable
 from regrow.structure import read_structure
@@ -119,7 +119,7 @@ def keep_of_uncut(
 
 
 def _check_model(model: nn.Module) -> None:
-    for owner, module in model.named_modules():
+    for owner, module in named_parts(model):
         if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             raise ValueError(
                 f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
@@ -131,7 +131,7 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError("the model has Bridgeout: call remove_bridgeout before the cut.")
         if "_regrow_folded" in vars(module):
             raise ValueError("the norms of the model are folded: cut before fold_norms.")
-        if any(map(nn.parameter.is_lazy, module._parameters.values())):
+        if any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values()):
             raise ValueError(f"{owner!r} is a lazy layer without shapes yet: run one forward pass first.")
     if not convolutions(model):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from regrow.filters import named_parts
 from regrow.readers import Consumer, Norm
 
 # Tuples are tested faster than unions.
@@ -40,17 +41,5 @@ def hooked(
 
 
 def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``named_modules`` yields of convolutions, linear layers and norms, without a generator a level."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    left: list[tuple[str, nn.Module]] = [("", model)]
-    while left:
-        name, module = left.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, _LAYERS):
-            found.append((name, module))
-        prefix = f"{name}." if name else ""
-        left += [(prefix + key, part) for key, part in reversed(module._modules.items()) if part is not None]
-    return found
+    """The convolutions, linear layers and norms, as ``named_modules`` orders them."""
+    return [(name, module) for name, module in named_parts(model) if isinstance(module, _LAYERS)]
