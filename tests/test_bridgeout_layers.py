@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regrow
+from regrow import bridgeout_layers
 from regrow.bridgeout_layers import (
     add_bridgeout,
     bridgeout_state,
@@ -14,6 +15,8 @@ from regrow.bridgeout_layers import (
     remove_bridgeout,
 )
 from regrow.bridgeout_noise import perturbed
+from regrow.cuts import CutPlan
+from regrow.narrowing import narrow
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -449,3 +452,42 @@ def test_without_batch_norms_images_are_not_needed():
     add_bridgeout(net)
     remove_bridgeout(net, [X])
     assert type(net[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_that_are_overwritten_are_right(compiled, monkeypatch):
+    """Where a layer alone reads w̃, its gradient is scaled in place: shared, repeated and added up too."""
+    first = Tied()
+    found = []
+    for alone in (None, False):
+        if alone is False:
+            monkeypatch.setattr(bridgeout_layers, "_reads_alone", lambda _: False)
+        net = copy.deepcopy(first).train()
+        add_bridgeout(net, p=0.4, seed=3, compiled=compiled)
+        loss = sum((out * out.detach().cos()).sum() for out in net(X))
+        parameters = list(net.parameters())
+        (*graphed,) = torch.autograd.grad(loss, parameters, create_graph=True)
+        loss.backward(retain_graph=True)
+        once = [p.grad.clone() for p in parameters]
+        loss.backward()  # added to what is there
+        found.append([graphed, once, [p.grad / 2 for p in parameters]])
+    for values in found[0]:
+        for value, expected in zip(values, found[1][0], strict=True):
+            torch.testing.assert_close(value, expected)
+    # By the formula: where w̃ moves away from w, the slope is not 1.
+    remove_bridgeout(net)
+    plain = torch.autograd.grad(sum((out * out.detach().cos()).sum() for out in net(X)), parameters)
+    assert not torch.allclose(plain[0], found[0][0][0], rtol=0.01)
+
+
+def test_who_may_overwrite_a_gradient():
+    class Own(nn.Conv2d):
+        pass
+
+    patched = nn.Conv2d(3, 3, 3)
+    patched._conv_forward = patched._conv_forward
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), Own(3, 3, 3), Standardized(3, 3, 3), patched)
+    add_bridgeout(net)
+    assert [bridgeout_layers._reads_alone(layer) for layer in net] == [True, False, False, False]
+    with narrow(net, CutPlan(rows={"0": [0, 2]}, columns={"1": [0, 2]})):
+        assert not bridgeout_layers._reads_alone(net[0])
