@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+@contextmanager
+def garbage_waiting() -> Iterator[None]:
+    """Reference cycles are collected afterwards: graphs and copies of a model are so many objects that
+    Python would look through all that it holds several times, a sixth of the time that a cut takes."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def floating(output: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
@@ -52,31 +53,23 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
         memo: as for ``copy.deepcopy``; buffers are added.
     """
     kind: Any = type(module)
-    if (
-        hasattr(kind, "__deepcopy__")
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-        or kind.__getstate__ is not nn.Module.__getstate__
-        # PyTorch's own add what pickles of older versions lack.
-        or not kind.__setstate__.__module__.startswith("torch.nn.modules.")
-        or kind.__new__ is not object.__new__
-    ):
+    if not _plainly(kind):
         return None
     state = dict(vars(module))
     for key, value in state.items():
         of = type(value)
         if of in _CONSTANT:
             continue
-        if key == "_buffers":
-            for buffer in value.values():
-                if type(buffer) is Tensor and id(buffer) not in memo:
-                    memo[id(buffer)] = buffer.detach().clone()
-        if key in ("_parameters", "_buffers", "_modules"):
+        if of in _EMPTY and not value:
+            state[key] = of()
+        elif key in ("_parameters", "_buffers", "_modules"):
+            if key == "_buffers":
+                for buffer in value.values():
+                    if type(buffer) is Tensor and id(buffer) not in memo:
+                        memo[id(buffer)] = buffer.detach().clone()
             if any(part is not None and id(part) not in memo for part in value.values()):
                 return None
             state[key] = of((name, memo.get(id(part))) for name, part in value.items())
-        elif of in _EMPTY and not value:
-            state[key] = of()
         elif of in (tuple, list) and all(type(part) in _CONSTANT for part in value):
             state[key] = of(value)
         else:
@@ -84,3 +77,17 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
     made = kind.__new__(kind)
     vars(made).update(state)
     return cast(nn.Module, made)
+
+
+@functools.cache
+def _plainly(kind: Any) -> bool:
+    """Whether ``copy.deepcopy`` copies what a module of this class holds, and does nothing else."""
+    return not (
+        hasattr(kind, "__deepcopy__")
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+        or kind.__getstate__ is not nn.Module.__getstate__
+        # PyTorch's own add what pickles of older versions lack.
+        or not kind.__setstate__.__module__.startswith("torch.nn.modules.")
+        or kind.__new__ is not object.__new__
+    )

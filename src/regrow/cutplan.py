@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.calling import garbage_waiting
 from regrow.copying import copied
 from regrow.cutdraft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
 from regrow.cutprobe import Probe
@@ -70,24 +71,26 @@ def plan_removal_and_cut(
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
         return Removal({}, {}, {}), CutPlan()
-    proposal = None
-    if readers is None:
-        proposal = propose_structure(model, example_inputs)
-        readers, example_inputs = proposal.readers, proposal.example_inputs
-    else:
-        with suppress(Exception):  # what fails here fails below
-            example_inputs = smaller_picture(copied(model).eval(), example_inputs)
-    removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
-    for quick in (True, False):
-        probe = None if proposal is None else _small_probe(model, removal, proposal, quick)
-        probe = probe or Probe(model, removal, example_inputs, quick=quick)
-        if proposal is not None and not probe.confirms_removal:
-            # The graph is wrong about these filters: ask passes about everything that it says.
-            removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
-            proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
-        search = _Search(removal, probe, Drafting(model, removal, probe))
-        if (plan := search.wished()) is not None:
-            return removal, plan
+    # Not in the search below, which may make hundreds of copies.
+    with garbage_waiting():
+        proposal = None
+        if readers is None:
+            proposal = propose_structure(model, example_inputs)
+            readers, example_inputs = proposal.readers, proposal.example_inputs
+        else:
+            with suppress(Exception):  # what fails here fails below
+                example_inputs = smaller_picture(copied(model).eval(), example_inputs)
+        removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
+        for quick in (True, False):
+            probe = None if proposal is None else _small_probe(model, removal, proposal, quick)
+            probe = probe or Probe(model, removal, example_inputs, quick=quick)
+            if proposal is not None and not probe.confirms_removal:
+                # The graph is wrong about these filters: ask passes about everything that it says.
+                removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
+                proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
+            search = _Search(removal, probe, Drafting(model, removal, probe))
+            if (plan := search.wished()) is not None:
+                return removal, plan
     return removal, search.plan()
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
@@ -21,6 +22,7 @@ from regrow.calling import call, floating, mapped, undisturbed
 from regrow.confirming import noise_among, reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
+from regrow.filters import named_parts
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
@@ -60,6 +62,7 @@ class Probe:
             ValueError: which layers run depends on the data.
         """
         self._quick = quick
+        self._dropout: NoDropout | None = NoDropout()
         example = self._take(model, removal, example_inputs)
         self.own, self.way = self._look.own(), self._look.way
         self.dead, others = self._find_dead(example, removal.gone)
@@ -113,6 +116,8 @@ class Probe:
                 with _buffers_kept(self._model):
                     self._watch(self._model, True, seen := _Seen())
                 self._expected[True] = seen
+                if self._dropout is not None and not self._dropout.met:
+                    self._dropout = None  # a plan changes no calls: spare those of a cut the detour
             except Exception:  # a model that needs targets to train, or a batch of several
                 if inputs is not example:
                     continue
@@ -245,8 +250,8 @@ class Probe:
                         return cast(Tensor, type(module).forward(module, x))
                     return x.new_zeros(()).expand(shapes[x.shape])
 
-                module.forward = forward
-                stack.callback(delattr, module, "forward")
+                vars(module)["forward"] = forward  # in a tenth of the time of setattr
+                stack.callback(vars(module).pop, "forward")
             yield
 
     def _watch(
@@ -294,7 +299,7 @@ class Probe:
                 note(name, module, given, output)
 
         with hooked(model, after, before):
-            seen.outputs = floating(_run(model, self._inputs, training))
+            seen.outputs = floating(_run(model, self._inputs, training, self._dropout))
         if expected is not None:
             pairs = zip(expected.outputs, seen.outputs, strict=True)
             if len(seen.given) != len(expected.given) or not all(
@@ -378,18 +383,29 @@ def _scale(tensor: Tensor) -> float:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    if a.shape != b.shape:
+        return False
+    if not a.numel() or float((a - b).abs_().max()) <= tolerance * scale:  # most are, and quicker told so
+        return True
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
     """One number per channel, which any change of the channel changes."""
-    matrix = tensor.detach().movedim(dim, -1).flatten(0, -2) if tensor.dim() > 1 else tensor[None]
-    return _weights(len(matrix)).to(matrix) @ matrix
+    tensor = tensor.detach()
+    if dim == 1 and tensor.dim() > 2:
+        maps = tensor.flatten(2)  # a view, where a matrix of all pictures would be a copy
+        batch, _, pixels = maps.shape
+        weights = _weights(batch * pixels, tensor.dtype, tensor.device)
+        return maps[0] @ weights if batch == 1 else (maps @ weights.view(batch, pixels, 1))[..., 0].sum(0)
+    matrix = tensor.movedim(dim, -1).flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    return _weights(len(matrix), tensor.dtype, tensor.device) @ matrix
 
 
-@functools.lru_cache(maxsize=32)
-def _weights(count: int) -> Tensor:
-    return torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+@functools.lru_cache(maxsize=64)
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @contextmanager
@@ -403,21 +419,36 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(values)
 
 
-def _run(model: nn.Module, inputs: Any, training: bool) -> Any:
-    with undisturbed(model), torch.no_grad(), NoDropout() if training else nullcontext():
+def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> Any:
+    with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
         torch.manual_seed(0)
-        if model.training != training:
-            model.train(training)
+        _set_mode(model, training)
         return call(model, copy.deepcopy(inputs))
 
 
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``, in a tenth of the time where no module has a way of its own to do it."""
+    modules = [module for _, module in named_parts(model)]
+    if any(type(module).train is not nn.Module.train for module in modules):
+        model.train(training)
+        return
+    for module in modules:
+        vars(module)["training"] = training
+
+
 class NoDropout(TorchFunctionMode):
-    # What it drops depends on the width of the tensor: two networks of other widths differ by chance.
+    """Dropout passes everything on: what it drops depends on the width of the tensor, so two networks of
+    other widths would differ by chance. ``met``: there was one that had something to drop."""
+
+    met = False
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
+            named = kwargs or {}
+            self.met = self.met or bool(args[1] if len(args) > 1 else named.get("p", 0.5))
+            return args[0] if args else named["input"]
         return func(*args, **(kwargs or {}))
 
 
@@ -431,6 +462,8 @@ def _precise(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
     for part in probe.modules():
         if "_bridgeout_passes" in vars(part):
             remove_bridgeout(part)
+        if isinstance(part, _DropoutNd):
+            part.p = 0.0  # see NoDropout
     if dtype is None:
         return probe, example_inputs
     return probe.to(dtype), mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))

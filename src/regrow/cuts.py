@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, cast
@@ -273,7 +274,8 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
 
     def fits(indices: Sequence[int], width: int) -> list[int]:
         indices = list(indices)
-        if not indices or indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < width:
+        rising = all(map(operator.lt, indices, indices[1:]))
+        if not indices or not rising or not 0 <= indices[0] <= indices[-1] < width:
             raise ValueError(f"the plan does not fit {name!r}, which has {width} channels: {indices}.")
         return indices
 

@@ -57,8 +57,10 @@ def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         found.append((name, module))
-        prefix = f"{name}." if name else ""
-        left += [(prefix + key, part) for key, part in reversed(module._modules.items()) if part is not None]
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            children = reversed(module._modules.items())
+            left += [(prefix + key, child) for key, child in children if child is not None]
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,7 @@ class Reads:
 
     def of(self, dropped: Iterable[int]) -> list[int]:
         """The layer's indices that carry the filters in ``dropped``."""
-        wanted = set(dropped)
-        return [i for f, i in zip(self.filters, self.indices, strict=True) if f in wanted]
+        return list(compress(self.indices, map(set(dropped).__contains__, self.filters)))
 
 
 @dataclass
@@ -105,9 +105,18 @@ def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int
     Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
     zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
     """
-    model = unwrap(model)
-    for module, indices in _silent_rows(model, name, readers, dropped):
-        zero_channels(module, indices)
+    silence_all(model, {name: readers}, {name: dropped})
+
+
+@torch.no_grad()
+def silence_all(
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
+) -> None:
+    """``silence`` for the filters of several convolutions: {name: indices}."""
+    modules = dict(named_parts(unwrap(model)))
+    for name, filters in dropped.items():
+        for module, indices in _silent_rows(modules, name, readers[name], filters):
+            zero_channels(module, indices)
 
 
 def zero_channels(module: nn.Module, indices: Tensor) -> None:
@@ -123,18 +132,18 @@ def silent_entries(
     """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
     return [
         (parameter, indices.to(parameter.device))
-        for module, indices in _silent_rows(unwrap(model), name, readers, dropped)
+        for module, indices in _silent_rows(dict(named_parts(unwrap(model))), name, readers, dropped)
         for parameter in affine(module)
     ]
 
 
 def _silent_rows(
-    model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]
+    modules: Mapping[str, nn.Module], name: str, readers: Readers, dropped: Sequence[int]
 ) -> list[tuple[nn.Module, Tensor]]:
     """A convolution and its norms, each with the rows that must be 0."""
     parts: list[tuple[str, Sequence[int]]] = [(name, dropped)]
     parts += [(norm, reads.of(dropped)) for norm, reads in readers.norms.items()]
-    return [(model.get_submodule(layer), index_tensor(rows)) for layer, rows in parts if len(rows)]
+    return [(modules[layer], index_tensor(rows)) for layer, rows in parts if len(rows)]
 
 
 def affine(module: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions, unwrap
-from regrow.readers import Readers, column_mask, silence
+from regrow.readers import Readers, column_mask, silence, silence_all
 from regrow.silencing import norms_without_writers, silence_norms
 from regrow.structure import read_structure
 
@@ -82,8 +82,7 @@ class Removal:
 
     def apply(self, model: nn.Module) -> None:
         """Silence it in ``model``, the user's own module or a copy of it."""
-        for name, indices in self.gone.items():
-            silence(model, name, self.readers[name], indices)
+        silence_all(model, self.readers, self.gone)
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ confirmed it. All of it happens on a copy; the model is not touched.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -218,14 +219,12 @@ def _walk(
     graph: Any, conv: Any, names: Mapping[nn.Module, str], readers: Readers, patience: _Patience
 ) -> None:
     """Follow a convolution's channels forward until something multiplies them by weights or adds to them."""
-    from torch_pruning._helpers import _HybridIndex
-
     if conv not in graph.module2node:
         readers.mixed = readers.blocked = "its output does not reach the network's"
         return
     start = graph.module2node[conv]
     readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
-    stack = [(start, [_HybridIndex(idx=i, root_idx=i) for i in range(conv.weight.shape[0])])]
+    stack = [(start, _places(conv.weight.shape[0]))]
     sums: list[tuple[Any, list[Any]]] = []
     for node, indices in _visits(stack, len(conv.weight), patience):
         if not node.outputs:
@@ -259,6 +258,14 @@ def _walk(
         readers.reached, readers.blocked = {}, "torch-pruning could not follow its channels"
 
 
+@functools.lru_cache(maxsize=64)
+def _places(filters: int) -> list[Any]:
+    """Where the channels of a convolution begin; not to be changed."""
+    from torch_pruning._helpers import _HybridIndex
+
+    return [_HybridIndex(idx=i, root_idx=i) for i in range(filters)]
+
+
 def _visits(
     stack: list[tuple[Any, list[Any]]], filters: int, patience: _Patience
 ) -> Iterator[tuple[Any, list[Any]]]:
@@ -269,7 +276,9 @@ def _visits(
         node, indices = stack.pop()
         seen = visited.setdefault(id(node), set())
         # Channel by channel: the ways through splits and sums are more than can be walked one by one.
-        fresh = [index for index in dict.fromkeys(indices) if index not in seen]
+        fresh = list(dict.fromkeys(indices))
+        if seen:
+            fresh = [index for index in fresh if index not in seen]
         if fresh or not indices:
             seen.update(fresh)
             patience.spend(len(fresh), left)
