@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calling import call, floating
-from regrow.filters import convolutions
+from regrow.filters import convolutions, named_parts
 from regrow.placing import index_tensor
 from regrow.readers import Consumer, Norm, Readers, column_mask, per_channel, silence, tied_modules
 
@@ -108,17 +108,25 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
         if tensor is not None:
             tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
 
-    for tensor in [*probe.parameters(), *probe.buffers()]:
-        if tensor.is_floating_point() and tensor.numel() and _constant(tensor):
-            uniform(tensor, 0.5, 1.5)
-    for module in probe.modules():
+    settled: set[Tensor | None] = set()
+    modules = [module for _, module in named_parts(probe)]
+    for module in modules:
         if isinstance(module, Norm):
+            running = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+            settled |= {module.weight, module.bias, *running}
             uniform(module.weight, 0.5, 1.5)
             uniform(module.bias, 0.2, 0.5)
-            uniform(getattr(module, "running_mean", None), -0.1, 0.1)
-            uniform(getattr(module, "running_var", None), 0.5, 1.5)
+            uniform(running[0], -0.1, 0.1)
+            uniform(running[1], 0.5, 1.5)
         elif isinstance(module, Consumer):
+            settled.add(module.bias)
             uniform(module.bias, -0.1, 0.1)
+    for module in modules:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None or tensor in settled or not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if _constant(tensor):
+                uniform(tensor, 0.5, 1.5)
 
 
 def _constant(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,6 @@ class Drafting:
         convolutions: those that run, in that order.
         fixed: those that cannot compute some of their filters alone.
         flows: convolution → layer that its channels reach → (filters, the layer's input channels).
-        together: convolution → those that write to channels of the same tensors, itself among them.
     """
 
     def __init__(self, model: nn.Module, removal: Removal, probe: Probe) -> None:
@@ -53,9 +53,10 @@ class Drafting:
         readers = [*(reader for flow in self.flows.values() for reader in flow), *probe.dead]
         self._wanted = {name: self._wanted_channels(name) for name in dict.fromkeys(readers)}
         self._pairs = _Pairs(self.flows, self._alive, self._wanted)
-        self.together = self._components()
 
-    def _components(self) -> dict[str, set[str]]:
+    @functools.cached_property
+    def together(self) -> dict[str, set[str]]:
+        """Convolution → those that write to channels of the same tensors, itself among them."""
         together = {name: {name} for name in self.convolutions}
         writers: dict[str, Tensor] = {}  # of each channel of a layer, the number of the last one seen
         names = list(self.convolutions)

@@ -202,7 +202,7 @@ class Probe:
                 unclear.add(name)
                 return
             others = [each for each in range(tensor.dim()) if each != dim % tensor.dim()]
-            moved = ((tensor.abs().amax(others) if others else tensor) != 0).cpu()
+            moved = (tensor.any(others) if others else tensor != 0).cpu()
             if name in alive and alive[name].shape != moved.shape:
                 unclear.add(name)
             else:
