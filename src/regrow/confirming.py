@@ -116,7 +116,8 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
             settled |= {module.weight, module.bias, *running}
             uniform(module.weight, 0.5, 1.5)
             uniform(module.bias, 0.2, 0.5)
-            uniform(running[0], -0.1, 0.1)
+            # Below 0, so that a norm without a bias makes something of 0 that passes a ReLU, too.
+            uniform(running[0], -0.1, -0.02)
             uniform(running[1], 0.5, 1.5)
         elif isinstance(module, Consumer):
             settled.add(module.bias)
