@@ -50,7 +50,7 @@ def add_bridgeout(
         exclude: qualified names of layers, or of containers of them, to leave alone.
         seed: same seed, same model: same noise.
         compiled: compute the noise in one pass over memory, compiled by ``torch.compile`` on the spot (a
-            few seconds, the first time on a machine). It takes a third of the time, and for large layers
+            few seconds, the first time on a machine). It takes half of the time, and for large layers
             that shows. The draws are the same, w̃ and gradients are up to rounding, so it is no part of
             ``settings``.
 
