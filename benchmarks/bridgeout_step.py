@@ -93,10 +93,9 @@ def measure(name: str, rounds: int, batch: int, threads: int) -> dict[str, dict[
             if number > 1:
                 times[kind].append(taken)
     peaks = {kind: peak_bytes(trainee, images, labels) for kind, trainee in trainees.items()}
-    weights = sum(
-        dict(trainees["as it is"].model.named_modules())[layer].weight.nbytes  # type: ignore[union-attr, misc]
-        for layer in trainees["as it is"].layers
-    )
+    noisy = trainees["as it is"]
+    modules = dict(noisy.model.named_modules())
+    weights = sum(modules[layer].weight.nbytes for layer in noisy.layers)  # type: ignore[union-attr, misc]
     return {
         kind: {
             "seconds": statistics.median(times[kind]),

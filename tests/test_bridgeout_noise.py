@@ -139,19 +139,19 @@ def test_seed_layer_and_number_each_change_the_draw():
         assert all(not torch.equal(first, second) for second in draws[:i])
 
 
-def test_every_lane_of_the_random_numbers_is_drawn_from_the_whole_range():
+def test_neighbours_are_drawn_from_the_whole_range():
     kept = mask((1, 400_000), p=0.5).float().view(-1, 4)
     assert ((kept.mean(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(100_000)).all()
-    # And no lane follows another.
+    # And none of four neighbours follows another.
     assert (torch.corrcoef(kept.T) - torch.eye(4)).abs().max() < 5 / math.sqrt(100_000)
 
 
 def test_a_large_weight_is_drawn_in_parts_that_differ(monkeypatch):
     monkeypatch.setattr(bridgeout_noise, "_PART", 1000)
-    weight = torch.ones(70, 10, 3, 3, requires_grad=True)  # parts of 11 filters, the last of 4
+    weight = torch.ones(70, 10, 3, 3, requires_grad=True)  # parts of 1000 weights, the last of 300
     noisy = bridgeout(weight, p=0.5, q=1, generator=generator())
     assert set(noisy.unique().tolist()) == {0, 2}
-    parts = noisy.detach().split(11)
+    parts = noisy.detach().flatten().split(1000)
     assert all(not torch.equal(parts[0], part) for part in parts[1:-1])
     assert abs(noisy.mean() - 1) < 5 / math.sqrt(weight.numel())
     noisy.sum().backward()
@@ -167,7 +167,7 @@ def test_a_p_below_the_resolution_of_the_random_numbers(p):
 
 
 def test_p_is_exact_between_two_levels_of_the_random_numbers():
-    # 16-bit numbers keep 1 or 2 of 65536 weights: half of the draws each.
+    # Halfway between 1 and 2 of 65536 weights: a threshold of 16 bits would miss it.
     n, draws, ones = 2**18, 64, torch.ones(64, 2**12)
     running = generator()
     total = sum(int(bridgeout(ones, 1 - 1.5 / 2**16, 2, generator=running).ne(0).sum()) for _ in range(draws))

@@ -149,12 +149,7 @@ def masked_and_cut(case: Case, optimizers: Any = None) -> tuple[nn.Module, nn.Mo
     removal = plan_removal(net, keep, X[:1])
     removal.apply(net)
     if mine is not None:
-        entries = [
-            entry
-            for name, gone in removal.gone.items()
-            for entry in silent_entries(net, name, removal.readers[name], gone)
-        ]
-        Hold(entries, mine)
+        Hold(silent_entries(net, removal.readers, removal.gone), mine)
     record = cut(small, keep, example_inputs=X[:1], optimizer=other)
     return net, small, record, (mine, other)
 

@@ -47,15 +47,13 @@ def unsettled(model):
 
 def silenced(model, dropped=None, x=X):
     readers = read_structure(model, x[:1])
-    for name, indices in (dropped or DROPPED).items():
-        silence(model, name, readers[name], indices)
+    silence(model, readers, dropped or DROPPED)
     return model
 
 
 def held(model, optimizer, dropped=None):
     readers = read_structure(model, X[:1])
-    entries = [e for n, i in (dropped or DROPPED).items() for e in silent_entries(model, n, readers[n], i)]
-    return Hold(entries, optimizer)
+    return Hold(silent_entries(model, readers, dropped or DROPPED), optimizer)
 
 
 def born(model):
@@ -200,8 +198,7 @@ def test_optimizers_move_the_same_way_as_under_masks(make_net, train, kind):
         train(model, optimizer, 3, x)  # momentum everywhere
         silenced(model, x=x)
         readers = read_structure(model, x[:1])
-        entries = [e for n, i in DROPPED.items() for e in silent_entries(model, n, readers[n], i)]
-        Hold(entries, optimizer)
+        Hold(silent_entries(model, readers, DROPPED), optimizer)
         narrowing = narrow(model, PLAN if model is narrowed else CutPlan())
         train(model, optimizer, 10, x)
         narrowing.release()
@@ -362,9 +359,8 @@ def test_masked_and_narrowed_are_one_network_whatever_its_shape(net, training, f
         F.cross_entropy(output, LABELS).backward()
     narrowing.release()
     readers = read_structure(model, X[:1])
-    for name, indices in dropped.items():
-        for parameter, rows in silent_entries(masked, name, readers[name], indices):
-            parameter.grad.index_fill_(0, rows, 0)  # as Hold does
+    for parameter, rows in silent_entries(masked, readers, dropped):
+        parameter.grad.index_fill_(0, rows, 0)  # as Hold does
     for (name, parameter), other in zip(model.named_parameters(), masked.parameters(), strict=True):
         if parameter.grad is None:
             assert not other.grad.any(), name
@@ -501,7 +497,7 @@ def test_masked_and_narrowed_train_alike_in_nets_at_random(case):
     outputs = []
     for model in (masked, narrowed):
         removal.apply(model)
-        entries = [e for n, i in removal.gone.items() for e in silent_entries(model, n, readers[n], i)]
+        entries = silent_entries(model, readers, removal.gone)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
         hold = Hold(entries, optimizer)
         narrowing = narrow(model, plan if model is narrowed else CutPlan())

@@ -56,7 +56,7 @@ def small():
 
 def test_silent_entries_are_rows_biases_and_norm_weights():
     model = small()
-    entries = silent_entries(model, "0", readers(), [1, 3])
+    entries = silent_entries(model, {"0": readers()}, {"0": [1, 3]})
     assert [parameter is expected for (parameter, _), expected in zip(
         entries, [model[0].weight, model[0].bias, model[1].weight, model[1].bias], strict=True
     )] == [True] * 4  # fmt: skip
@@ -65,7 +65,7 @@ def test_silent_entries_are_rows_biases_and_norm_weights():
 
 def test_silent_entries_without_biases_or_norm_weights():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
-    entries = silent_entries(model, "0", readers(), [2])
+    entries = silent_entries(model, {"0": readers()}, {"0": [2]})
     assert [parameter is model[0].weight for parameter, _ in entries] == [True]
 
 
@@ -74,7 +74,7 @@ def test_silenced_filters_emit_exactly_zero_and_nothing_else_changes(training):
     model = small().train(training)
     x = torch.randn(4, 3, 8, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    silence(nn.DataParallel(model), "0", readers(), [1, 3])
+    silence(nn.DataParallel(model), {"0": readers()}, {"0": [1, 3]})
     for name, tensor in model.state_dict().items():
         if name.startswith(("0.", "1.weight", "1.bias", "1.running_mean")):
             assert not tensor[[1, 3]].any()

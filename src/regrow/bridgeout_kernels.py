@@ -13,7 +13,7 @@ from torch import Tensor
 _SMALLEST = 1e-6
 # 2^32 divided by the golden ratio, and a multiplier of "lowbias32" (Chris Wellons, 2018), modulo 2^32.
 SPACING, _MULTIPLIER = 0x9E3779B9 - 2**32, 0xD35A2D97 - 2**32
-# A compiler plans for about as many weights as it sees first.
+# A compiler plans for about as many weights as it sees first: with few, for one thread.
 _TYPICAL = 2**20
 
 
@@ -103,7 +103,6 @@ def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
 
 def check_compiler(weight: Tensor, three_quarters: bool, targeted: bool) -> None:
     """Compile for weights like ``weight``, or raise ``RuntimeError`` that says what is missing."""
-    # A compiler plans for as many weights as it sees first: with few, for one thread.
     ones, out = weight.new_ones(_TYPICAL), weight.new_empty(_TYPICAL)
     number, factor = torch.tensor(1, dtype=torch.int32), torch.tensor(1.0, dtype=torch.float64)
     chosen = weight.new_ones(_TYPICAL, dtype=torch.bool) if targeted else None

@@ -33,8 +33,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def garbage_waiting() -> Iterator[None]:
-    """Reference cycles are collected afterwards: graphs and copies of a model are so many objects that
-    Python would look through all that it holds several times, a sixth of the time that a cut takes."""
+    """Reference cycles are collected afterwards: graphs and copies of a model are so many objects that in
+    every few cuts Python would look through all that it holds, for as long as a small network's cut takes."""
     collects = gc.isenabled()
     gc.disable()
     try:

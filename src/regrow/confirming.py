@@ -143,8 +143,7 @@ def _loud(
 ) -> set[tuple[str, str]]:
     """Silence ``dropped`` on ``probe`` and find the (convolution, reader) pairs where a silenced channel is
     not 0: where it reaches the reader, and for a norm where it leaves it too."""
-    for name, found in readers.items():
-        silence(probe, name, found, dropped[name])
+    silence(probe, readers, {name: dropped[name] for name in readers})
     loud = set()
 
     def watch(name: str, reader: str, indices: Tensor) -> Callable[..., None]:

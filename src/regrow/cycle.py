@@ -166,10 +166,10 @@ class RePr:
     def _check_held(self) -> None:
         # A bias that another optimizer moves would revive a dropped filter.
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        first = {name: [0] for name in self._layers}
         needed = {
             id(parameter)
-            for name, readers in self._layers.items()
-            for parameter, _ in silent_entries(self._model, name, readers, [0])
+            for parameter, _ in silent_entries(self._model, self._layers, first)
             if parameter.requires_grad
         }
         missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]

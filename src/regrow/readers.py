@@ -99,24 +99,14 @@ def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def silence(model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]) -> None:
-    """Make the filters ``dropped`` of convolution ``name`` emit exactly 0, in train and eval mode.
+def silence(model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]) -> None:
+    """Make the filters ``dropped`` of convolutions, {name: indices}, emit exactly 0, in train and eval mode.
 
     Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
     zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
     """
-    silence_all(model, {name: readers}, {name: dropped})
-
-
-@torch.no_grad()
-def silence_all(
-    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
-) -> None:
-    """``silence`` for the filters of several convolutions: {name: indices}."""
-    modules = dict(named_parts(unwrap(model)))
-    for name, filters in dropped.items():
-        for module, indices in _silent_rows(modules, name, readers[name], filters):
-            zero_channels(module, indices)
+    for module, indices in _silent_rows(model, readers, dropped):
+        zero_channels(module, indices)
 
 
 def zero_channels(module: nn.Module, indices: Tensor) -> None:
@@ -127,23 +117,26 @@ def zero_channels(module: nn.Module, indices: Tensor) -> None:
 
 
 def silent_entries(
-    model: nn.Module, name: str, readers: Readers, dropped: Sequence[int]
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
     return [
         (parameter, indices.to(parameter.device))
-        for module, indices in _silent_rows(dict(named_parts(unwrap(model))), name, readers, dropped)
+        for module, indices in _silent_rows(model, readers, dropped)
         for parameter in affine(module)
     ]
 
 
 def _silent_rows(
-    modules: Mapping[str, nn.Module], name: str, readers: Readers, dropped: Sequence[int]
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
 ) -> list[tuple[nn.Module, Tensor]]:
-    """A convolution and its norms, each with the rows that must be 0."""
-    parts: list[tuple[str, Sequence[int]]] = [(name, dropped)]
-    parts += [(norm, reads.of(dropped)) for norm, reads in readers.norms.items()]
-    return [(modules[layer], index_tensor(rows)) for layer, rows in parts if len(rows)]
+    """The convolutions and their norms, each with the rows that must be 0."""
+    modules = dict(named_parts(unwrap(model)))
+    rows: list[tuple[str, Sequence[int]]] = []
+    for name, filters in dropped.items():
+        rows.append((name, filters))
+        rows += [(norm, reads.of(filters)) for norm, reads in readers[name].norms.items()]
+    return [(modules[layer], index_tensor(those)) for layer, those in rows if len(those)]
 
 
 def affine(module: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions, unwrap
-from regrow.readers import Readers, column_mask, silence, silence_all
+from regrow.readers import Readers, column_mask, silence
 from regrow.silencing import norms_without_writers, silence_norms
 from regrow.structure import read_structure
 
@@ -33,8 +33,7 @@ def zero_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Any]
     """
     model = unwrap(model)
     dropped = dropped_filters(model, keep)
-    for name, indices in dropped.items():
-        silence(model, name, Readers(), indices)
+    silence(model, dict.fromkeys(dropped, Readers()), dropped)
     return {"version": _VERSION, "reading": "zeroed", "dropped": dropped}
 
 
@@ -82,7 +81,7 @@ class Removal:
 
     def apply(self, model: nn.Module) -> None:
         """Silence it in ``model``, the user's own module or a copy of it."""
-        silence_all(model, self.readers, self.gone)
+        silence(model, self.readers, self.gone)
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:

@@ -97,8 +97,7 @@ def _loud(
     try:
         with undisturbed(probe), torch.no_grad():
             unsettle(probe, torch.Generator().manual_seed(0))
-            for name, indices in gone.items():
-                silence(probe, name, readers[name], indices)
+            silence(probe, readers, gone)
             silence_norms(probe, found)
             for sign in (1, -1):  # see noise_among
                 with hooked(probe, functools.partial(after, sign)):

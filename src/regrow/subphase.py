@@ -64,8 +64,7 @@ class SubPhase:
             self._old_columns = {}
             if consumers == "keep":
                 self._old_columns = {name: weight[mask].clone() for name, weight, mask in columns}
-        for name, indices in self.dropped.items():
-            silence(model, name, readers[name], indices)
+        silence(model, readers, self.dropped)
         if memory is None:
             self._forget(self._dead_entries())
         self._hold = Hold(self._dead_entries(), optimizer)
@@ -155,11 +154,7 @@ class SubPhase:
         return ""
 
     def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
-        return [
-            entry
-            for name, indices in self.dropped.items()
-            for entry in silent_entries(self._model, name, self._readers[name], indices)
-        ]
+        return silent_entries(self._model, self._readers, self.dropped)
 
     def _forget(
         self,
