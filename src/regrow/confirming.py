@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ from regrow.calling import call, floating
 from regrow.filters import convolutions, named_parts
 from regrow.placing import index_tensor
 from regrow.readers import Consumer, Norm, Readers, column_mask, per_channel, silence, tied_modules
+
+_DRAWN = 1 << 18
 
 
 def rule_out(model: nn.Module, readers: Mapping[str, Readers]) -> None:
@@ -167,20 +171,36 @@ def _loud(
     return loud
 
 
-def noise_among(
-    output: Tensor, dim: int, silent: Tensor | None, sign: int, generator: torch.Generator
-) -> Tensor:
-    """Noise in place of what a layer makes, but for its ``silent`` channels in ``dim``, which stay.
+class Noise:
+    """Random numbers in place of what layers make, of one sign at a time: between the two no activation stops
+    both, and no sum cancels."""
 
-    Args:
-        sign: 1 or -1. Between the two no activation stops both, and no sum cancels.
-    """
-    low, high = sorted((0.5 * sign, 1.5 * sign))
-    noise = torch.empty(output.shape).uniform_(low, high, generator=generator).to(output)
-    if silent is None:
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def among(self, output: Tensor, dim: int, silent: Tensor | None, sign: int) -> Tensor:
+        """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay."""
+        count = output.numel()
+        if 2 * count > _DRAWN:
+            values = _drawn(count, self._random.getrandbits(60))
+        else:
+            # Read from another place each time, which takes a tenth of drawing anew.
+            start = self._random.randrange(_DRAWN - count)
+            values = _drawn_once()[start : start + count]
+        noise = (values * sign).view(output.shape).to(output)
+        if silent is not None:
+            silent = silent.to(output.device)
+            noise.index_copy_(dim, silent, output.index_select(dim, silent))
         return noise
-    silent = silent.to(output.device)
-    return noise.index_copy(dim, silent, output.index_select(dim, silent))
+
+
+def _drawn(count: int, seed: int) -> Tensor:
+    return torch.empty(count).uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def _drawn_once() -> Tensor:
+    return _drawn(_DRAWN, 0)
 
 
 def reads_silence(module: nn.Module, inputs: Any, output: Any, indices: Tensor) -> bool:

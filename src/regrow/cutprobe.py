@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
 from regrow.calling import call, floating, mapped, undisturbed
-from regrow.confirming import noise_among, reads_silence, unsettle
+from regrow.confirming import Noise, reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
 from regrow.placing import channel_dim, index_tensor
@@ -32,6 +32,8 @@ _STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
+
+_NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class Probe:
@@ -138,10 +140,13 @@ class Probe:
         """
         cut = copied(self._model)
         ran: list[str] = []
+        arriving = {
+            name: (len(mask), mask.nonzero().flatten()) for name, mask in present.items() if not mask.all()
+        }
         try:
             apply_plan(cut, plan)
             for training, expected in self._expected.items():
-                self._watch(cut, training, _Seen(ran), expected, present)
+                self._watch(cut, training, _Seen(ran), expected, arriving)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
         return None
@@ -194,7 +199,7 @@ class Probe:
         unclear: set[str] = set()
         ran: list[set[str]] = []
         silent = {name: index_tensor(filters) for name, filters in gone.items() if len(filters)}
-        generator = torch.Generator().manual_seed(2)
+        noise = Noise(2)
 
         def see(name: str, tensor: Any, dim: int) -> None:
             if not isinstance(tensor, Tensor) or not tensor.numel() or dim >= tensor.dim():
@@ -221,10 +226,10 @@ class Probe:
                     see(name, inputs[0], channel_dim(module, inputs[0]))
                 else:
                     unclear.add(name)
-                return noise_among(output, channel_dim(module, output), silent.get(name), sign, generator)
+                return noise.among(output, channel_dim(module, output), silent.get(name), sign)
 
             try:
-                with hooked(self._model, after), self._idle():
+                with self._idle(), hooked(self._model, after):
                     # Noise as input too: a channel of the example may be 0 by chance.
                     _run(self._model, _noise(example, 1), training=False)
             except Exception:  # noise may be more than the model's own code bears
@@ -259,35 +264,38 @@ class Probe:
         training: bool,
         seen: _Seen,
         expected: _Seen | None = None,
-        present: Mapping[str, Tensor] | None = None,
+        arriving: Mapping[str, tuple[int, Tensor]] = {},
         note: Callable[..., None] | None = None,
     ) -> None:
         """Run ``model`` and note what is ``seen``; ``ValueError`` where it is not as ``expected``.
 
         Every layer that reads what it should then reads exactly that, so that rounding does not add up.
+
+        Args:
+            arriving: layer → (input channels, those of them that arrive), where they are not all.
         """
 
         def before(name: str, module: nn.Module, given: Any) -> Any:
             if not given or not isinstance(given[0], Tensor):
                 return None
             seen.ran.append(name)
-            dim = channel_dim(module, given[0])
-            mine = _fingerprint(given[0], dim)
+            mine = given[0].detach()
             if expected is None:
-                scale = float(mine.abs().max()) if mine.numel() else 0.0
-                seen.given.append((name, mine, given[0].clone(), scale))
+                # A copy: the model may go on to change its tensor in place.
+                seen.given.append((name, mine.clone(), _largest(mine)))
                 return None
-            other_name, theirs, same, scale = expected.given[len(seen.given)]
-            seen.given.append((name, mine, same, scale))
+            other_name, whole, scale = same = expected.given[len(seen.given)]
+            seen.given.append(same)
             if not math.isfinite(scale):
                 raise ValueError(f"{name!r} reads no numbers to compare by")
-            arrive = None
-            if present and name in present and len(present[name]) == len(theirs):
-                arrive = present[name].nonzero().flatten().to(theirs.device)
-                theirs = theirs[arrive]
+            dim = channel_dim(module, whole)
+            width, index = arriving.get(name, (0, _NONE))
+            theirs = whole.clone()
+            if width == whole.shape[dim]:
+                theirs = whole.index_select(dim, index.to(whole.device))
             if name != other_name or not _close(theirs, mine, self._tolerance, scale):
                 raise ValueError(f"{name!r} reads something else")
-            return same.clone() if arrive is None else same.index_select(dim, arrive), *given[1:]
+            return theirs, *given[1:]
 
         def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
             if not seen.ran or name != seen.ran[-1]:
@@ -367,18 +375,23 @@ class _Look:
 
 @dataclass
 class _Seen:
-    """One pass: the layers that ran, what each read (a fingerprint of each channel, the whole, the largest
-    number of the fingerprint), the layers that made something of it (a detector without a box calls its head
-    with nothing), the outputs."""
+    """One pass: the layers that ran, what convolutions and linear layers read and the largest number in it,
+    the layers that made something of it (a detector without a box calls its head with nothing), the
+    outputs."""
 
     ran: list[str] = field(default_factory=list)
-    given: list[tuple[str, Tensor, Tensor, float]] = field(default_factory=list)
+    given: list[tuple[str, Tensor, float]] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
 
 
 def _scale(tensor: Tensor) -> float:
-    return float(tensor.nan_to_num(0, 0, 0).abs().max()) if tensor.numel() else 0.0
+    return _largest(tensor.nan_to_num(0, 0, 0))
+
+
+def _largest(tensor: Tensor) -> float:
+    """Not a number where the tensor holds one that is none."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
@@ -387,24 +400,6 @@ def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
     if not a.numel() or float((a - b).abs_().max()) <= tolerance * scale:  # most are, and quicker told so
         return True
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-def _fingerprint(tensor: Tensor, dim: int) -> Tensor:
-    """One number per channel, which any change of the channel changes."""
-    tensor = tensor.detach()
-    if dim == 1 and tensor.dim() > 2:
-        maps = tensor.flatten(2)  # a view, where a matrix of all pictures would be a copy
-        batch, _, pixels = maps.shape
-        weights = _weights(batch * pixels, tensor.dtype, tensor.device)
-        return maps[0] @ weights if batch == 1 else (maps @ weights.view(batch, pixels, 1))[..., 0].sum(0)
-    matrix = tensor.movedim(dim, -1).flatten(0, -2) if tensor.dim() > 1 else tensor[None]
-    return _weights(len(matrix), tensor.dtype, tensor.device) @ matrix
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @contextmanager

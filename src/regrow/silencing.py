@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calling import call, mapped, undisturbed
-from regrow.confirming import noise_among, unsettle
+from regrow.confirming import Noise, unsettle
 from regrow.copying import copied
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Norm, Readers, affine, per_channel, silence, tied_modules, zero_channels
@@ -80,7 +80,7 @@ def _loud(
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
     probe = copied(model, torch.clone).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(4)
+    noise = Noise(4)
     loud: set[str] = set()
     ran: set[str] = set()
 
@@ -92,14 +92,14 @@ def _loud(
                     loud.add(name)
             return None
         silent = index_tensor(gone[name]) if gone.get(name) else None
-        return noise_among(output, channel_dim(module, output), silent, sign, generator)
+        return noise.among(output, channel_dim(module, output), silent, sign)
 
     try:
         with undisturbed(probe), torch.no_grad():
             unsettle(probe, torch.Generator().manual_seed(0))
             silence(probe, readers, gone)
             silence_norms(probe, found)
-            for sign in (1, -1):  # see noise_among
+            for sign in (1, -1):  # see Noise
                 with hooked(probe, functools.partial(after, sign)):
                     call(probe, mapped(example_inputs, torch.rand_like))
     except Exception:  # noise may be more than the model's own code bears

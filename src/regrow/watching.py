@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -22,22 +21,42 @@ def hooked(
     model: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None = None
 ) -> Iterator[None]:
     """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm that makes a
-    tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers."""
-    handles: list[Any] = []
+    tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers.
+
+    As with PyTorch's hooks, what they return takes the place of the output, and of the inputs. They stand
+    closer to the layer than the user's own hooks, which may change what it reads and makes, and cost a third
+    of what those do: one in front of each layer's ``forward``, and no handles.
+    """
+    own: list[tuple[dict[str, Any], Any]] = []
     try:
         for name, module in channel_layers(model):
-
-            def hook(module: nn.Module, inputs: Any, output: Any, name: str = name) -> Any:
-                return after(name, module, inputs, output) if isinstance(output, Tensor) else None
-
-            # In front of the user's own hooks, which may change the output.
-            handles.append(module.register_forward_hook(hook, prepend=True))
-            if before is not None and isinstance(module, _CONSUMERS):
-                handles.append(module.register_forward_pre_hook(functools.partial(before, name)))
+            ahead = before if isinstance(module, _CONSUMERS) else None
+            forward = _between(name, module, after, ahead)
+            own.append((vars(module), vars(module).get("forward")))
+            vars(module)["forward"] = forward
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for attributes, forward in own:
+            if forward is None:
+                del attributes["forward"]
+            else:
+                attributes["forward"] = forward
+
+
+def _between(
+    name: str, module: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    inner = module.forward
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        if before is not None and (changed := before(name, module, inputs)) is not None:
+            inputs = changed
+        output = inner(*inputs, **named)
+        if isinstance(output, Tensor) and (changed := after(name, module, inputs, output)) is not None:
+            return changed
+        return output
+
+    return forward
 
 
 def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
