@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from regrow.filters import named_parts
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -29,6 +32,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
     ):
         yield
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """``model.train(training)``, in a fifth of the time."""
+    modules = list(map(operator.itemgetter(1), named_parts(model)))
+    if any(type(module).train is not nn.Module.train for module in modules):
+        model.train(training)
+    else:
+        for module in modules:
+            vars(module)["training"] = training
+
+
+def seed(model: nn.Module) -> None:
+    """``torch.manual_seed(0)``; where the model is on the CPU, for that alone: the call keeps a seed for other
+    devices, and a trace of the stack, each time, which takes a millisecond."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
 
 
 @contextmanager

@@ -22,9 +22,10 @@ def rule_out(model: nn.Module, readers: Mapping[str, Readers]) -> None:
     """Take back what the layers themselves contradict: those that serve others too, and norms without a
     weight to silence a channel by."""
     tied = tied_modules(model)
+    modules = dict(named_parts(model))
     for found in readers.values():
         for norm in list(found.norms):
-            if norm in tied or _revives(model.get_submodule(norm)):
+            if norm in tied or _revives(modules[norm]):
                 _lose(found, norm)
         for consumer in tied.intersection(found.consumers):
             found.mixed = found.mixed or f"{consumer!r} shares its weight with another layer"

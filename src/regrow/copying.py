@@ -9,27 +9,41 @@ from collections.abc import Callable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from regrow.filters import named_parts
 
-def copied(model: nn.Module, renew: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+
+def copied(
+    model: nn.Module,
+    renew: Callable[[Tensor], Tensor] | None = None,
+    *,
+    requires_grad: bool | None = None,
+) -> nn.Module:
     """A deep copy of ``model`` whose parameters are new objects of the same memory, or what ``renew`` makes.
 
     Modules, hooks and buffers are the copy's own, and parameters that were shared are so in it too. Without
     ``renew`` nothing may be written into the parameters of the copy: the model would change.
 
     Args:
-        renew: takes a parameter's values, without its gradient; gives those of the copy's, in any shape.
+        renew: takes the values of a parameter, without its gradient, or of a buffer; gives those of the
+            copy's, in any shape.
+        requires_grad: of the copy's parameters; None leaves it as it is.
 
     Raises:
         Whatever ``copy.deepcopy`` does of a model that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    modules = list(model.modules())
+    modules = [module for _, module in named_parts(model)]
     for parameter in {p: None for module in modules for p in module._parameters.values()}:
         if type(parameter) is nn.Parameter:
             values = parameter.detach() if renew is None else renew(parameter.detach())
-            memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            trained = parameter.requires_grad if requires_grad is None else requires_grad
+            memo[id(parameter)] = nn.Parameter(values, trained)
+    for buffer in {b: None for module in modules for b in module._buffers.values()}:
+        if type(buffer) is Tensor:
+            memo[id(buffer)] = (renew or torch.clone)(buffer.detach())
     for module in reversed(modules):  # parts before the whole
         if (plain := _copied_plain(module, memo)) is not None:
             memo[id(module)] = plain
@@ -50,7 +64,7 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
     were copied; None of one that holds more, or has a way of its own to be copied.
 
     Args:
-        memo: as for ``copy.deepcopy``; buffers are added.
+        memo: as for ``copy.deepcopy``.
     """
     kind: Any = type(module)
     if not _plainly(kind):
@@ -63,10 +77,6 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
         if of in _EMPTY and not value:
             state[key] = of()
         elif key in ("_parameters", "_buffers", "_modules"):
-            if key == "_buffers":
-                for buffer in value.values():
-                    if type(buffer) is Tensor and id(buffer) not in memo:
-                        memo[id(buffer)] = buffer.detach().clone()
             if any(part is not None and id(part) not in memo for part in value.values()):
                 return None
             state[key] = of((name, memo.get(id(part))) for name, part in value.items())

@@ -18,10 +18,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
-from regrow.calling import call, floating, mapped, undisturbed
+from regrow.calling import call, floating, mapped, seed, set_mode, undisturbed
 from regrow.confirming import Noise, reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
+from regrow.filters import named_parts
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
@@ -72,7 +73,7 @@ class Probe:
         )
         self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
         ran = set(self._expected[False].ran)
-        every = {name for name, _ in channel_layers(self._model)}
+        every = {name for name, _ in self._layers}
         self.partial = True not in self._expected and ran != every
         for other in others:
             if other != ran:
@@ -87,6 +88,8 @@ class Probe:
         those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
             self._model, example = _precise(model, example_inputs, dtype)
+            self._modules: dict[str, Any] = dict(named_parts(self._model))
+            self._layers = channel_layers(self._model)
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model)
@@ -105,17 +108,17 @@ class Probe:
         one, two = _noise(example, 1), _noise(example, 2)
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
-            self._inputs, self._look = inputs, _Look(self._model, removal)
+            self._inputs, self._look = inputs, _Look(self._modules, removal)
             self._expected = {False: _Seen()}
             try:
-                self._watch(self._model, False, self._expected[False], note=self._look.note)
+                self._watch(self._model, self._layers, False, self._expected[False], note=self._look.note)
             except Exception:  # the model takes no other batch, or no such numbers
                 if inputs is example:
                     raise
                 continue
             try:
                 with _buffers_kept(self._model):
-                    self._watch(self._model, True, seen := _Seen())
+                    self._watch(self._model, self._layers, True, seen := _Seen())
                 self._expected[True] = seen
                 if self._dropout is not None and not self._dropout.met:
                     self._dropout = None  # a plan changes no calls: spare those of a cut the detour
@@ -126,7 +129,7 @@ class Probe:
 
     def _follows(self, name: str, rows: Sequence[int]) -> bool:
         """Whether all that ``rows`` of a grouped convolution read is 0 whatever comes in."""
-        conv: Any = self._model.get_submodule(name)
+        conv = self._modules[name]
         groups = index_tensor(rows) // (conv.out_channels // conv.groups)
         return name in self.dead and bool(self.dead[name].view(conv.groups, -1)[groups].all())
 
@@ -145,8 +148,9 @@ class Probe:
         }
         try:
             apply_plan(cut, plan)
+            layers = channel_layers(cut)
             for training, expected in self._expected.items():
-                self._watch(cut, training, _Seen(ran), expected, arriving)
+                self._watch(cut, layers, training, _Seen(ran), expected, arriving)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
         return None
@@ -154,7 +158,7 @@ class Probe:
     def separable(self, name: str, *, rows: bool) -> bool:
         """Whether a convolution or linear layer computes each filter (``rows``), or sums over each input
         channel, by itself. A layer that standardises its weights does the first alone."""
-        module: Any = self._model.get_submodule(name)
+        module = self._modules[name]
         if type(module).forward in _STOCK:
             return True
         if name not in self._look.samples:
@@ -197,7 +201,6 @@ class Probe:
         """
         alive: dict[str, Tensor] = {}
         unclear: set[str] = set()
-        ran: list[set[str]] = []
         silent = {name: index_tensor(filters) for name, filters in gone.items() if len(filters)}
         noise = Noise(2)
 
@@ -212,12 +215,10 @@ class Probe:
             else:
                 alive[name] = alive[name] | moved if name in alive else moved
 
-        for sign in (1, -1):
+        def look(sign: int) -> set[str]:
             names: set[str] = set()
 
-            def after(
-                name: str, module: Any, inputs: Any, output: Any, sign: int = sign, names: set[str] = names
-            ) -> Tensor | None:
+            def after(name: str, module: Any, inputs: Any, output: Any) -> Tensor | None:
                 names.add(name)
                 if isinstance(module, Norm):
                     see(name, output, 1)
@@ -228,13 +229,16 @@ class Probe:
                     unclear.add(name)
                 return noise.among(output, channel_dim(module, output), silent.get(name), sign)
 
-            try:
-                with self._idle(), hooked(self._model, after):
-                    # Noise as input too: a channel of the example may be 0 by chance.
-                    _run(self._model, _noise(example, 1), training=False)
-            except Exception:  # noise may be more than the model's own code bears
-                return {}, []
-            ran.append(names)
+            with hooked(self._layers, after):
+                # Noise as input too: a channel of the example may be 0 by chance.
+                _run(self._model, _noise(example, 1), training=False)
+            return names
+
+        try:
+            with self._idle():
+                ran = [look(1), look(-1)]
+        except Exception:  # noise may be more than the model's own code bears
+            return {}, []
         return {name: ~seen for name, seen in alive.items() if name not in unclear}, ran
 
     @contextmanager
@@ -243,7 +247,7 @@ class Probe:
         they compute is replaced by noise anyway."""
         with ExitStack() as stack:
             for name, shapes in self._look.shapes.items():
-                module: Any = self._model.get_submodule(name)
+                module = self._modules[name]
                 if "forward" in vars(module):
                     continue
 
@@ -254,13 +258,14 @@ class Probe:
                         return cast(Tensor, type(module).forward(module, x))
                     return x.new_zeros(()).expand(shapes[x.shape])
 
-                module.forward = forward
-                stack.callback(delattr, module, "forward")
+                vars(module)["forward"] = forward
+                stack.callback(vars(module).pop, "forward")
             yield
 
     def _watch(
         self,
         model: nn.Module,
+        layers: Sequence[tuple[str, nn.Module]],
         training: bool,
         seen: _Seen,
         expected: _Seen | None = None,
@@ -305,7 +310,7 @@ class Probe:
             if note is not None:
                 note(name, module, given, output)
 
-        with hooked(model, after, before):
+        with hooked(layers, after, before):
             seen.outputs = floating(_run(model, self._inputs, training, self._dropout))
         if expected is not None:
             pairs = zip(expected.outputs, seen.outputs, strict=True)
@@ -325,8 +330,8 @@ class _Look:
         way: as ``shrinking.way`` gives it.
     """
 
-    def __init__(self, model: nn.Module, removal: Removal) -> None:
-        self._model = model
+    def __init__(self, modules: Mapping[str, nn.Module], removal: Removal) -> None:
+        self._modules = modules
         self.way: Way = []
         self._made: dict[int, tuple[str, Tensor]] = {}
         self._readers: dict[str, list[str]] = {}
@@ -369,7 +374,7 @@ class _Look:
             if norms
             and set(norms) == {norms[0]}
             and set(self._sources[norms[0]]) == {name}
-            and per_channel(self._model.get_submodule(norms[0]))
+            and per_channel(self._modules[norms[0]])
         }
 
 
@@ -415,9 +420,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> Any:
     with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
-        torch.manual_seed(0)
+        seed(model)
         if model.training != training:
-            model.train(training)
+            set_mode(model, training)
         return call(model, copy.deepcopy(inputs))
 
 
@@ -443,15 +448,20 @@ def _precise(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -
     def renew(values: Tensor) -> Tensor:
         return values.to(dtype if values.is_floating_point() else None, copy=True)
 
-    probe = copied(model, renew).eval().requires_grad_(False)
-    for part in probe.modules():
+    probe = copied(model, renew, requires_grad=False)
+    set_mode(probe, False)
+    parts = [part for _, part in named_parts(probe)]
+    for part in parts:
         if "_bridgeout_passes" in vars(part):
             remove_bridgeout(part)
         if isinstance(part, _DropoutNd):
             part.p = 0.0  # see NoDropout
     if dtype is None:
         return probe, example_inputs
-    return probe.to(dtype), mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
+    tensors = (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()))
+    if any(t is not None and t.is_floating_point() and t.dtype != dtype for t in tensors):
+        probe.to(dtype)  # tensors of a class of their own
+    return probe, mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.filters import check_keep, convolutions, unwrap
+from regrow.filters import check_keep, convolutions, named_parts, unwrap
 from regrow.readers import Readers, column_mask, silence
 from regrow.silencing import norms_without_writers, silence_norms
 from regrow.structure import read_structure
@@ -165,6 +165,7 @@ def _followers(
 ) -> dict[str, list[int]]:
     """The rows of grouped convolutions that read removed channels and nothing else."""
     borrowed = _borrowed(model)
+    modules: dict[str, Any] = dict(named_parts(model))
     unread: dict[str, Tensor] = {}
     followers: dict[str, list[int]] = {}
     for name, found in readers.items():  # in order of execution: a row's inputs come before the row
@@ -172,7 +173,7 @@ def _followers(
         if not gone:
             continue
         for consumer, reads in found.consumers.items():
-            layer: Any = model.get_submodule(consumer)
+            layer = modules[consumer]
             grouped = getattr(layer, "groups", 1) > 1 and consumer not in found.noisy
             if not grouped or consumer in borrowed or unremovable(readers, consumer):
                 continue

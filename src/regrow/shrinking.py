@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.calling import undisturbed
-from regrow.watching import hooked
+from regrow.watching import channel_layers, hooked
 
 # Of the shorter side: at 64 pixels a network that halves its maps five times still has four in the last.
 _SIDE = 64
@@ -67,7 +67,7 @@ def watched(model: nn.Module, then: Callable[..., None] | None = None) -> Iterat
         if then is not None:
             then(name, module, inputs, output)
 
-    with hooked(model, after):
+    with hooked(channel_layers(model), after):
         yield found
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.calling import call, mapped, undisturbed
+from regrow.calling import call, mapped, set_mode, undisturbed
 from regrow.confirming import Noise, unsettle
 from regrow.copying import copied
+from regrow.filters import named_parts
 from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Norm, Readers, affine, per_channel, silence, tied_modules, zero_channels
-from regrow.watching import hooked
+from regrow.watching import channel_layers, hooked
 
 Channels = Mapping[str, Sequence[int]]
 
@@ -54,16 +55,17 @@ def silence_norms(model: nn.Module, channels: Channels) -> None:
 
 def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
     """What the graph says: channels that removed filters reach, and no others."""
+    modules = dict(named_parts(model))
     lost: dict[str, set[int]] = {}
     for name, indices in gone.items():
         for layer, reads in readers[name].reached.items():
             # Those in norms see the convolution's channels alone, and go silent with them.
-            if layer not in readers[name].norms and isinstance(model.get_submodule(layer), Norm):
+            if layer not in readers[name].norms and isinstance(modules[layer], Norm):
                 lost.setdefault(layer, set()).update(reads.of(indices))
     tied = tied_modules(model)
     found = {}
     for layer, channels in lost.items():
-        norm = model.get_submodule(layer)
+        norm = modules[layer]
         if not per_channel(norm) or not affine(norm) or layer in tied:
             continue
         for name, those in readers.items():
@@ -79,7 +81,8 @@ def _loud(
     model: nn.Module, readers: Mapping[str, Readers], gone: Channels, found: Channels, example_inputs: Any
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
-    probe = copied(model, torch.clone).eval().requires_grad_(False)
+    probe = copied(model, torch.clone, requires_grad=False)
+    set_mode(probe, False)
     noise = Noise(4)
     loud: set[str] = set()
     ran: set[str] = set()
@@ -99,8 +102,9 @@ def _loud(
             unsettle(probe, torch.Generator().manual_seed(0))
             silence(probe, readers, gone)
             silence_norms(probe, found)
+            layers = channel_layers(probe)
             for sign in (1, -1):  # see Noise
-                with hooked(probe, functools.partial(after, sign)):
+                with hooked(layers, functools.partial(after, sign)):
                     call(probe, mapped(example_inputs, torch.rand_like))
     except Exception:  # noise may be more than the model's own code bears
         return set(found)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.calling import call, floating, undisturbed
+from regrow.calling import call, floating, set_mode, undisturbed
 from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
 from regrow.filters import Convolution, named_parts, unwrap
@@ -81,7 +81,8 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         ValueError: as ``read_structure``.
     """
     try:
-        probe = copied(unwrap(model)).eval().requires_grad_(True)
+        probe = copied(unwrap(model), requires_grad=True)
+        set_mode(probe, False)
     except Exception as error:
         raise ValueError(
             f"the model cannot be copied to read its structure ({error}). Build regrow's objects before a "
@@ -94,11 +95,12 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             example_inputs = example_inputs[: len(small)]
         seen = _Seen(probe)
         graph, reason = _traced(probe, example_inputs, seen)
-        names = {module: name for name, module in named_parts(probe)}
+        modules: dict[str, Any] = dict(named_parts(probe))
+        names = {module: name for name, module in modules.items()}
         patience = _Patience()
         readers = {}
         for name, norms in seen.behind.items():
-            conv: Any = probe.get_submodule(name)
+            conv = modules[name]
             found = None if graph is None else _walked(graph, conv, names, patience)
             if found is None:
                 reason = reason or "torch-pruning could not follow its channels"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -18,10 +18,12 @@ _LAYERS = (*_CONSUMERS, *get_args(Norm))
 
 @contextmanager
 def hooked(
-    model: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None = None
+    layers: Sequence[tuple[str, nn.Module]],
+    after: Callable[..., Any],
+    before: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
-    """``after(name, module, inputs, output)`` behind every convolution, linear layer and norm that makes a
-    tensor, and ``before(name, module, inputs)`` ahead of convolutions and linear layers.
+    """``after(name, module, inputs, output)`` behind each of ``layers`` that makes a tensor, and
+    ``before(name, module, inputs)`` ahead of convolutions and linear layers.
 
     As with PyTorch's hooks, what they return takes the place of the output, and of the inputs. They stand
     closer to the layer than the user's own hooks, which may change what it reads and makes, and cost a third
@@ -29,7 +31,7 @@ def hooked(
     """
     own: list[tuple[dict[str, Any], Any]] = []
     try:
-        for name, module in channel_layers(model):
+        for name, module in layers:
             ahead = before if isinstance(module, _CONSUMERS) else None
             forward = _between(name, module, after, ahead)
             own.append((vars(module), vars(module).get("forward")))
