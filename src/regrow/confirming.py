@@ -107,11 +107,14 @@ def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:
 
 
 def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
-    """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0."""
+    """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0.
+
+    They are in memory of their own then, so that ``probe`` may share the model's.
+    """
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
         if tensor is not None:
-            tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+            tensor.data = torch.empty(tensor.shape).uniform_(low, high, generator=generator).to(tensor)
 
     settled: set[Tensor | None] = set()
     modules = [module for _, module in named_parts(probe)]

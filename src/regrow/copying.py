@@ -27,8 +27,8 @@ def copied(
     ``renew`` nothing may be written into the parameters of the copy: the model would change.
 
     Args:
-        renew: takes the values of a parameter, without its gradient, or of a buffer; gives those of the
-            copy's, in any shape.
+        renew: takes a parameter or a buffer; gives the values of the copy's, in any shape. Where they are in
+            the same memory, nothing may be written there.
         requires_grad: of the copy's parameters; None leaves it as it is.
 
     Raises:
@@ -38,12 +38,12 @@ def copied(
     modules = [module for _, module in named_parts(model)]
     for parameter in {p: None for module in modules for p in module._parameters.values()}:
         if type(parameter) is nn.Parameter:
-            values = parameter.detach() if renew is None else renew(parameter.detach())
+            values = (renew or torch.detach)(parameter).detach()
             trained = parameter.requires_grad if requires_grad is None else requires_grad
             memo[id(parameter)] = nn.Parameter(values, trained)
     for buffer in {b: None for module in modules for b in module._buffers.values()}:
         if type(buffer) is Tensor:
-            memo[id(buffer)] = (renew or torch.clone)(buffer.detach())
+            memo[id(buffer)] = (renew or torch.clone)(buffer).detach()
     for module in reversed(modules):  # parts before the whole
         if (plain := _copied_plain(module, memo)) is not None:
             memo[id(module)] = plain

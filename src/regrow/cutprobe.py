@@ -58,7 +58,9 @@ class Probe:
         """Copy ``model``, remove the filters and look at a few passes.
 
         Args:
-            quick: compute in float32. What this confirms is so; it may refute what is right.
+            quick: compute in float32, and set dropped channels to 0 in what PyTorch's own convolutions make,
+                with the model's weights as they are, in the model's memory. What this confirms is so; it may
+                refute what is right.
 
         Raises:
             ValueError: which layers run depends on the data.
@@ -87,12 +89,17 @@ class Probe:
         """Copy the model in the most precise numbers that its code bears, and look at it; the example in
         those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
-            self._model, example = _precise(model, example_inputs, dtype)
+            self._model, example = _precise(model, example_inputs, dtype, shared=self._quick)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
+            self._muted = {
+                name: index_tensor(filters)
+                for name, filters in removal.gone.items()
+                if self._quick and filters and type(self._modules[name]).forward in _STOCK
+            }
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
-                removal.apply(self._model)
+                removal.apply(self._model, norms_alone=self._muted)
             precise = _dtype(self._model) == torch.float64
             self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
@@ -227,7 +234,10 @@ class Probe:
                     see(name, inputs[0], channel_dim(module, inputs[0]))
                 else:
                     unclear.add(name)
-                return noise.among(output, channel_dim(module, output), silent.get(name), sign)
+                dim = channel_dim(module, output)
+                if (muted := self._muted.get(name)) is not None:
+                    return noise.among(output, dim, None, sign).index_fill_(dim, muted.to(output.device), 0)
+                return noise.among(output, dim, silent.get(name), sign)
 
             with hooked(self._layers, after):
                 # Noise as input too: a channel of the example may be 0 by chance.
@@ -303,6 +313,8 @@ class Probe:
             return theirs, *given[1:]
 
         def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
+            if expected is None and (muted := self._muted.get(name)) is not None:
+                output.index_fill_(channel_dim(module, output), muted.to(output.device), 0)
             if not seen.ran or name != seen.ran[-1]:
                 seen.ran.append(name)
             if output.numel():
@@ -442,11 +454,20 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _precise(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
-    """A copy of the model to change, and its inputs, in numbers of ``dtype``, or as they are."""
+def _precise(
+    model: nn.Module, example_inputs: Any, dtype: torch.dtype | None, *, shared: bool
+) -> tuple[nn.Module, Any]:
+    """A copy of the model to change, and its inputs, in numbers of ``dtype``, or as they are.
+
+    Args:
+        shared: the weights of PyTorch's own convolutions and linear layers are in the model's memory, where
+            they are of that dtype already.
+    """
+    parts = [part for _, part in named_parts(model)]
+    weights = {part._parameters.get("weight") for part in parts if shared and type(part).forward in _STOCK}
 
     def renew(values: Tensor) -> Tensor:
-        return values.to(dtype if values.is_floating_point() else None, copy=True)
+        return values.to(dtype if values.is_floating_point() else None, copy=values not in weights)
 
     probe = copied(model, renew, requires_grad=False)
     set_mode(probe, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,9 +79,9 @@ class Removal:
         names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]
         return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
 
-    def apply(self, model: nn.Module) -> None:
-        """Silence it in ``model``, the user's own module or a copy of it."""
-        silence(model, self.readers, self.gone)
+    def apply(self, model: nn.Module, *, norms_alone: Collection[str] = ()) -> None:
+        """Silence it in ``model``, the user's own module or a copy of it; ``norms_alone`` as for ``silence``."""
+        silence(model, self.readers, self.gone, norms_alone=norms_alone)
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:
