@@ -45,8 +45,8 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 
 def seed(model: nn.Module) -> None:
-    """``torch.manual_seed(0)``; where the model is on the CPU, for that alone: the call keeps a seed for other
-    devices, and a trace of the stack, each time, which takes a millisecond."""
+    """``torch.manual_seed(0)``; for the CPU alone where the model is there: each call keeps a seed for other
+    devices too, and a trace of the stack, which takes a millisecond."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
 

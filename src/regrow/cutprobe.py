@@ -7,9 +7,9 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from regrow.placing import channel_dim, index_tensor
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
 from regrow.shrinking import Way, step
-from regrow.watching import channel_layers, hooked
+from regrow.watching import STOCK, channel_layers, hooked, idle
 
-_STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
@@ -95,7 +94,7 @@ class Probe:
             self._muted = {
                 name: index_tensor(filters)
                 for name, filters in removal.gone.items()
-                if self._quick and filters and type(self._modules[name]).forward in _STOCK
+                if self._quick and filters and type(self._modules[name]).forward in STOCK
             }
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
@@ -166,7 +165,7 @@ class Probe:
         """Whether a convolution or linear layer computes each filter (``rows``), or sums over each input
         channel, by itself. A layer that standardises its weights does the first alone."""
         module = self._modules[name]
-        if type(module).forward in _STOCK:
+        if type(module).forward in STOCK:
             return True
         if name not in self._look.samples:
             return False
@@ -245,32 +244,12 @@ class Probe:
             return names
 
         try:
-            with self._idle():
+            # What they compute is replaced by noise anyway.
+            with idle([layer for layer in self._layers if not isinstance(layer[1], Norm)]):
                 ran = [look(1), look(-1)]
         except Exception:  # noise may be more than the model's own code bears
             return {}, []
         return {name: ~seen for name, seen in alive.items() if name not in unclear}, ran
-
-    @contextmanager
-    def _idle(self) -> Iterator[None]:
-        """PyTorch's own convolutions and linear layers make zeros of the shape that they would make: what
-        they compute is replaced by noise anyway."""
-        with ExitStack() as stack:
-            for name, shapes in self._look.shapes.items():
-                module = self._modules[name]
-                if "forward" in vars(module):
-                    continue
-
-                def forward(
-                    x: Tensor, module: Any = module, shapes: Mapping[torch.Size, torch.Size] = shapes
-                ) -> Tensor:
-                    if x.shape not in shapes:
-                        return cast(Tensor, type(module).forward(module, x))
-                    return x.new_zeros(()).expand(shapes[x.shape])
-
-                vars(module)["forward"] = forward
-                stack.callback(vars(module).pop, "forward")
-            yield
 
     def _watch(
         self,
@@ -336,8 +315,7 @@ class _Look:
     """What a pass shows of the layers of a masked model.
 
     Attributes:
-        shapes: of PyTorch's own convolutions and linear layers: input → output.
-        samples: of others: an input to try a slice on.
+        samples: of convolutions and linear layers other than PyTorch's own: an input to try a slice on.
         silent: the norms of removed filters read and make 0 in their channels.
         way: as ``shrinking.way`` gives it.
     """
@@ -348,7 +326,6 @@ class _Look:
         self._made: dict[int, tuple[str, Tensor]] = {}
         self._readers: dict[str, list[str]] = {}
         self._sources: dict[str, list[str]] = {}
-        self.shapes: dict[str, dict[torch.Size, torch.Size]] = {}
         self.samples: dict[str, Tensor] = {}
         self.silent = True
         removed: dict[str, list[int]] = {}
@@ -371,11 +348,8 @@ class _Look:
                 self._readers[source].append(name)
             if name in self._removed:
                 self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
-        elif isinstance(module, Consumer) and inputs:
-            if type(module).forward in _STOCK:
-                self.shapes.setdefault(name, {})[inputs[0].shape] = output.shape
-            else:
-                self.samples[name] = inputs[0].detach().clone()
+        elif inputs and type(module).forward not in STOCK:
+            self.samples[name] = inputs[0].detach().clone()
 
     def own(self) -> dict[str, str]:
         """{convolution: the norm that reads its output, and nothing else's}."""
@@ -464,7 +438,7 @@ def _precise(
             they are of that dtype already.
     """
     parts = [part for _, part in named_parts(model)]
-    weights = {part._parameters.get("weight") for part in parts if shared and type(part).forward in _STOCK}
+    weights = {part._parameters.get("weight") for part in parts if shared and type(part).forward in STOCK}
 
     def renew(values: Tensor) -> Tensor:
         return values.to(dtype if values.is_floating_point() else None, copy=values not in weights)

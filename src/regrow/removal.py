@@ -80,7 +80,7 @@ class Removal:
         return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
 
     def apply(self, model: nn.Module, *, norms_alone: Collection[str] = ()) -> None:
-        """Silence it in ``model``, the user's own module or a copy of it; ``norms_alone`` as for ``silence``."""
+        """Silence it in ``model``, the user's own or a copy; ``norms_alone`` as for ``silence``."""
         silence(model, self.readers, self.gone, norms_alone=norms_alone)
         silence_norms(model, self.silenced)
 

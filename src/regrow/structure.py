@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from regrow.confirming import confirm, rule_out
 from regrow.copying import copied
 from regrow.filters import Convolution, named_parts, unwrap
 from regrow.readers import Consumer, Norm, Readers, Reads, per_channel
-from regrow.shrinking import Way, shrunk, smaller_picture, watched
+from regrow.shrinking import Way, idle_way, shrunk, smaller_picture, watched
 
 # Steps per filter; in DenseNet-201, where each channel has hundreds of readers, it takes 1500.
 _LONGEST_WALK, _LEAST_WALK = 6000, 400
@@ -94,7 +94,9 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         if small is not None:
             example_inputs = example_inputs[: len(small)]
         seen = _Seen(probe)
-        graph, reason = _traced(probe, example_inputs, seen)
+        graph, reason = _traced_small(probe, example_inputs, small, seen) or _traced(
+            probe, example_inputs, seen
+        )
         modules: dict[str, Any] = dict(named_parts(probe))
         names = {module: name for name, module in modules.items()}
         patience = _Patience()
@@ -165,6 +167,19 @@ def _traced(probe: nn.Module, example_inputs: Any, seen: _Seen) -> tuple[Any, st
         if not seen.done:
             _run(probe, example_inputs, seen)
         return None, f"torch-pruning could not trace the model ({type(error).__name__})"
+
+
+def _traced_small(
+    probe: nn.Module, example_inputs: Any, small: Tensor | None, seen: _Seen
+) -> tuple[Any, str] | None:
+    """``_traced`` with the ``small`` pictures, if they take the way that the large ones do."""
+    if small is not None:
+        with suppress(Exception):  # a model of one size, or a failure that large pictures bring about too
+            known = idle_way(probe, example_inputs)
+            found = _traced(probe, small, seen)
+            if seen.way == known:
+                return found
+    return None
 
 
 def _trace(probe: nn.Module, example_inputs: Any, seen: _Seen) -> Any:

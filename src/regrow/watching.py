@@ -1,7 +1,8 @@
-"""Hooks on the layers that make or read channels, for the passes of a probe."""
+"""What stands in front of the layers that make or read channels, for the passes of a probe."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -13,7 +14,11 @@ from regrow.readers import Consumer, Norm
 
 # Tuples are tested faster than unions.
 _CONSUMERS = get_args(Consumer)
-_LAYERS = (*_CONSUMERS, *get_args(Norm))
+_NORMS = get_args(Norm)
+_LAYERS = (*_CONSUMERS, *_NORMS)
+# The ``forward`` of layers that do what their names say.
+STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+_STOCK_NORMS = {layer.forward for layer in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)}
 
 
 @contextmanager
@@ -59,6 +64,47 @@ def _between(
         return output
 
     return forward
+
+
+@contextmanager
+def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Those of ``layers`` that are PyTorch's own compute nothing: convolutions and linear layers make zeros
+    of the shape that they would make, and norms give back what they are given."""
+    idled: list[dict[str, Any]] = []
+    try:
+        for _, module in layers:
+            stock = type(module).forward in STOCK or type(module).forward in _STOCK_NORMS
+            if stock and "forward" not in vars(module):
+                vars(module)["forward"] = functools.partial(_zeros, module)
+                idled.append(vars(module))
+        yield
+    finally:
+        for attributes in idled:
+            del attributes["forward"]
+
+
+def _zeros(module: Any, x: Tensor) -> Tensor:
+    if isinstance(module, _NORMS):
+        return x
+    if isinstance(module, nn.Linear):
+        shape = [*x.shape[:-1], module.out_features]
+        fits = x.dim() and x.shape[-1] == module.in_features
+    else:
+        kernel, sizes = len(module.kernel_size), list(x.shape)
+        if module.padding == "same":
+            made = sizes[-kernel:]
+        else:
+            padding = (0,) * kernel if module.padding == "valid" else module.padding
+            settings = zip(module.kernel_size, module.dilation, padding, module.stride, strict=True)
+            made = [
+                (size + 2 * pad - wide * (taps - 1) - 1) // step + 1
+                for size, (taps, wide, pad, step) in zip(sizes[-kernel:], settings, strict=False)
+            ]
+        shape = [*sizes[: -kernel - 1], module.out_channels, *made]
+        fits = x.dim() in (kernel + 1, kernel + 2) and sizes[-kernel - 1] == module.in_channels
+        fits = fits and min(made) > 0
+    # What does not fit, the layer says best.
+    return x.new_zeros(shape) if fits else type(module).forward(module, x)
 
 
 def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
