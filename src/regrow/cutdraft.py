@@ -55,6 +55,15 @@ class Drafting:
         self._pairs = _Pairs(self.flows, self._alive, self._wanted)
 
     @functools.cached_property
+    def _silent(self) -> dict[str, list[int]]:
+        """Norm → the channels that it makes 0 of."""
+        silent = {name: list(channels) for name, channels in self._removal.silenced.items()}
+        for name, gone in self._removal.gone.items():
+            for norm, reads in self._removal.readers[name].norms.items():
+                silent.setdefault(norm, []).extend(reads.of(gone))
+        return silent
+
+    @functools.cached_property
     def together(self) -> dict[str, set[str]]:
         """Convolution → those that write to channels of the same tensors, itself among them."""
         together = {name: {name} for name in self.convolutions}
@@ -76,7 +85,7 @@ class Drafting:
 
     def _alive_filters(self, name: str) -> Tensor:
         alive = torch.ones(self.convolutions[name].out_channels, dtype=torch.bool)
-        alive[self._removal.gone.get(name, [])] = False
+        alive[index_tensor(self._removal.gone.get(name, []))] = False
         if not alive.any():
             raise ValueError(
                 f"no filter of {name!r} would be left: those in keep read removed channels only. Keep one of "
@@ -226,10 +235,7 @@ class Drafting:
         if not present.all():
             plan.channels[name] = _indices(present)
         silent = torch.zeros_like(present)
-        silent[index_tensor(self._removal.silenced.get(name, []))] = True
-        for conv, found in self._removal.readers.items():
-            if name in found.norms:
-                silent[found.norms[name].of(self._removal.gone.get(conv, ()))] = True
+        silent[index_tensor(self._silent.get(name, []))] = True
         module = self._modules[name]
         own = [p for p in module._parameters.values() if p is not None]
         fits = bool(own) and all(len(parameter) == len(present) for parameter in own)

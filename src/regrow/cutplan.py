@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +55,21 @@ def plan_cut(
         ValueError: as ``remove_filters``; the model has been cut before; which layers run depends on the
             data; no filter of a layer would be left.
     """
-    return plan_removal_and_cut(model, keep, example_inputs, readers=readers, followers=followers)[1]
+    return plan_removal_and_cut(model, keep, example_inputs, readers=readers, followers=followers).plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A removal and the plan that stands for it.
+
+    Attributes:
+        weights: layer → what the plan leaves of its weight, for some layers: made to confirm the plan, and
+            nobody's any more.
+    """
+
+    removal: Removal
+    plan: CutPlan
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def plan_removal_and_cut(
@@ -64,13 +79,13 @@ def plan_removal_and_cut(
     *,
     readers: Mapping[str, Readers] | None = None,
     followers: bool = True,
-) -> tuple[Removal, CutPlan]:
-    """``plan_cut``, and the removal that it stands for. Arguments and errors are those of ``plan_cut``."""
+) -> Planned:
+    """``plan_cut``, and the removal that the plan stands for; with ``plan_cut``'s arguments and errors."""
     model = unwrap(model)
     if is_cut(model):
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
-        return Removal({}, {}, {}), CutPlan()
+        return Planned(Removal({}, {}, {}), CutPlan())
     # Not in the search below, which may make hundreds of copies.
     with garbage_waiting():
         proposal = None
@@ -90,8 +105,8 @@ def plan_removal_and_cut(
                 proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
             search = _Search(removal, probe, Drafting(model, removal, probe))
             if (plan := search.wished()) is not None:
-                return removal, plan
-    return removal, search.plan()
+                return Planned(removal, plan, probe.weights_left(plan))
+    return Planned(removal, search.plan())
 
 
 def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: bool) -> Probe | None:

@@ -99,6 +99,11 @@ class Probe:
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model, norms_alone=self._muted)
+            self._shared = {
+                name
+                for name, module in named_parts(model)
+                if type(module).forward in STOCK and _same_memory(module, self._modules[name])
+            }
             precise = _dtype(self._model) == torch.float64
             self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
@@ -159,7 +164,16 @@ class Probe:
                 self._watch(cut, layers, training, _Seen(ran), expected, arriving)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
+        self._confirmed = plan, dict(layers)
         return None
+
+    def weights_left(self, plan: CutPlan) -> dict[str, Tensor]:
+        """What ``plan``, which is the last that was confirmed, leaves of the model's weights, of those layers
+        whose weights are not copies."""
+        confirmed, layers = self._confirmed
+        assert confirmed is plan
+        cut = self._shared.intersection([*plan.rows, *plan.columns, *plan.spread])
+        return {name: layers[name]._parameters["weight"].detach() for name in cut}  # type: ignore[union-attr]
 
     def separable(self, name: str, *, rows: bool) -> bool:
         """Whether a convolution or linear layer computes each filter (``rows``), or sums over each input
@@ -457,6 +471,11 @@ def _precise(
     if any(t is not None and t.is_floating_point() and t.dtype != dtype for t in tensors):
         probe.to(dtype)  # tensors of a class of their own
     return probe, mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    one, other = a._parameters.get("weight"), b._parameters.get("weight")
+    return one is not None and other is not None and one.data_ptr() == other.data_ptr()
 
 
 def _dtype(model: nn.Module) -> torch.dtype | None:

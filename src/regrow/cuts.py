@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -128,11 +129,17 @@ def kept_by(model: nn.Module, plan: CutPlan) -> dict[nn.Parameter, Mapping[int, 
     }
 
 
-def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
+def apply_plan(
+    model: nn.Module, plan: CutPlan, weights: Mapping[str, Tensor] = MappingProxyType({})
+) -> list[Replaced]:
     """Leave of ``model`` what ``plan`` says, in place: smaller parameters and buffers, for good.
 
     Reads shapes, never values, and needs no forward pass; ``state_dict()`` keys stay. The plan is added
     to the model's list ``_regrow_cuts``, oldest first.
+
+    Args:
+        weights: layer → what the plan leaves of its weight, where somebody has made that already; it
+            becomes the model's.
 
     Raises:
         ValueError: the plan does not fit the model. Nothing is changed.
@@ -140,7 +147,7 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
     model = unwrap(model)
     found = layers(model, plan)
     _check_untied(model, found)
-    replaced = [one for layer in found for one in layer.cut()]
+    replaced = [one for layer in found for one in layer.cut(weights.get(layer.name))]
     model._regrow_cuts = [*cuts(model), plan.to_dict()]  # type: ignore[assignment]
     return replaced
 
@@ -210,8 +217,8 @@ class Layer:
     picked: list[int] | None
     spread: tuple[int, list[int]] | None
 
-    def cut(self) -> list[Replaced]:
-        """Leave it so; the parameters that smaller ones stand for."""
+    def cut(self, weight: Tensor | None = None) -> list[Replaced]:
+        """Leave it so, with ``weight`` if that is made already; what smaller parameters stand for."""
         module, replaced = self.module, []
         own = module._parameters | module._buffers
         before = vars(module).get("_regrow_left", {"kept": {}, "shapes": {}, "numbers": {}})
@@ -232,7 +239,7 @@ class Layer:
             if old is None:
                 module._buffers[key] = sliced(module._buffers[key], stay)
                 continue
-            new = _parameter(old, functools.partial(sliced, kept=stay))
+            new = _parameter(old, functools.partial(sliced, kept=stay), weight if key == "weight" else None)
             module._parameters[key] = new
             replaced.append(Replaced(old, new, kept))
             names.append(key)
@@ -245,9 +252,9 @@ class Layer:
                 "_regrow_placed": self.placed and self.placed[1],
                 "_regrow_spread": self.spread and self.spread[1],
             }
-            for key in module._regrow_at:
-                # A buffer moves with the model; one that is not persistent is not in its state_dict.
-                module.register_buffer(key, None, persistent=False)
+            # A buffer moves with the model; one that is not persistent is not in its state_dict.
+            module._buffers.update(dict.fromkeys(module._regrow_at))
+            module._non_persistent_buffers_set.update(module._regrow_at)
             module._index(device)
         return replaced
 
@@ -364,9 +371,16 @@ def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
     return replaced
 
 
-def _parameter(old: nn.Parameter, change: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """A parameter with the values and the gradient of ``old``, changed, and all else as it was."""
-    new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
+def _parameter(
+    old: nn.Parameter, change: Callable[[Tensor], Tensor], values: Tensor | None = None
+) -> nn.Parameter:
+    """A parameter with the values and the gradient of ``old``, changed, and all else as it was.
+
+    Args:
+        values: the changed values, where they are known.
+    """
+    values = change(old.detach()) if values is None else values
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     if old.grad is not None:
         new.grad = change(old.grad)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -288,10 +288,18 @@ def _visits(
 ) -> Iterator[tuple[Any, list[Any]]]:
     """What is on ``stack``, to which the caller adds, each channel of each node once."""
     visited: dict[int, set[Any]] = {}
+    whole: set[int] = set()  # nodes that saw all channels first, which most do, and mostly nothing else
     left = patience.steps * filters
+    places = _places(filters)
     while stack:
         node, indices = stack.pop()
-        seen = visited.setdefault(id(node), set())
+        if indices is places and id(node) not in visited and id(node) not in whole:
+            whole.add(id(node))
+            patience.spend(len(places), left)
+            left -= len(places)
+            yield node, places
+            continue
+        seen = visited.setdefault(id(node), set(places) if id(node) in whole else set())
         # Channel by channel: the ways through splits and sums are more than can be walked one by one.
         fresh = list(dict.fromkeys(indices))
         if seen:
@@ -325,12 +333,17 @@ def _steps(
 
 
 def _note(found: dict[str, Reads], layer: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> None:
-    indices = [index.idx for index in mapped]
+    filters: Sequence[int]
+    indices: Sequence[int]
+    if mapped is _places(len(mapped)):
+        filters = indices = range(len(mapped))
+    else:
+        filters, indices = [index.root_idx for index in mapped], [index.idx for index in mapped]
     if max(indices) >= _channels(layer):
         # A split into uneven parts, a tensor that is folded.
         raise ValueError(f"torch-pruning has lost count of the channels that {names[layer]!r} reads")
     entry = found.setdefault(names[layer], Reads())
-    entry.filters += [index.root_idx for index in mapped]
+    entry.filters += filters
     entry.indices += indices
 
 

@@ -67,13 +67,15 @@ def cut(
         widen(whole := copy.deepcopy(model))
         readers = read_structure(whole, example_inputs)
         keep = keep_of_uncut(model, keep, readers)
-    removal, plan = plan_removal_and_cut(whole, keep, example_inputs, readers=readers)
+    planned = plan_removal_and_cut(whole, keep, example_inputs, readers=readers)
+    removal, plan = planned.removal, planned.plan
     if optimizer is not None:
         _check_slots(model, optimizer)
     if removal.gone:
         widened = widen(model)
-        removal.apply(model)
-        replaced = apply_plan(model, plan)
+        # Rows that the plan leaves out need not be 0.
+        removal.apply(model, norms_alone=plan.rows.keys() | plan.spread.keys())
+        replaced = apply_plan(model, plan, planned.weights)
         if optimizer is not None:
             _repoint(optimizer, widened)
             _repoint(optimizer, replaced)
