@@ -55,15 +55,6 @@ class Drafting:
         self._pairs = _Pairs(self.flows, self._alive, self._wanted)
 
     @functools.cached_property
-    def _silent(self) -> dict[str, list[int]]:
-        """Norm → the channels that it makes 0 of."""
-        silent = {name: list(channels) for name, channels in self._removal.silenced.items()}
-        for name, gone in self._removal.gone.items():
-            for norm, reads in self._removal.readers[name].norms.items():
-                silent.setdefault(norm, []).extend(reads.of(gone))
-        return silent
-
-    @functools.cached_property
     def together(self) -> dict[str, set[str]]:
         """Convolution → those that write to channels of the same tensors, itself among them."""
         together = {name: {name} for name in self.convolutions}
@@ -235,7 +226,8 @@ class Drafting:
         if not present.all():
             plan.channels[name] = _indices(present)
         silent = torch.zeros_like(present)
-        silent[index_tensor(self._silent.get(name, []))] = True
+        silent[index_tensor(self._removal.silenced.get(name, []))] = True
+        silent[self._removal.norms.get(name, index_tensor([]))] = True
         module = self._modules[name]
         own = [p for p in module._parameters.values() if p is not None]
         fits = bool(own) and all(len(parameter) == len(present) for parameter in own)

@@ -98,7 +98,7 @@ class Probe:
             }
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
-                removal.apply(self._model, norms_alone=self._muted)
+                removal.apply(self._model, keep_rows=self._muted)
             self._shared = {
                 name
                 for name, module in named_parts(model)
@@ -119,7 +119,7 @@ class Probe:
         one, two = _noise(example, 1), _noise(example, 2)
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
-            self._inputs, self._look = inputs, _Look(self._modules, removal)
+            self._inputs, self._look = inputs, _Look(self._modules, removal.norms)
             self._expected = {False: _Seen()}
             try:
                 self._watch(self._model, self._layers, False, self._expected[False], note=self._look.note)
@@ -335,7 +335,7 @@ class _Look:
         way: as ``shrinking.way`` gives it.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], removal: Removal) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], removed: Mapping[str, Tensor]) -> None:
         self._modules = modules
         self.way: Way = []
         self._made: dict[int, tuple[str, Tensor]] = {}
@@ -343,11 +343,7 @@ class _Look:
         self._sources: dict[str, list[str]] = {}
         self.samples: dict[str, Tensor] = {}
         self.silent = True
-        removed: dict[str, list[int]] = {}
-        for name, gone in removal.gone.items():
-            for norm, reads in removal.readers[name].norms.items():
-                removed.setdefault(norm, []).extend(reads.of(gone))
-        self._removed = {norm: index_tensor(channels) for norm, channels in removed.items() if channels}
+        self._removed = removed
 
     def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """To be called behind every convolution, linear layer and norm."""

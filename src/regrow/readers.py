@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -99,22 +99,13 @@ def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def silence(
-    model: nn.Module,
-    readers: Mapping[str, Readers],
-    dropped: Mapping[str, Sequence[int]],
-    *,
-    norms_alone: Collection[str] = (),
-) -> None:
+def silence(model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]) -> None:
     """Make the filters ``dropped`` of convolutions, {name: indices}, emit exactly 0, in train and eval mode.
 
     Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
     zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
-
-    Args:
-        norms_alone: convolutions that somebody else silences, and that keep their rows.
     """
-    for module, indices in _silent_rows(model, readers, dropped, norms_alone):
+    for module, indices in _silent_rows(model, readers, dropped):
         zero_channels(module, indices)
 
 
@@ -137,17 +128,13 @@ def silent_entries(
 
 
 def _silent_rows(
-    model: nn.Module,
-    readers: Mapping[str, Readers],
-    dropped: Mapping[str, Sequence[int]],
-    norms_alone: Collection[str] = (),
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
 ) -> list[tuple[nn.Module, Tensor]]:
     """The convolutions and their norms, each with the rows that must be 0."""
     modules = dict(named_parts(unwrap(model)))
     rows: list[tuple[str, Sequence[int]]] = []
     for name, filters in dropped.items():
-        if name not in norms_alone:
-            rows.append((name, filters))
+        rows.append((name, filters))
         rows += [(norm, reads.of(filters)) for norm, reads in readers[name].norms.items()]
     return [(modules[layer], index_tensor(those)) for layer, those in rows if len(those)]
 

@@ -9,10 +9,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions, named_parts, unwrap
-from regrow.readers import Readers, column_mask, silence
+from regrow.placing import index_tensor
+from regrow.readers import Readers, column_mask, silence, zero_channels
 from regrow.silencing import norms_without_writers, silence_norms
 from regrow.structure import read_structure
 
@@ -79,9 +81,25 @@ class Removal:
         names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]
         return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
 
-    def apply(self, model: nn.Module, *, norms_alone: Collection[str] = ()) -> None:
-        """Silence it in ``model``, the user's own or a copy; ``norms_alone`` as for ``silence``."""
-        silence(model, self.readers, self.gone, norms_alone=norms_alone)
+    @functools.cached_property
+    def norms(self) -> dict[str, Tensor]:
+        """Norm → its channels that see removed filters, and nothing else, before any sum: int64."""
+        norms: dict[str, list[int]] = {}
+        for name, gone in self.gone.items():
+            for norm, reads in self.readers[name].norms.items():
+                norms.setdefault(norm, []).extend(reads.of(gone))
+        return {norm: index_tensor(channels) for norm, channels in norms.items() if channels}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:
+        """Silence it in ``model``, the user's own module or a copy of it; the rows of the convolutions in
+        ``keep_rows``, which somebody else silences, stay."""
+        modules = dict(named_parts(model))
+        for name, filters in self.gone.items():
+            if name not in keep_rows:
+                zero_channels(modules[name], index_tensor(filters))
+        for name, channels in self.norms.items():
+            zero_channels(modules[name], channels)
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:

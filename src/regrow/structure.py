@@ -111,6 +111,10 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
                     norms={norm: Reads(filters, filters) for norm in norms}, mixed=reason, blocked=reason
                 )
             readers[name] = found
+        if graph is not None:
+            for node in graph.module2node.values():
+                # Its nodes hold each other: Python would look through all that a cut leaves to find them.
+                vars(node).clear()
         rule_out(probe, readers)
     return Proposal(probe, example_inputs, small, seen.way, readers)
 

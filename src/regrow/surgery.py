@@ -74,7 +74,7 @@ def cut(
     if removal.gone:
         widened = widen(model)
         # Rows that the plan leaves out need not be 0.
-        removal.apply(model, norms_alone=plan.rows.keys() | plan.spread.keys())
+        removal.apply(model, keep_rows=plan.rows.keys() | plan.spread.keys())
         replaced = apply_plan(model, plan, planned.weights)
         if optimizer is not None:
             _repoint(optimizer, widened)
