@@ -91,7 +91,8 @@ def test_a_removal_that_silences_what_others_write_to_is_not_confirmed():
     model = Block()
     removal = plan_removal(model, KEEP, X)
     wide = copy.deepcopy(removal.readers)
-    wide["wide"].norms["norm1"].indices[:2] = [1, 0]  # filter 0 is said to be channel 1
+    norm = wide["wide"].norms["norm1"]
+    norm.indices = [1, 0, *norm.indices[2:]]  # filter 0 is said to be channel 1
     assert not Probe(model, Removal(wide, removal.dropped, removal.followers), X).confirms_removal
     rows = {"deep": [0, 4, 5]}  # row 4 reads a channel that is kept
     assert not Probe(model, Removal(removal.readers, removal.dropped, rows), X).confirms_removal

@@ -19,6 +19,8 @@ def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = 
     """``indices`` as int64 on ``device``; ``torch.tensor`` takes seven times as long for a list."""
     if isinstance(indices, Tensor):
         return indices.to(device)
+    if isinstance(indices, range):
+        return torch.arange(indices.start, indices.stop, indices.step, device=device)
     if not indices:
         return torch.empty(0, dtype=torch.int64, device=device)
     return torch.frombuffer(array("q", indices), dtype=torch.int64).to(device)

@@ -27,11 +27,17 @@ Consumer = Convolution | nn.Linear
 class Reads:
     """That a layer reads channels of a convolution: pairs of a filter and an index into the layer."""
 
-    filters: list[int] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
+    filters: Sequence[int]
+    indices: Sequence[int]
+
+    def add(self, filters: Sequence[int], indices: Sequence[int]) -> None:
+        """More such pairs."""
+        self.filters, self.indices = [*self.filters, *filters], [*self.indices, *indices]
 
     def of(self, dropped: Iterable[int]) -> list[int]:
         """The layer's indices that carry the filters in ``dropped``."""
+        if isinstance(self.filters, range) and self.filters is self.indices:  # most are, and quicker told so
+            return sorted(set(dropped).intersection(self.filters))
         return list(compress(self.indices, map(set(dropped).__contains__, self.filters)))
 
 

@@ -106,7 +106,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             found = None if graph is None else _walked(graph, conv, names, patience)
             if found is None:
                 reason = reason or "torch-pruning could not follow its channels"
-                filters = list(range(conv.out_channels))
+                filters = range(conv.out_channels)
                 found = Readers(
                     norms={norm: Reads(filters, filters) for norm in norms}, mixed=reason, blocked=reason
                 )
@@ -346,9 +346,10 @@ def _note(found: dict[str, Reads], layer: Any, mapped: list[Any], names: Mapping
     if max(indices) >= _channels(layer):
         # A split into uneven parts, a tensor that is folded.
         raise ValueError(f"torch-pruning has lost count of the channels that {names[layer]!r} reads")
-    entry = found.setdefault(names[layer], Reads())
-    entry.filters += filters
-    entry.indices += indices
+    if names[layer] in found:
+        found[names[layer]].add(filters, indices)
+    else:
+        found[names[layer]] = Reads(filters, indices)
 
 
 def _weighs(target: Any, names: Mapping[nn.Module, str]) -> bool:

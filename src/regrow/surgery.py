@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.calling import garbage_waiting
 from regrow.cutplan import plan_removal_and_cut
 from regrow.cuts import Replaced, apply_plan, is_cut, widen
 from regrow.filters import check_keep, convolutions, named_parts, unwrap
@@ -21,6 +22,7 @@ __all__ = ["apply_plan", "cut", "filter_counts", "keep_of_uncut"]
 _VERSION = 1
 
 
+@garbage_waiting()
 def cut(
     model: nn.Module,
     keep: Mapping[str, Tensor],
