@@ -51,6 +51,15 @@ def seed(model: nn.Module) -> None:
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
 
 
+def random_state(model: nn.Module) -> Tensor:
+    """Of the generators that the model's layers draw from; other devices than CUDA's have the CPU's alone."""
+    states = [torch.get_rng_state()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
+
+
 @contextmanager
 def garbage_waiting() -> Iterator[None]:
     """Reference cycles are collected afterwards: graphs and copies of a model are so many objects that in

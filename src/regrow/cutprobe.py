@@ -7,7 +7,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from regrow.aliveness import Aliveness
 from regrow.bridgeout_layers import remove_bridgeout
-from regrow.calling import call, floating, mapped, seed, set_mode, undisturbed
+from regrow.calling import call, floating, mapped, random_state, seed, set_mode, undisturbed
 from regrow.confirming import Noise, reads_silence, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
 from regrow.filters import named_parts
-from regrow.placing import channel_dim, index_tensor
+from regrow.placing import channel_dim, index_tensor, place
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.removal import Removal
 from regrow.shrinking import Way, step
@@ -33,6 +34,8 @@ _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
 
+# Exactly these: a class of one's own may compute something else in training.
+_PLAIN = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
@@ -68,7 +71,7 @@ class Probe:
         self._dropout: NoDropout | None = NoDropout()
         example = self._take(model, removal, example_inputs)
         self.own, self.way = self._look.own(), self._look.way
-        self.dead, others = self._find_dead(example, removal.gone)
+        self.dead, others = self._find_dead(example)
         self.confirms_removal = self._look.silent and all(
             self._follows(name, rows) for name, rows in removal.followers.items()
         )
@@ -91,11 +94,13 @@ class Probe:
             self._model, example = _precise(model, example_inputs, dtype, shared=self._quick)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
+            self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
             self._muted = {
-                name: index_tensor(filters)
-                for name, filters in removal.gone.items()
-                if self._quick and filters and type(self._modules[name]).forward in STOCK
+                name: filters
+                for name, filters in self._gone.items()
+                if self._quick and type(self._modules[name]).forward in STOCK
             }
+            self._noise, self._aliveness = Noise(2), Aliveness()
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model, keep_rows=self._muted)
@@ -120,23 +125,35 @@ class Probe:
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
             self._inputs, self._look = inputs, _Look(self._modules, removal.norms)
-            self._expected = {False: _Seen()}
             try:
-                self._watch(self._model, self._layers, False, self._expected[False], note=self._look.note)
+                self._expected = {False: self._see(False, note=self._look.note)}
             except Exception:  # the model takes no other batch, or no such numbers
                 if inputs is example:
                     raise
                 continue
             try:
-                with _buffers_kept(self._model):
-                    self._watch(self._model, self._layers, True, seen := _Seen())
-                self._expected[True] = seen
+                self._expected[True] = self._seen_in_training()
                 if self._dropout is not None and not self._dropout.met:
                     self._dropout = None  # a plan changes no calls: spare those of a cut the detour
             except Exception:  # a model that needs targets to train, or a batch of several
                 if inputs is not example:
                     continue
             return
+
+    def _seen_in_training(self) -> _Seen:
+        """What masks give in train mode.
+
+        Where all convolutions and linear layers are PyTorch's own, which do the same in either mode, noise
+        stands for what they compute: what is between them is left to compare.
+        """
+        plain = all(type(module) in _PLAIN for _, module in self._layers if not isinstance(module, Norm))
+        if self._quick and plain:
+            with suppress(Exception), _buffers_kept(self._model):  # noise may be more than the model bears
+                seen = self._see(True, noisy=True)
+                if seen.ran == self._expected[False].ran:
+                    return seen
+        with _buffers_kept(self._model):
+            return self._see(True)
 
     def _follows(self, name: str, rows: Sequence[int]) -> bool:
         """Whether all that ``rows`` of a grouped convolution read is 0 whatever comes in."""
@@ -159,12 +176,11 @@ class Probe:
         }
         try:
             apply_plan(cut, plan)
-            layers = channel_layers(cut)
             for training, expected in self._expected.items():
-                self._watch(cut, layers, training, _Seen(ran), expected, arriving)
+                self._compare(cut, training, expected, plan, arriving, ran)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
-        self._confirmed = plan, dict(layers)
+        self._confirmed = plan, dict(named_parts(cut))
         return None
 
     def weights_left(self, plan: CutPlan) -> dict[str, Tensor]:
@@ -211,119 +227,155 @@ class Probe:
             whole = whole.index_select(at, index_tensor(halves["rows"], whole.device))
         return _close(whole, part, self._tolerance, _scale(whole))
 
-    def _find_dead(
-        self, example: Any, gone: Mapping[str, Sequence[int]]
-    ) -> tuple[dict[str, Tensor], list[set[str]]]:
+    def _find_dead(self, example: Any) -> tuple[dict[str, Tensor], list[set[str]]]:
         """Which channels are 0 when all that convolutions and linear layers compute is noise, and the
         layers that ran.
 
         Noise of one sign first and the other then: no activation stops both, and no sum cancels.
         """
-        alive: dict[str, Tensor] = {}
-        unclear: set[str] = set()
-        silent = {name: index_tensor(filters) for name, filters in gone.items() if len(filters)}
-        noise = Noise(2)
-
-        def see(name: str, tensor: Any, dim: int) -> None:
-            if not isinstance(tensor, Tensor) or not tensor.numel() or dim >= tensor.dim():
-                unclear.add(name)
-                return
-            others = [each for each in range(tensor.dim()) if each != dim % tensor.dim()]
-            # A third of the time that any() takes; what is no number is not 0.
-            moved = ((tensor.abs().amax(others) if others else tensor) != 0).cpu()
-            if name in alive and alive[name].shape != moved.shape:
-                unclear.add(name)
-            else:
-                alive[name] = alive[name] | moved if name in alive else moved
 
         def look(sign: int) -> set[str]:
             names: set[str] = set()
 
             def after(name: str, module: Any, inputs: Any, output: Any) -> Tensor | None:
                 names.add(name)
-                if isinstance(module, Norm):
-                    see(name, output, 1)
-                    return None
-                if inputs:
-                    see(name, inputs[0], channel_dim(module, inputs[0]))
-                else:
-                    unclear.add(name)
-                dim = channel_dim(module, output)
-                if (muted := self._muted.get(name)) is not None:
-                    return noise.among(output, dim, None, sign).index_fill_(dim, muted.to(output.device), 0)
-                return noise.among(output, dim, silent.get(name), sign)
+                self._aliveness.note(name, module, inputs, output)
+                return None if isinstance(module, Norm) else self._noise_for(name, module, output, sign)
 
             with hooked(self._layers, after):
                 # Noise as input too: a channel of the example may be 0 by chance.
                 _run(self._model, _noise(example, 1), training=False)
             return names
 
+        seen = self._expected.get(True)
         try:
             # What they compute is replaced by noise anyway.
             with idle([layer for layer in self._layers if not isinstance(layer[1], Norm)]):
-                ran = [look(1), look(-1)]
+                # A pass of which chance decides may have left something out.
+                ran = [look(sign) for sign in ((-1,) if seen and seen.noise and not seen.drew else (1, -1))]
         except Exception:  # noise may be more than the model's own code bears
             return {}, []
-        return {name: ~seen for name, seen in alive.items() if name not in unclear}, ran
+        return self._aliveness.dead(), ran
 
-    def _watch(
+    def _noise_for(self, name: str, module: nn.Module, output: Tensor, sign: int) -> Tensor:
+        """Noise in place of what a convolution or linear layer of the masked model makes."""
+        dim = channel_dim(module, output)
+        if (muted := self._muted.get(name)) is not None:
+            noise = self._noise.among(output, dim, None, sign)
+            return noise.index_fill_(dim, muted.to(output.device), 0)
+        return self._noise.among(output, dim, self._gone.get(name), sign)
+
+    def _see(self, training: bool, *, note: Callable[..., None] | None = None, noisy: bool = False) -> _Seen:
+        """What the masked model shows in one pass.
+
+        Args:
+            note: called behind each layer.
+            noisy: noise stands for what convolutions and linear layers compute.
+        """
+        seen = _Seen()
+
+        def before(name: str, _module: nn.Module, given: Any) -> None:
+            if given and isinstance(given[0], Tensor):
+                seen.ran.append(name)
+                mine = given[0].detach()
+                # A copy: the model may go on to change its tensor in place.
+                seen.given.append((name, mine.clone(), _largest(mine)))
+
+        def after(name: str, module: nn.Module, given: Any, output: Any) -> Tensor | None:
+            seen.reach(name, output)
+            if noisy:
+                self._aliveness.note(name, module, given, output)
+                if not isinstance(module, Norm):
+                    seen.noise.append((name, noise := self._noise_for(name, module, output, 1)))
+                    return noise.clone()
+            elif (muted := self._muted.get(name)) is not None:
+                output.index_fill_(channel_dim(module, output), muted.to(output.device), 0)
+            if note is not None:
+                note(name, module, given, output)
+            return None
+
+        consumers = [layer for layer in self._layers if not isinstance(layer[1], Norm)]
+        with idle(consumers if noisy else []), hooked(self._layers, after, before):
+            output, seen.drew = _run(self._model, self._inputs, training, self._dropout)
+        seen.outputs = floating(output)
+        return seen
+
+    def _compare(
         self,
-        model: nn.Module,
-        layers: Sequence[tuple[str, nn.Module]],
+        cut: nn.Module,
         training: bool,
-        seen: _Seen,
-        expected: _Seen | None = None,
-        arriving: Mapping[str, tuple[int, Tensor]] = {},
-        note: Callable[..., None] | None = None,
+        expected: _Seen,
+        plan: CutPlan,
+        arriving: Mapping[str, tuple[int, Tensor]],
+        ran: list[str],
     ) -> None:
-        """Run ``model`` and note what is ``seen``; ``ValueError`` where it is not as ``expected``.
+        """Run ``cut``; ``ValueError`` where what it shows is not as ``expected``.
 
         Every layer that reads what it should then reads exactly that, so that rounding does not add up.
 
         Args:
             arriving: layer → (input channels, those of them that arrive), where they are not all.
+            ran: the layers that run are added.
         """
+        seen, layers, read = _Seen(ran), channel_layers(cut), 0
 
         def before(name: str, module: nn.Module, given: Any) -> Any:
+            nonlocal read
             if not given or not isinstance(given[0], Tensor):
                 return None
-            seen.ran.append(name)
-            mine = given[0].detach()
-            if expected is None:
-                # A copy: the model may go on to change its tensor in place.
-                seen.given.append((name, mine.clone(), _largest(mine)))
-                return None
-            other_name, whole, scale = same = expected.given[len(seen.given)]
-            seen.given.append(same)
+            ran.append(name)
+            other_name, whole, scale = expected.given[read]
+            read += 1
             if not math.isfinite(scale):
                 raise ValueError(f"{name!r} reads no numbers to compare by")
             dim = channel_dim(module, whole)
             width, index = arriving.get(name, (0, _NONE))
-            theirs = whole.clone()
-            if width == whole.shape[dim]:
-                theirs = whole.index_select(dim, index.to(whole.device))
-            if name != other_name or not _close(theirs, mine, self._tolerance, scale):
+            partly = width == whole.shape[dim]
+            theirs = whole.index_select(dim, index.to(whole.device)) if partly else whole.clone()
+            if name != other_name or not _close(theirs, given[0].detach(), self._tolerance, scale):
                 raise ValueError(f"{name!r} reads something else")
             return theirs, *given[1:]
 
-        def after(name: str, module: nn.Module, given: Any, output: Any) -> None:
-            if expected is None and (muted := self._muted.get(name)) is not None:
-                output.index_fill_(channel_dim(module, output), muted.to(output.device), 0)
-            if not seen.ran or name != seen.ran[-1]:
-                seen.ran.append(name)
-            if output.numel():
-                seen.made.add(name)
-            if note is not None:
-                note(name, module, given, output)
+        def after(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
+            seen.reach(name, output)
 
-        with hooked(layers, after, before):
-            seen.outputs = floating(_run(model, self._inputs, training, self._dropout))
-        if expected is not None:
-            pairs = zip(expected.outputs, seen.outputs, strict=True)
-            if len(seen.given) != len(expected.given) or not all(
-                _close(theirs, mine, self._tolerance, _scale(theirs)) for theirs, mine in pairs
-            ):
-                raise ValueError("the outputs differ")
+        with _replayed(layers, expected.noise, plan), hooked(layers, after, before):
+            output, _ = _run(cut, self._inputs, training, self._dropout)
+        pairs = zip(expected.outputs, floating(output), strict=True)
+        if read != len(expected.given) or not all(
+            _close(theirs, mine, self._tolerance, _scale(theirs)) for theirs, mine in pairs
+        ):
+            raise ValueError("the outputs differ")
+
+
+@contextmanager
+def _replayed(
+    layers: Sequence[tuple[str, nn.Module]], noise: Sequence[tuple[str, Tensor]], plan: CutPlan
+) -> Iterator[None]:
+    """Convolutions and linear layers of a cut model make what is left of the ``noise`` that stood for what
+    the masked model's made, call by call."""
+    calls = iter(noise)
+
+    def replay(name: str, module: nn.Module, rows: Tensor | None, _input: Tensor) -> Tensor:
+        expected, values = next(calls, ("", _NONE))
+        if expected != name:
+            raise ValueError(f"{name!r} runs where {expected!r} should")
+        dim = channel_dim(module, values)
+        values = values.clone() if rows is None else values.index_select(dim, rows.to(values.device))
+        if name in plan.placed:
+            width, positions = plan.placed[name]
+            values = place(values, index_tensor(positions, values.device), dim, width)
+        return values
+
+    replaced = [(name, module) for name, module in layers if noise and not isinstance(module, Norm)]
+    for name, module in replaced:
+        rows = index_tensor(plan.rows[name]) if name in plan.rows else None
+        vars(module)["forward"] = functools.partial(replay, name, module, rows)
+    try:
+        yield
+    finally:
+        for _, module in replaced:
+            del vars(module)["forward"]
 
 
 class _Look:
@@ -377,14 +429,30 @@ class _Look:
 
 @dataclass
 class _Seen:
-    """One pass: the layers that ran, what convolutions and linear layers read and the largest number in it,
-    the layers that made something of it (a detector without a box calls its head with nothing), the
-    outputs."""
+    """One pass.
+
+    Attributes:
+        ran: the layers, in order.
+        given: what convolutions and linear layers read, and the largest number in it.
+        made: the layers that made something of it. A detector without a box calls its head with nothing.
+        outputs: the model's.
+        noise: what stood for what convolutions and linear layers compute, if noise did.
+        drew: the model drew random numbers.
+    """
 
     ran: list[str] = field(default_factory=list)
     given: list[tuple[str, Tensor, float]] = field(default_factory=list)
     made: set[str] = field(default_factory=set)
     outputs: list[Tensor] = field(default_factory=list)
+    noise: list[tuple[str, Tensor]] = field(default_factory=list)
+    drew: bool = False
+
+    def reach(self, name: str, output: Tensor) -> None:
+        """Note that a layer ran and what it made."""
+        if not self.ran or name != self.ran[-1]:
+            self.ran.append(name)
+        if output.numel():
+            self.made.add(name)
 
 
 def _scale(tensor: Tensor) -> float:
@@ -415,12 +483,15 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(values)
 
 
-def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> Any:
+def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> tuple[Any, bool]:
+    """What ``model`` makes of ``inputs``, and whether it drew random numbers for that."""
     with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
         seed(model)
         if model.training != training:
             set_mode(model, training)
-        return call(model, copy.deepcopy(inputs))
+        begun = random_state(model)
+        output = call(model, copy.deepcopy(inputs))
+        return output, not torch.equal(begun, random_state(model))
 
 
 class NoDropout(TorchFunctionMode):
