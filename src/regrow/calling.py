@@ -51,13 +51,12 @@ def seed(model: nn.Module) -> None:
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
 
 
-def random_state(model: nn.Module) -> Tensor:
-    """Of the generators that the model's layers draw from; other devices than CUDA's have the CPU's alone."""
-    states = [torch.get_rng_state()]
+def random_state(model: nn.Module) -> Tensor | None:
+    """Of the generators that the model's layers draw from; None for those of other devices than CUDA's."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return torch.cat(states)
+        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
+    return torch.get_rng_state() if device.type == "cpu" else None
 
 
 @contextmanager

@@ -113,7 +113,9 @@ def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: 
     """A probe that looks at small pictures, if they take the way that the large ones do."""
     if proposal.small is not None:
         with suppress(Exception):  # a model of one size, or a failure that large pictures bring about too
-            probe = Probe(model, removal, proposal.small, quick=quick)
+            probe = Probe(
+                model, removal, proposal.small, quick=quick, spare=proposal.probe if quick else None
+            )
             if probe.way == proposal.way:
                 return probe
     return None

@@ -55,7 +55,13 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module, removal: Removal, example_inputs: Any, *, quick: bool = False
+        self,
+        model: nn.Module,
+        removal: Removal,
+        example_inputs: Any,
+        *,
+        quick: bool = False,
+        spare: nn.Module | None = None,
     ) -> None:
         """Copy ``model``, remove the filters and look at a few passes.
 
@@ -63,13 +69,15 @@ class Probe:
             quick: compute in float32, and set dropped channels to 0 in what PyTorch's own convolutions make,
                 with the model's weights as they are, in the model's memory. What this confirms is so; it may
                 refute what is right.
+            spare: a copy of the model, in evaluation mode, with the model's own memory for parameters, which
+                is used up.
 
         Raises:
             ValueError: which layers run depends on the data.
         """
         self._quick = quick
-        self._dropout: NoDropout | None = NoDropout()
-        example = self._take(model, removal, example_inputs)
+        self._dropout: NoDropout | None = None
+        example = self._take(model, removal, example_inputs, spare)
         self.own, self.way = self._look.own(), self._look.way
         self.dead, others = self._find_dead(example)
         self.confirms_removal = self._look.silent and all(
@@ -87,11 +95,15 @@ class Probe:
                     "filters. Cut the parts that always run, each as a model of its own."
                 )
 
-    def _take(self, model: nn.Module, removal: Removal, example_inputs: Any) -> Any:
+    def _take(self, model: nn.Module, removal: Removal, example_inputs: Any, spare: nn.Module | None) -> Any:
         """Copy the model in the most precise numbers that its code bears, and look at it; the example in
         those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
-            self._model, example = _precise(model, example_inputs, dtype, shared=self._quick)
+            if spare is not None and _dtypes(spare) == {dtype}:
+                self._model, example = _freed(spare), mapped(example_inputs, _to(dtype))
+            else:
+                self._model, example = _precise(model, example_inputs, dtype, shared=self._quick)
+            _disarm(self._model)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
             self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
@@ -133,15 +145,21 @@ class Probe:
                 continue
             try:
                 self._expected[True] = self._seen_in_training()
-                if self._dropout is not None and not self._dropout.met:
-                    self._dropout = None  # a plan changes no calls: spare those of a cut the detour
             except Exception:  # a model that needs targets to train, or a batch of several
                 if inputs is not example:
                     continue
             return
 
     def _seen_in_training(self) -> _Seen:
-        """What masks give in train mode.
+        """What masks give in train mode."""
+        seen = self._trained()
+        if seen.drew:  # it may have been a dropout that did: each call is looked at
+            self._dropout = NoDropout()
+            seen = self._trained()
+        return seen
+
+    def _trained(self) -> _Seen:
+        """One pass in train mode.
 
         Where all convolutions and linear layers are PyTorch's own, which do the same in either mode, noise
         stands for what they compute: what is between them is left to compare.
@@ -437,7 +455,7 @@ class _Seen:
         made: the layers that made something of it. A detector without a box calls its head with nothing.
         outputs: the model's.
         noise: what stood for what convolutions and linear layers compute, if noise did.
-        drew: the model drew random numbers.
+        drew: the model drew random numbers, for all that is known.
     """
 
     ran: list[str] = field(default_factory=list)
@@ -491,22 +509,19 @@ def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | Non
             set_mode(model, training)
         begun = random_state(model)
         output = call(model, copy.deepcopy(inputs))
-        return output, not torch.equal(begun, random_state(model))
+        ended = random_state(model)
+        return output, begun is None or ended is None or not torch.equal(begun, ended)
 
 
 class NoDropout(TorchFunctionMode):
     """Dropout passes everything on: what it drops depends on the width of the tensor, so two networks of
-    other widths would differ by chance. ``met``: there was one that had something to drop."""
-
-    met = False
+    other widths would differ by chance. Takes a detour of Python with every call."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _DROPOUTS:
-            named = kwargs or {}
-            self.met = self.met or bool(args[1] if len(args) > 1 else named.get("p", 0.5))
-            return args[0] if args else named["input"]
+            return args[0] if args else (kwargs or {})["input"]
         return func(*args, **(kwargs or {}))
 
 
@@ -527,18 +542,42 @@ def _precise(
 
     probe = copied(model, renew, requires_grad=False)
     set_mode(probe, False)
-    parts = [part for _, part in named_parts(probe)]
-    for part in parts:
+    if dtype is None:
+        return probe, example_inputs
+    if _dtypes(probe) - {dtype}:
+        probe.to(dtype)  # tensors of a class of their own
+    return probe, mapped(example_inputs, _to(dtype))
+
+
+def _to(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    return functools.partial(Tensor.to, dtype=dtype)
+
+
+def _freed(probe: nn.Module) -> nn.Module:
+    """``probe``, which shares parameters with the model, sharing as ``_precise`` does and no more."""
+    for _, part in named_parts(probe):
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                if key != "weight" or type(part).forward not in STOCK:
+                    parameter.data = parameter.data.clone()
+    return probe
+
+
+def _disarm(probe: nn.Module) -> None:
+    """Take away what makes every pass another."""
+    for _, part in named_parts(probe):
         if "_bridgeout_passes" in vars(part):
             remove_bridgeout(part)
         if isinstance(part, _DropoutNd):
             part.p = 0.0  # see NoDropout
-    if dtype is None:
-        return probe, example_inputs
-    tensors = (t for part in parts for t in (*part._parameters.values(), *part._buffers.values()))
-    if any(t is not None and t.is_floating_point() and t.dtype != dtype for t in tensors):
-        probe.to(dtype)  # tensors of a class of their own
-    return probe, mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype))
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype | None]:
+    """Of the floating tensors of ``model``."""
+    parts = [part for _, part in named_parts(model)]
+    tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+    return {t.dtype for t in tensors if t is not None and t.is_floating_point()}
 
 
 def _same_memory(a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.calling import undisturbed
+from regrow.filters import named_parts
 from regrow.watching import channel_layers, hooked, idle
 
 # Of the shorter side: at 64 pixels a network that halves its maps five times still has four in the last.
@@ -60,7 +61,7 @@ def way(model: nn.Module, pictures: Tensor) -> Way:
 def idle_way(model: nn.Module, pictures: Tensor) -> Way:
     """``way``, with PyTorch's own layers computing nothing: the way of a network in which no number decides
     which layers run. Large pictures take a fifth of the time."""
-    with idle(channel_layers(model)):
+    with idle(named_parts(model)):
         return way(model, pictures)
 
 

@@ -52,13 +52,16 @@ class Proposal:
     """What torch-pruning's graph says of a model, which nothing has confirmed yet.
 
     Attributes:
-        probe: a copy of the model, in evaluation mode, with the model's own memory for parameters.
+        model: that, which is not touched.
+        probe: a copy of it, in evaluation mode, with the model's own memory for parameters; whoever needs one
+            first may use it up.
         example_inputs: what it takes; of large pictures two at most.
         small: the same, shrunk; None where there is nothing to shrink. The model may not bear them.
         way: the way that ``example_inputs`` take.
         readers: {qualified name: readers}, as ``read_structure`` gives them.
     """
 
+    model: nn.Module
     probe: nn.Module
     example_inputs: Any
     small: Tensor | None
@@ -67,10 +70,10 @@ class Proposal:
 
     def confirmed(self) -> dict[str, Readers]:
         """The readers without what forward passes contradict; the proposal is used up."""
-        with undisturbed(self.probe), torch.no_grad():
-            for parameter in self.probe.parameters():
-                parameter.data = parameter.data.clone()  # confirming silences filters
-            confirm(self.probe, smaller_picture(self.probe, self.example_inputs, self.way), self.readers)
+        probe = copied(self.model, torch.clone)
+        set_mode(probe, False)
+        with undisturbed(probe), torch.no_grad():
+            confirm(probe, smaller_picture(probe, self.example_inputs, self.way), self.readers)
         return self.readers
 
 
@@ -80,8 +83,9 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     Raises:
         ValueError: as ``read_structure``.
     """
+    model = unwrap(model)
     try:
-        probe = copied(unwrap(model), requires_grad=True)
+        probe = copied(model, requires_grad=True)
         set_mode(probe, False)
     except Exception as error:
         raise ValueError(
@@ -116,7 +120,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
                 # Its nodes hold each other: Python would look through all that a cut leaves to find them.
                 vars(node).clear()
         rule_out(probe, readers)
-    return Proposal(probe, example_inputs, small, seen.way, readers)
+    return Proposal(model, probe, example_inputs, small, seen.way, readers)
 
 
 class _Seen:

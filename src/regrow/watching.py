@@ -14,11 +14,17 @@ from regrow.readers import Consumer, Norm
 
 # Tuples are tested faster than unions.
 _CONSUMERS = get_args(Consumer)
-_NORMS = get_args(Norm)
-_LAYERS = (*_CONSUMERS, *_NORMS)
+_LAYERS = (*_CONSUMERS, *get_args(Norm))
 # The ``forward`` of layers that do what their names say.
 STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
-_STOCK_NORMS = {layer.forward for layer in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)}
+_SHAPED_ALIKE = {
+    layer.forward
+    for layer in (
+        *(nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm),
+        *(nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.PReLU),
+        *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
+    )
+}
 
 
 @contextmanager
@@ -69,12 +75,12 @@ def _between(
 @contextmanager
 def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Those of ``layers`` that are PyTorch's own compute nothing: convolutions and linear layers make zeros
-    of the shape that they would make, and norms give back what they are given."""
+    of the shape that they would make, norms and activations give back what they are given."""
     idled: list[dict[str, Any]] = []
     try:
         for _, module in layers:
-            stock = type(module).forward in STOCK or type(module).forward in _STOCK_NORMS
-            if stock and "forward" not in vars(module):
+            forward = type(module).forward
+            if (forward in STOCK or forward in _SHAPED_ALIKE) and "forward" not in vars(module):
                 vars(module)["forward"] = functools.partial(_zeros, module)
                 idled.append(vars(module))
         yield
@@ -84,7 +90,7 @@ def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
 
 
 def _zeros(module: Any, x: Tensor) -> Tensor:
-    if isinstance(module, _NORMS):
+    if type(module).forward in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):
         shape = [*x.shape[:-1], module.out_features]
