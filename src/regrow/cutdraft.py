@@ -187,8 +187,10 @@ class Drafting:
 
     def _uneven(self, name: str, emitted: Mapping[str, Tensor]) -> bool:
         groups = self.convolutions[name].groups
+        if groups == 1:
+            return False
         counts = (emitted[name] & self._alive[name]).view(groups, -1).sum(1)
-        return groups > 1 and len(counts[counts > 0].unique()) > 1
+        return len(counts[counts > 0].unique()) > 1
 
     def _write_rows(
         self,
@@ -225,14 +227,15 @@ class Drafting:
     def _write_norm(self, plan: CutPlan, name: str, present: Tensor) -> None:
         if not present.all():
             plan.channels[name] = _indices(present)
-        silent = torch.zeros_like(present)
-        silent[index_tensor(self._removal.silenced.get(name, []))] = True
-        silent[self._removal.norms.get(name, index_tensor([]))] = True
+        loud = present.clone()
+        for silent in (self._removal.norms.get(name), self._removal.silenced.get(name)):
+            if silent is not None:
+                loud[index_tensor(silent)] = False
         module = self._modules[name]
         own = [p for p in module._parameters.values() if p is not None]
-        fits = bool(own) and all(len(parameter) == len(present) for parameter in own)
-        if (silent & present).any() and fits and name not in self._tied:
-            plan.spread[name] = _indices(present & ~silent)
+        fits = bool(own) and all(parameter.shape == present.shape for parameter in own)
+        if fits and name not in self._tied and not torch.equal(loud, present):
+            plan.spread[name] = _indices(loud)
 
     def _write_columns(self, plan: CutPlan, name: str, present: Tensor) -> None:
         module: Any = self._modules[name]

@@ -554,12 +554,13 @@ def _to(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
 
 
 def _freed(probe: nn.Module) -> nn.Module:
-    """``probe``, which shares parameters with the model, sharing as ``_precise`` does and no more."""
+    """``probe``, which shares parameters with the model, without those that a removal writes to; norms get
+    others by ``unsettle``."""
     for _, part in named_parts(probe):
-        for key, parameter in part._parameters.items():
+        for parameter in part._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
-                if key != "weight" or type(part).forward not in STOCK:
+                if isinstance(part, Consumer) and type(part).forward not in STOCK:
                     parameter.data = parameter.data.clone()
     return probe
 

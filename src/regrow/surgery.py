@@ -153,7 +153,8 @@ def filter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    parameters = {p for _, module in named_parts(model) for p in module._parameters.values() if p is not None}
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _check_slots(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
