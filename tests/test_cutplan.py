@@ -527,9 +527,9 @@ def test_what_float32_refutes_is_looked_at_in_float64(monkeypatch, make_net):
     model, keep = make_net((3, 4)), {"conv1": keep_but(3, 1)}
     expected, refutes, asked = plan_cut(model, keep, X[:1]), Probe.refutes, []
 
-    def strict(probe, *args):
+    def strict(probe, *args, **named):
         asked.append(next(probe._model.parameters()).dtype)
-        return [] if asked[-1] == torch.float32 else refutes(probe, *args)
+        return [] if asked[-1] == torch.float32 else refutes(probe, *args, **named)
 
     monkeypatch.setattr(Probe, "refutes", strict)
     assert plan_cut(model, keep, X[:1]) == expected

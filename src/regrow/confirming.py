@@ -112,23 +112,23 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
     They are in memory of their own then, so that ``probe`` may share the model's.
     """
 
-    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
-        if tensor is not None:
-            tensor.data = torch.empty(tensor.shape).uniform_(low, high, generator=generator).to(tensor)
+    ranges: dict[tuple[float, float], list[Tensor]] = {}
+    settled: set[Tensor] = set()
 
-    settled: set[Tensor | None] = set()
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None and tensor not in settled:
+            settled.add(tensor)
+            ranges.setdefault((low, high), []).append(tensor)
+
     modules = [module for _, module in named_parts(probe)]
     for module in modules:
         if isinstance(module, Norm):
-            running = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-            settled |= {module.weight, module.bias, *running}
             uniform(module.weight, 0.5, 1.5)
             uniform(module.bias, 0.2, 0.5)
             # Below 0, so that a norm without a bias makes something of 0 that passes a ReLU, too.
-            uniform(running[0], -0.1, -0.02)
-            uniform(running[1], 0.5, 1.5)
+            uniform(getattr(module, "running_mean", None), -0.1, -0.02)
+            uniform(getattr(module, "running_var", None), 0.5, 1.5)
         elif isinstance(module, Consumer):
-            settled.add(module.bias)
             uniform(module.bias, -0.1, 0.1)
     for module in modules:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -136,6 +136,11 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
                 continue
             if _constant(tensor):
                 uniform(tensor, 0.5, 1.5)
+    for (low, high), tensors in ranges.items():
+        values = torch.empty(sum(tensor.numel() for tensor in tensors))
+        values.uniform_(low, high, generator=generator)
+        for tensor, own in zip(tensors, values.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.data = own.view(tensor.shape).to(tensor)
 
 
 def _constant(tensor: Tensor) -> bool:

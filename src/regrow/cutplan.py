@@ -104,7 +104,7 @@ def plan_removal_and_cut(
                 removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
                 proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
             search = _Search(removal, probe, Drafting(model, removal, probe))
-            if (plan := search.wished()) is not None:
+            if (plan := search.wished(last=quick)) is not None:
                 return Planned(removal, plan, probe.weights_left(plan))
     return Planned(removal, search.plan())
 
@@ -128,10 +128,14 @@ class _Search:
         self._removal, self._probe, self._drafting = removal, probe, drafting
         self._wishes = {name: self._wish(name) for name in drafting.convolutions}
 
-    def wished(self) -> CutPlan | None:
-        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed."""
+    def wished(self, *, last: bool) -> CutPlan | None:
+        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed.
+
+        Args:
+            last: the probe is used up.
+        """
         draft = self._drafting.draft(self._wishes)
-        return draft.plan if self._probe.refutes(draft.plan, draft.present) is None else None
+        return draft.plan if self._probe.refutes(draft.plan, draft.present, last=last) is None else None
 
     def plan(self) -> CutPlan:
         """The best that is confirmed, where ``wished`` is not.

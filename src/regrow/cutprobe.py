@@ -4,35 +4,36 @@ the same."""
 from __future__ import annotations
 
 import copy
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
 from regrow.aliveness import Aliveness
-from regrow.bridgeout_layers import remove_bridgeout
-from regrow.calling import call, floating, mapped, random_state, seed, set_mode, undisturbed
-from regrow.confirming import Noise, reads_silence, unsettle
+from regrow.calling import floating
+from regrow.confirming import Noise, unsettle
 from regrow.copying import copied
 from regrow.cuts import CutPlan, apply_plan
+from regrow.cutseen import Look, Seen, close, largest, replayed, scale_of
 from regrow.filters import named_parts
-from regrow.placing import channel_dim, index_tensor, place
-from regrow.readers import Consumer, Norm, per_channel
+from regrow.placing import channel_dim, index_tensor
+from regrow.probing import (
+    NoDropout,
+    buffers_kept,
+    copied_as,
+    disarm,
+    dtypes,
+    freed,
+    inputs_as,
+    noise_like,
+    run,
+)
+from regrow.readers import Norm
 from regrow.removal import Removal
-from regrow.shrinking import Way, step
 from regrow.watching import STOCK, channel_layers, hooked, idle
-
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-}  # fmt: skip
 
 # Exactly these: a class of one's own may compute something else in training.
 _PLAIN = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
@@ -83,7 +84,7 @@ class Probe:
         self.confirms_removal = self._look.silent and all(
             self._follows(name, rows) for name, rows in removal.followers.items()
         )
-        self.exercised = self._expected[False].made | self._expected.get(True, _Seen()).made
+        self.exercised = self._expected[False].made | self._expected.get(True, Seen()).made
         ran = set(self._expected[False].ran)
         every = {name for name, _ in self._layers}
         self.partial = True not in self._expected and ran != every
@@ -99,11 +100,12 @@ class Probe:
         """Copy the model in the most precise numbers that its code bears, and look at it; the example in
         those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
-            if spare is not None and _dtypes(spare) == {dtype}:
-                self._model, example = _freed(spare), mapped(example_inputs, _to(dtype))
+            if spare is not None and dtypes(spare) == {dtype}:
+                self._model = freed(spare)
             else:
-                self._model, example = _precise(model, example_inputs, dtype, shared=self._quick)
-            _disarm(self._model)
+                self._model = copied_as(model, dtype, shared=self._quick)
+            example = inputs_as(example_inputs, dtype)
+            disarm(self._model)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
             self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
@@ -121,7 +123,7 @@ class Probe:
                 for name, module in named_parts(model)
                 if type(module).forward in STOCK and _same_memory(module, self._modules[name])
             }
-            precise = _dtype(self._model) == torch.float64
+            precise = dtypes(self._model) == {torch.float64}
             self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
                 self._refer(example, removal)
@@ -133,10 +135,10 @@ class Probe:
 
     def _refer(self, example: Any, removal: Removal) -> None:
         """Find inputs to compare plans by, and note what masks give in each mode that can be compared."""
-        one, two = _noise(example, 1), _noise(example, 2)
+        one, two = noise_like(example, 1), noise_like(example, 2)
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
-            self._inputs, self._look = inputs, _Look(self._modules, removal.norms)
+            self._inputs, self._look = inputs, Look(self._modules, removal.norms)
             try:
                 self._expected = {False: self._see(False, note=self._look.note)}
             except Exception:  # the model takes no other batch, or no such numbers
@@ -150,7 +152,7 @@ class Probe:
                     continue
             return
 
-    def _seen_in_training(self) -> _Seen:
+    def _seen_in_training(self) -> Seen:
         """What masks give in train mode."""
         seen = self._trained()
         if seen.drew:  # it may have been a dropout that did: each call is looked at
@@ -158,19 +160,20 @@ class Probe:
             seen = self._trained()
         return seen
 
-    def _trained(self) -> _Seen:
+    def _trained(self) -> Seen:
         """One pass in train mode.
 
         Where all convolutions and linear layers are PyTorch's own, which do the same in either mode, noise
         stands for what they compute: what is between them is left to compare.
         """
-        plain = all(type(module) in _PLAIN for _, module in self._layers if not isinstance(module, Norm))
+        consumers = [module for _, module in self._layers if not isinstance(module, Norm)]
+        plain = all(type(module) in _PLAIN and "forward" not in vars(module) for module in consumers)
         if self._quick and plain:
-            with suppress(Exception), _buffers_kept(self._model):  # noise may be more than the model bears
+            with suppress(Exception), buffers_kept(self._model):  # noise may be more than the model bears
                 seen = self._see(True, noisy=True)
                 if seen.ran == self._expected[False].ran:
                     return seen
-        with _buffers_kept(self._model):
+        with buffers_kept(self._model):
             return self._see(True)
 
     def _follows(self, name: str, rows: Sequence[int]) -> bool:
@@ -179,15 +182,18 @@ class Probe:
         groups = index_tensor(rows) // (conv.out_channels // conv.groups)
         return name in self.dead and bool(self.dead[name].view(conv.groups, -1)[groups].all())
 
-    def refutes(self, plan: CutPlan, present: Mapping[str, Tensor]) -> list[str] | None:
+    def refutes(
+        self, plan: CutPlan, present: Mapping[str, Tensor], *, last: bool = False
+    ) -> list[str] | None:
         """None if ``plan`` computes what the masks do, in eval and train mode; else the layers that had run,
         one after the other, when it turned out that it does not.
 
         Args:
             present: layer → BoolTensor[channels]: which of its input channels the plan leaves in the
                 tensor that arrives. Layers not listed: all.
+            last: the probe is used up.
         """
-        cut = copied(self._model)
+        cut = self._model if last else copied(self._model)
         ran: list[str] = []
         arriving = {
             name: (len(mask), mask.nonzero().flatten()) for name, mask in present.items() if not mask.all()
@@ -243,7 +249,7 @@ class Probe:
         if "rows" in halves:
             at = channel_dim(module, whole)
             whole = whole.index_select(at, index_tensor(halves["rows"], whole.device))
-        return _close(whole, part, self._tolerance, _scale(whole))
+        return close(whole, part, self._tolerance, scale_of(whole))
 
     def _find_dead(self, example: Any) -> tuple[dict[str, Tensor], list[set[str]]]:
         """Which channels are 0 when all that convolutions and linear layers compute is noise, and the
@@ -262,7 +268,7 @@ class Probe:
 
             with hooked(self._layers, after):
                 # Noise as input too: a channel of the example may be 0 by chance.
-                _run(self._model, _noise(example, 1), training=False)
+                run(self._model, noise_like(example, 1), training=False)
             return names
 
         seen = self._expected.get(True)
@@ -283,21 +289,21 @@ class Probe:
             return noise.index_fill_(dim, muted.to(output.device), 0)
         return self._noise.among(output, dim, self._gone.get(name), sign)
 
-    def _see(self, training: bool, *, note: Callable[..., None] | None = None, noisy: bool = False) -> _Seen:
+    def _see(self, training: bool, *, note: Callable[..., None] | None = None, noisy: bool = False) -> Seen:
         """What the masked model shows in one pass.
 
         Args:
             note: called behind each layer.
             noisy: noise stands for what convolutions and linear layers compute.
         """
-        seen = _Seen()
+        seen = Seen()
 
         def before(name: str, _module: nn.Module, given: Any) -> None:
             if given and isinstance(given[0], Tensor):
                 seen.ran.append(name)
                 mine = given[0].detach()
                 # A copy: the model may go on to change its tensor in place.
-                seen.given.append((name, mine.clone(), _largest(mine)))
+                seen.given.append((name, mine.clone(), largest(mine)))
 
         def after(name: str, module: nn.Module, given: Any, output: Any) -> Tensor | None:
             seen.reach(name, output)
@@ -314,7 +320,7 @@ class Probe:
 
         consumers = [layer for layer in self._layers if not isinstance(layer[1], Norm)]
         with idle(consumers if noisy else []), hooked(self._layers, after, before):
-            output, seen.drew = _run(self._model, self._inputs, training, self._dropout)
+            output, seen.drew = run(self._model, self._inputs, training, self._dropout)
         seen.outputs = floating(output)
         return seen
 
@@ -322,7 +328,7 @@ class Probe:
         self,
         cut: nn.Module,
         training: bool,
-        expected: _Seen,
+        expected: Seen,
         plan: CutPlan,
         arriving: Mapping[str, tuple[int, Tensor]],
         ran: list[str],
@@ -335,7 +341,7 @@ class Probe:
             arriving: layer → (input channels, those of them that arrive), where they are not all.
             ran: the layers that run are added.
         """
-        seen, layers, read = _Seen(ran), channel_layers(cut), 0
+        seen, layers, read = Seen(ran), channel_layers(cut), 0
 
         def before(name: str, module: nn.Module, given: Any) -> Any:
             nonlocal read
@@ -350,266 +356,22 @@ class Probe:
             width, index = arriving.get(name, (0, _NONE))
             partly = width == whole.shape[dim]
             theirs = whole.index_select(dim, index.to(whole.device)) if partly else whole.clone()
-            if name != other_name or not _close(theirs, given[0].detach(), self._tolerance, scale):
+            if name != other_name or not close(theirs, given[0].detach(), self._tolerance, scale):
                 raise ValueError(f"{name!r} reads something else")
             return theirs, *given[1:]
 
         def after(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
             seen.reach(name, output)
 
-        with _replayed(layers, expected.noise, plan), hooked(layers, after, before):
-            output, _ = _run(cut, self._inputs, training, self._dropout)
+        with replayed(layers, expected.noise, plan), hooked(layers, after, before):
+            output, _ = run(cut, self._inputs, training, self._dropout)
         pairs = zip(expected.outputs, floating(output), strict=True)
         if read != len(expected.given) or not all(
-            _close(theirs, mine, self._tolerance, _scale(theirs)) for theirs, mine in pairs
+            close(theirs, mine, self._tolerance, scale_of(theirs)) for theirs, mine in pairs
         ):
             raise ValueError("the outputs differ")
-
-
-@contextmanager
-def _replayed(
-    layers: Sequence[tuple[str, nn.Module]], noise: Sequence[tuple[str, Tensor]], plan: CutPlan
-) -> Iterator[None]:
-    """Convolutions and linear layers of a cut model make what is left of the ``noise`` that stood for what
-    the masked model's made, call by call."""
-    calls = iter(noise)
-
-    def replay(name: str, module: nn.Module, rows: Tensor | None, _input: Tensor) -> Tensor:
-        expected, values = next(calls, ("", _NONE))
-        if expected != name:
-            raise ValueError(f"{name!r} runs where {expected!r} should")
-        dim = channel_dim(module, values)
-        values = values.clone() if rows is None else values.index_select(dim, rows.to(values.device))
-        if name in plan.placed:
-            width, positions = plan.placed[name]
-            values = place(values, index_tensor(positions, values.device), dim, width)
-        return values
-
-    replaced = [(name, module) for name, module in layers if noise and not isinstance(module, Norm)]
-    for name, module in replaced:
-        rows = index_tensor(plan.rows[name]) if name in plan.rows else None
-        vars(module)["forward"] = functools.partial(replay, name, module, rows)
-    try:
-        yield
-    finally:
-        for _, module in replaced:
-            del vars(module)["forward"]
-
-
-class _Look:
-    """What a pass shows of the layers of a masked model.
-
-    Attributes:
-        samples: of convolutions and linear layers other than PyTorch's own: an input to try a slice on.
-        silent: the norms of removed filters read and make 0 in their channels.
-        way: as ``shrinking.way`` gives it.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], removed: Mapping[str, Tensor]) -> None:
-        self._modules = modules
-        self.way: Way = []
-        self._made: dict[int, tuple[str, Tensor]] = {}
-        self._readers: dict[str, list[str]] = {}
-        self._sources: dict[str, list[str]] = {}
-        self.samples: dict[str, Tensor] = {}
-        self.silent = True
-        self._removed = removed
-
-    def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """To be called behind every convolution, linear layer and norm."""
-        self.way.append(step(name, output))
-        if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
-            # Holding the tensor keeps its id from being used again.
-            self._made[id(output)] = (name, output)
-            self._readers.setdefault(name, [])
-        if isinstance(module, Norm):
-            source = self._made.get(id(inputs[0]), ("", None))[0] if inputs else ""
-            self._sources.setdefault(name, []).append(source)
-            if source:
-                self._readers[source].append(name)
-            if name in self._removed:
-                self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
-        elif inputs and type(module).forward not in STOCK:
-            self.samples[name] = inputs[0].detach().clone()
-
-    def own(self) -> dict[str, str]:
-        """{convolution: the norm that reads its output, and nothing else's}."""
-        self._made.clear()
-        return {
-            name: norms[0]
-            for name, norms in self._readers.items()
-            if norms
-            and set(norms) == {norms[0]}
-            and set(self._sources[norms[0]]) == {name}
-            and per_channel(self._modules[norms[0]])
-        }
-
-
-@dataclass
-class _Seen:
-    """One pass.
-
-    Attributes:
-        ran: the layers, in order.
-        given: what convolutions and linear layers read, and the largest number in it.
-        made: the layers that made something of it. A detector without a box calls its head with nothing.
-        outputs: the model's.
-        noise: what stood for what convolutions and linear layers compute, if noise did.
-        drew: the model drew random numbers, for all that is known.
-    """
-
-    ran: list[str] = field(default_factory=list)
-    given: list[tuple[str, Tensor, float]] = field(default_factory=list)
-    made: set[str] = field(default_factory=set)
-    outputs: list[Tensor] = field(default_factory=list)
-    noise: list[tuple[str, Tensor]] = field(default_factory=list)
-    drew: bool = False
-
-    def reach(self, name: str, output: Tensor) -> None:
-        """Note that a layer ran and what it made."""
-        if not self.ran or name != self.ran[-1]:
-            self.ran.append(name)
-        if output.numel():
-            self.made.add(name)
-
-
-def _scale(tensor: Tensor) -> float:
-    return _largest(tensor.nan_to_num(0, 0, 0))
-
-
-def _largest(tensor: Tensor) -> float:
-    """Not a number where the tensor holds one that is none."""
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
-    if a.shape != b.shape:
-        return False
-    if not a.numel() or float((a - b).abs_().max()) <= tolerance * scale:  # most are, and quicker told so
-        return True
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics end as they began."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, values in saved:
-            buffer.copy_(values)
-
-
-def _run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> tuple[Any, bool]:
-    """What ``model`` makes of ``inputs``, and whether it drew random numbers for that."""
-    with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
-        seed(model)
-        if model.training != training:
-            set_mode(model, training)
-        begun = random_state(model)
-        output = call(model, copy.deepcopy(inputs))
-        ended = random_state(model)
-        return output, begun is None or ended is None or not torch.equal(begun, ended)
-
-
-class NoDropout(TorchFunctionMode):
-    """Dropout passes everything on: what it drops depends on the width of the tensor, so two networks of
-    other widths would differ by chance. Takes a detour of Python with every call."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
-
-
-def _precise(
-    model: nn.Module, example_inputs: Any, dtype: torch.dtype | None, *, shared: bool
-) -> tuple[nn.Module, Any]:
-    """A copy of the model to change, and its inputs, in numbers of ``dtype``, or as they are.
-
-    Args:
-        shared: the weights of PyTorch's own convolutions and linear layers are in the model's memory, where
-            they are of that dtype already.
-    """
-    parts = [part for _, part in named_parts(model)]
-    weights = {part._parameters.get("weight") for part in parts if shared and type(part).forward in STOCK}
-
-    def renew(values: Tensor) -> Tensor:
-        return values.to(dtype if values.is_floating_point() else None, copy=values not in weights)
-
-    probe = copied(model, renew, requires_grad=False)
-    set_mode(probe, False)
-    if dtype is None:
-        return probe, example_inputs
-    if _dtypes(probe) - {dtype}:
-        probe.to(dtype)  # tensors of a class of their own
-    return probe, mapped(example_inputs, _to(dtype))
-
-
-def _to(dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    return functools.partial(Tensor.to, dtype=dtype)
-
-
-def _freed(probe: nn.Module) -> nn.Module:
-    """``probe``, which shares parameters with the model, without those that a removal writes to; norms get
-    others by ``unsettle``."""
-    for _, part in named_parts(probe):
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
-                if isinstance(part, Consumer) and type(part).forward not in STOCK:
-                    parameter.data = parameter.data.clone()
-    return probe
-
-
-def _disarm(probe: nn.Module) -> None:
-    """Take away what makes every pass another."""
-    for _, part in named_parts(probe):
-        if "_bridgeout_passes" in vars(part):
-            remove_bridgeout(part)
-        if isinstance(part, _DropoutNd):
-            part.p = 0.0  # see NoDropout
-
-
-def _dtypes(model: nn.Module) -> set[torch.dtype | None]:
-    """Of the floating tensors of ``model``."""
-    parts = [part for _, part in named_parts(model)]
-    tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
-    return {t.dtype for t in tensors if t is not None and t.is_floating_point()}
 
 
 def _same_memory(a: Any, b: Any) -> bool:
     one, other = a._parameters.get("weight"), b._parameters.get("weight")
     return one is not None and other is not None and one.data_ptr() == other.data_ptr()
-
-
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _noise(example: Any, repeats: int) -> Any:
-    """Random numbers in the range of each floating tensor; ``repeats`` times the batch."""
-    generator = torch.Generator().manual_seed(3)
-
-    def change(tensor: Tensor) -> Tensor:
-        low, high = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
-        shape = tensor.shape
-        if low == high:
-            return torch.randn(shape, generator=generator).to(tensor)
-        return torch.rand(shape, generator=generator).mul(high - low).add(low).to(tensor)
-
-    def longer(inputs: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            return inputs.repeat(repeats, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
-        if isinstance(inputs, Mapping):
-            return {key: longer(value) for key, value in inputs.items()}
-        return tuple(map(longer, inputs)) if isinstance(inputs, tuple | list) else inputs
-
-    flat = isinstance(example, Tensor) or all(
-        not isinstance(part, tuple | list | Mapping)
-        for part in (example.values() if isinstance(example, Mapping) else example)
-    )
-    return mapped(longer(example) if repeats > 1 and flat else example, change)
