@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import regrow
 from regrow.calling import call, floating
 from regrow.confirming import unsettle
-from regrow.cutprobe import NoDropout
+from regrow.probing import NoDropout
 from regrow.cuts import CutPlan, kept_by, sliced
 from regrow.filters import convolutions
 from regrow.removal import plan_removal, unremovable
