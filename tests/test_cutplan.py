@@ -523,6 +523,19 @@ def test_a_row_behind_an_activation_that_makes_something_of_zero_stays():
     assert planned(nn.Sequential(*layers), **{"0": [1]}).rows == {"0": [0, 2, 3], "2": [0, 2, 3]}
 
 
+def test_weights_that_are_read_without_calling_their_layer():
+    def both(net, x):
+        return net.head(net.a(x).relu() + F.conv2d(x, net.a.weight, padding=1).relu())
+
+    assert planned(Net(both, a=conv(3, 4), head=head(4)), a=[1])
+
+    def penalty(net, x):
+        return net.head(net.b(net.a(x).relu()).relu()), net.a.weight.square().sum()
+
+    model = Net(penalty, a=conv(3, 4), b=conv(4, 5), head=head(5))
+    assert plan_cut(model, {"a": keep_but(4, 1)}, X[:1]).rows == {"a": [0, 2, 3]}
+
+
 def test_what_float32_refutes_is_looked_at_in_float64(monkeypatch, make_net):
     model, keep = make_net((3, 4)), {"conv1": keep_but(3, 1)}
     expected, refutes, asked = plan_cut(model, keep, X[:1]), Probe.refutes, []

@@ -101,3 +101,99 @@ def test_a_removal_that_silences_what_others_write_to_is_not_confirmed():
 def test_a_plan_that_does_not_fit_is_refuted():
     probe, draft = confirmed(quick=True)
     assert probe.refutes(CutPlan(rows={"stem": [0, 9]}), draft.present) == []
+
+
+class Reversing(nn.Module):
+    """Its channels change places between the convolutions, in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.back = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return self.head(self.back(x.flip(1) if self.training else x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_only_training_contradicts_is_refuted(quick):
+    torch.manual_seed(0)
+    model = Reversing()
+    removal = plan_removal(model, {"stem": without(6, 0)}, X)
+    probe = Probe(model, removal, X, quick=quick)
+    out = CutPlan(
+        rows={"stem": [1, 2, 3, 4, 5]}, channels={"norm": [1, 2, 3, 4, 5]}, columns={"back": [1, 2, 3, 4, 5]}
+    )
+    present = {"norm": without(6, 0), "back": without(6, 0)}
+    assert probe.refutes(out, present) is not None
+    placed = CutPlan(
+        rows={"stem": [1, 2, 3, 4, 5]},
+        placed={"norm": (6, [1, 2, 3, 4, 5])},
+        channels={"norm": [1, 2, 3, 4, 5]},
+    )
+    assert probe.refutes(placed, {}) is None
+
+
+def test_a_quick_probe_takes_no_memory_for_weights_and_leaves_the_model_alone():
+    torch.manual_seed(0)
+    model = Block().requires_grad_(True).train()
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    removal = plan_removal(model, KEEP, X)
+    probe = Probe(model, removal, X, quick=True)
+    for name in ("stem", "wide", "deep", "back", "head"):
+        assert probe._modules[name].weight.data_ptr() == model.get_submodule(name).weight.data_ptr()
+    drafting = Drafting(model, removal, probe)
+    draft = drafting.draft(dict.fromkeys(drafting.convolutions, OUT))
+    assert probe.refutes(draft.plan, draft.present, last=True) is None
+    weights = probe.weights_left(draft.plan)
+    assert set(weights) == {"stem", "wide", "deep", "back", "head"} & {*draft.plan.rows, *draft.plan.columns}
+    for name, (tensor, values) in before.items():
+        assert model.state_dict(keep_vars=True)[name] is tensor
+        assert torch.equal(tensor, values)
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_noise_stands_for_layers_that_do_the_same_in_training():
+    torch.manual_seed(0)
+    model = Block()
+    removal = plan_removal(model, KEEP, X)
+    noisy = Probe(model, removal, X, quick=True)
+    model.deep.__class__ = type("Mine", (nn.Conv2d,), {})
+    real = Probe(model, removal, X, quick=True)
+    assert noisy._expected[True].noise
+    assert not real._expected[True].noise
+    assert noisy.dead.keys() == real.dead.keys()
+    assert all(torch.equal(noisy.dead[name], real.dead[name]) for name in real.dead)
+
+
+class Chancy(Block):
+    """Leaves its block out, or channels, by chance in training."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        x = self.norm0(self.stem(x)).relu()
+        y = self.norm3(self.back(self.norm2(self.deep(self.norm1(self.wide(x)).relu())).relu()))
+        if self.kind == "block":
+            y = y * (torch.rand(()) > 0.5) if self.training else y
+        else:
+            y = nn.functional.dropout2d(y, 0.5, self.training)
+        return self.head((x + y).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["block", "channels"])
+def test_chance_in_training_neither_refutes_nor_hides(kind):
+    torch.manual_seed(0)
+    model = Chancy(kind)
+    removal = plan_removal(model, KEEP, X)
+    probe = Probe(model, removal, X, quick=True)
+    assert probe._expected[True].drew == (kind == "block")  # a dropout that is held still draws nothing
+    drafting = Drafting(model, removal, probe)
+    draft = drafting.draft(dict.fromkeys(drafting.convolutions, OUT))
+    assert probe.dead["head"].tolist() == [False, True, False, False, False, False]
+    assert probe.refutes(draft.plan, draft.present) is None
+    assert all(probe.refutes(plan, draft.present) is not None for plan in with_one_index_changed(draft.plan))

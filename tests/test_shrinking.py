@@ -2,8 +2,9 @@ import torch
 import torchvision
 from torch import nn
 
+from regrow import structure
 from regrow.cutplan import plan_cut
-from regrow.shrinking import smaller_picture
+from regrow.shrinking import idle_way, smaller_picture, way
 from regrow.structure import read_structure
 
 
@@ -101,3 +102,31 @@ def test_a_model_of_one_size_is_planned_at_that_size():
     keep = {"0": torch.tensor([True, True, False, True])}
     readers = read_structure(model, torch.randn(1, 3, 128, 128))
     assert plan_cut(model, keep, torch.randn(1, 3, 128, 128), readers=readers) == plan
+
+
+def traced_on(monkeypatch, model, x):
+    """The sides of the pictures that the graph was traced on."""
+    sides, trace = [], structure._trace
+
+    def tracing(probe, inputs, seen):
+        sides.append(inputs.shape[-1])
+        return trace(probe, inputs, seen)
+
+    monkeypatch.setattr(structure, "_trace", tracing)
+    structure.propose_structure(model, x)
+    return sides
+
+
+def test_the_graph_is_traced_on_small_pictures_where_they_go_the_same_way(monkeypatch):
+    x = torch.randn(1, 3, 128, 128)
+    assert traced_on(monkeypatch, pooled(), x) == [64]
+    fixed = nn.Sequential(nn.Conv2d(3, 4, 3, stride=32), nn.Flatten(), nn.Linear(4 * 16, 2))
+    assert traced_on(monkeypatch, fixed, x) == [64, 128]
+    assert traced_on(monkeypatch, pooled(), torch.randn(1, 3, 32, 32)) == [32]
+
+
+def test_the_way_is_that_of_a_pass_that_computes():
+    torch.manual_seed(0)
+    model, x = torchvision.models.mobilenet_v3_small().eval(), torch.randn(1, 3, 128, 128)
+    assert idle_way(model, x) == way(model, x)
+    assert model(x).abs().sum() > 0
