@@ -32,9 +32,9 @@ from torch import Tensor, nn
 import regrow
 from regrow.calling import call, floating
 from regrow.confirming import unsettle
-from regrow.probing import NoDropout
 from regrow.cuts import CutPlan, kept_by, sliced
 from regrow.filters import convolutions
+from regrow.probing import NoDropout
 from regrow.removal import plan_removal, unremovable
 from regrow.structure import read_structure
 from regrow.surgery import cut
