@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import named_parts
+from regrow.filters import parts
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -36,7 +35,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def set_mode(model: nn.Module, training: bool) -> None:
     """``model.train(training)``, in a fifth of the time."""
-    modules = list(map(operator.itemgetter(1), named_parts(model)))
+    modules = parts(model)
     if any(type(module).train is not nn.Module.train for module in modules):
         model.train(training)
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.calling import call, floating
-from regrow.filters import convolutions, named_parts
+from regrow.filters import convolutions, named_parts, parts
 from regrow.placing import index_tensor
 from regrow.readers import Consumer, Norm, Readers, column_mask, per_channel, silence, tied_modules
 
@@ -120,7 +120,7 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
             settled.add(tensor)
             ranges.setdefault((low, high), []).append(tensor)
 
-    modules = [module for _, module in named_parts(probe)]
+    modules = parts(probe)
     for module in modules:
         if isinstance(module, Norm):
             uniform(module.weight, 0.5, 1.5)

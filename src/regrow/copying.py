@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import named_parts
+from regrow.filters import parts
 
 
 def copied(
@@ -35,7 +35,7 @@ def copied(
         Whatever ``copy.deepcopy`` does of a model that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    modules = [module for _, module in named_parts(model)]
+    modules = parts(model)
     for parameter in {p: None for module in modules for p in module._parameters.values()}:
         if type(parameter) is nn.Parameter:
             values = (renew or torch.detach)(parameter).detach()

@@ -64,6 +64,19 @@ def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def parts(model: nn.Module) -> list[nn.Module]:
+    """``named_parts`` without the names."""
+    found: dict[nn.Module, None] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found[module] = None
+            if module._modules:
+                left += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
 def left_out(model: nn.Module) -> dict[str, str]:
     """The convolutions whose filters are not comparable or not ours to change: {name: reason}."""
     seen: dict[int, str] = {}

@@ -7,6 +7,7 @@ row by row.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,14 +17,20 @@ from torch import Tensor, nn
 
 
 def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
-    """``indices`` as int64 on ``device``; ``torch.tensor`` takes seven times as long for a list."""
+    """``indices`` as int64 on ``device``, not to be changed; for a list ``torch.tensor`` takes seven times as
+    long."""
     if isinstance(indices, Tensor):
         return indices.to(device)
     if isinstance(indices, range):
-        return torch.arange(indices.start, indices.stop, indices.step, device=device)
+        return _counted(indices).to(device)
     if not indices:
         return torch.empty(0, dtype=torch.int64, device=device)
     return torch.frombuffer(array("q", indices), dtype=torch.int64).to(device)
+
+
+@functools.lru_cache(maxsize=256)
+def _counted(indices: range) -> Tensor:
+    return torch.arange(indices.start, indices.stop, indices.step)
 
 
 def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -32,6 +39,8 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     Args:
         index: [kept] int64, no entry twice.
     """
+    if not torch.is_grad_enabled():
+        return _taken(tensor, index, dim)
     return cast(Tensor, _Take.apply(tensor, index, dim))
 
 
@@ -41,6 +50,8 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
+    if not torch.is_grad_enabled():
+        return _placed(tensor, index, dim, width)
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
 
 

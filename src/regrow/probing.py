@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from regrow.bridgeout_layers import remove_bridgeout
 from regrow.calling import call, mapped, random_state, seed, set_mode, undisturbed
 from regrow.copying import copied
-from regrow.filters import named_parts
+from regrow.filters import parts
 from regrow.readers import Consumer
 from regrow.watching import STOCK
 
@@ -33,8 +33,8 @@ def copied_as(model: nn.Module, dtype: torch.dtype | None, *, shared: bool) -> n
         shared: the weights of PyTorch's own convolutions and linear layers are in the model's memory, where
             they are of that dtype already.
     """
-    parts = [part for _, part in named_parts(model)]
-    weights = {part._parameters.get("weight") for part in parts if shared and type(part).forward in STOCK}
+    stock = [part for part in parts(model) if shared and type(part).forward in STOCK]
+    weights = {part._parameters.get("weight") for part in stock}
 
     def renew(values: Tensor) -> Tensor:
         return values.to(dtype if values.is_floating_point() else None, copy=values not in weights)
@@ -54,7 +54,7 @@ def inputs_as(example_inputs: Any, dtype: torch.dtype | None) -> Any:
 def freed(probe: nn.Module) -> nn.Module:
     """``probe``, which has the model's memory for parameters, with memory of its own where masks are written:
     it becomes what ``copied_as`` makes with ``shared``. Norms and biases get theirs from ``unsettle``."""
-    for _, part in named_parts(probe):
+    for part in parts(probe):
         for parameter in part._parameters.values():
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -65,7 +65,7 @@ def freed(probe: nn.Module) -> nn.Module:
 
 def disarm(probe: nn.Module) -> None:
     """Take Bridgeout and dropout away, which make every pass another."""
-    for _, part in named_parts(probe):
+    for part in parts(probe):
         if "_bridgeout_passes" in vars(part):
             remove_bridgeout(part)
         if isinstance(part, _DropoutNd):
@@ -74,15 +74,15 @@ def disarm(probe: nn.Module) -> None:
 
 def dtypes(model: nn.Module) -> set[torch.dtype | None]:
     """Of the floating tensors of ``model``."""
-    parts = [part for _, part in named_parts(model)]
-    tensors = [t for part in parts for t in (*part._parameters.values(), *part._buffers.values())]
+    tensors = [t for part in parts(model) for t in (*part._parameters.values(), *part._buffers.values())]
     return {t.dtype for t in tensors if t is not None and t.is_floating_point()}
 
 
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Running statistics end as they began."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [buffer for part in parts(model) for buffer in part._buffers.values() if buffer is not None]
+    saved = [(buffer, buffer.clone()) for buffer in dict.fromkeys(buffers)]
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regrow.calling import garbage_waiting
 from regrow.cutplan import plan_removal_and_cut
 from regrow.cuts import Replaced, apply_plan, is_cut, widen
-from regrow.filters import check_keep, convolutions, named_parts, unwrap
+from regrow.filters import check_keep, convolutions, named_parts, parts, unwrap
 from regrow.readers import Readers
 from regrow.removal import unremovable
 from regrow.structure import read_structure
@@ -153,7 +153,7 @@ def filter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _count(model: nn.Module) -> int:
-    parameters = {p for _, module in named_parts(model) for p in module._parameters.values() if p is not None}
+    parameters = {p for module in parts(model) for p in module._parameters.values() if p is not None}
     return sum(parameter.numel() for parameter in parameters)
 
 
