@@ -114,7 +114,7 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
             (FSDP): its filters are spread over processes.
     """
     # fully_shard puts FSDPModule among the bases of the model, or of some of its parts.
-    bases = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    bases = {base.__name__ for kind in set(map(type, parts(model))) for base in kind.__mro__}
     if bases & {"FullyShardedDataParallel", "FSDPModule"}:
         raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
     every = convolutions(model)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.cuts import CutPlan, Layer, layers
-from regrow.filters import unwrap
+from regrow.filters import parts, unwrap
 from regrow.norming import batch_norm, norms_innermost
 from regrow.placing import channel_dim, index_tensor, place, take, take_block
 
@@ -89,7 +89,7 @@ def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
 
 def check_not_sharded(model: nn.Module) -> None:
     """Raise ``ValueError`` if a parameter of ``model`` is spread over processes (FSDP, tensor parallel)."""
-    bases = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    bases = {base.__name__ for kind in set(map(type, parts(model))) for base in kind.__mro__}
     sharded = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
     if sharded or bases & {"FullyShardedDataParallel", "FSDPModule"}:
         raise ValueError(
