@@ -45,7 +45,8 @@ def plan_cut(
         example_inputs: as for ``read_structure``.
         readers: what ``read_structure`` says of the model, where that is known already.
         followers: rows of grouped convolutions that read removed channels only go with them, as in
-            ``remove_filters``; without, they go on computing what their norms make of 0.
+            ``remove_filters``; without, they go on computing what their norms make of 0, and only norms
+            behind sums go along.
 
     Returns:
         A plan whose network equals the masked one, confirmed on a copy in eval and train mode, with random

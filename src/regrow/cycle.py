@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from regrow.agreeing import copy_from_first, first_decides, group_of
-from regrow.cutplan import plan_cut
+from regrow.cutplan import plan_removal_and_cut
 from regrow.cuts import CutPlan
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
 from regrow.narrowing import check_not_sharded, check_plan
 from regrow.readers import silent_entries
+from regrow.removal import plan_removal
 from regrow.scoring import check_criterion, score
 from regrow.selection import check_selection, select
 from regrow.structure import read_structure
@@ -157,7 +158,7 @@ class RePr:
                     readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
         self._replicated = isinstance(model, nn.DataParallel)
         self._compact = compact
-        self._example_inputs = _detached(example_inputs) if compact else None
+        self._example_inputs = _detached(example_inputs)
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -258,8 +259,8 @@ class RePr:
             warnings.warn(warning, stacklevel=3)
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
-        plan = decided["plan"]
-        self._sub = self._sub_phase(decided["dropped"], plan=plan and CutPlan.from_dict(plan))
+        plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
+        self._sub = self._sub_phase(decided["dropped"], decided["silenced"], plan)
         return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
 
     def _choose(self, cycle: int) -> dict[str, Any]:
@@ -274,9 +275,10 @@ class RePr:
         dropped = {
             name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
         }
-        plan, reasons = self._plan(dropped)
+        plan, silenced, reasons = self._plan(dropped)
         return {
             "dropped": dropped,
+            "silenced": silenced,
             "plan": plan and plan.to_dict(),
             "warnings": said,
             "notes": said + reasons,
@@ -302,38 +304,58 @@ class RePr:
         if self._group is not None:
             copy_from_first([*self._model.parameters(), *self._model.buffers()], self._group)
 
-    def _plan(self, dropped: Mapping[str, list[int]]) -> tuple[CutPlan | None, list[str]]:
-        """How to compute without ``dropped``, and notes on the layers that go on computing them."""
-        if not self._compact or not dropped:
-            return None, []
-        if self._replicated:
-            return None, [
-                "all dropped filters are computed and held at 0, for nn.DataParallel copies the model for "
-                "every pass: use DistributedDataParallel."
-            ]
+    def _plan(
+        self, dropped: Mapping[str, list[int]]
+    ) -> tuple[CutPlan | None, dict[str, list[int]], list[str]]:
+        """How to compute without ``dropped``, the channels of norms behind sums that go along, and notes on
+        the layers that go on computing what is dropped."""
+        if not dropped:
+            return None, {}, []
         keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
         for name, indices in dropped.items():
             keep[name][indices] = False
         device = next(self._model.parameters()).device
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
-        try:
-            plan = plan_cut(self._model, keep, inputs, readers=self._readers, followers=False)
-            check_plan(self._model, plan)
-        except Exception as error:  # whatever the model raises when it is copied and run: train on by masks
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return None, [
-                f"all dropped filters are computed and held at 0, for no plan could be made: {reason}"
+        notes = []
+        if self._replicated and self._compact:
+            notes = [
+                "all dropped filters are computed and held at 0, for nn.DataParallel copies the model for "
+                "every pass: use DistributedDataParallel."
             ]
-        return plan, [
+        elif self._compact:
+            try:
+                return self._compact_plan(keep, inputs)
+            except Exception as error:  # whatever the model raises when it is copied and run: use masks
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                notes = [f"all dropped filters are computed and held at 0, for no plan could be made: {why}"]
+        try:
+            removal = plan_removal(self._model, keep, inputs, self._readers, followers=False)
+        except Exception:  # as above
+            return None, {}, notes
+        return None, dict(removal.silenced), notes
+
+    def _compact_plan(
+        self, keep: Mapping[str, Tensor], inputs: Any
+    ) -> tuple[CutPlan, dict[str, list[int]], list[str]]:
+        planned = plan_removal_and_cut(self._model, keep, inputs, readers=self._readers, followers=False)
+        check_plan(self._model, planned.plan)
+        notes = [
             f"{name}: its dropped filters are computed and held at 0, because {why}."
-            for name, why in plan.masked.items()
+            for name, why in planned.plan.masked.items()
         ]
+        return planned.plan, dict(planned.removal.silenced), notes
 
     def _sub_phase(
-        self, dropped: Mapping[str, list[int]], memory: Any = None, plan: CutPlan | None = None
+        self,
+        dropped: Mapping[str, list[int]],
+        silenced: Mapping[str, list[int]],
+        plan: CutPlan | None,
+        memory: Any = None,
     ) -> SubPhase:
         consumers = self._settings["consumers"]
-        return SubPhase(self._model, self._optimizer, self._layers, dropped, consumers, memory, plan)
+        return SubPhase(
+            self._model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on exactly: tensors, numbers, strings and lists of them."""
@@ -373,20 +395,21 @@ class RePr:
                 f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
             )
         sub = state["sub_phase"]
-        plan = None
+        plan, silenced = None, {}
         if sub:
+            silenced = sub.get("silenced", {})
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan"):
                 # Not planned anew: another plan would round differently.
                 plan = CutPlan.from_dict(sub["plan"])
                 check_plan(self._model, plan)
             else:
-                plan, _ = self._plan(sub["dropped"])
+                plan = self._plan(sub["dropped"])[0]
         if self._sub is not None:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
-        self._sub = self._sub_phase(sub["dropped"], sub, plan) if sub else None
+        self._sub = self._sub_phase(sub["dropped"], silenced, plan, sub) if sub else None
 
     def remove(self) -> None:
         """Take every hook off: a plain module and optimizer again.

@@ -145,6 +145,13 @@ def _silent_rows(
     return [(modules[layer], index_tensor(those)) for layer, those in rows if len(those)]
 
 
+def per_channel_tensors(norm: nn.Module) -> dict[str, Tensor]:
+    """Weight, bias, running mean and variance of a norm, those of them that there are."""
+    keys = ("weight", "bias", "running_mean", "running_var")
+    own = norm._parameters | norm._buffers
+    return {key: tensor for key in keys if (tensor := own.get(key)) is not None}
+
+
 def affine(module: nn.Module) -> list[nn.Parameter]:
     """Weight and bias, those of them that there are."""
     both = (module._parameters.get("weight"), module._parameters.get("bias"))

@@ -150,8 +150,8 @@ def plan_removal(
 
     Args:
         readers: what ``read_structure`` says of the model, where that is known already.
-        followers: whether rows and channels that read removed filters only go along.
-        norms: whether to look for norms among them, which can take forward passes.
+        followers: whether rows that read removed filters only go along.
+        norms: whether to look for norms that do, which can take forward passes.
     """
     dropped = dropped_filters(model, keep)
     if not dropped:
@@ -161,7 +161,7 @@ def plan_removal(
         if reason := unremovable(readers, name):
             raise ValueError(f"the filters of {name!r} cannot be removed: {reason}. Leave it out of keep.")
     removal = Removal(readers, dropped, _followers(model, readers, dropped) if followers else {})
-    if not (followers and norms):
+    if not norms:
         return removal
     silenced = norms_without_writers(model, readers, removal.gone, example_inputs)
     return dataclasses.replace(removal, silenced=silenced)

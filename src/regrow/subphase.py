@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from regrow.cuts import CutPlan
 from regrow.filters import rows
 from regrow.masking import Hold
 from regrow.narrowing import narrow
-from regrow.readers import Readers, column_mask, silence, silent_entries
+from regrow.placing import index_tensor
+from regrow.readers import Readers, affine, column_mask, per_channel_tensors, silence, silent_entries
 from regrow.regrowth import orthogonal_rows
+from regrow.silencing import silence_norms
 from regrow.slots import refresh_slots
 
 CONSUMERS = ("keep", "zero", "init")
@@ -32,6 +35,8 @@ class SubPhase:
             the model as it is.
         plan: how the layers compute without the dropped filters while they are dead; without it they
             compute with them, at 0. From ``plan_cut``, for ``dropped``.
+        silenced: {norm: channels} behind sums that dropped filters alone write to, as ``Removal`` has them:
+            held at 0 too, and given their values back.
 
     Raises:
         ValueError: the plan does not fit the model (see ``narrow``). Nothing is changed.
@@ -47,6 +52,7 @@ class SubPhase:
         consumers: str,
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
         plan: CutPlan | None = None,
+        silenced: Mapping[str, list[int]] = MappingProxyType({}),
     ) -> None:
         self._plan = plan
         self._narrowing = None if plan is None else narrow(model, plan)
@@ -55,16 +61,20 @@ class SubPhase:
         self._readers = readers
         self._consumers = consumers
         self.dropped = {name: list(indices) for name, indices in dropped.items()}
+        self._silenced = {name: list(channels) for name, channels in silenced.items()}
         columns = private_columns(model, readers, self.dropped)
         if memory is not None:
             self._old_rows = _copy(memory["old_rows"])
             self._old_columns = _copy(memory["old_columns"])
+            self._old_norms = _copy(memory.get("old_norms", {}))
         else:
             self._old_rows = {name: self._weight(name)[i].clone() for name, i in self.dropped.items()}
             self._old_columns = {}
             if consumers == "keep":
                 self._old_columns = {name: weight[mask].clone() for name, weight, mask in columns}
+            self._old_norms = {key: tensor[i].clone() for key, tensor, i in self._silenced_entries()}
         silence(model, readers, self.dropped)
+        silence_norms(model, self._silenced)
         if memory is None:
             self._forget(self._dead_entries())
         self._hold = Hold(self._dead_entries(), optimizer)
@@ -75,6 +85,8 @@ class SubPhase:
             "dropped": {name: list(indices) for name, indices in self.dropped.items()},
             "old_rows": _copy(self._old_rows),
             "old_columns": _copy(self._old_columns),
+            "silenced": {name: list(channels) for name, channels in self._silenced.items()},
+            "old_norms": _copy(self._old_norms),
             "plan": None if self._plan is None else self._plan.to_dict(),
         }
 
@@ -110,6 +122,8 @@ class SubPhase:
             self._wake_norms(name, indices)
             if note := self._note(name):
                 notes.append(note)
+        for key, tensor, channels in self._silenced_entries():
+            tensor[channels] = self._old_norms[key].to(tensor)
         self._forget(self._dead_entries(), columns)
         return least_covered, notes
 
@@ -154,7 +168,19 @@ class SubPhase:
         return ""
 
     def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
-        return silent_entries(self._model, self._readers, self.dropped)
+        entries = silent_entries(self._model, self._readers, self.dropped)
+        for name, channels in self._silenced.items():
+            own = affine(self._model.get_submodule(name))
+            entries += [(parameter, index_tensor(channels, parameter.device)) for parameter in own]
+        return entries
+
+    def _silenced_entries(self) -> list[tuple[str, Tensor, Tensor]]:
+        """What norms behind sums hold of their channels that are silent: (key, tensor, indices)."""
+        return [
+            (f"{name}.{key}", tensor.detach(), index_tensor(channels, tensor.device))
+            for name, channels in self._silenced.items()
+            for key, tensor in per_channel_tensors(self._model.get_submodule(name)).items()
+        ]
 
     def _forget(
         self,
@@ -204,6 +230,15 @@ def check_memory(
         old = state["old_rows"].get(name)
         if old is None or old.shape != (len(indices), *weight.shape[1:]) or max(indices) >= len(weight):
             raise ValueError(f"the state does not fit {name!r} of shape {list(weight.shape)}.")
+    modules = dict(model.named_modules())
+    for name, channels in state.get("silenced", {}).items():
+        tensors = per_channel_tensors(modules[name]) if name in modules else {}
+        old = {key: state.get("old_norms", {}).get(f"{name}.{key}") for key in tensors}
+        fits = tensors and all(
+            value is not None and value.shape == (len(channels),) for value in old.values()
+        )
+        if not fits or max(channels) >= min(map(len, tensors.values())):
+            raise ValueError(f"the state does not fit {name!r}, a norm whose channels it names.")
     if consumers == "keep":
         columns = private_columns(model, readers, state["dropped"])
         shapes = {name: weight[mask].shape for name, weight, mask in columns}
