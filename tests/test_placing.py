@@ -17,6 +17,18 @@ def test_take_and_place_by_hand():
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_they_give_the_same(fmt, mode):
+    x = torch.randn(2, 3, 4, 5).to(memory_format=fmt)
+    expected = take(x, INDEX, 1), place(x, torch.tensor([0, 2, 4]), 1, 5)
+    with mode():
+        found = take(x, INDEX, 1), place(x, torch.tensor([0, 2, 4]), 1, 5)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_each_is_the_derivative_of_the_other(fmt):
     x = torch.randn(2, 3, 4, 5).to(memory_format=fmt).requires_grad_()
     taken = take(x, INDEX, 1)

@@ -243,6 +243,15 @@ def test_a_cut_model_is_compiled_and_exported():
         torch.testing.assert_close(exported.module()(X[:3]), expected[:3])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_cut_model_is_traced(gradients):
+    net = small_net()  # whose trace is checked by one without gradients
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(net, X)
+    torch.testing.assert_close(traced(X[:3]), net(X[:3]))
+
+
 def test_a_compiled_model_is_cut_inside_its_wrapper():
     net = residual().eval()
     compiled = torch.compile(net, backend="eager")

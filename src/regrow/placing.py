@@ -39,7 +39,7 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     Args:
         index: [kept] int64, no entry twice.
     """
-    if not torch.is_grad_enabled():
+    if _plainly():
         return _taken(tensor, index, dim)
     return cast(Tensor, _Take.apply(tensor, index, dim))
 
@@ -50,9 +50,14 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
-    if not torch.is_grad_enabled():
+    if _plainly():
         return _placed(tensor, index, dim, width)
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
+
+
+def _plainly() -> bool:
+    """Whether no derivative is asked for. A trace must come out the same with and without gradients."""
+    return not torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 def take_block(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
