@@ -243,7 +243,7 @@ def test_a_cut_model_is_compiled_and_exported():
         torch.testing.assert_close(exported.module()(X[:3]), expected[:3])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_cut_model_is_traced(gradients):
     net = small_net()  # whose trace is checked by one without gradients

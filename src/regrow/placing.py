@@ -131,11 +131,11 @@ class _TakeBlock(torch.autograd.Function):
 
 
 def _taken(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    out = _empty(tensor, dim, len(index))
+    out = _empty(tensor, dim, index.shape[0])
     source, into, dim = _inner(tensor, out, dim)
     if source.dim() > 1 and dim == source.dim() - 1:
         # Several times faster than index_select there.
-        torch.gather(source, -1, index.expand(*source.shape[:-1], len(index)), out=into)
+        torch.gather(source, -1, index.expand(*source.shape[:-1], index.shape[0]), out=into)
     else:
         torch.index_select(source, dim, index, out=into)
     return out
