@@ -1,11 +1,12 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from regrow.copying import copied
+from regrow.copying import copied, lazily, unwritten
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -29,16 +30,50 @@ class Odd(nn.Module):
         return self.act(self.again[0](x))
 
 
-def test_parameters_are_new_objects_of_the_same_memory():
+def test_parameters_take_memory_when_they_are_written_to():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    versions = [parameter._version for parameter in model.parameters()]
     twin = copied(model)
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert mine is not theirs
-        assert mine.data_ptr() == theirs.data_ptr()
+        assert torch.equal(mine, theirs)
         assert mine.requires_grad == theirs.requires_grad
+    assert all(map(unwritten, twin.parameters()))
+    assert torch.equal(twin(X), model(X))
+    assert unwritten(twin[0].weight)
+    twin[0].weight.data.mul_(2)
+    assert not unwritten(twin[0].weight)
+    assert unwritten(twin[0].bias)
     twin[0].weight.requires_grad_(True)
     assert not model[0].weight.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict(prefix="0.").items())
+    assert [parameter._version for parameter in model.parameters()] == versions
+    # The other way round: what becomes of the model is nothing to the copy.
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    assert torch.equal(twin[0].bias, before["0.bias"])
+
+
+def test_what_cannot_wait_is_copied_at_once(monkeypatch):
+    numbers = torch.from_numpy(np.ones(3))
+    twin = lazily(numbers)
+    twin.mul_(2)
+    assert numbers.tolist() == [1, 1, 1]
+    monkeypatch.delattr(torch, "_lazy_clone")
+    twin = lazily(torch.ones(3))
+    assert twin.tolist() == [1, 1, 1]
+    assert not unwritten(twin)
+
+
+def test_a_part_that_is_compiled_in_place_is_the_copy_s_own():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[0].compile(backend="eager")
+    twin = copied(model)
+    twin(X)
+    assert twin[0][1].num_batches_tracked == 1
+    assert model[0][1].num_batches_tracked == 0
 
 
 def test_renewed_parameters_and_all_buffers_are_the_copy_s_own():

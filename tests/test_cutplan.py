@@ -523,6 +523,25 @@ def test_a_row_behind_an_activation_that_makes_something_of_zero_stays():
     assert planned(nn.Sequential(*layers), **{"0": [1]}).rows == {"0": [0, 2, 3], "2": [0, 2, 3]}
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4), nn.BatchNorm2d(4, affine=False)])
+def test_a_norm_without_weights_on_the_way(norm):
+    planned(nn.Sequential(conv(3, 4), norm, nn.ReLU(), conv(4, 5), nn.ReLU(), head(5)), **{"0": [1]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_filters_that_hold_no_numbers_can_be_dropped(value):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), head(4))
+    with torch.no_grad():
+        model[0].weight[1] = value
+    keep = {"0": keep_but(4, 1)}
+    small = copy.deepcopy(model)
+    apply_plan(small, plan_cut(model, keep, X[:1]))
+    remove_filters(model, keep, example_inputs=X[:1])
+    assert torch.isfinite(model.eval()(X)).all()
+    torch.testing.assert_close(small.eval()(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_that_are_read_without_calling_their_layer():
     def both(net, x):
         return net.head(net.a(x).relu() + F.conv2d(x, net.a.weight, padding=1).relu())

@@ -1,13 +1,18 @@
 import copy
+import types
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 
+from regrow.copying import unwritten
 from regrow.cutdraft import OUT, Drafting
+from regrow.cutplan import plan_cut
 from regrow.cutprobe import Probe
 from regrow.cuts import CutPlan
-from regrow.removal import Removal, plan_removal
+from regrow.removal import Removal, plan_removal, remove_filters
+from regrow.surgery import cut
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -142,7 +147,7 @@ def test_a_quick_probe_takes_no_memory_for_weights_and_leaves_the_model_alone():
     removal = plan_removal(model, KEEP, X)
     probe = Probe(model, removal, X, quick=True)
     for name in ("stem", "wide", "deep", "back", "head"):
-        assert probe._modules[name].weight.data_ptr() == model.get_submodule(name).weight.data_ptr()
+        assert unwritten(probe._modules[name].weight)
     drafting = Drafting(model, removal, probe)
     draft = drafting.draft(dict.fromkeys(drafting.convolutions, OUT))
     assert probe.refutes(draft.plan, draft.present, last=True) is None
@@ -183,6 +188,127 @@ class Chancy(Block):
         else:
             y = nn.functional.dropout2d(y, 0.5, self.training)
         return self.head((x + y).relu().mean((2, 3)))
+
+
+class Glued(nn.Module):
+    """Three convolutions with something between the last two, in training alone or in eval mode alone."""
+
+    def __init__(self, glue, training):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 3)
+        self.glue, self.when = glue, training
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu())
+        return self.c(self.glue(x) if self.training == self.when else x).mean((2, 3))
+
+
+GLUE = {
+    "flip of what is negative": lambda x: x + (-x).relu().flip(1),
+    "gate by what is negative": lambda x: x * (x < 0).float().mean(1, keepdim=True),
+    "sort": lambda x: x.sort(1).values,
+    "large values": lambda x: x + (x - 1.5).relu().flip(1),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("glue", GLUE)
+def test_what_only_some_numbers_show_in_one_mode_is_not_cut_away(glue, training):
+    torch.manual_seed(0)
+    model = Glued(GLUE[glue], training)
+    for gain, layer in zip((2, 3, 1), (model.a, model.b, model.c), strict=True):
+        layer.weight.data.mul_(gain)
+    keep = {"a": without(6, 0), "b": without(6, 1, 3)}
+    small, masked = copy.deepcopy(model), copy.deepcopy(model)
+    cut(small, keep, example_inputs=X)
+    remove_filters(masked, keep, example_inputs=X)
+    other = torch.randn(4, 3, 8, 8)
+    for mode in (True, False):
+        torch.testing.assert_close(small.train(mode)(other), masked.train(mode)(other), rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_that_only_eval_mode_lets_through_is_not_dead():
+    class Threshold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 3)
+
+        def forward(self, x):
+            y = self.a(x)
+            y = y * 0 if self.training else (y - 0.45).relu()
+            return self.c(self.b(y).relu()).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, keep = Threshold(), {"a": without(6, 0)}
+    small, masked = copy.deepcopy(model), copy.deepcopy(model)
+    cut(small, keep, example_inputs=0.1 * X)  # none of it passes the threshold
+    remove_filters(masked, keep, example_inputs=0.1 * X)
+    other = 3 * torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(small.eval()(other), masked.eval()(other), rtol=1e-4, atol=1e-5)
+    assert masked(other).std() > 0.01
+
+
+class Plus(nn.Conv2d):
+    """Makes a constant of a row of zeros."""
+
+    def _conv_forward(self, *arguments):
+        return super()._conv_forward(*arguments) + 1
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_a_convolution_that_adds_to_what_pytorchs_own_makes(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Plus(3, 6, 3) if how == "class" else nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)
+    )
+    if how == "instance":
+        model[0].forward = types.MethodType(lambda conv, x: nn.Conv2d.forward(conv, x) + 1, model[0])
+    small, masked = copy.deepcopy(model), copy.deepcopy(model)
+    record = cut(small, {"0": without(6, 0, 2)}, example_inputs=X)
+    remove_filters(masked, {"0": without(6, 0, 2)}, example_inputs=X)
+    for mode in (True, False):
+        torch.testing.assert_close(small.train(mode)(X), masked.train(mode)(X), rtol=1e-4, atol=1e-5)
+    assert record["layers"]["2"] == {"before": 4, "after": 4}
+
+
+WRITES = {
+    "data": lambda weight: weight.data.mul_(0.5),
+    "renorm": lambda weight: weight.data.copy_(weight.data.renorm(2, 0, 0.1)),
+    "clamp": lambda weight: weight.data.clamp_(-0.05, 0.05),
+}
+
+
+@pytest.mark.parametrize("when", ["training", "always"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_model_that_writes_its_weights_is_left_alone(write, when):
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            if self.training or when == "always":
+                WRITES[write](self.b.weight)
+            return self.b(self.a(x).relu()).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Writing()
+    before = copy.deepcopy(model.state_dict())
+    for size in (8, 128):
+        with suppress(ValueError):
+            plan_cut(model, {"a": without(8, 0, 1)}, torch.randn(1, 3, size, size))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_planning_does_not_stand_in_the_way_of_a_backward_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    for size in (16, 128):
+        x = torch.randn(1, 3, size, size)
+        loss = model(x).sum()
+        plan_cut(model, {"0": without(8, 0, 1)}, x)
+        loss.backward()
+        assert model[0].weight.grad is not None
 
 
 @pytest.mark.parametrize("kind", ["block", "channels"])

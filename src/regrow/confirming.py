@@ -181,35 +181,41 @@ def _loud(
 
 
 class Noise:
-    """Random numbers in place of what layers make, of one sign at a time: between the two no activation stops
-    both, and no sum cancels."""
+    """Random numbers in place of what layers make: of one sign or the other, between which no activation
+    stops both, and no sum cancels; or of both signs, some near 0 and some far."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def among(self, output: Tensor, dim: int, silent: Tensor | None, sign: int) -> Tensor:
-        """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay."""
+        """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay.
+
+        Args:
+            sign: 1, -1, or 0 for both.
+        """
         count = output.numel()
         if 2 * count > _DRAWN:
-            values = _drawn(count, self._random.getrandbits(60))
+            values = _drawn(count, self._random.getrandbits(60), mixed=not sign)
         else:
             # Read from another place each time, which takes a tenth of drawing anew.
             start = self._random.randrange(_DRAWN - count)
-            values = _drawn_once()[start : start + count]
-        noise = (values * sign).view(output.shape).to(output)
+            values = _drawn_once(mixed=not sign)[start : start + count]
+        noise = (values * (sign or 1)).view(output.shape).to(output)
         if silent is not None:
             silent = silent.to(output.device)
             noise.index_copy_(dim, silent, output.index_select(dim, silent))
         return noise
 
 
-def _drawn(count: int, seed: int) -> Tensor:
-    return torch.empty(count).uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+def _drawn(count: int, seed: int, *, mixed: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(count).uniform_(0.5, 1.5, generator=generator)
+    return values * torch.randn(count, generator=generator) if mixed else values
 
 
 @functools.cache
-def _drawn_once() -> Tensor:
-    return _drawn(_DRAWN, 0)
+def _drawn_once(*, mixed: bool) -> Tensor:
+    return _drawn(_DRAWN, 0, mixed=mixed)
 
 
 def reads_silence(module: nn.Module, inputs: Any, output: Any, indices: Tensor) -> bool:
@@ -269,6 +275,8 @@ def _moves(
     finally:
         for handle in handles:
             handle.remove()
+    if not all(bool(torch.isfinite(a).all()) for a in before):
+        return True  # for all that can be told
     return not all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max() if a.numel() else 0))
         for a, b in zip(before, after, strict=True)

@@ -21,14 +21,11 @@ def copied(
     *,
     requires_grad: bool | None = None,
 ) -> nn.Module:
-    """A deep copy of ``model`` whose parameters are new objects of the same memory, or what ``renew`` makes.
-
-    Modules, hooks and buffers are the copy's own, and parameters that were shared are so in it too. Without
-    ``renew`` nothing may be written into the parameters of the copy: the model would change.
+    """A deep copy of ``model`` whose parameters take no memory until they are written to (see ``lazily``), or
+    are what ``renew`` makes. Parameters that were shared are so in it too.
 
     Args:
-        renew: takes a parameter or a buffer; gives the values of the copy's, in any shape. Where they are in
-            the same memory, nothing may be written there.
+        renew: takes a parameter or a buffer; gives the values of the copy's, in any shape.
         requires_grad: of the copy's parameters; None leaves it as it is.
 
     Raises:
@@ -38,7 +35,7 @@ def copied(
     modules = parts(model)
     for parameter in {p: None for module in modules for p in module._parameters.values()}:
         if type(parameter) is nn.Parameter:
-            values = (renew or torch.detach)(parameter).detach()
+            values = (renew or lazily)(parameter).detach()
             trained = parameter.requires_grad if requires_grad is None else requires_grad
             memo[id(parameter)] = nn.Parameter(values, trained)
     for buffer in {b: None for module in modules for b in module._buffers.values()}:
@@ -53,6 +50,19 @@ def copied(
             if type(value) in _EMPTY and not value:
                 memo[id(value)] = type(value)()
     return copy.deepcopy(model, memo)
+
+
+def lazily(tensor: Tensor) -> Tensor:
+    """A copy that takes memory, and time, when it or ``tensor`` is written to."""
+    try:
+        return torch._lazy_clone(tensor.detach())
+    except (AttributeError, RuntimeError, NotImplementedError):  # numbers in memory that is not PyTorch's own
+        return tensor.detach().clone()
+
+
+def unwritten(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a lazy copy, or was copied so, and nobody has written to it since."""
+    return hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(tensor)
 
 
 _EMPTY = {OrderedDict, dict, set}
@@ -70,6 +80,7 @@ def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
     if not _plainly(kind):
         return None
     state = dict(vars(module))
+    state.pop("_compiled_call_impl", None)  # it would call the module that it was made for
     for key, value in state.items():
         of = type(value)
         if of in _CONSTANT:

@@ -100,9 +100,8 @@ class Drafting:
     def _width(self, name: str) -> int:
         module = self._modules[name]
         counts = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
-        return int(
-            next((vars(module)[count] for count in counts if count in vars(module)), len(module.weight))
-        )
+        known = next((vars(module)[count] for count in counts if count in vars(module)), None)
+        return int(len(module.weight) if known is None else known)
 
     def _wanted_channels(self, name: str) -> Tensor:
         """The input channels that a layer needs in the tensor that arrives, whatever the others do."""

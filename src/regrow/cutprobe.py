@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from regrow.aliveness import Aliveness
 from regrow.calling import floating
 from regrow.confirming import Noise, unsettle
-from regrow.copying import copied
+from regrow.copying import copied, unwritten
 from regrow.cuts import CutPlan, apply_plan
 from regrow.cutseen import Look, Seen, close, largest, replayed, scale_of
 from regrow.filters import named_parts
@@ -26,17 +26,14 @@ from regrow.probing import (
     copied_as,
     disarm,
     dtypes,
-    freed,
     inputs_as,
     noise_like,
     run,
 )
 from regrow.readers import Norm
 from regrow.removal import Removal
-from regrow.watching import STOCK, channel_layers, hooked, idle
+from regrow.watching import channel_layers, hooked, idle, stock
 
-# Exactly these: a class of one's own may compute something else in training.
-_PLAIN = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
@@ -68,10 +65,8 @@ class Probe:
 
         Args:
             quick: compute in float32, and set dropped channels to 0 in what PyTorch's own convolutions make,
-                with the model's weights as they are, in the model's memory. What this confirms is so; it may
-                refute what is right.
-            spare: a copy of the model, in evaluation mode, with the model's own memory for parameters, which
-                is used up.
+                with weights as they are. What this confirms is so; it may refute what is right.
+            spare: a copy of the model, in evaluation mode, which is used up.
 
         Raises:
             ValueError: which layers run depends on the data.
@@ -101,28 +96,22 @@ class Probe:
         those numbers."""
         for dtype in (torch.float32, None) if self._quick else (torch.float64, torch.float32, None):
             if spare is not None and dtypes(spare) == {dtype}:
-                self._model = freed(spare)
+                self._model = spare.requires_grad_(False)
             else:
-                self._model = copied_as(model, dtype, shared=self._quick)
+                self._model = copied_as(model, dtype)
             example = inputs_as(example_inputs, dtype)
             disarm(self._model)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
+            self._stock = {name for name, module in self._layers if stock(module)}
             self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
             self._muted = {
-                name: filters
-                for name, filters in self._gone.items()
-                if self._quick and type(self._modules[name]).forward in STOCK
+                name: filters for name, filters in self._gone.items() if self._quick and name in self._stock
             }
-            self._noise, self._aliveness = Noise(2), Aliveness()
+            self._noise = Noise(2)
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model, keep_rows=self._muted)
-            self._shared = {
-                name
-                for name, module in named_parts(model)
-                if type(module).forward in STOCK and _same_memory(module, self._modules[name])
-            }
             precise = dtypes(self._model) == {torch.float64}
             self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
@@ -138,7 +127,7 @@ class Probe:
         one, two = noise_like(example, 1), noise_like(example, 2)
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
-            self._inputs, self._look = inputs, Look(self._modules, removal.norms)
+            self._inputs, self._look = inputs, Look(self._modules, self._stock, removal.norms)
             try:
                 self._expected = {False: self._see(False, note=self._look.note)}
             except Exception:  # the model takes no other batch, or no such numbers
@@ -166,8 +155,7 @@ class Probe:
         Where all convolutions and linear layers are PyTorch's own, which do the same in either mode, noise
         stands for what they compute: what is between them is left to compare.
         """
-        consumers = [module for _, module in self._layers if not isinstance(module, Norm)]
-        plain = all(type(module) in _PLAIN and "forward" not in vars(module) for module in consumers)
+        plain = all(name in self._stock for name, module in self._layers if not isinstance(module, Norm))
         if self._quick and plain:
             with suppress(Exception), buffers_kept(self._model):  # noise may be more than the model bears
                 seen = self._see(True, noisy=True)
@@ -198,28 +186,31 @@ class Probe:
         arriving = {
             name: (len(mask), mask.nonzero().flatten()) for name, mask in present.items() if not mask.all()
         }
+        weights = {name: self._modules[name]._parameters.get("weight") for name in self._stock}
+        mine = {name for name, weight in weights.items() if weight is None or not unwritten(weight)}
         try:
             apply_plan(cut, plan)
             for training, expected in self._expected.items():
                 self._compare(cut, training, expected, plan, arriving, ran)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
-        self._confirmed = plan, dict(named_parts(cut))
+        self._confirmed = plan, cut, self._stock - mine
         return None
 
     def weights_left(self, plan: CutPlan) -> dict[str, Tensor]:
         """What ``plan``, which is the last that was confirmed, leaves of the model's weights, of those layers
         whose weights are not copies."""
-        confirmed, layers = self._confirmed
+        confirmed, cut, lazy = self._confirmed
         assert confirmed is plan
-        cut = self._shared.intersection([*plan.rows, *plan.columns, *plan.spread])
-        return {name: layers[name]._parameters["weight"].detach() for name in cut}  # type: ignore[union-attr]
+        layers: dict[str, Any] = dict(named_parts(cut))
+        smaller = lazy.intersection([*plan.rows, *plan.columns, *plan.spread])
+        return {name: layers[name]._parameters["weight"].detach() for name in smaller}
 
     def separable(self, name: str, *, rows: bool) -> bool:
         """Whether a convolution or linear layer computes each filter (``rows``), or sums over each input
         channel, by itself. A layer that standardises its weights does the first alone."""
         module = self._modules[name]
-        if type(module).forward in STOCK:
+        if name in self._stock:
             return True
         if name not in self._look.samples:
             return False
@@ -258,12 +249,14 @@ class Probe:
         Noise of one sign first and the other then: no activation stops both, and no sum cancels.
         """
 
+        aliveness = Aliveness()
+
         def look(sign: int) -> set[str]:
             names: set[str] = set()
 
             def after(name: str, module: Any, inputs: Any, output: Any) -> Tensor | None:
                 names.add(name)
-                self._aliveness.note(name, module, inputs, output)
+                aliveness.note(name, module, inputs, output)
                 return None if isinstance(module, Norm) else self._noise_for(name, module, output, sign)
 
             with hooked(self._layers, after):
@@ -271,15 +264,13 @@ class Probe:
                 run(self._model, noise_like(example, 1), training=False)
             return names
 
-        seen = self._expected.get(True)
         try:
             # What they compute is replaced by noise anyway.
             with idle([layer for layer in self._layers if not isinstance(layer[1], Norm)]):
-                # A pass of which chance decides may have left something out.
-                ran = [look(sign) for sign in ((-1,) if seen and seen.noise and not seen.drew else (1, -1))]
+                ran = [look(1), look(-1)]
         except Exception:  # noise may be more than the model's own code bears
             return {}, []
-        return self._aliveness.dead(), ran
+        return aliveness.dead(), ran
 
     def _noise_for(self, name: str, module: nn.Module, output: Tensor, sign: int) -> Tensor:
         """Noise in place of what a convolution or linear layer of the masked model makes."""
@@ -308,9 +299,8 @@ class Probe:
         def after(name: str, module: nn.Module, given: Any, output: Any) -> Tensor | None:
             seen.reach(name, output)
             if noisy:
-                self._aliveness.note(name, module, given, output)
                 if not isinstance(module, Norm):
-                    seen.noise.append((name, noise := self._noise_for(name, module, output, 1)))
+                    seen.noise.append((name, noise := self._noise_for(name, module, output, 0)))
                     return noise.clone()
             elif (muted := self._muted.get(name)) is not None:
                 output.index_fill_(channel_dim(module, output), muted.to(output.device), 0)
@@ -370,8 +360,3 @@ class Probe:
             close(theirs, mine, self._tolerance, scale_of(theirs)) for theirs, mine in pairs
         ):
             raise ValueError("the outputs differ")
-
-
-def _same_memory(a: Any, b: Any) -> bool:
-    one, other = a._parameters.get("weight"), b._parameters.get("weight")
-    return one is not None and other is not None and one.data_ptr() == other.data_ptr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from regrow.cuts import CutPlan
 from regrow.placing import channel_dim, index_tensor, place
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.shrinking import Way, step
-from regrow.watching import STOCK
 
 _NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -58,8 +57,10 @@ class Look:
         way: as ``shrinking.way`` gives it.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], removed: Mapping[str, Tensor]) -> None:
-        self._modules = modules
+    def __init__(
+        self, modules: Mapping[str, nn.Module], stock: Collection[str], removed: Mapping[str, Tensor]
+    ) -> None:
+        self._modules, self._stock = modules, stock
         self.way: Way = []
         self._made: dict[int, tuple[str, Tensor]] = {}
         self._readers: dict[str, list[str]] = {}
@@ -82,7 +83,7 @@ class Look:
                 self._readers[source].append(name)
             if name in self._removed:
                 self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
-        elif inputs and type(module).forward not in STOCK:
+        elif inputs and name not in self._stock:
             self.samples[name] = inputs[0].detach().clone()
 
     def own(self) -> dict[str, str]:

@@ -16,28 +16,20 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.bridgeout_layers import remove_bridgeout
 from regrow.calling import call, mapped, random_state, seed, set_mode, undisturbed
-from regrow.copying import copied
+from regrow.copying import copied, lazily
 from regrow.filters import parts
-from regrow.readers import Consumer
-from regrow.watching import STOCK
 
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
 }  # fmt: skip
 
 
-def copied_as(model: nn.Module, dtype: torch.dtype | None, *, shared: bool) -> nn.Module:
-    """A copy of ``model`` to change, in evaluation mode, in numbers of ``dtype``, or as they are.
-
-    Args:
-        shared: the weights of PyTorch's own convolutions and linear layers are in the model's memory, where
-            they are of that dtype already.
-    """
-    stock = [part for part in parts(model) if shared and type(part).forward in STOCK]
-    weights = {part._parameters.get("weight") for part in stock}
+def copied_as(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of ``model`` to change, in evaluation mode, in numbers of ``dtype``, or as they are."""
 
     def renew(values: Tensor) -> Tensor:
-        return values.to(dtype if values.is_floating_point() else None, copy=values not in weights)
+        kept = not values.is_floating_point() or dtype in (None, values.dtype)
+        return lazily(values) if kept else values.to(dtype)
 
     probe = copied(model, renew, requires_grad=False)
     set_mode(probe, False)
@@ -49,18 +41,6 @@ def copied_as(model: nn.Module, dtype: torch.dtype | None, *, shared: bool) -> n
 def inputs_as(example_inputs: Any, dtype: torch.dtype | None) -> Any:
     """What a copy that ``copied_as`` made takes."""
     return mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype)) if dtype else example_inputs
-
-
-def freed(probe: nn.Module) -> nn.Module:
-    """``probe``, which has the model's memory for parameters, with memory of its own where masks are written:
-    it becomes what ``copied_as`` makes with ``shared``. Norms and biases get theirs from ``unsettle``."""
-    for part in parts(probe):
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
-                if isinstance(part, Consumer) and type(part).forward not in STOCK:
-                    parameter.data = parameter.data.clone()
-    return probe
 
 
 def disarm(probe: nn.Module) -> None:

@@ -81,7 +81,7 @@ def _loud(
     model: nn.Module, readers: Mapping[str, Readers], gone: Channels, found: Channels, example_inputs: Any
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
-    probe = copied(model, torch.clone, requires_grad=False)
+    probe = copied(model, requires_grad=False)
     set_mode(probe, False)
     noise = Noise(4)
     loud: set[str] = set()

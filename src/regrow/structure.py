@@ -53,8 +53,7 @@ class Proposal:
 
     Attributes:
         model: that, which is not touched.
-        probe: a copy of it, in evaluation mode, with the model's own memory for parameters; whoever needs one
-            first may use it up.
+        probe: a copy of it, in evaluation mode; whoever needs one first may use it up.
         example_inputs: what it takes; of large pictures two at most.
         small: the same, shrunk; None where there is nothing to shrink. The model may not bear them.
         way: the way that ``example_inputs`` take.
@@ -70,7 +69,7 @@ class Proposal:
 
     def confirmed(self) -> dict[str, Readers]:
         """The readers without what forward passes contradict; the proposal is used up."""
-        probe = copied(self.model, torch.clone)
+        probe = copied(self.model)
         set_mode(probe, False)
         with undisturbed(probe), torch.no_grad():
             confirm(probe, smaller_picture(probe, self.example_inputs, self.way), self.readers)

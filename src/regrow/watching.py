@@ -15,15 +15,13 @@ from regrow.readers import Consumer, Norm
 # Tuples are tested faster than unions.
 _CONSUMERS = get_args(Consumer)
 _LAYERS = (*_CONSUMERS, *get_args(Norm))
-# The ``forward`` of layers that do what their names say.
-STOCK = {layer.forward for layer in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+# Exactly these: a class of one's own may compute something else.
+_STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _SHAPED_ALIKE = {
-    layer.forward
-    for layer in (
-        *(nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm),
-        *(nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.PReLU),
-        *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
-    )
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm),
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.PReLU),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid),
 }
 
 
@@ -79,8 +77,8 @@ def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     idled: list[dict[str, Any]] = []
     try:
         for _, module in layers:
-            forward = type(module).forward
-            if (forward in STOCK or forward in _SHAPED_ALIKE) and "forward" not in vars(module):
+            alike = type(module) in _SHAPED_ALIKE and "forward" not in vars(module)
+            if alike or stock(module):
                 vars(module)["forward"] = functools.partial(_zeros, module)
                 idled.append(vars(module))
         yield
@@ -90,7 +88,7 @@ def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
 
 
 def _zeros(module: Any, x: Tensor) -> Tensor:
-    if type(module).forward in _SHAPED_ALIKE:
+    if type(module) in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):
         shape = [*x.shape[:-1], module.out_features]
@@ -111,6 +109,11 @@ def _zeros(module: Any, x: Tensor) -> Tensor:
         fits = fits and min(made) > 0
     # What does not fit, the layer says best.
     return x.new_zeros(shape) if fits else type(module).forward(module, x)
+
+
+def stock(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own convolutions or linear layers, and computes what those do."""
+    return type(module) in _STOCK and "forward" not in vars(module)
 
 
 def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
