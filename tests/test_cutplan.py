@@ -13,6 +13,7 @@ from regrow.cuts import apply_plan
 from regrow.readers import Reads
 from regrow.removal import remove_filters
 from regrow.structure import propose_structure, read_structure
+from regrow.surgery import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -566,6 +567,11 @@ def test_what_float32_refutes_is_looked_at_in_float64(monkeypatch, make_net):
     monkeypatch.setattr(Probe, "refutes", strict)
     assert plan_cut(model, keep, X[:1]) == expected
     assert asked == [torch.float32, torch.float64]
+    small = copy.deepcopy(model)
+    cut(small, keep, example_inputs=X[:1])
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.float32}
+    apply_plan(model, expected)
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])

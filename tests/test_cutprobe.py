@@ -127,17 +127,14 @@ def test_what_only_training_contradicts_is_refuted(quick):
     model = Reversing()
     removal = plan_removal(model, {"stem": without(6, 0)}, X)
     probe = Probe(model, removal, X, quick=quick)
-    out = CutPlan(
-        rows={"stem": [1, 2, 3, 4, 5]}, channels={"norm": [1, 2, 3, 4, 5]}, columns={"back": [1, 2, 3, 4, 5]}
-    )
-    present = {"norm": without(6, 0), "back": without(6, 0)}
-    assert probe.refutes(out, present) is not None
-    placed = CutPlan(
-        rows={"stem": [1, 2, 3, 4, 5]},
-        placed={"norm": (6, [1, 2, 3, 4, 5])},
-        channels={"norm": [1, 2, 3, 4, 5]},
-    )
-    assert probe.refutes(placed, {}) is None
+    alive = [1, 2, 3, 4, 5]
+    stem = {"rows": {"stem": alive}, "channels": {"norm": alive}}
+    out = CutPlan(**stem, columns={"back": alive})
+    assert probe.refutes(out, {"norm": without(6, 0), "back": without(6, 0)}) is not None
+    placed = {"placed": {"norm": (6, alive)}}
+    picked = CutPlan(**stem, **placed, columns={"back": alive}, picked={"back": alive})
+    assert probe.refutes(picked, {}) is not None
+    assert probe.refutes(CutPlan(**stem, **placed), {}) is None
 
 
 def test_a_quick_probe_takes_no_memory_for_weights_and_leaves_the_model_alone():

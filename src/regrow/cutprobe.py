@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -112,6 +112,7 @@ class Probe:
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
                 removal.apply(self._model, keep_rows=self._muted)
+            self._lazy = self._unwritten(self._stock)
             precise = dtypes(self._model) == {torch.float64}
             self._tolerance = 1e-6 if precise else 1e-4 if self._quick else 1e-3
             try:
@@ -181,29 +182,33 @@ class Probe:
                 tensor that arrives. Layers not listed: all.
             last: the probe is used up.
         """
+        self._lazy = self._unwritten(self._lazy)
         cut = self._model if last else copied(self._model)
         ran: list[str] = []
         arriving = {
             name: (len(mask), mask.nonzero().flatten()) for name, mask in present.items() if not mask.all()
         }
-        weights = {name: self._modules[name]._parameters.get("weight") for name in self._stock}
-        mine = {name for name, weight in weights.items() if weight is None or not unwritten(weight)}
         try:
             apply_plan(cut, plan)
             for training, expected in self._expected.items():
                 self._compare(cut, training, expected, plan, arriving, ran)
         except Exception:  # a difference, or what the model raises at tensors of a width it does not know
             return ran
-        self._confirmed = plan, cut, self._stock - mine
+        self._confirmed = plan, cut
         return None
+
+    def _unwritten(self, names: Collection[str]) -> set[str]:
+        """Those of ``names`` whose weights are the model's, for all that is known."""
+        weights = {name: self._modules[name]._parameters.get("weight") for name in names}
+        return {name for name, weight in weights.items() if weight is not None and unwritten(weight)}
 
     def weights_left(self, plan: CutPlan) -> dict[str, Tensor]:
         """What ``plan``, which is the last that was confirmed, leaves of the model's weights, of those layers
         whose weights are not copies."""
-        confirmed, cut, lazy = self._confirmed
+        confirmed, cut = self._confirmed
         assert confirmed is plan
         layers: dict[str, Any] = dict(named_parts(cut))
-        smaller = lazy.intersection([*plan.rows, *plan.columns, *plan.spread])
+        smaller = self._lazy.intersection([*plan.rows, *plan.columns, *plan.spread])
         return {name: layers[name]._parameters["weight"].detach() for name in smaller}
 
     def separable(self, name: str, *, rows: bool) -> bool:
@@ -348,6 +353,9 @@ class Probe:
             theirs = whole.index_select(dim, index.to(whole.device)) if partly else whole.clone()
             if name != other_name or not close(theirs, given[0].detach(), self._tolerance, scale):
                 raise ValueError(f"{name!r} reads something else")
+            # Where noise stands for what a layer computes, nothing behind it shows what it lacks.
+            if expected.noise and name in plan.columns and _without(whole, plan.columns[name], dim).any():
+                raise ValueError(f"{name!r} does without channels that carry something")
             return theirs, *given[1:]
 
         def after(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
@@ -360,3 +368,10 @@ class Probe:
             close(theirs, mine, self._tolerance, scale_of(theirs)) for theirs, mine in pairs
         ):
             raise ValueError("the outputs differ")
+
+
+def _without(tensor: Tensor, indices: Sequence[int], dim: int) -> Tensor:
+    """What ``indices`` in ``dim`` leave over of ``tensor``."""
+    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    left[index_tensor(indices)] = False
+    return tensor.index_select(dim, left.nonzero().flatten().to(tensor.device))
