@@ -78,6 +78,18 @@ def test_idle_layers_make_zeros_of_the_shape_they_would_make(data):
     assert not made.any()
 
 
+def test_large_idle_tensors_share_memory_and_small_ones_do_not():
+    conv, x = nn.Conv2d(3, 16, 3, padding=1), torch.zeros(1, 3, 40, 40)
+    with idle([("", conv)]):
+        one, other = conv(x), conv(x)
+        assert one.data_ptr() == other.data_ptr()
+        one, other = conv(x[..., :8]), conv(x[..., :8])
+        assert one.data_ptr() != other.data_ptr()
+    with idle([("", conv)]):
+        assert not conv(torch.zeros(2, 3, 40, 40)).any()
+        assert conv(x.double()).dtype == torch.float64
+
+
 def test_idle_linear_layers_norms_and_activations():
     linear, x = nn.Linear(4, 2), torch.randn(3, 5, 4)
     passive = nn.LayerNorm(4), nn.ReLU(), nn.BatchNorm1d(5), nn.ReLU6()

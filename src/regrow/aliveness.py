@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regrow.placing import channel_dim
@@ -14,7 +16,7 @@ class Aliveness:
     """What passes with noise show of the channels that convolutions and linear layers read and norms make."""
 
     def __init__(self) -> None:
-        self._alive: dict[str, Tensor] = {}
+        self._largest: dict[str, list[Tensor]] = {}
         self._unclear: set[str] = set()
 
     def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -28,7 +30,12 @@ class Aliveness:
 
     def dead(self) -> dict[str, Tensor]:
         """Layer → BoolTensor[channels]: what was 0 each time. Layers that no pass reached are not listed."""
-        return {name: ~alive for name, alive in self._alive.items() if name not in self._unclear}
+        seen = {
+            name: largest
+            for name, largest in self._largest.items()
+            if name not in self._unclear and len({len(each) for each in largest}) == 1
+        }
+        return {name: (functools.reduce(torch.maximum, largest) == 0).cpu() for name, largest in seen.items()}
 
     def _see(self, name: str, tensor: Tensor, dim: int) -> None:
         if not tensor.numel() or dim >= tensor.dim():
@@ -36,8 +43,5 @@ class Aliveness:
             return
         others = [each for each in range(tensor.dim()) if each != dim % tensor.dim()]
         # A third of the time that any() takes; what is no number is not 0.
-        moved = ((tensor.abs().amax(others) if others else tensor) != 0).cpu()
-        if name in self._alive and self._alive[name].shape != moved.shape:
-            self._unclear.add(name)
-        else:
-            self._alive[name] = self._alive[name] | moved if name in self._alive else moved
+        absolute = tensor.abs()
+        self._largest.setdefault(name, []).append(absolute.amax(others) if others else absolute)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from regrow.filters import named_parts
@@ -17,6 +19,8 @@ _CONSUMERS = get_args(Consumer)
 _LAYERS = (*_CONSUMERS, *get_args(Norm))
 # Exactly these: a class of one's own may compute something else.
 _STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
+_Room = dict[tuple[torch.dtype, torch.device], Tensor]
+_LARGE = 1 << 14  # numbers; the clearing of memory is most of an idle pass
 _SHAPED_ALIKE = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm),
@@ -73,13 +77,17 @@ def _between(
 @contextmanager
 def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Those of ``layers`` that are PyTorch's own compute nothing: convolutions and linear layers make zeros
-    of the shape that they would make, norms and activations give back what they are given."""
+    of the shape that they would make, norms and activations give back what they are given.
+
+    Large ones share memory: where the model goes on to write to one in place, all have those numbers.
+    """
     idled: list[dict[str, Any]] = []
+    room: _Room = {}
     try:
         for _, module in layers:
             alike = type(module) in _SHAPED_ALIKE and "forward" not in vars(module)
             if alike or stock(module):
-                vars(module)["forward"] = functools.partial(_zeros, module)
+                vars(module)["forward"] = functools.partial(_idly, room, module)
                 idled.append(vars(module))
         yield
     finally:
@@ -87,7 +95,7 @@ def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
             del attributes["forward"]
 
 
-def _zeros(module: Any, x: Tensor) -> Tensor:
+def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
     if type(module) in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):
@@ -107,8 +115,15 @@ def _zeros(module: Any, x: Tensor) -> Tensor:
         shape = [*sizes[: -kernel - 1], module.out_channels, *made]
         fits = x.dim() in (kernel + 1, kernel + 2) and sizes[-kernel - 1] == module.in_channels
         fits = fits and min(made) > 0
-    # What does not fit, the layer says best.
-    return x.new_zeros(shape) if fits else type(module).forward(module, x)
+    if not fits:
+        return cast(Tensor, type(module).forward(module, x))  # the layer says best what is wrong
+    count = math.prod(shape)
+    if count < _LARGE:
+        return x.new_zeros(shape)
+    key = x.dtype, x.device
+    if key not in room or len(room[key]) < count:
+        room[key] = x.new_zeros(count)
+    return room[key][:count].view(shape)
 
 
 def stock(module: nn.Module) -> bool:
