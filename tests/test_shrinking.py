@@ -1,9 +1,14 @@
+import copy
+
+import pytest
 import torch
 import torchvision
 from torch import nn
 
 from regrow import structure
 from regrow.cutplan import plan_cut
+from regrow.cuts import apply_plan
+from regrow.removal import remove_filters
 from regrow.shrinking import idle_way, smaller_picture, way
 from regrow.structure import read_structure
 
@@ -130,3 +135,26 @@ def test_the_way_is_that_of_a_pass_that_computes():
     model, x = torchvision.models.mobilenet_v3_small().eval(), torch.randn(1, 3, 128, 128)
     assert idle_way(model, x) == way(model, x)
     assert model(x).abs().sum() > 0
+
+
+class Cropped(nn.Module):
+    """Reads a fixed number of features of maps whose size is the picture's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 16, 3, stride=8, padding=1), nn.Linear(128, 4)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().flatten(1)[:, :128])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_features_that_are_of_other_channels_in_large_pictures_stay(given):
+    torch.manual_seed(0)
+    model, x = Cropped(), torch.randn(3, 3, 128, 128)
+    keep = {"conv": torch.arange(16) != 1}  # at 64 pixels half of the features are of that channel, here none
+    small, masked = copy.deepcopy(model), copy.deepcopy(model)
+    plan = plan_cut(model, keep, x, readers=read_structure(model, x) if given else None)
+    apply_plan(small, plan)
+    remove_filters(masked, keep, example_inputs=x)
+    torch.testing.assert_close(small(x), masked(x), rtol=1e-4, atol=1e-5)

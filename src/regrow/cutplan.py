@@ -93,17 +93,22 @@ def plan_removal_and_cut(
         if readers is None:
             proposal = propose_structure(model, example_inputs)
             readers, example_inputs = proposal.readers, proposal.example_inputs
+            large = example_inputs
         else:
+            large = example_inputs
             with suppress(Exception):  # what fails here fails below
                 example_inputs = smaller_picture(copied(model).eval(), example_inputs)
         removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
         for quick in (True, False):
-            probe = None if proposal is None else _small_probe(model, removal, proposal, quick)
-            probe = probe or Probe(model, removal, example_inputs, quick=quick)
+            small = None if proposal is None else _small_probe(model, removal, proposal, quick)
+            probe = small or Probe(model, removal, example_inputs, quick=quick)
             if proposal is not None and not probe.confirms_removal:
                 # The graph is wrong about these filters: ask passes about everything that it says.
                 removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
-                proposal, probe = None, Probe(model, removal, example_inputs, quick=quick)
+                proposal, small = None, None
+                probe = Probe(model, removal, example_inputs, quick=quick)
+            if probe.folds and (small is not None or example_inputs is not large):
+                probe.look_at(large[: len(example_inputs)])
             search = _Search(removal, probe, Drafting(model, removal, probe))
             if (plan := search.wished(last=quick)) is not None:
                 return Planned(removal, plan, probe.weights_left(plan))

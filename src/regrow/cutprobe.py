@@ -99,7 +99,7 @@ class Probe:
                 self._model = spare.requires_grad_(False)
             else:
                 self._model = copied_as(model, dtype)
-            example = inputs_as(example_inputs, dtype)
+            self._dtype, example = dtype, inputs_as(example_inputs, dtype)
             disarm(self._model)
             self._modules: dict[str, Any] = dict(named_parts(self._model))
             self._layers = channel_layers(self._model)
@@ -182,6 +182,8 @@ class Probe:
                 tensor that arrives. Layers not listed: all.
             last: the probe is used up.
         """
+        if any(self._lacks(name, columns) for name, columns in plan.columns.items()):
+            return []
         self._lazy = self._unwritten(self._lazy)
         cut = self._model if last else copied(self._model)
         ran: list[str] = []
@@ -196,6 +198,32 @@ class Probe:
             return ran
         self._confirmed = plan, cut
         return None
+
+    def _lacks(self, name: str, columns: Sequence[int]) -> bool:
+        """Whether a layer that reads ``columns`` alone does without a channel that is not always 0."""
+        alive = ~self.dead.get(name, torch.ones(0, dtype=torch.bool))
+        if len(alive):  # else nothing is known of it
+            alive[index_tensor(columns)] = False
+        return bool(alive.any())
+
+    @property
+    def folds(self) -> bool:
+        """Whether a linear layer reads another number of features than the layer before it makes: which
+        channel they are of may depend on the size of the picture."""
+        made = [0, *(channels for _, channels in self.way)]
+        layers = zip(self.way, made, strict=False)
+        return any(
+            isinstance(layer := self._modules[name], nn.Linear) and layer.in_features != before
+            for (name, _), before in layers
+        )
+
+    def look_at(self, example_inputs: Any) -> None:
+        """Take back that channels are dead where these inputs, of another size, show something in them."""
+        dead, _ = self._find_dead(inputs_as(example_inputs, self._dtype))
+        self.dead = {
+            name: mine & dead[name] if name in dead and len(dead[name]) == len(mine) else mine & False
+            for name, mine in self.dead.items()
+        }
 
     def _unwritten(self, names: Collection[str]) -> set[str]:
         """Those of ``names`` whose weights are the model's, for all that is known."""
