@@ -598,4 +598,5 @@ def test_nothing_known_of_any_reader_leaves_a_plan_that_is_right(monkeypatch):
     monkeypatch.setattr("regrow.cutplan.propose_structure", blind)
     monkeypatch.setattr(Probe, "_find_dead", lambda *_: ({}, []))
     plan = plan_cut(model, {"0": keep_but(4, 1)}, X[:1])
-    assert plan == CutPlan(rows={"0": [0, 2, 3]}, placed={"0": (4, [0, 2, 3])})
+    alive = [0, 2, 3]
+    assert plan == CutPlan(rows={"0": alive}, channels={"1": alive}, placed={"1": (4, alive)})

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from regrow.placing import channel_dim
-from regrow.readers import Norm
 
 
 class Aliveness:
-    """What passes with noise show of the channels that convolutions and linear layers read and norms make."""
+    """What passes with noise show of the channels that convolutions and linear layers read."""
 
     def __init__(self) -> None:
         self._largest: dict[str, list[Tensor]] = {}
         self._unclear: set[str] = set()
 
-    def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """To be called behind every convolution, linear layer and norm."""
-        if isinstance(module, Norm):
-            self._see(name, output, 1)
-        elif inputs and isinstance(inputs[0], Tensor):
+    def note(self, name: str, module: nn.Module, inputs: Any) -> None:
+        """To be called behind every convolution and linear layer."""
+        if inputs and isinstance(inputs[0], Tensor):
             self._see(name, inputs[0], channel_dim(module, inputs[0]))
         else:
             self._unclear.add(name)

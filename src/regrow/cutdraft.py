@@ -50,7 +50,7 @@ class Drafting:
         for name in self.convolutions:
             if name not in self.fixed and not probe.separable(name, rows=True):
                 self.fixed.add(name)
-        readers = [*(reader for flow in self.flows.values() for reader in flow), *probe.dead]
+        readers = [*(reader for flow in self.flows.values() for reader in flow), *probe.dead, *probe.norms]
         self._wanted = {name: self._wanted_channels(name) for name in dict.fromkeys(readers)}
         self._pairs = _Pairs(self.flows, self._alive, self._wanted)
 

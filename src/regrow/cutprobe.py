@@ -41,9 +41,9 @@ class Probe:
     """A copy of a model with filters removed by masks, to hold plans against.
 
     Attributes:
-        dead: layer → BoolTensor[channels]: which input channels of a convolution or linear layer, and
-            which output channels of a norm, are 0 whatever comes in. Layers that no pass reached are
-            not listed.
+        dead: convolution or linear layer → BoolTensor[channels]: which input channels are 0 whatever comes
+            in. Layers that no pass reached are not listed.
+        norms: those that ran.
         own: convolution → the norm that reads its output, and nothing else's.
         way: the way that the inputs take by which plans are compared in eval mode.
         exercised: the layers that computed something in the passes that plans are compared by.
@@ -75,6 +75,7 @@ class Probe:
         self._dropout: NoDropout | None = None
         example = self._take(model, removal, example_inputs, spare)
         self.own, self.way = self._look.own(), self._look.way
+        self.norms = [name for name, _ in self.way if isinstance(self._modules[name], Norm)]
         self.dead, others = self._find_dead(example)
         self.confirms_removal = self._look.silent and all(
             self._follows(name, rows) for name, rows in removal.followers.items()
@@ -289,8 +290,10 @@ class Probe:
 
             def after(name: str, module: Any, inputs: Any, output: Any) -> Tensor | None:
                 names.add(name)
-                aliveness.note(name, module, inputs, output)
-                return None if isinstance(module, Norm) else self._noise_for(name, module, output, sign)
+                if isinstance(module, Norm):
+                    return None
+                aliveness.note(name, module, inputs)
+                return self._noise_for(name, module, output, sign)
 
             with hooked(self._layers, after):
                 # Noise as input too: a channel of the example may be 0 by chance.
