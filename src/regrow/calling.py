@@ -22,10 +22,14 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Random numbers go on as before; autocast, which would not see weights that change, is off."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
@@ -46,13 +50,13 @@ def set_mode(model: nn.Module, training: bool) -> None:
 def seed(model: nn.Module) -> None:
     """``torch.manual_seed(0)``; for the CPU alone where the model is there: each call keeps a seed for other
     devices too, and a trace of the stack, which takes a millisecond."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
 
 
 def random_state(model: nn.Module) -> Tensor | None:
     """Of the generators that the model's layers draw from; None for those of other devices than CUDA's."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = _device(model)
     if device.type == "cuda":
         return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
     return torch.get_rng_state() if device.type == "cpu" else None

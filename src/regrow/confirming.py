@@ -111,7 +111,6 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
 
     They are in memory of their own then, so that ``probe`` may share the model's.
     """
-
     ranges: dict[tuple[float, float], list[Tensor]] = {}
     settled: set[Tensor] = set()
 

@@ -334,11 +334,10 @@ class Probe:
 
         def after(name: str, module: nn.Module, given: Any, output: Any) -> Tensor | None:
             seen.reach(name, output)
-            if noisy:
-                if not isinstance(module, Norm):
-                    seen.noise.append((name, noise := self._noise_for(name, module, output, 0)))
-                    return noise.clone()
-            elif (muted := self._muted.get(name)) is not None:
+            if noisy and not isinstance(module, Norm):
+                seen.noise.append((name, noise := self._noise_for(name, module, output, 0)))
+                return noise.clone()
+            if (muted := self._muted.get(name)) is not None:
                 output.index_fill_(channel_dim(module, output), muted.to(output.device), 0)
             if note is not None:
                 note(name, module, given, output)

@@ -16,6 +16,7 @@ from regrow.cuts import CutPlan
 from regrow.placing import channel_dim, index_tensor, place
 from regrow.readers import Consumer, Norm, per_channel
 from regrow.shrinking import Way, step
+from regrow.watching import instead
 
 _NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -118,15 +119,12 @@ def replayed(
             values = place(values, index_tensor(positions, values.device), dim, width)
         return values
 
+    rows = {name: index_tensor(filters) for name, filters in plan.rows.items()}
     replaced = [(name, module) for name, module in layers if noise and not isinstance(module, Norm)]
-    for name, module in replaced:
-        rows = index_tensor(plan.rows[name]) if name in plan.rows else None
-        vars(module)["forward"] = functools.partial(replay, name, module, rows)
-    try:
+    with instead(
+        (module, functools.partial(replay, name, module, rows.get(name))) for name, module in replaced
+    ):
         yield
-    finally:
-        for _, module in replaced:
-            del vars(module)["forward"]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast, get_args
 
@@ -17,8 +17,6 @@ from regrow.readers import Consumer, Norm
 # Tuples are tested faster than unions.
 _CONSUMERS = get_args(Consumer)
 _LAYERS = (*_CONSUMERS, *get_args(Norm))
-# Exactly these: a class of one's own may compute something else.
-_STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 _Room = dict[tuple[torch.dtype, torch.device], Tensor]
 _LARGE = 1 << 14  # numbers; the clearing of memory is most of an idle pass
 _SHAPED_ALIKE = {
@@ -42,29 +40,35 @@ def hooked(
     closer to the layer than the user's own hooks, which may change what it reads and makes, and cost a third
     of what those do: one in front of each layer's ``forward``, and no handles.
     """
+    with instead((module, _between(name, module, after, before)) for name, module in layers):
+        yield
+
+
+@contextmanager
+def instead(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Each module, once at most, computes by the ``forward`` beside it."""
     own: list[tuple[dict[str, Any], Any]] = []
     try:
-        for name, module in layers:
-            ahead = before if isinstance(module, _CONSUMERS) else None
-            forward = _between(name, module, after, ahead)
+        for module, forward in forwards:
             own.append((vars(module), vars(module).get("forward")))
             vars(module)["forward"] = forward
         yield
     finally:
-        for attributes, forward in own:
-            if forward is None:
+        for attributes, former in own:
+            if former is None:
                 del attributes["forward"]
             else:
-                attributes["forward"] = forward
+                attributes["forward"] = former
 
 
 def _between(
     name: str, module: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None
 ) -> Callable[..., Any]:
     inner = module.forward
+    ahead = before if isinstance(module, _CONSUMERS) else None
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        if before is not None and (changed := before(name, module, inputs)) is not None:
+        if ahead is not None and (changed := ahead(name, module, inputs)) is not None:
             inputs = changed
         output = inner(*inputs, **named)
         if isinstance(output, Tensor) and (changed := after(name, module, inputs, output)) is not None:
@@ -81,18 +85,14 @@ def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
 
     Large ones share memory: where the model goes on to write to one in place, all have those numbers.
     """
-    idled: list[dict[str, Any]] = []
     room: _Room = {}
-    try:
-        for _, module in layers:
-            alike = type(module) in _SHAPED_ALIKE and "forward" not in vars(module)
-            if alike or stock(module):
-                vars(module)["forward"] = functools.partial(_idly, room, module)
-                idled.append(vars(module))
+    able = [
+        module
+        for _, module in layers
+        if stock(module) or (type(module) in _SHAPED_ALIKE and "forward" not in vars(module))
+    ]
+    with instead((module, functools.partial(_idly, room, module)) for module in able):
         yield
-    finally:
-        for attributes in idled:
-            del attributes["forward"]
 
 
 def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
 
 def stock(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's own convolutions or linear layers, and computes what those do."""
-    return type(module) in _STOCK and "forward" not in vars(module)
+    # Exactly these classes: one of the model's own may compute something else.
+    return type(module) in _CONSUMERS and "forward" not in vars(module)
 
 
 def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
