@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import regrow
-from regrow.bridgeout_noise import pool
+from regrow.noise.perturbation import pool
 from regrow.study.models import build_model
 from regrow.study.records import environment
 

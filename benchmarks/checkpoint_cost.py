@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 
 import regrow
-from regrow.scoring import overlap
+from regrow.criteria.score import overlap
 from regrow.study import progress as progress_module
 from regrow.study import records
 from regrow.study.building import build, load_splits, make_optimizer, make_scheduler

@@ -30,8 +30,8 @@ import torchvision
 from torch import Tensor, nn
 
 import regrow
-from regrow.cost import activation_bytes, count_macs, count_parameters, weight_bytes
-from regrow.deploy import fold_norms
+from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, weight_bytes
+from regrow.shipping.fold import fold_norms
 from regrow.study.records import environment
 
 NETS = {

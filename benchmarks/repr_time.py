@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow.cuts import CutPlan, apply_plan
-from regrow.placing import channels_last
+from regrow.indexing import channels_last
 from regrow.study.models import build_model
 from regrow.study.records import environment
+from regrow.surgery.layers import CutPlan, apply_plan
 
 NETS = {"vanilla net": ("convnet", {}), "ResNet-20": ("resnet", {"depth": 20})}
 FULL, SUB = 2, 1

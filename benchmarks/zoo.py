@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 
 import regrow
-from regrow.calling import call, floating
-from regrow.confirming import unsettle
-from regrow.cuts import CutPlan, kept_by, sliced
 from regrow.filters import convolutions
-from regrow.probing import NoDropout
-from regrow.removal import plan_removal, unremovable
-from regrow.structure import read_structure
-from regrow.surgery import cut
+from regrow.looking.calls import call, floating
+from regrow.looking.probing import NoDropout
+from regrow.structure.confirm import unsettle
+from regrow.structure.read import read_structure
+from regrow.surgery.cut import cut
+from regrow.surgery.layers import CutPlan, kept_by, sliced
+from regrow.surgery.removal import plan_removal, unremovable
 
 FRACTION = 0.3
 TOLERANCE = 1e-4

@@ -31,14 +31,14 @@ def loaded_by(code: str) -> set[str]:
 def test_import_regrow_waits_for_nothing():
     loaded = loaded_by("import regrow; dir(regrow); regrow.__version__")
     assert "regrow" in loaded
-    assert not loaded & {"torch", "numpy", "regrow.cycle", "regrow.study", *HEAVY}
+    assert not loaded & {"torch", "numpy", "regrow.repr.cycle", "regrow.study", *HEAVY}
 
 
 def test_every_public_name_is_there_and_none_needs_an_extra():
     loaded = loaded_by(
         "import regrow\nfor name in regrow.__all__: assert getattr(regrow, name) is not None, name"
     )
-    assert {"torch", "regrow.cycle", "regrow.scoring", "regrow.selection"} <= loaded
+    assert {"torch", "regrow.repr.cycle", "regrow.criteria.score", "regrow.criteria.select"} <= loaded
     assert not loaded & {"regrow.study", "regrow.cli", *HEAVY}
 
 
@@ -56,7 +56,7 @@ def test_every_public_name_is_there_and_none_needs_an_extra():
 def test_what_reads_files_needs_no_torch(module):
     loaded = loaded_by(f"import {module}")
     assert module in loaded
-    assert not loaded & {"torch", "torchvision", "timm", "ray", "regrow.cycle"}
+    assert not loaded & {"torch", "torchvision", "timm", "ray", "regrow.repr.cycle"}
 
 
 def test_help_names_the_commands_and_needs_no_torch():

@@ -12,37 +12,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from regrow.bridgeout_layers import add_bridgeout, remove_bridgeout
-    from regrow.bridgeout_noise import bridgeout
-    from regrow.checkpoint import load, save
-    from regrow.compensation import compensate, read_as
-    from regrow.cycle import Event, RePr
-    from regrow.deploy import fold_norms
-    from regrow.export import export_onnx
-    from regrow.pruning import prune
-    from regrow.reestimation import reestimate_norms
-    from regrow.scoring import overlap, score
-    from regrow.selection import select
-    from regrow.surgery import cut
+    from regrow.compensation.compensate import compensate, read_as
+    from regrow.compensation.norms import reestimate_norms
+    from regrow.criteria.score import overlap, score
+    from regrow.criteria.select import select
+    from regrow.noise.layers import add_bridgeout, remove_bridgeout
+    from regrow.noise.perturbation import bridgeout
+    from regrow.pruning.prune import prune
+    from regrow.repr.cycle import Event, RePr
+    from regrow.shipping.checkpoint import load, save
+    from regrow.shipping.fold import fold_norms
+    from regrow.shipping.onnx import export_onnx
+    from regrow.surgery.cut import cut
 
 _HOMES = {
-    "Event": "regrow.cycle",
-    "RePr": "regrow.cycle",
-    "add_bridgeout": "regrow.bridgeout_layers",
-    "bridgeout": "regrow.bridgeout_noise",
-    "compensate": "regrow.compensation",
-    "cut": "regrow.surgery",
-    "export_onnx": "regrow.export",
-    "fold_norms": "regrow.deploy",
-    "load": "regrow.checkpoint",
-    "overlap": "regrow.scoring",
-    "prune": "regrow.pruning",
-    "read_as": "regrow.compensation",
-    "reestimate_norms": "regrow.reestimation",
-    "remove_bridgeout": "regrow.bridgeout_layers",
-    "save": "regrow.checkpoint",
-    "score": "regrow.scoring",
-    "select": "regrow.selection",
+    "Event": "regrow.repr.cycle",
+    "RePr": "regrow.repr.cycle",
+    "add_bridgeout": "regrow.noise.layers",
+    "bridgeout": "regrow.noise.perturbation",
+    "compensate": "regrow.compensation.compensate",
+    "cut": "regrow.surgery.cut",
+    "export_onnx": "regrow.shipping.onnx",
+    "fold_norms": "regrow.shipping.fold",
+    "load": "regrow.shipping.checkpoint",
+    "overlap": "regrow.criteria.score",
+    "prune": "regrow.pruning.prune",
+    "read_as": "regrow.compensation.compensate",
+    "reestimate_norms": "regrow.compensation.norms",
+    "remove_bridgeout": "regrow.noise.layers",
+    "save": "regrow.shipping.checkpoint",
+    "score": "regrow.criteria.score",
+    "select": "regrow.criteria.select",
 }
 
 __all__ = [

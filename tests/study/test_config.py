@@ -3,7 +3,9 @@ from typing import Any, get_args
 
 import pytest
 
-from regrow import scoring, selection, subphase
+from regrow.criteria import score as scoring
+from regrow.criteria import select as selection
+from regrow.repr import subphase
 from regrow.study import compare, names
 from regrow.study.config import RunConfig, make_config, read_settings
 

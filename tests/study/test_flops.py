@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from regrow.bridgeout_layers import add_bridgeout, bridgeout_state
-from regrow.cycle import RePr
+from regrow.noise.layers import add_bridgeout, bridgeout_state
+from regrow.repr.cycle import RePr
 from regrow.study.flops import step_flops
 
 IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from regrow.accuracy import top1
-from regrow.checkpoint import load
 from regrow.cli import app
+from regrow.pruning.accuracy import top1
+from regrow.shipping.checkpoint import load
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.train import train

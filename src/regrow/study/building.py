@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regrow.bridgeout_layers import add_bridgeout
-from regrow.cycle import RePr
+from regrow.noise.layers import add_bridgeout
+from regrow.repr.cycle import RePr
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits, load_data
 from regrow.study.models import build_model

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.accuracy import top1
-from regrow.calibration import check_calibration
-from regrow.compensation import READINGS, read_as
+from regrow.compensation.compensate import READINGS, read_as
+from regrow.compensation.images import check_calibration
+from regrow.compensation.norms import reestimate_norms, running_norms
+from regrow.criteria.score import check_criterion, score
+from regrow.criteria.select import check_selection, select
 from regrow.filters import convolutions, left_out, unwrap
-from regrow.reestimation import reestimate_norms, running_norms
-from regrow.scoring import check_criterion, score
-from regrow.selection import check_selection, select
-from regrow.structure import read_structure
+from regrow.pruning.accuracy import top1
+from regrow.structure.read import read_structure
 from regrow.study import records
 from regrow.study.config import RunConfig, make_config
 from regrow.study.train import device_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.bridgeout_layers import bridgeout_state, load_bridgeout_state
+from regrow.noise.layers import bridgeout_state, load_bridgeout_state
 
 _PICTURES = 4
 

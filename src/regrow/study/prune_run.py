@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from regrow.accuracy import top1
-from regrow.budget import check_target
-from regrow.checkpoint import save
-from regrow.export import export_onnx
-from regrow.pruning import prune
+from regrow.pruning.accuracy import top1
+from regrow.pruning.budget import check_target
+from regrow.pruning.prune import prune
+from regrow.shipping.checkpoint import save
+from regrow.shipping.onnx import export_onnx
 from regrow.study import records
 from regrow.study.prune_table import prune_tables
 from regrow.study.trained import Trained, by_name, from_run

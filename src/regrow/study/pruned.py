@@ -17,7 +17,7 @@ from regrow.study.words import interval, label, signed
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The order of the paper and of regrow.compensation.READINGS, without importing torch.
+# The order of the paper and of regrow.compensation.compensate.READINGS, without importing torch.
 READINGS = ("zeroed", "removed", "compensated")
 _HALF = 0.5
 _COLUMNS = 10

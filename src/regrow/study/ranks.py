@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from regrow.agreeing import copy_from_first, first_decides, share
+from regrow.repr.ranks import copy_from_first, first_decides, share
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")

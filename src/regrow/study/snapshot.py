@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from regrow.bridgeout_layers import bridgeout_state, load_bridgeout_state
-from regrow.cycle import RePr
+from regrow.noise.layers import bridgeout_state, load_bridgeout_state
+from regrow.repr.cycle import RePr
 
 
 def state_of(

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.bridgeout_layers import remove_bridgeout
-from regrow.cycle import RePr
+from regrow.criteria.score import overlap
 from regrow.filters import eligible
-from regrow.scoring import overlap
+from regrow.noise.layers import remove_bridgeout
+from regrow.repr.cycle import RePr
 from regrow.study import records
 from regrow.study.building import (
     add_noise,

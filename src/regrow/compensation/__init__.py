@@ -1,0 +1,1 @@
+"""What makes up for removed filters, on unlabelled images."""

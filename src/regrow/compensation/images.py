@@ -1,0 +1,84 @@
+"""Passes over unlabelled images in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.looking.calls import call
+
+
+def check_calibration(calibration: Any) -> None:
+    """Raise ``ValueError`` unless ``calibration`` can be iterated over batches."""
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise ValueError(
+            f"calibration is an iterable of batches, got {type(calibration).__name__}. For one batch x write "
+            "calibration=[x]."
+        )
+
+
+def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
+    """What ``model`` takes of each batch, on its device.
+
+    Args:
+        calibration: batches: a tensor, a tuple or list whose first item is the input (the rest, labels,
+            is ignored), or a dict of keywords.
+
+    Raises:
+        ValueError: there is no batch, or it is of another kind.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    empty = True
+    for batch in calibration:
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if isinstance(inputs, Mapping):
+            yield {key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+        elif isinstance(inputs, Tensor):
+            yield inputs.to(device)
+        else:
+            raise ValueError(
+                "a calibration batch is a tensor, a tuple or list whose first item is the input, or a dict "
+                f"of keywords, got {type(inputs).__name__}."
+            )
+        empty = False
+    if empty:
+        raise ValueError(
+            "calibration yields no batch: pass a few hundred images, and no iterator that is used up."
+        )
+
+
+def forward(model: nn.Module, inputs: Any) -> int:
+    """One forward pass; the number of images in it. ``ValueError`` if it fails."""
+    try:
+        call(model, inputs)
+    except Exception as error:
+        raise ValueError(
+            f"the model's forward pass fails on a calibration batch: {error}. Pass what the model takes, in "
+            "batches of several images."
+        ) from error
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 0)
+
+
+def check_finite_results(name: str, *tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` if what the images gave in layer ``name`` is NaN or infinite."""
+    if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
+        raise ValueError(
+            f"the calibration images give NaN or infinite values in {name!r}: check the images and the model."
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode; afterwards every module is back in its own mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,1 @@
+"""How much a filter is worth keeping, and which filters go by that."""

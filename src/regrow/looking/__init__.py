@@ -1,0 +1,1 @@
+"""Running a copy of a model and watching its layers."""

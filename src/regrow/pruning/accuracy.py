@@ -1,0 +1,47 @@
+"""Top-1 accuracy of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.compensation.images import evaluating
+from regrow.filters import unwrap
+
+
+@torch.no_grad()
+def top1(model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
+    """Share of the pictures whose highest logit is their label's, and how many pictures there were.
+
+    Args:
+        model: inputs → logits [n, classes], in any mode; it is run in evaluation mode.
+        batches: pairs of inputs and labels [n], as a DataLoader yields them.
+
+    Raises:
+        ValueError: batches or outputs of another kind, or no batch.
+    """
+    model = unwrap(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    correct = seen = 0
+    with evaluating(model):
+        for batch in batches:
+            if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+                raise ValueError(
+                    "a validation batch is a pair of inputs and labels, as a DataLoader yields it."
+                )
+            inputs, labels = batch
+            logits = model(inputs.to(device))
+            if not isinstance(logits, Tensor) or logits.shape[:1] != labels.shape or logits.dim() != 2:
+                raise ValueError(
+                    "accuracy needs a classifier: logits [n, classes] for labels [n], got "
+                    f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__} for "
+                    f"{list(labels.shape)}."
+                )
+            correct += int((logits.argmax(1) == labels.to(device)).sum())
+            seen += len(labels)
+    if not seen:
+        raise ValueError("validation yields no batch: pass a loader of inputs and labels.")
+    return correct / seen, seen

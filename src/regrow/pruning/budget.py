@@ -1,0 +1,196 @@
+"""Which cut meets a budget: measured on small copies, not guessed."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.criteria.select import check_selection
+from regrow.pruning.accuracy import top1
+from regrow.pruning.cost import count_macs, count_parameters, measure_latency
+from regrow.pruning.ladder import first_within
+from regrow.pruning.trials import Bench, Trial
+
+Timing = list[dict[str, Any]]
+_UNITS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "latency"}
+# How far below a budget a network may end up, as a share of what the dense one costs.
+_CLOSE = {"macs": 0.005, "params": 0.005, "latency": 0.02, "max_drop": 0.0}
+# How many fractions there are to choose from, at most; never more than there are filters.
+_RUNGS = {"macs": 1000, "params": 1000, "latency": 250, "max_drop": 125}
+# Of networks that were within a budget when it was searched for, and are not when looked at again.
+_TRIES = 5
+
+
+def check_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one of ``prune``'s targets that is given: (kind, value).
+
+    Raises:
+        ValueError: there is not exactly one, or it is out of range.
+    """
+    given = {kind: value for kind, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(
+            f"prune takes exactly one of fraction=, max_drop=, macs=, params= and latency=, got "
+            f"{' and '.join(given) or 'none'}. To remove half of the filters write fraction=0.5."
+        )
+    [(kind, value)] = given.items()
+    if kind == "fraction":
+        check_selection(value, "global", 0.0)
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{kind} is a number, got {value!r}.")
+    elif kind == "max_drop":
+        if not 0 <= value < 100:
+            raise ValueError(
+                f"max_drop is in points of accuracy, 0 <= max_drop < 100, got {value!r}. For one point, from "
+                "92 % to 91 %, write max_drop=1."
+            )
+    elif not 0 < value < 1:
+        raise ValueError(
+            f"{kind} is a share of what the network has now, 0 < {kind} < 1, got {value!r}. For half of it "
+            f"write {kind}=0.5."
+        )
+    return kind, float(value)
+
+
+@dataclass(frozen=True)
+class Met:
+    """The network that meets a budget, what it reached, and its passes timed if the budget was latency."""
+
+    trial: Trial
+    reached: float
+    timing: Timing | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search for a budget needs.
+
+    Attributes:
+        model: the dense network.
+        example_inputs: for MACs and latency.
+        bench: makes small copies of ``model``.
+        choose: fraction → keep masks; those of a larger fraction drop what a smaller one drops.
+        filters: how many there are to choose from.
+        validation, accuracy: for ``max_drop``: batches, and the dense network's accuracy on them.
+        tell: called as ``prune``'s ``progress``.
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    bench: Bench
+    choose: Callable[[float], dict[str, Tensor]]
+    filters: int
+    validation: Iterable[Any]
+    accuracy: float
+    tell: Callable[[float, str], object]
+
+    def run(self, kind: str, limit: float) -> Met:
+        """The smallest cut whose ``kind`` is at most ``limit``; for ``max_drop`` the largest.
+
+        Raises:
+            ValueError: there is none; the message says how near one gets.
+        """
+        rungs = min(_RUNGS[kind], self.filters - 1)
+        # The first rung is the one that is farthest from the limit: for a drop, the largest cut.
+        fraction = (
+            (lambda r: (rungs + 1 - r) / (rungs + 1)) if kind == "max_drop" else lambda r: r / (rungs + 1)
+        )
+        looks = 2 * math.ceil(math.log2(rungs + 1)) + 2
+        known: dict[int, float] = {}
+
+        def value(rung: int) -> float:
+            keep = self.choose(fraction(rung))
+            count = removed(keep)
+            if count not in known:
+                share = 0.1 + 0.7 * min(1.0, len(known) / looks)
+                self.tell(share, f"trying without {count / self.filters:.1%} of the filters")
+                known[count] = self._value(kind, keep)
+            return known[count]
+
+        start = math.inf if kind == "max_drop" else 1.0
+        close, guess = _CLOSE[kind], None
+        if kind in ("macs", "params"):
+            self.tell(0.1, "guessing how many filters go")
+
+            def estimated(rung: int) -> float:
+                return self.bench.estimate(self.choose(fraction(rung)))[kind]
+
+            guess, _ = first_within(estimated, rungs, limit, start=1.0, close=close)
+        rung, found = first_within(value, rungs, limit, start=start, close=close, guess=guess)
+        if found > limit or not removed(self.choose(fraction(rung))):
+            raise ValueError(self._refusal(kind, limit, known))
+        reached = found
+        for further in range(rung, min(rung + _TRIES, rungs + 1)):
+            self.tell(0.8, "cutting")
+            trial = self.bench.cut(self.choose(fraction(further)), compensated=True)
+            if not trial.gone:
+                break
+            reached, timing = self._look(kind, trial.model)
+            if reached <= limit:
+                return Met(trial, reached, timing)
+        raise ValueError(
+            f"{kind}={limit} was met while searching and not when looked at again ({reached:.3g}): the "
+            "measurement varies too much. Quiet the machine, or ask for a little less."
+        )
+
+    def latency_at(self, macs: float) -> float:
+        """The share of its latency that the network takes when cut to this share of its MACs, about."""
+        rungs = min(_RUNGS["macs"], self.filters - 1)
+        rung, _ = first_within(
+            lambda rung: self.bench.estimate(self.choose(rung / (rungs + 1)))["macs"],
+            rungs,
+            macs,
+            start=1.0,
+            close=_CLOSE["macs"],
+        )
+        return self._value("latency", self.choose(rung / (rungs + 1)))
+
+    def _value(self, kind: str, keep: Mapping[str, Tensor]) -> float:
+        if not removed(keep):
+            return 0.0 if kind == "max_drop" else 1.0
+        if kind == "max_drop":
+            return self._look(kind, self.bench.masked(keep)[0])[0]
+        return self._look(kind, self.bench.cut(keep, compensated=False).model)[0]
+
+    def _look(self, kind: str, small: nn.Module) -> tuple[float, Timing | None]:
+        if kind == "max_drop":
+            # Rounded, because 100 · (0.92 - 0.91) is a little more than 1.
+            return round(100 * (self.accuracy - top1(small, self.validation)[0]), 9), None
+        if kind == "latency":
+            timing = measure_latency([self.model, small], self.example_inputs)
+            return timing[1]["median"] / timing[0]["median"], timing
+        if kind == "params":
+            return count_parameters(small) / count_parameters(self.model), None
+        return count_macs(small, self.example_inputs) / self._macs, None
+
+    @functools.cached_property
+    def _macs(self) -> int:
+        return count_macs(self.model, self.example_inputs)
+
+    def _refusal(self, kind: str, limit: float, known: Mapping[int, float]) -> str:
+        tried = {count: found for count, found in known.items() if count}
+        if not tried:
+            return f"{kind}={limit} cannot be met: floor and round_to leave no filter to remove. Lower them."
+        if kind == "max_drop":
+            count = min(tried, key=lambda count: (tried[count], count))
+            return (
+                f"max_drop={limit:g} cannot be met: the best cut tried, of {count} of {self.filters} filters "
+                f"({count / self.filters:.1%}), costs {tried[count]:.2f} points. Allow that many, calibrate "
+                "with more images, or try another criterion or scope."
+            )
+        least = min(tried.values())
+        return (
+            f"{kind}={limit:g} cannot be met: the best is {least:.1%} of the {_UNITS[kind]}, with as much "
+            "removed as floor, round_to and exclude allow. Lower the floor, exclude fewer layers, or ask for "
+            f"{kind}={math.ceil(100 * least) / 100:g}."
+        )
+
+
+def removed(keep: Mapping[str, Tensor]) -> int:
+    """How many filters ``keep`` drops."""
+    return sum(int((~mask).sum()) for mask in keep.values())

@@ -1,0 +1,238 @@
+"""Which filters ``prune`` drops: over what they are ranked, which fall together, and to what widths."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.criteria.select import check_selection, select
+from regrow.filters import convolutions
+from regrow.structure.readers import Readers
+from regrow.suggest import nearest
+
+SCOPES = ("layer", "global", "isomorphic")
+COUPLED = ("jointly", "individually")  # the default first
+
+Unit = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How filters are chosen.
+
+    Attributes:
+        scope: ``"layer"`` drops the same share of each layer, ``"global"`` ranks all filters together,
+            ``"isomorphic"`` those of each family of layers (Fang et al. 2024) together.
+        floor: share of each layer that stays, as ``select`` takes it.
+        round_to: the number of filters kept in a layer is a multiple of it.
+        families: the layers that are ranked together where the scope is ``"isomorphic"``.
+        units: filters that fall together or not at all.
+    """
+
+    scope: str = "layer"
+    floor: float = 0.1
+    round_to: int = 1
+    families: Sequence[Sequence[str]] = ()
+    units: Sequence[Unit] = ()
+
+
+def check_choice(scope: str, floor: float, round_to: int, coupled: str) -> None:
+    """Raise ``ValueError`` for an unknown name or a number out of range."""
+    for name, known, what in ((scope, SCOPES, "scope"), (coupled, COUPLED, "way to cut coupled filters")):
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}{nearest(str(name), known)}")
+    check_selection(0, "global", floor)
+    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+        raise ValueError(
+            f"round_to is what the widths are multiples of, a whole number from 1, got {round_to!r}. For "
+            "multiples of 8 write round_to=8."
+        )
+
+
+def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dict[str, Tensor]:
+    """Keep masks that drop about ``fraction`` of the filters.
+
+    Counts are rounded to the nearest multiple of ``round_to`` (a half goes up), but to no less than one
+    multiple, and up where the floor or a unit asks for more. A layer that has fewer filters than that is
+    left whole. Of a larger fraction the filters of a smaller one are a part.
+
+    Args:
+        scores: {name: Tensor[filters]}, higher = keep.
+        fraction: as ``select`` takes it, of the filters that have scores.
+
+    Returns:
+        {name: BoolTensor[filters]} on the CPU, True = alive.
+    """
+    scores = {name: torch.as_tensor(values).detach().double().cpu() for name, values in scores.items()}
+    numbers = _unit_numbers(scores, choice.units)
+    scores = _by_layer(_unit_means(torch.cat(list(scores.values())), numbers), scores)
+    groups = choice.families if choice.scope == "isomorphic" else [list(scores)]
+    keep: dict[str, Tensor] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="floor=", category=UserWarning)
+        for names in groups:
+            ranked = {name: scores[name] for name in names}
+            scope = "layer" if choice.scope == "layer" else "global"
+            keep |= select(ranked, fraction, scope=scope, floor=choice.floor)
+    keep = {name: keep[name] for name in scores}
+    for name, mask in keep.items():
+        least = max(choice.round_to, math.ceil(choice.floor * len(mask) - 1e-9))
+        near = math.floor(int(mask.sum()) / choice.round_to + 0.5) * choice.round_to
+        keep[name] = _best(scores[name], near if near >= least else _up(least, choice.round_to))
+    before = -1
+    while (alive := sum(int(mask.sum()) for mask in keep.values())) != before:
+        before = alive
+        flat = torch.cat(list(keep.values()))
+        stays = torch.zeros(len(flat), dtype=torch.bool)
+        stays[numbers[flat]] = True
+        keep = _by_layer(stays[numbers], keep)
+        for name, mask in keep.items():
+            count = _up(int(mask.sum()), choice.round_to)
+            keep[name] = mask | _best(scores[name].masked_fill(mask, math.inf), count)
+    return keep
+
+
+def families_of(model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]) -> list[list[str]]:
+    """The layers ``names`` in groups of the same surroundings, whatever their widths.
+
+    Two convolutions belong together if they have the same class, kernel, stride and dilation, the same
+    kinds of norms behind them, and kinds of layers that read their channels, and if both or neither are
+    mixed with other channels on the way there (a residual sum). A simple form of the isomorphic groups of
+    Fang et al. 2024.
+    """
+    found: defaultdict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        behind = frozenset(_kind(model.get_submodule(norm)) for norm in readers[name].norms)
+        reading = frozenset(_kind(model.get_submodule(consumer)) for consumer in readers[name].consumers)
+        found[_kind(model.get_submodule(name)), behind, reading, bool(readers[name].mixed)].append(name)
+    return list(found.values())
+
+
+def merged(families: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[list[str]]:
+    """``families``, those that have filters of one unit made one."""
+    links = _Links()
+    for names in [*families, *units]:
+        first, *rest = names
+        for name in rest:
+            links.join(first, name)
+    found: defaultdict[Any, list[str]] = defaultdict(list)
+    for family in families:
+        for name in family:
+            found[links.root(name)].append(name)
+    return list(found.values())
+
+
+def coupled_filters(
+    model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]
+) -> list[dict[str, list[int]]]:
+    """The filters of the layers ``names`` that arrive at one channel of some layer, added up there: units.
+
+    Only if all of them go does the channel leave the tensors. Filters that share with no other are not
+    listed. A layer whose channels could not be followed shares with none.
+    """
+    links = _Links()
+    convs = convolutions(model)
+    for name, found in readers.items():
+        for reader, reads in found.reached.items():
+            for filter_, index in zip(reads.filters, reads.indices, strict=True):
+                links.join((name, filter_, "out"), (reader, index, "in"))
+    for name, conv in convs.items():
+        if conv.groups > 1 and conv.groups == conv.in_channels and name in readers:
+            # Depthwise: a channel goes on behind it.
+            for row in range(conv.out_channels):
+                channel = row // (conv.out_channels // conv.groups)
+                links.join((name, row, "out"), (name, channel, "in"))
+    wanted = set(names)
+    units: defaultdict[Any, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for name in (name for name in readers if name in wanted):
+        for index in range(convs[name].out_channels):
+            units[links.root((name, index, "out"))][name].append(index)
+    return [dict(unit) for unit in units.values() if sum(map(len, unit.values())) > 1]
+
+
+def renumbered(
+    units: Iterable[Unit], left: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> list[dict[str, list[int]]]:
+    """``units`` of an uncut model as units of the filters that cuts have left of it.
+
+    Args:
+        left: layer → BoolTensor[filters before the first cut], True = left; layers not listed: all.
+        scores: {name: Tensor[filters]} of the filters that each layer counts now.
+    """
+    found = []
+    for unit in units:
+        now: dict[str, list[int]] = {}
+        for name, indices in unit.items():
+            mask = left.get(name)
+            # A layer that holds some at zero goes on counting all its filters.
+            if mask is not None and len(scores[name]) < len(mask):
+                indices = [int(mask[:i].sum()) for i in indices if mask[i]]
+            if indices:
+                now[name] = list(indices)
+        if sum(map(len, now.values())) > 1:
+            found.append(now)
+    return found
+
+
+class _Links:
+    """Sets of things that were joined (union–find)."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Any, Any] = {}
+
+    def root(self, thing: Any) -> Any:
+        parents = self._parents
+        while (parent := parents.setdefault(thing, thing)) != thing:
+            parents[thing] = thing = parents.setdefault(parent, parent)
+        return thing
+
+    def join(self, one: Any, other: Any) -> None:
+        self._parents[self.root(one)] = self.root(other)
+
+
+def _kind(module: Any) -> tuple[Any, ...]:
+    details = ("kernel_size", "stride", "dilation")
+    grouped = getattr(module, "groups", 1) > 1
+    return (type(module).__name__, grouped, *(getattr(module, detail, None) for detail in details))
+
+
+def _unit_numbers(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> Tensor:
+    """The number of each filter's unit, layer after layer; a filter by itself is one too."""
+    starts, count = {}, 0
+    for name, values in scores.items():
+        starts[name] = count
+        count += len(values)
+    numbers = torch.arange(count)
+    for unit in units:
+        members = [starts[name] + index for name, indices in unit.items() for index in indices]
+        numbers[torch.tensor(members)] = members[0]
+    return numbers
+
+
+def _unit_means(flat: Tensor, numbers: Tensor) -> Tensor:
+    """Of the scores ``flat`` the mean of each unit in place of its filters' own."""
+    sums = torch.zeros_like(flat).index_add(0, numbers, flat)
+    return (sums / torch.bincount(numbers, minlength=len(flat)))[numbers]
+
+
+def _by_layer(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([len(values) for values in like.values()])
+    return {name: part.clone() for name, part in zip(like, parts, strict=True)}
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest; equal ones fall in order, as in ``select``."""
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep[scores.argsort(stable=True)[: max(0, len(scores) - count)]] = False
+    return keep

@@ -1,0 +1,142 @@
+"""What a network costs: parameters, multiply-accumulates, latency on this machine, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from regrow.compensation.images import evaluating
+from regrow.filters import unwrap
+from regrow.looking.calls import call
+
+_WARM_UP = 3
+_PASSES = (5, 200)  # at least, at most
+_SECONDS = 1.5
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in all parameters; one that several layers share counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one pass over ``example_inputs``, the whole batch, in evaluation mode.
+
+    PyTorch's own count (``torch.utils.flop_counter``), halved: convolutions, linear layers, matrix products
+    and attention, wherever they are called. Norms, activations and additions are not counted.
+    """
+    model = unwrap(model)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, example_inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[dict[str, Any]]:
+    """How long a pass over ``example_inputs`` takes on this machine, for each of ``models``.
+
+    Evaluation mode, ``torch.inference_mode``, three passes each to warm up. The models take turns, so that
+    a machine that slows down does so for all of them. 5 to 200 passes each, as fit into about 1.5 seconds.
+
+    Returns:
+        For each model JSON-able: median, lowest and highest of the passes in seconds, and passes.
+    """
+    models = [unwrap(model) for model in models]
+    times: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        stack.enter_context(torch.inference_mode())
+        warm = [_seconds(model, example_inputs) for _ in range(_WARM_UP) for model in models]
+        least, most = _PASSES
+        passes = min(most, max(least, int(_SECONDS / max(sum(warm[-len(models) :]), 1e-9))))
+        for _ in range(passes):
+            for model, taken in zip(models, times, strict=True):
+                taken.append(_seconds(model, example_inputs))
+    return [
+        {
+            "median": statistics.median(taken),
+            "lowest": min(taken),
+            "highest": max(taken),
+            "passes": passes,
+        }
+        for taken in times
+    ]
+
+
+def _seconds(model: nn.Module, example_inputs: Any) -> float:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    _wait(device)
+    begun = time.perf_counter()
+    call(model, example_inputs)
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; what several layers share counts once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@torch.no_grad()
+def activation_bytes(model: nn.Module, example_inputs: Any) -> int:
+    """Most bytes that tensors made in a pass over ``example_inputs`` take up at one time, in evaluation mode
+    without gradients.
+
+    Counted from the tensors that PyTorch's operations return, until they are freed: the same on every
+    machine. Not counted: the weights, the inputs, and what an operation needs inside.
+    """
+    model = unwrap(model)
+    inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    with evaluating(model), _Live([*model.parameters(), *model.buffers(), *inputs]) as live:
+        call(model, example_inputs)
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Follows the memory of the tensors made while it is entered, except that of ``known`` ones."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._seen = {storage._cdata for tensor in known for storage in _storages(tensor)}
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            for storage in _storages(tensor):
+                if storage._cdata in self._seen:
+                    continue
+                self._seen.add(storage._cdata)
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return output
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size
+
+
+def _storages(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        yield tensor.untyped_storage()

@@ -1,0 +1,452 @@
+"""RePr: cut the filters that overlap most, train on without them, regrow them orthogonally; repeat."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from regrow.criteria.score import check_criterion, score
+from regrow.criteria.select import check_selection, select
+from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
+from regrow.repr.narrow import check_not_sharded, check_plan
+from regrow.repr.ranks import copy_from_first, first_decides, group_of
+from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory
+from regrow.structure.read import read_structure
+from regrow.structure.readers import silent_entries
+from regrow.suggest import nearest
+from regrow.surgery.layers import CutPlan
+from regrow.surgery.planning import plan_removal_and_cut
+from regrow.surgery.removal import plan_removal
+
+_VERSION = 1
+# Below a tenth of the highest rate a cut or a restart has too little left to heal with.
+_LOW_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Event:
+    """What ``RePr.step`` did.
+
+    Attributes:
+        kind: ``"drop"`` or ``"restore"``.
+        step: how often ``step`` had been called, this call included.
+        cycle: number of the cycle, from 1.
+        filters: {qualified name: indices of the filters}, layers without any left out.
+        least_covered: on restore, the layers whose null space was too small for the rows needed, so that
+            directions the existing rows cover least were taken.
+        notes: anything that could not be done as asked, one sentence each.
+    """
+
+    kind: str
+    step: int
+    cycle: int
+    filters: dict[str, list[int]]
+    least_covered: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as plain JSON-able data."""
+        return asdict(self)
+
+
+class RePr:
+    """Retrain and prune, in your own loop (RePr, arXiv 1811.07275, §3).
+
+    Call ``step()`` once per epoch, or once per batch: ``full`` and ``sub`` count whatever you call it
+    for. After ``full`` steps the filters that score lowest are dropped: they emit exactly 0 and stay
+    dead under any optimizer. After ``sub`` more they are restored with new directions. That happens
+    ``cycles`` times; afterwards ``step()`` does nothing. Hold the learning rate up until the last
+    restore: filters cut or regrown at a rate near 0 cannot heal.
+
+    Args:
+        model: any module; DDP and ``torch.compile`` wrappers are looked through. Grouped and depthwise
+            convolutions are left alone (``left_out`` says which and why). Of a DDP wrapper's processes
+            the first decides for all, and each change leaves them with the same weights and buffers, bit
+            for bit: give the wrapper, and call ``step`` in every process.
+        optimizer: the one that trains ``model``.
+        fraction: share of the ranked filters to drop, 0 ≤ fraction < 1.
+        full, sub: lengths of the two phases of a cycle, in calls of ``step``.
+        cycles: how often to drop and restore.
+        criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``,
+            ``"random"``.
+        consumers: what the layers that read a restored channel do with it. ``"keep"``: the weights they
+            had when it was dropped. ``"zero"``: weights of 0, so that the network's output does not move
+            at the restore. ``"init"``: freshly drawn weights.
+        compact: in the sub phase, leave dropped filters out of the arithmetic (``narrow``): quicker, and the
+            same up to rounding. ``torch.compile`` compiles anew after a drop. Where it cannot be done
+            safely, and for a model in ``nn.DataParallel``, dropped filters are computed and held at 0, as
+            with False; the event's notes say so.
+        scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
+        floor: share of every layer that always stays alive.
+        exclude: qualified names of convolutions, or of containers of them, to leave alone.
+        skip_first: leave out the first convolution the input reaches, as the authors advise.
+        seed: same seed, same weights: same choices.
+        example_inputs: what ``model`` takes (a tensor, a tuple of arguments, a dict of keywords); one
+            picture is enough. Needed to see which norms and layers read which channels.
+
+    Raises:
+        ValueError: an argument out of range, an unknown name, no convolution left, an optimizer that
+            does not hold the model's parameters, NaN weights, a sharded model (FSDP). Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        example_inputs: Any,
+        fraction: float = 0.3,
+        full: int = 20,
+        sub: int = 10,
+        cycles: int = 3,
+        criterion: str = "ortho",
+        consumers: str = "keep",
+        compact: bool = True,
+        scope: str = "global",
+        floor: float = 0.1,
+        exclude: Iterable[str] = (),
+        skip_first: bool = True,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("full", full), ("sub", sub), ("cycles", cycles)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        check_selection(fraction, scope, floor)
+        check_criterion(criterion)
+        if consumers not in CONSUMERS:
+            raise ValueError(f"unknown choice consumers={consumers!r}{nearest(str(consumers), CONSUMERS)}")
+        if not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}.")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise ValueError(
+                f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
+                "such as optimizer.optimizer."
+            )
+        if example_inputs is None:
+            raise ValueError("example_inputs is needed to trace the model: pass one picture, such as x[:1].")
+        if not isinstance(compact, bool):
+            raise ValueError(f"compact must be True or False, got {compact!r}.")
+        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+
+        self._model = unwrap(model)
+        self._group = group_of(model)
+        check_not_sharded(self._model)
+        self._optimizer = optimizer
+        self._settings: dict[str, Any] = {
+            "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles, "criterion": criterion,
+            "consumers": consumers, "scope": scope, "floor": float(floor), "exclude": exclude,
+            "skip_first": bool(skip_first), "seed": seed,
+        }  # fmt: skip
+        check_finite(eligible(self._model, exclude))
+        self._readers = read_structure(model, example_inputs)
+        self.left_out = self._find_left_out(exclude, skip_first)
+        names = eligible(self._model, self.left_out)
+        self._layers = {name: self._readers[name] for name in names}
+        self._check_held()
+        for readers in self._layers.values():
+            for consumer in readers.consumers:
+                weight = self._model.get_submodule(consumer)._parameters.get("weight")
+                if weight is None or not weight.requires_grad:
+                    readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
+        self._replicated = isinstance(model, nn.DataParallel)
+        self._compact = compact
+        self._example_inputs = _detached(example_inputs)
+        self._step = 0
+        self._highest_rate = self._rate()
+        self._sub: SubPhase | None = None
+        self._removed = False
+
+    def _check_held(self) -> None:
+        # A bias that another optimizer moves would revive a dropped filter.
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        first = {name: [0] for name in self._layers}
+        needed = {
+            id(parameter)
+            for parameter, _ in silent_entries(self._model, self._layers, first)
+            if parameter.requires_grad
+        }
+        missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
+        if missing:
+            raise ValueError(
+                f"the optimizer does not hold {', '.join(map(repr, missing[:3]))}"
+                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+                + ". Build it from all of this model's parameters, after the model has been moved to its "
+                "device; or name the layers it leaves alone in exclude=, or freeze them."
+            )
+
+    def _find_left_out(self, exclude: list[str], skip_first: bool) -> dict[str, str]:
+        every = convolutions(self._model)
+        reasons = dict.fromkeys(sorted(excluded(exclude, every)), "excluded by name")
+        if skip_first and self._readers:
+            reasons.setdefault(
+                next(iter(self._readers)), "the first convolution (skip_first=False takes it in)"
+            )
+        for name, reason in left_out(self._model).items():
+            reasons.setdefault(name, reason)
+        for name in every:
+            if name not in self._readers:
+                reasons.setdefault(name, "example_inputs do not reach it")
+                continue
+            if self._readers[name].output:
+                reasons.setdefault(name, "its filters are the network's output, like a classifier's")
+            if norm := self._readers[name].unsilenced:
+                reasons.setdefault(name, f"{norm!r} behind it cannot be silenced for its channels alone")
+            for norm in self._readers[name].norms:
+                affine = list(self._model.get_submodule(norm).parameters(recurse=False))
+                if any(not parameter.requires_grad for parameter in affine):
+                    reasons.setdefault(name, f"the norm behind it, {norm!r}, is frozen")
+        if len(reasons) == len(every):
+            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise ValueError(
+                f"no convolution is left to work on ({listed}). Exclude fewer layers, or pass "
+                "skip_first=False."
+            )
+        return reasons
+
+    @property
+    def phase(self) -> str:
+        """``"full"``, ``"sub"``, or ``"done"`` after the last restore."""
+        length = self._settings["full"] + self._settings["sub"]
+        if self._step >= length * self._settings["cycles"]:
+            return "done"
+        return "full" if self._step % length < self._settings["full"] else "sub"
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """{qualified name: BoolTensor[filters]} of the layers RePr works on, True = alive."""
+        masks = {}
+        for name in self._layers:
+            masks[name] = torch.ones(self._conv(name).out_channels, dtype=torch.bool)
+            masks[name][self._sub.dropped.get(name, []) if self._sub else []] = False
+        return masks
+
+    def step(self) -> Event | None:
+        """Count one epoch (or batch), and drop or restore filters when it is time.
+
+        Returns:
+            What was done, or None.
+
+        Raises:
+            ValueError: NaN or infinite weights at a drop or restore; nothing is changed or counted.
+
+        Warns:
+            UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far.
+        """
+        self._check_not_removed()
+        self._highest_rate = max(self._highest_rate, self._rate())
+        length = self._settings["full"] + self._settings["sub"]
+        cycle, position = divmod(self._step, length)
+        event = None
+        if cycle < self._settings["cycles"]:
+            if position + 1 == self._settings["full"]:
+                event = self._drop(cycle)
+            elif position + 1 == length:
+                event = self._restore(cycle)
+        self._step += 1
+        return event
+
+    def _drop(self, cycle: int) -> Event:
+        decided = self._first_decides(lambda: self._choose(cycle))
+        for warning in decided["warnings"]:
+            warnings.warn(warning, stacklevel=3)
+        self._warn_if_rate_is_low("dropped")
+        self._copy_from_first()
+        plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
+        self._sub = self._sub_phase(decided["dropped"], decided["silenced"], plan)
+        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
+
+    def _choose(self, cycle: int) -> dict[str, Any]:
+        """What to drop, and how to compute without it: JSON-able."""
+        settings = self._settings
+        seed = _seed(settings["seed"], cycle, 0)
+        scores = score(self._model, settings["criterion"], exclude=self.left_out, seed=seed)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            keep = select(scores, settings["fraction"], scope=settings["scope"], floor=settings["floor"])
+        said = [str(warning.message) for warning in caught]
+        dropped = {
+            name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
+        }
+        plan, silenced, reasons = self._plan(dropped)
+        return {
+            "dropped": dropped,
+            "silenced": silenced,
+            "plan": plan and plan.to_dict(),
+            "warnings": said,
+            "notes": said + reasons,
+        }
+
+    def _restore(self, cycle: int) -> Event:
+        sub = self._sub
+        assert sub is not None
+        self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
+        self._warn_if_rate_is_low("restored")
+        generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
+        least_covered, notes = sub.restore(generator)
+        # A decomposition need not come out the same on every processor, and rows must not drift apart.
+        self._copy_from_first()
+        self._sub = None
+        said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
+        return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
+
+    def _first_decides(self, decide: Callable[[], Any]) -> Any:
+        return first_decides(decide, self._group, next(self._model.parameters()).device)
+
+    def _copy_from_first(self) -> None:
+        if self._group is not None:
+            copy_from_first([*self._model.parameters(), *self._model.buffers()], self._group)
+
+    def _plan(
+        self, dropped: Mapping[str, list[int]]
+    ) -> tuple[CutPlan | None, dict[str, list[int]], list[str]]:
+        """How to compute without ``dropped``, the channels of norms behind sums that go along, and notes on
+        the layers that go on computing what is dropped."""
+        if not dropped:
+            return None, {}, []
+        keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
+        for name, indices in dropped.items():
+            keep[name][indices] = False
+        device = next(self._model.parameters()).device
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        notes = []
+        if self._replicated and self._compact:
+            notes = [
+                "all dropped filters are computed and held at 0, for nn.DataParallel copies the model for "
+                "every pass: use DistributedDataParallel."
+            ]
+        elif self._compact:
+            try:
+                return self._compact_plan(keep, inputs)
+            except Exception as error:  # whatever the model raises when it is copied and run: use masks
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                notes = [f"all dropped filters are computed and held at 0, for no plan could be made: {why}"]
+        try:
+            removal = plan_removal(self._model, keep, inputs, self._readers, followers=False)
+        except Exception:  # as above
+            return None, {}, notes
+        return None, dict(removal.silenced), notes
+
+    def _compact_plan(
+        self, keep: Mapping[str, Tensor], inputs: Any
+    ) -> tuple[CutPlan, dict[str, list[int]], list[str]]:
+        planned = plan_removal_and_cut(self._model, keep, inputs, readers=self._readers, followers=False)
+        check_plan(self._model, planned.plan)
+        notes = [
+            f"{name}: its dropped filters are computed and held at 0, because {why}."
+            for name, why in planned.plan.masked.items()
+        ]
+        return planned.plan, dict(planned.removal.silenced), notes
+
+    def _sub_phase(
+        self,
+        dropped: Mapping[str, list[int]],
+        silenced: Mapping[str, list[int]],
+        plan: CutPlan | None,
+        memory: Any = None,
+    ) -> SubPhase:
+        consumers = self._settings["consumers"]
+        return SubPhase(
+            self._model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on exactly: tensors, numbers, strings and lists of them."""
+        return {
+            "version": _VERSION,
+            "settings": dict(self._settings),
+            "step": self._step,
+            "highest_rate": self._highest_rate,
+            "sub_phase": None if self._sub is None else self._sub.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, in the middle of a sub phase too.
+
+        Load the model's and the optimizer's own states as well, before or after. ``compact`` may differ
+        from where the state was taken; what follows is then the same up to rounding, not bit for bit.
+
+        Raises:
+            ValueError: the state is of a newer version, of other settings or of another model. Nothing is
+                changed.
+        """
+        self._check_not_removed()
+        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
+        if missing:
+            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"this regrow reads RePr states of version {_VERSION}, got {state['version']!r}."
+            )
+        other = [
+            f"{key}={state['settings'].get(key)!r} (here {ours!r})"
+            for key, ours in self._settings.items()
+            if state["settings"].get(key) != ours
+        ]
+        if other:
+            raise ValueError(
+                f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
+            )
+        sub = state["sub_phase"]
+        plan, silenced = None, {}
+        if sub:
+            silenced = sub.get("silenced", {})
+            check_memory(self._model, self._layers, self._settings["consumers"], sub)
+            if self._compact and sub.get("plan"):
+                # Not planned anew: another plan would round differently.
+                plan = CutPlan.from_dict(sub["plan"])
+                check_plan(self._model, plan)
+            else:
+                plan = self._plan(sub["dropped"])[0]
+        if self._sub is not None:
+            self._sub.release()
+        self._step = int(state["step"])
+        self._highest_rate = float(state["highest_rate"])
+        self._sub = self._sub_phase(sub["dropped"], silenced, plan, sub) if sub else None
+
+    def remove(self) -> None:
+        """Take every hook off: a plain module and optimizer again.
+
+        Filters that are dropped at this moment stay at 0. Nothing holds them there any more, but behind
+        a ReLU no gradient reaches them: remove RePr in a full phase, or cut them out.
+        """
+        if self._sub is not None:
+            self._sub.release()
+        self._sub, self._removed = None, True
+
+    def _check_not_removed(self) -> None:
+        if self._removed:
+            raise ValueError("this RePr has been removed from its model; build a new one.")
+
+    def _conv(self, name: str) -> Any:
+        return self._model.get_submodule(name)
+
+    def _rate(self) -> float:
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def _warn_if_rate_is_low(self, what: str) -> None:
+        rate = self._rate()
+        if rate < _LOW_RATE * self._highest_rate * (1 - 1e-6):
+            warnings.warn(
+                f"filters are {what} at a learning rate of {rate:.3g}, far below the highest "
+                f"so far ({self._highest_rate:.3g}): the network may not heal. Hold the rate until the last "
+                "restore, and anneal after it.",
+                stacklevel=4,
+            )
+
+
+def _seed(seed: int, cycle: int, part: int) -> int:
+    # Derived, not drawn from a running generator: what a cycle does depends on nothing that came before.
+    return (seed * 1_000_003 + cycle * 2 + part) % 2**63
+
+
+def _detached(example_inputs: Any) -> Any:
+    # A view, such as x[:1], would keep the whole batch in memory.
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_inputs)

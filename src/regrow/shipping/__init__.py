@@ -1,0 +1,1 @@
+"""A finished network as a file: safetensors, ONNX, norms folded."""

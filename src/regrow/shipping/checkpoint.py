@@ -1,0 +1,281 @@
+"""A cut model as one safetensors file: its weights, and the cuts that made it small. Never pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from regrow.atomic import replacing
+from regrow.filters import unwrap
+from regrow.suggest import nearest
+from regrow.surgery.layers import CutPlan, apply_plan
+
+_VERSION = 1
+_METADATA = "regrow"
+_CUTS = "_regrow_cuts"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write ``model``'s weights and its cuts to one safetensors file, for ``load``.
+
+    Everything in ``state_dict()`` is stored, tensors that share memory once; metadata (JSON, versioned)
+    says which filters and channels the cuts left. A model that was never cut is stored just as well.
+
+    Args:
+        model: any module; wrappers are looked through, so the file carries no prefixes of theirs.
+        path: of the file. It is replaced in one step: a reader finds the old file or the new one.
+
+    Raises:
+        ValueError: ``state_dict()`` holds what safetensors cannot (a sparse or quantized tensor, a layer
+            without weights yet, something that is no tensor), or a part of the model was cut by itself and
+            the model around it too, or its norms are folded. Nothing is written then.
+        FileNotFoundError: the folder of ``path`` does not exist.
+    """
+    model = unwrap(model)
+    if "_regrow_folded" in vars(model):
+        raise ValueError("the norms of the model are folded: save it before fold_norms.")
+    tensors, shared = _tensors(model)
+    described = {"version": _VERSION, "cuts": _cuts(model), "shared": shared}
+    metadata = {_METADATA: json.dumps(described, separators=(",", ":"))}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the model cannot be stored as safetensors: {error}") from error
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Cut a freshly built ``model`` as the saved one was, in place, and give it the stored weights.
+
+    Values are copied into the model's own tensors: device and memory format are the model's. Parameters
+    that were tied when saved are tied again. Everything is tried on a copy first; a file that does not
+    fit leaves the model as it was.
+
+    Args:
+        model: built as the saved one was before its first cut, and of the same precision; or cut by the
+            same cuts already. Build optimizers and data-parallel wrappers afterwards: a cut makes new
+            parameters.
+        path: of a file that ``save`` wrote.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the file is damaged, not one of ``save``'s or of a newer version, or does not fit the
+            model: the message says where.
+        FileNotFoundError: there is no such file.
+    """
+    inner = unwrap(model)
+    stored = _read(Path(path))
+    present = _cuts(inner)
+    if present and present != stored.cuts:
+        raise ValueError(
+            f"the model has been cut before, and not as the one in {path}: build it afresh, then load."
+        )
+    cuts = [] if present else stored.cuts
+    replicated = nn.DataParallel | nn.parallel.DistributedDataParallel
+    if cuts and any(isinstance(module, replicated) for module in model.modules()):
+        raise ValueError("a model inside a data-parallel wrapper cannot be cut: load first, then wrap it.")
+    try:
+        trial = copy.deepcopy(inner)
+    except Exception as error:
+        raise ValueError(f"the model cannot be copied to try the file on it ({error}).") from error
+    try:
+        _apply(trial, cuts, stored)
+    except Exception as error:  # whatever the file makes layers stumble over
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    _apply(inner, cuts, stored)
+    return model
+
+
+class _Stored:
+    """What a file holds, its metadata checked for form; whether it fits a model is seen on a copy.
+
+    Attributes:
+        cuts: [{module: qualified name of the module cut, plan: CutPlan.to_dict()}], oldest first.
+        tensors: by name.
+        shared: {name: the name in ``tensors`` under which what it shares memory with is stored}.
+    """
+
+    def __init__(self, metadata: str, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            found = json.loads(metadata)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its metadata is no JSON ({error})") from error
+        version = found.get("version") if isinstance(found, dict) else None
+        if type(version) is not int or version < 1:
+            raise ValueError("its metadata names no version")
+        if version > _VERSION:
+            raise ValueError(
+                f"it is of version {version}, and this regrow reads version {_VERSION}: install a newer one"
+            )
+        if found.keys() != {"version", "cuts", "shared"}:
+            raise ValueError(f"its metadata has the keys {sorted(found)}, not cuts, shared and version")
+        self.cuts: list[dict[str, Any]] = found["cuts"]
+        self.shared: dict[str, str] = found["shared"]
+        self.tensors = tensors
+        if not isinstance(self.cuts, list) or not all(map(_is_cut, self.cuts)):
+            raise ValueError("its cuts are no list of modules with their plans")
+        if not isinstance(self.shared, dict) or not all(
+            name not in tensors and isinstance(home, str) and home in tensors
+            for name, home in self.shared.items()
+        ):
+            raise ValueError("what it says of shared tensors does not match the tensors stored")
+
+    def values(self) -> dict[str, Tensor]:
+        """All tensors by name, shared ones under every name."""
+        return {**self.tensors, **{name: self.tensors[home] for name, home in self.shared.items()}}
+
+
+def _is_cut(cut: Any) -> bool:
+    return (
+        isinstance(cut, dict)
+        and cut.keys() == {"module", "plan"}
+        and isinstance(cut["module"], str)
+        and isinstance(cut["plan"], dict)
+    )
+
+
+def _read(path: Path) -> _Stored:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file that regrow.save wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _METADATA not in metadata:
+                raise ValueError("it holds no cuts (plain safetensors are loaded with safetensors.torch)")
+            names = file.keys()
+            # Views of the mapped file: nothing is read before it is copied into a model.
+            return _Stored(metadata[_METADATA], {name: file.get_tensor(name) for name in names})
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole file written by regrow.save: {error}.") from error
+
+
+@torch.no_grad()
+def _apply(model: nn.Module, cuts: list[dict[str, Any]], stored: _Stored) -> None:
+    """Cut ``model`` and fill it. Raises, for a file that does not fit, before or half way through."""
+    modules = dict(model.named_modules())
+    for cut in cuts:
+        if cut["module"] not in modules:
+            raise ValueError(
+                f"it cuts {cut['module']!r}, which is not there{nearest(cut['module'], modules)}"
+            )
+        apply_plan(modules[cut["module"]], CutPlan.from_dict(cut["plan"]))
+    values = stored.values()
+    _check_fit(model, values, stored.shared)
+    _tie(model, stored.shared)
+    # Into the model's own state, which carries the versions of the layers' formats.
+    state = model.state_dict()
+    state.update(values)
+    model.load_state_dict(state)
+
+
+def _check_fit(model: nn.Module, values: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` unless ``values`` are what ``model`` holds, by name, shape, type and sharing."""
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        _check_plain(name, tensor)
+    if missing := [name for name in expected if name not in values]:
+        raise ValueError(f"the model has {missing[0]!r}, which the file lacks{nearest(missing[0], values)}")
+    if unexpected := [name for name in values if name not in expected]:
+        raise ValueError(
+            f"the file has {unexpected[0]!r}, which the model lacks{nearest(unexpected[0], expected)}"
+        )
+    homes: dict[Any, str] = {}
+    for name, tensor in expected.items():
+        if tensor.shape != values[name].shape:
+            raise ValueError(
+                f"{name!r} has shape {list(values[name].shape)} in the file and {list(tensor.shape)} in the "
+                "model cut as the file says."
+            )
+        if tensor.dtype != values[name].dtype:
+            raise ValueError(
+                f"{name!r} is {values[name].dtype} in the file and {tensor.dtype} in the model: bring the "
+                f"model to that precision first, as with model.to({values[name].dtype})."
+            )
+        home = shared.get(name, name)
+        if (first := homes.setdefault(_place(name, tensor), home)) != home:
+            raise ValueError(
+                f"the model shares one tensor between {name!r} and {first!r}, and the file has two of them."
+            )
+
+
+def _tie(model: nn.Module, shared: Mapping[str, str]) -> None:
+    """One parameter, or one buffer, under both names of each pair in ``shared``."""
+    for name, home in shared.items():
+        (to, leaf), (source, source_leaf) = _owner(model, name), _owner(model, home)
+        for kind in ("_parameters", "_buffers"):
+            mine, theirs = vars(to)[kind].get(leaf), vars(source)[kind].get(source_leaf)
+            if mine is not None and theirs is not None and _place(name, mine) != _place(home, theirs):
+                vars(to)[kind][leaf] = theirs
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _cuts(model: nn.Module) -> list[dict[str, Any]]:
+    """What ``apply_plan`` left on ``model`` or on parts of it, as in ``_Stored.cuts``."""
+    cut = {name: module for name, module in model.named_modules() if vars(module).get(_CUTS)}
+    for inner in cut:
+        for outer in cut:
+            if inner != outer and inner.startswith(f"{outer}." if outer else ""):
+                raise ValueError(
+                    f"{inner!r} was cut by itself, and {repr(outer) if outer else 'the model'} around it as "
+                    "well: which came first cannot be told any more. Cut the whole model, or the part alone."
+                )
+    cuts = [{"module": name, "plan": plan} for name in cut for plan in vars(cut[name])[_CUTS]]
+    plain: list[dict[str, Any]] = json.loads(json.dumps(cuts))
+    return plain
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of ``model`` as safetensors takes it, and which names share a tensor, as in ``_Stored``."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    homes: dict[Any, str] = {}
+    memory: set[int] = set()
+    for name, value in model.state_dict().items():
+        _check_plain(name, value)
+        if (home := homes.setdefault(_place(name, value), name)) != name:
+            shared[name] = home
+            continue
+        value = value.cpu().contiguous()
+        storage = value.untyped_storage()
+        # Views of one larger tensor are stored each by itself.
+        if storage.nbytes() != value.nbytes or storage.data_ptr() in memory:
+            value = value.clone()
+        memory.add(storage.data_ptr())
+        tensors[name] = value
+    return tensors, shared
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` is an ordinary dense tensor with numbers in it."""
+    if nn.parameter.is_lazy(value):
+        raise ValueError(f"{name!r} has no values before a first forward pass (a lazy layer): run one.")
+    if type(value) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{name!r} is of type {type(value).__name__}, not an ordinary tensor.")
+    if value.is_meta:
+        raise ValueError(f"{name!r} has no values (it is on the meta device): build the model on a real one.")
+    if value.layout is not torch.strided or value.is_quantized:
+        raise ValueError(f"{name!r} is a sparse or quantized tensor, which cannot be stored.")
+
+
+def _place(name: str, tensor: Tensor) -> Any:
+    """What is equal for two names of one tensor."""
+    if not tensor.numel():
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

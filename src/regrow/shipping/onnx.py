@@ -1,0 +1,224 @@
+"""A model as ONNX, compared with onnxruntime before it is called done."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from regrow.atomic import replacing
+from regrow.compensation.images import evaluating
+from regrow.filters import unwrap
+from regrow.looking.calls import call
+
+_VERSION = 1
+_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any) -> dict[str, Any]:
+    """Write ``model``, in evaluation mode, to one ONNX file that takes batches of any size.
+
+    What is written is run with onnxruntime on ``example_inputs`` and on a larger batch. Only when every
+    output agrees with the model's, to 1e-4 of its largest value, does the file take its place at ``path``.
+
+    Args:
+        model: any module, cut or not; wrappers are looked through. It is left as it is, and in its mode.
+        path: of the file.
+        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords. The first
+            dimension of every tensor is the batch; other arguments (None, flags) become constants.
+
+    Returns:
+        JSON-able record: version, inputs and outputs (names in the file, in order), batches (the sizes
+        compared), difference (the largest found, as a share of the output's largest value).
+
+    Raises:
+        ValueError: the extra ``onnx`` is not installed, ``example_inputs`` do not fit, the model cannot be
+            exported or onnxruntime cannot run it, or the results differ. Nothing is written then.
+        FileNotFoundError: the folder of ``path`` does not exist.
+    """
+    _check_installed()
+    model = unwrap(model)
+    inputs = _Inputs(example_inputs)
+    # torch.export takes a first dimension of 1 for a constant.
+    traced = max(inputs.batch, 2)
+    batches = [inputs.batch, traced + 1]
+    with evaluating(model), replacing(path) as temporary:
+        expected = [_results(model, inputs.of(batch), batch) for batch in batches]
+        with _quiet():
+            _write(model, inputs.of(traced), temporary)
+            session = _session(temporary)
+            found = [_run(session, inputs.of(batch)) for batch in batches]
+        runs = zip(batches, expected, found, strict=True)
+        differences = [_difference(session, ours, theirs, batch) for batch, ours, theirs in runs]
+    return {
+        "version": _VERSION,
+        "inputs": [node.name for node in session.get_inputs()],
+        "outputs": [node.name for node in session.get_outputs()],
+        "batches": batches,
+        "difference": max(differences),
+    }
+
+
+def _check_installed() -> None:
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ValueError(
+            f"export_onnx needs {' and '.join(missing)}, not installed here: pip install 'regrow[onnx]'."
+        )
+
+
+class _Inputs:
+    """``example_inputs``, in batches of any size."""
+
+    def __init__(self, example_inputs: Any) -> None:
+        self._example = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
+        sizes = {len(leaf) for leaf in tree_leaves(self._example) if isinstance(leaf, Tensor) and leaf.dim()}
+        if len(sizes) != 1 or sizes == {0}:
+            raise ValueError(
+                "export_onnx needs example_inputs whose tensors all have the batch as first dimension, of "
+                f"one size and not empty; got sizes {sorted(sizes)}."
+            )
+        self.batch = sizes.pop()
+
+    def of(self, batch: int) -> Any:
+        """The first example, and so on; what it takes to be ``batch`` of them are the first ones halved."""
+
+        def resized(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.dim() or batch == len(leaf):
+                return leaf
+            more = leaf[:1].expand(batch - len(leaf), *leaf.shape[1:])
+            return torch.cat([leaf, more / 2 if leaf.is_floating_point() else more])
+
+        return tree_map(resized, self._example)
+
+
+def _results(model: nn.Module, inputs: Any, batch: int) -> list[Tensor]:
+    try:
+        results = [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+    except Exception as error:
+        raise ValueError(
+            f"the model's forward pass fails on a batch of {batch} made from example_inputs: "
+            f"{_short(error)}. Pass what the model takes, with the batch as first dimension of every tensor."
+        ) from error
+    if not results:
+        raise ValueError("the model's forward pass returns no tensor, so there is nothing to export.")
+    return results
+
+
+def _write(model: nn.Module, inputs: Any, path: Path) -> None:
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    if isinstance(inputs, dict):
+        named = inputs
+    else:
+        positional = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tree_map(
+        lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None,
+        dict(inspect.signature(model.forward).bind(*positional, **named).arguments),
+    )
+    try:
+        # First to torch's own format: given the module, torch.onnx.export would try on with a fixed batch.
+        program = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
+        onnx = torch.onnx.export(program, dynamic_shapes=shapes, verbose=False)
+        assert onnx is not None
+        onnx.save(path)
+    except Exception as error:  # the exporter raises whatever it stumbled over
+        raise ValueError(
+            f"the model cannot be exported with a batch of any size: {_short(error)}. Its forward method "
+            "must not depend on values, nor on one batch size (x.flatten(1) in place of x.view(8, -1))."
+        ) from error
+    if len(list(path.parent.iterdir())) > 1:
+        raise ValueError("the model is too large for one ONNX file (2 GB).")
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise _not_run(error) from error
+
+
+def _run(session: Any, inputs: Any) -> list[Tensor]:
+    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    try:
+        feed = {
+            node.name: leaf.numpy(force=True) for node, leaf in zip(session.get_inputs(), given, strict=True)
+        }
+        return [torch.as_tensor(result) for result in session.run(None, feed)]
+    except Exception as error:
+        raise _not_run(error) from error
+
+
+def _not_run(error: Exception) -> ValueError:
+    return ValueError(
+        f"onnxruntime cannot run what was exported: {_short(error)}. A model in another precision than "
+        "float32 may have to be exported as model.float()."
+    )
+
+
+def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch: int) -> float:
+    """The largest one over all outputs, as a share of the output's largest value; checked."""
+    shapes = [list(tensor.shape) for tensor in expected], [list(tensor.shape) for tensor in found]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"for a batch of {batch} the model gives outputs of shapes {shapes[0]} and onnxruntime "
+            f"{shapes[1]}: this model cannot be exported faithfully."
+        )
+    differences = []
+    for node, ours, theirs in zip(session.get_outputs(), expected, found, strict=True):
+        wide = torch.complex128 if ours.is_complex() else torch.float64
+        ours, theirs = ours.cpu().to(wide), theirs.to(wide)
+        largest = float(ours.abs().max()) if ours.numel() else 0.0
+        # Equal entries differ by nothing, infinite ones too; NaN is no result to agree on.
+        apart = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
+        difference = float(apart.max()) if ours.numel() else 0.0
+        if not difference <= _TOLERANCE * largest:
+            raise ValueError(
+                f"for a batch of {batch} onnxruntime's output {node.name!r} is off by {difference:.3g}, "
+                f"where the largest value is {largest:.3g} and {_TOLERANCE:g} of it is allowed: this model "
+                "cannot be exported faithfully (random numbers in evaluation mode, or half precision?)."
+            )
+        differences.append(difference / largest if largest else 0.0)
+    return max(differences)
+
+
+def _short(error: Exception) -> str:
+    """The first line of the innermost cause: the exporter wraps errors in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing printed, warned or logged by the exporter: what matters is in the result, or in the error."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

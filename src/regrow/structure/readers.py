@@ -1,0 +1,158 @@
+"""What reads the channels of a convolution, and how to silence a channel for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import Convolution, named_parts, unwrap
+from regrow.indexing import index_tensor
+
+Norm = (
+    nn.modules.batchnorm._BatchNorm
+    | nn.InstanceNorm1d
+    | nn.InstanceNorm2d
+    | nn.InstanceNorm3d
+    | nn.GroupNorm
+    | nn.LayerNorm
+)
+Consumer = Convolution | nn.Linear
+
+
+@dataclass
+class Reads:
+    """That a layer reads channels of a convolution: pairs of a filter and an index into the layer."""
+
+    filters: Sequence[int]
+    indices: Sequence[int]
+
+    def add(self, filters: Sequence[int], indices: Sequence[int]) -> None:
+        """More such pairs."""
+        self.filters, self.indices = [*self.filters, *filters], [*self.indices, *indices]
+
+    def of(self, dropped: Iterable[int]) -> list[int]:
+        """The layer's indices that carry the filters in ``dropped``."""
+        if isinstance(self.filters, range) and self.filters is self.indices:  # most are, and quicker told so
+            return sorted(set(dropped).intersection(self.filters))
+        return list(compress(self.indices, map(set(dropped).__contains__, self.filters)))
+
+
+@dataclass
+class Readers:
+    """What reads the channels of one convolution.
+
+    Attributes:
+        norms: the normalisation layers that see these channels alone, before any sum. With them a
+            silenced channel stays silent.
+        consumers: the convolutions and linear layers that read the channels; an index is an input
+            channel of the layer.
+        mixed: empty, or why zeroing the consumers' columns would not hide a channel from the rest of the
+            network (it is added to other channels, it leaves as output, an activation turns 0 into
+            something else, …).
+        norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
+            statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
+        output: the channels leave the network with no weights behind them, as a classifier's do.
+        unsilenced: empty, or the name of a norm that sees the channels and cannot be silenced for them
+            alone (it serves other channels too, it has no weight to be set to 0, …).
+        noisy: those of ``consumers`` that a silenced channel reaches as something else than 0.
+        reached: the layers that the channels reach, sums included, up to those that multiply them by
+            weights of their own. The graph's proposal: nothing has confirmed it.
+        blocked: empty, or why the channels cannot be left out of the tensors on the way (the same).
+    """
+
+    norms: dict[str, Reads] = field(default_factory=dict)
+    consumers: dict[str, Reads] = field(default_factory=dict)
+    mixed: str = ""
+    norm_first: bool = False
+    output: bool = False
+    unsilenced: str = ""
+    noisy: list[str] = field(default_factory=list)
+    reached: dict[str, Reads] = field(default_factory=dict)
+    blocked: str = ""
+
+
+def per_channel(norm: nn.Module) -> bool:
+    """Whether a norm's output in one channel depends on that channel alone."""
+    return not isinstance(norm, nn.LayerNorm) and (
+        not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
+    )
+
+
+def tied_modules(model: nn.Module) -> set[str]:
+    """The modules that hold a parameter which another module holds too."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in named_parts(model):
+        for parameter in {p for p in module._parameters.values() if p is not None}:
+            holders.setdefault(parameter, []).append(name)
+    return {name for names in holders.values() if len(names) > 1 for name in names}
+
+
+def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
+    """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor[rows, columns].
+
+    In a grouped convolution an input channel is read by the rows of its own group only.
+    """
+    rows, columns = layer.weight.shape[:2]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device=layer.weight.device)
+    groups = getattr(layer, "groups", 1)
+    index = index_tensor(indices, mask.device)
+    mask.view(groups, rows // groups, columns)[index // columns, :, index % columns] = True
+    return mask
+
+
+@torch.no_grad()
+def silence(model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]) -> None:
+    """Make the filters ``dropped`` of convolutions, {name: indices}, emit exactly 0, in train and eval mode.
+
+    Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
+    zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
+    """
+    for module, indices in _silent_rows(model, readers, dropped):
+        zero_channels(module, indices)
+
+
+def zero_channels(module: nn.Module, indices: Tensor) -> None:
+    """Set weight, bias and running mean of a layer to 0 at ``indices``, of them that there are."""
+    for tensor in (*affine(module), getattr(module, "running_mean", None)):
+        if isinstance(tensor, Tensor):
+            tensor.index_fill_(0, indices.to(tensor.device), 0)
+
+
+def silent_entries(
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
+    return [
+        (parameter, indices.to(parameter.device))
+        for module, indices in _silent_rows(model, readers, dropped)
+        for parameter in affine(module)
+    ]
+
+
+def _silent_rows(
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
+) -> list[tuple[nn.Module, Tensor]]:
+    """The convolutions and their norms, each with the rows that must be 0."""
+    modules = dict(named_parts(unwrap(model)))
+    rows: list[tuple[str, Sequence[int]]] = []
+    for name, filters in dropped.items():
+        rows.append((name, filters))
+        rows += [(norm, reads.of(filters)) for norm, reads in readers[name].norms.items()]
+    return [(modules[layer], index_tensor(those)) for layer, those in rows if len(those)]
+
+
+def per_channel_tensors(norm: nn.Module) -> dict[str, Tensor]:
+    """Weight, bias, running mean and variance of a norm, those of them that there are."""
+    keys = ("weight", "bias", "running_mean", "running_var")
+    own = norm._parameters | norm._buffers
+    return {key: tensor for key in keys if (tensor := own.get(key)) is not None}
+
+
+def affine(module: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias, those of them that there are."""
+    both = (module._parameters.get("weight"), module._parameters.get("bias"))
+    return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]

@@ -1,0 +1,111 @@
+"""Channels behind a sum that no filter is left to write to, and the norms that would make something of them.
+
+A norm turns a channel of zeros into its bias. Right behind a convolution ``silence`` prevents that; behind a
+sum the norm serves several convolutions, and can be silenced in a channel once all of them have lost it. Left
+alone such a channel is worse than wasted: its variance is 0, so the norm multiplies gradients by 1/√eps, and
+where a network normalises ahead of its convolutions, a few of them in a row leave nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import named_parts
+from regrow.indexing import channel_dim, index_tensor
+from regrow.looking.calls import call, mapped, set_mode, undisturbed
+from regrow.looking.copies import copied
+from regrow.looking.hooks import channel_layers, hooked
+from regrow.structure.confirm import Noise, unsettle
+from regrow.structure.readers import Norm, Readers, affine, per_channel, silence, tied_modules, zero_channels
+
+Channels = Mapping[str, Sequence[int]]
+
+
+def norms_without_writers(
+    model: nn.Module, readers: Mapping[str, Readers], gone: Channels, example_inputs: Any
+) -> dict[str, list[int]]:
+    """The channels of norms behind sums that removed filters alone write to: {norm: channels}.
+
+    Args:
+        model: it is only read.
+        readers: what ``read_structure`` says of it. What it says of ``reached`` is confirmed here, by passes
+            in which all that the other filters compute is noise.
+        gone: the removed filters, {convolution: indices}.
+    """
+    found = _proposed(model, readers, gone)
+    while found:
+        loud = _loud(model, readers, gone, found, example_inputs)
+        if not loud:
+            break
+        found = {norm: channels for norm, channels in found.items() if norm not in loud}
+    return found
+
+
+@torch.no_grad()
+def silence_norms(model: nn.Module, channels: Channels) -> None:
+    """Have norms make 0 of the ``channels`` that carry nothing, in train and eval mode."""
+    for name, those in channels.items():
+        zero_channels(model.get_submodule(name), index_tensor(those))
+
+
+def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
+    """What the graph says: channels that removed filters reach, and no others."""
+    modules = dict(named_parts(model))
+    lost: dict[str, set[int]] = {}
+    for name, indices in gone.items():
+        for layer, reads in readers[name].reached.items():
+            # Those in norms see the convolution's channels alone, and go silent with them.
+            if layer not in readers[name].norms and isinstance(modules[layer], Norm):
+                lost.setdefault(layer, set()).update(reads.of(indices))
+    tied = tied_modules(model)
+    found = {}
+    for layer, channels in lost.items():
+        norm = modules[layer]
+        if not per_channel(norm) or not affine(norm) or layer in tied:
+            continue
+        for name, those in readers.items():
+            if channels and layer in those.reached:
+                reads = those.reached[layer]
+                channels = channels.difference(reads.of(set(reads.filters).difference(gone.get(name, ()))))
+        if channels:
+            found[layer] = sorted(channels)
+    return found
+
+
+def _loud(
+    model: nn.Module, readers: Mapping[str, Readers], gone: Channels, found: Channels, example_inputs: Any
+) -> set[str]:
+    """The norms in ``found`` that read something in their channels, when removed filters are silent."""
+    probe = copied(model, requires_grad=False)
+    set_mode(probe, False)
+    noise = Noise(4)
+    loud: set[str] = set()
+    ran: set[str] = set()
+
+    def after(sign: int, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        if isinstance(module, Norm):
+            if name in found:
+                ran.add(name)
+                if not inputs or inputs[0].index_select(1, index_tensor(found[name], inputs[0].device)).any():
+                    loud.add(name)
+            return None
+        silent = index_tensor(gone[name]) if gone.get(name) else None
+        return noise.among(output, channel_dim(module, output), silent, sign)
+
+    try:
+        with undisturbed(probe), torch.no_grad():
+            unsettle(probe, torch.Generator().manual_seed(0))
+            silence(probe, readers, gone)
+            silence_norms(probe, found)
+            layers = channel_layers(probe)
+            for sign in (1, -1):  # see Noise
+                with hooked(layers, functools.partial(after, sign)):
+                    call(probe, mapped(example_inputs, torch.rand_like))
+    except Exception:  # noise may be more than the model's own code bears
+        return set(found)
+    return loud | (set(found) - ran)

@@ -1,0 +1,1 @@
+"""Filters set to zero, removed, and cut out for good."""

@@ -1,0 +1,222 @@
+"""How filters leave a network, for good or for a while, layer by layer, and never with a wrong result.
+
+Two things are always right, whatever comes behind a layer: to compute the kept filters alone and put them
+at their places among zeros, and to pick, of an input, the channels that are not zero. Where the graph
+says who reads a channel and who adds to it, both fall away: the channel leaves the tensors in between.
+Each step that goes beyond masks is taken only if forward passes on a copy confirm it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.filters import unwrap
+from regrow.looking.calls import garbage_waiting
+from regrow.looking.copies import copied
+from regrow.looking.small_inputs import smaller_picture
+from regrow.structure.read import Proposal, propose_structure
+from regrow.structure.readers import Readers
+from regrow.surgery.draft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
+from regrow.surgery.layers import CutPlan, is_cut
+from regrow.surgery.removal import Removal, dropped_filters, plan_removal
+from regrow.surgery.verify import Probe
+
+__all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
+
+
+def plan_cut(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    *,
+    readers: Mapping[str, Readers] | None = None,
+    followers: bool = True,
+) -> CutPlan:
+    """Plan how ``model`` computes what ``remove_filters(model, keep)`` would leave of it, with less.
+
+    Args:
+        model: any module; it is only read. Wrappers are looked through.
+        keep: {name: BoolTensor[filters]}, True = alive.
+        example_inputs: as for ``read_structure``.
+        readers: what ``read_structure`` says of the model, where that is known already.
+        followers: rows of grouped convolutions that read removed channels only go with them, as in
+            ``remove_filters``; without, they go on computing what their norms make of 0, and only norms
+            behind sums go along.
+
+    Returns:
+        A plan whose network equals the masked one, confirmed on a copy in eval and train mode, with random
+        parameters where the model's own would hide a mistake.
+
+    Raises:
+        ValueError: as ``remove_filters``; the model has been cut before; which layers run depends on the
+            data; no filter of a layer would be left.
+    """
+    return plan_removal_and_cut(model, keep, example_inputs, readers=readers, followers=followers).plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A removal and the plan that stands for it.
+
+    Attributes:
+        weights: layer → what the plan leaves of its weight, for some layers: made to confirm the plan, and
+            nobody's any more.
+    """
+
+    removal: Removal
+    plan: CutPlan
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def plan_removal_and_cut(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    *,
+    readers: Mapping[str, Readers] | None = None,
+    followers: bool = True,
+) -> Planned:
+    """``plan_cut``, and the removal that the plan stands for; with ``plan_cut``'s arguments and errors."""
+    model = unwrap(model)
+    if is_cut(model):
+        raise ValueError("the model has been cut before, and a plan fits uncut models only.")
+    if not dropped_filters(model, keep):
+        return Planned(Removal({}, {}, {}), CutPlan())
+    # Not in the search below, which may make hundreds of copies.
+    with garbage_waiting():
+        proposal = None
+        if readers is None:
+            proposal = propose_structure(model, example_inputs)
+            readers, example_inputs = proposal.readers, proposal.example_inputs
+            large = example_inputs
+        else:
+            large = example_inputs
+            with suppress(Exception):  # what fails here fails below
+                example_inputs = smaller_picture(copied(model).eval(), example_inputs)
+        removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
+        for quick in (True, False):
+            small = None if proposal is None else _small_probe(model, removal, proposal, quick)
+            probe = small or Probe(model, removal, example_inputs, quick=quick)
+            if proposal is not None and not probe.confirms_removal:
+                # The graph is wrong about these filters: ask passes about everything that it says.
+                removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
+                proposal, small = None, None
+                probe = Probe(model, removal, example_inputs, quick=quick)
+            if probe.folds and (small is not None or example_inputs is not large):
+                probe.look_at(large[: len(example_inputs)])
+            search = _Search(removal, probe, Drafting(model, removal, probe))
+            if (plan := search.wished(last=quick)) is not None:
+                return Planned(removal, plan, probe.weights_left(plan))
+    return Planned(removal, search.plan())
+
+
+def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: bool) -> Probe | None:
+    """A probe that looks at small pictures, if they take the way that the large ones do."""
+    if proposal.small is not None:
+        with suppress(Exception):  # a model of one size, or a failure that large pictures bring about too
+            probe = Probe(
+                model, removal, proposal.small, quick=quick, spare=proposal.probe if quick else None
+            )
+            if probe.way == proposal.way:
+                return probe
+    return None
+
+
+class _Search:
+    """The best plan that a probe confirms."""
+
+    def __init__(self, removal: Removal, probe: Probe, drafting: Drafting) -> None:
+        self._removal, self._probe, self._drafting = removal, probe, drafting
+        self._wishes = {name: self._wish(name) for name in drafting.convolutions}
+
+    def wished(self, *, last: bool) -> CutPlan | None:
+        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed.
+
+        Args:
+            last: the probe is used up.
+        """
+        draft = self._drafting.draft(self._wishes)
+        return draft.plan if self._probe.refutes(draft.plan, draft.present, last=last) is None else None
+
+    def plan(self) -> CutPlan:
+        """The best that is confirmed, where ``wished`` is not.
+
+        Raises:
+            ValueError: not even masks are confirmed: the model never computes the same twice.
+        """
+        convs, wishes = self._drafting.convolutions, self._wishes
+        levels = dict.fromkeys(convs, MASKED)
+        if self._refuted(levels) is not None:  # a channel that is zero in eval mode only, say
+            self._drafting.want_everything()
+            if self._refuted(levels) is not None:
+                raise ValueError(
+                    "the model does not compute the same twice from the same input and the same random seed, "
+                    "or its numbers overflow, so no cut can be confirmed. Does its forward method keep "
+                    "something from call to call?"
+                )
+        for level in (PLACED, PLACED_BEHIND_NORM):
+            # A convolution that loses nothing has nothing to place.
+            able = [
+                name
+                for name in convs
+                if name in self._removal.gone and wishes[name] >= level and levels[name] == level - 1
+            ]
+            self._raise(levels, able, level)
+        self._raise(levels, [name for name in convs if wishes[name] == OUT], OUT)
+        return self._drafting.draft(levels).plan
+
+    def _wish(self, name: str) -> int:
+        if name in self._drafting.fixed:
+            return MASKED
+        known = self._drafting.flows[name] and not self._removal.readers[name].blocked
+        sure = known and name in self._probe.exercised and not self._probe.partial
+        return OUT if sure else PLACED_BEHIND_NORM
+
+    def _raise(self, levels: dict[str, int], names: list[str], level: int) -> None:
+        """Raise as many of ``names``, which are in order of execution, to ``level`` as the probe confirms."""
+        ran = self._refuted(levels | dict.fromkeys(names, level))
+        while ran is not None:
+            for guess in self._guesses(ran, names, level):
+                rest = [name for name in names if name not in guess]
+                further = self._refuted(levels | dict.fromkeys(rest, level))
+                if further is None or len(further) > len(ran):
+                    names, ran = rest, further
+                    break
+            else:
+                number = self._shortest_refuted(levels, names, level)
+                levels.update(dict.fromkeys(names[: number - 1], level))
+                names = names[number:]
+                ran = self._refuted(levels | dict.fromkeys(names, level))
+        levels.update(dict.fromkeys(names, level))
+
+    def _guesses(self, ran: list[str], names: list[str], level: int) -> Iterator[set[str]]:
+        """Those of ``names`` that may be to blame for a difference which shows after the layers ``ran``."""
+        last = ran[-1:]
+        behind = [conv for conv, flow in self._drafting.flows.items() if set(last) & set(flow)]
+        recent = [name for name in dict.fromkeys(reversed(ran)) if name in names]
+        for blamed in (behind, *([name] for name in recent[:3])):
+            # A channel leaves the tensors only if all that write it let it go.
+            together = self._drafting.together if level == OUT else {}
+            guess = {other for name in blamed for other in together.get(name, {name})}.intersection(names)
+            if guess:
+                yield guess
+
+    def _shortest_refuted(self, levels: dict[str, int], names: list[str], level: int) -> int:
+        """The smallest number of ``names``, from the first, that cannot be at ``level`` together."""
+        good, bad = 0, len(names)
+        while good + 1 < bad:
+            middle = (good + bad) // 2
+            if self._refuted(levels | dict.fromkeys(names[:middle], level)) is None:
+                good = middle
+            else:
+                bad = middle
+        return bad
+
+    def _refuted(self, levels: Mapping[str, int]) -> list[str] | None:
+        draft = self._drafting.draft(levels)
+        return self._probe.refutes(draft.plan, draft.present)

@@ -1,0 +1,202 @@
+"""Filters set to zero, and filters gone: two readings of "pruned" that keep every parameter's shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.filters import check_keep, convolutions, named_parts, unwrap
+from regrow.indexing import index_tensor
+from regrow.structure.read import read_structure
+from regrow.structure.readers import Readers, column_mask, silence, zero_channels
+from regrow.structure.sums import norms_without_writers, silence_norms
+
+_VERSION = 1
+
+
+def zero_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Set the rows and biases of dropped filters to 0, in place, and nothing else.
+
+    Batch norm stays as it is, so a dropped channel goes on emitting the constant that its norm makes of
+    0 (Batch Bridgeout's way of pruning; METHODS, "Three readings").
+
+    Returns:
+        JSON-able record: version, reading, dropped {name: indices of the filters}.
+
+    Raises:
+        ValueError: ``keep`` does not fit, or names a layer whose rows are not its own.
+    """
+    model = unwrap(model)
+    dropped = dropped_filters(model, keep)
+    silence(model, dict.fromkeys(dropped, Readers()), dropped)
+    return {"version": _VERSION, "reading": "zeroed", "dropped": dropped}
+
+
+def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inputs: Any) -> dict[str, Any]:
+    """Make dropped filters emit exactly 0 behind their norms too, in place: they are gone.
+
+    A row of a grouped convolution that reads dropped channels only (a depthwise one, say) goes with
+    them, as it does in a smaller network, and so does the channel of a norm behind a sum to which
+    dropped filters alone are added. Parameters keep their shapes.
+
+    Returns:
+        JSON-able record: version, reading, dropped {name: indices}, followers {name: rows of grouped
+        convolutions that went along}, silenced {name: channels of norms behind sums that did}.
+
+    Raises:
+        ValueError: as ``zero_filters``; the model cannot be traced; a layer in ``keep`` is not reached, is
+            the network's output, or has a norm behind it that cannot be silenced for it alone.
+    """
+    model = unwrap(model)
+    removal = plan_removal(model, keep, example_inputs)
+    removal.apply(model)
+    return removal.record("removed")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Filters to remove, and what goes along: {name: indices} each.
+
+    Attributes:
+        readers: what reads the channels of every convolution of the model.
+        followers: rows of grouped convolutions that read removed channels only.
+        silenced: channels of norms behind sums that removed filters alone write to.
+    """
+
+    readers: Mapping[str, Readers]
+    dropped: Mapping[str, list[int]]
+    followers: Mapping[str, list[int]]
+    silenced: Mapping[str, list[int]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def gone(self) -> dict[str, list[int]]:
+        """The filters that go, {name: indices}."""
+        names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]
+        return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
+
+    @functools.cached_property
+    def norms(self) -> dict[str, Tensor]:
+        """Norm → its channels that see removed filters, and nothing else, before any sum: int64."""
+        norms: dict[str, list[int]] = {}
+        for name, gone in self.gone.items():
+            for norm, reads in self.readers[name].norms.items():
+                norms.setdefault(norm, []).extend(reads.of(gone))
+        return {norm: index_tensor(channels) for norm, channels in norms.items() if channels}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:
+        """Silence it in ``model``, the user's own module or a copy of it; the rows of the convolutions in
+        ``keep_rows``, which somebody else silences, stay."""
+        modules = dict(named_parts(model))
+        for name, filters in self.gone.items():
+            if name not in keep_rows:
+                zero_channels(modules[name], index_tensor(filters))
+        for name, channels in self.norms.items():
+            zero_channels(modules[name], channels)
+        silence_norms(model, self.silenced)
+
+    def record(self, reading: str) -> dict[str, Any]:
+        """What was done, JSON-able."""
+        return {
+            "version": _VERSION,
+            "reading": reading,
+            "dropped": dict(self.dropped),
+            "followers": dict(self.followers),
+            "silenced": dict(self.silenced),
+        }
+
+
+def dropped_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """{name: indices of the filters to drop}, layers that lose none left out; ``ValueError`` as above."""
+    masks = check_keep(model, keep)
+    dropped = {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items() if not mask.all()}
+    borrowed = _borrowed(model)
+    for name in dropped:
+        if name in borrowed:
+            raise ValueError(f"the filters of {name!r} cannot be dropped: {borrowed[name]}.")
+    return dropped
+
+
+def _borrowed(model: nn.Module) -> dict[str, str]:
+    """The convolutions whose rows cannot be set for them alone: {name: reason}."""
+    weights = {name: conv._parameters.get("weight") for name, conv in convolutions(model).items()}
+    holders = Counter(id(weight) for weight in weights.values())
+    return {
+        name: "its weight is computed from others (see torch.nn.utils.parametrize.remove_parametrizations)"
+        if weight is None
+        else "it shares its weight with another layer"
+        for name, weight in weights.items()
+        if weight is None or holders[id(weight)] > 1
+    }
+
+
+def plan_removal(
+    model: nn.Module,
+    keep: Mapping[str, Tensor],
+    example_inputs: Any,
+    readers: Mapping[str, Readers] | None = None,
+    *,
+    followers: bool = True,
+    norms: bool = True,
+) -> Removal:
+    """What ``remove_filters`` would do to ``model``; it is only read, and refused as there.
+
+    Args:
+        readers: what ``read_structure`` says of the model, where that is known already.
+        followers: whether rows that read removed filters only go along.
+        norms: whether to look for norms that do, which can take forward passes.
+    """
+    dropped = dropped_filters(model, keep)
+    if not dropped:
+        return Removal({}, {}, {})
+    readers = readers or read_structure(model, example_inputs)
+    for name in dropped:
+        if reason := unremovable(readers, name):
+            raise ValueError(f"the filters of {name!r} cannot be removed: {reason}. Leave it out of keep.")
+    removal = Removal(readers, dropped, _followers(model, readers, dropped) if followers else {})
+    if not norms:
+        return removal
+    silenced = norms_without_writers(model, readers, removal.gone, example_inputs)
+    return dataclasses.replace(removal, silenced=silenced)
+
+
+def unremovable(readers: Mapping[str, Readers], name: str) -> str:
+    """Empty, or why the filters of convolution ``name`` cannot be removed."""
+    if name not in readers:
+        return "example_inputs do not reach it"
+    if readers[name].output:
+        return "they are the network's output, like a classifier's"
+    if norm := readers[name].unsilenced:
+        return f"{norm!r} behind it cannot be silenced for its channels alone"
+    return ""
+
+
+def _followers(
+    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, list[int]]
+) -> dict[str, list[int]]:
+    """The rows of grouped convolutions that read removed channels and nothing else."""
+    borrowed = _borrowed(model)
+    modules: dict[str, Any] = dict(named_parts(model))
+    unread: dict[str, Tensor] = {}
+    followers: dict[str, list[int]] = {}
+    for name, found in readers.items():  # in order of execution: a row's inputs come before the row
+        gone = [*dropped.get(name, ()), *followers.get(name, ())]
+        if not gone:
+            continue
+        for consumer, reads in found.consumers.items():
+            layer = modules[consumer]
+            grouped = getattr(layer, "groups", 1) > 1 and consumer not in found.noisy
+            if not grouped or consumer in borrowed or unremovable(readers, consumer):
+                continue
+            mask = column_mask(layer, reads.of(gone))
+            unread[consumer] = unread[consumer] | mask if consumer in unread else mask
+            if rows := unread[consumer].all(1).nonzero().flatten().tolist():
+                followers[consumer] = rows
+    return followers

@@ -1,0 +1,138 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import regrow
+from regrow.criteria.score import CRITERIA, l1, l2, ortho, ortho_corrected, overlap, score
+
+# Three filters of two weights: directions (1, 0), (√½, √½) and (0, 1), at lengths 1, √2 and 2.
+# |cos|: first–second √½, first–third 0, second–third √½. Divided by the three filters of the layer:
+# (√½ + 0)/3, (√½ + √½)/3, (0 + √½)/3.
+THREE = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+THREE_OVERLAPS = torch.tensor([0.2357023, 0.4714045, 0.2357023])
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (3, 2, 1, 1), (3, 1, 1, 2), (3, 1, 2, 1, 1)])
+def test_overlap_of_three_filters_by_hand(shape):
+    torch.testing.assert_close(overlap(THREE.view(shape)), THREE_OVERLAPS)
+    torch.testing.assert_close(regrow.overlap(THREE.view(shape)), THREE_OVERLAPS)
+
+
+def test_ortho_is_the_negative_overlap():
+    torch.testing.assert_close(ortho(THREE), -THREE_OVERLAPS)
+
+
+def test_ortho_corrected_by_hand():
+    # Chance gives sqrt(2 / (π·2)) = 0.5641896 in two dimensions: 0.2357023 / 0.5641896 = 0.4177714.
+    torch.testing.assert_close(ortho_corrected(THREE), torch.tensor([-0.4177714, -0.8355428, -0.4177714]))
+
+
+def test_ortho_corrected_undoes_what_short_filters_suffer_by_chance():
+    long, short = torch.randn(64, 512), torch.randn(64, 8)
+    assert ortho(short).mean() < 5 * ortho(long).mean()
+    assert ortho_corrected(short).mean() == pytest.approx(ortho_corrected(long).mean().item(), rel=0.05)
+
+
+def test_lengths_by_hand():
+    weight = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]]])
+    assert l1(weight).tolist() == [7, 0]
+    assert l2(weight).tolist() == [5, 0]
+
+
+def test_a_zero_row_has_no_overlap_and_adds_none():
+    with_zero = torch.cat([THREE, torch.zeros(1, 2)])
+    torch.testing.assert_close(overlap(with_zero)[:3], THREE_OVERLAPS * 3 / 4)
+    assert overlap(with_zero)[3] == 0
+    assert overlap(torch.zeros(3, 2, 3, 3)).tolist() == [0, 0, 0]
+
+
+def test_the_sign_of_a_row_does_not_matter():
+    signs = torch.tensor([[-1.0], [1.0], [-1.0]])
+    torch.testing.assert_close(overlap(THREE * signs), THREE_OVERLAPS)
+
+
+@pytest.mark.parametrize("factors", [(1e-30, 1, 1), (1e30, 1, 1), (1e30, 1e-30, 1e-38)])
+def test_tiny_and_huge_rows_count_by_direction_alone(factors):
+    torch.testing.assert_close(overlap(THREE * torch.tensor(factors)[:, None]), THREE_OVERLAPS)
+
+
+def test_types():
+    assert overlap(THREE.double()).dtype == torch.float64
+    torch.testing.assert_close(overlap(THREE.double()), overlap(THREE).double(), rtol=1e-6, atol=0)
+    assert overlap(THREE.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(overlap(THREE.bfloat16()), THREE_OVERLAPS)
+    assert not overlap(nn.Parameter(THREE)).requires_grad
+
+
+@st.composite
+def weights(draw):
+    filters, length = draw(st.integers(1, 8)), draw(st.integers(1, 9))
+    entry = st.floats(-100, 100, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
+    numbers = draw(st.lists(entry, min_size=filters * length, max_size=filters * length))
+    return torch.tensor(numbers).view(filters, length)
+
+
+@given(weights(), st.randoms(use_true_random=False), st.floats(-20, 20))
+def test_overlap_is_bounded_and_follows_permutations_and_not_scale(weight, random, power):
+    found = overlap(weight)
+    assert ((found >= 0) & (found < 1)).all()
+    order = list(range(len(weight)))
+    random.shuffle(order)
+    torch.testing.assert_close(overlap(weight[order]), found[order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(overlap(weight * 2**power), found, rtol=1e-4, atol=1e-6)
+
+
+def test_score_names_every_usable_layer_in_order_and_only_reads(make_net):
+    model = make_net((4, 5))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = score(model)
+    assert list(scores) == ["conv1", "conv2"]
+    assert [len(values) for values in scores.values()] == [4, 5]
+    torch.testing.assert_close(scores["conv2"], -overlap(model.conv2.weight))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_by_name(make_net, criterion):
+    model = make_net((4, 5)).bfloat16()
+    scores = score(model, criterion, seed=3, exclude=["conv1"])
+    assert list(scores) == ["conv2"]
+    assert scores["conv2"].shape == (5,)
+    assert scores["conv2"].isfinite().all()
+
+
+def test_random_scores_follow_the_seed_alone(make_net):
+    one, other = make_net((4, 5)), make_net((4, 5))
+    first, again, third = (
+        score(one, "random", seed=1),
+        score(other, "random", seed=1),
+        score(one, "random", seed=2),
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1"], third["conv1"])
+
+
+def test_random_draws_leave_the_global_generator_alone(make_net):
+    model = make_net()
+    state = torch.get_rng_state()
+    score(model, "random", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_input(make_net):
+    model = make_net()
+    with pytest.raises(ValueError, match=r"unknown criterion 'orto'; did you mean 'ortho'"):
+        score(model, "orto")
+    with pytest.raises(ValueError, match=r"needs a seed: score\(model, 'random', seed=0\)"):
+        score(model, "random")
+    with pytest.raises(ValueError, match=r"no convolution is named 'conv9'; did you mean 'conv"):
+        score(model, exclude=["conv9"])
+    model.conv2.weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="'conv2' holds NaN"):
+        score(model)
+    assert list(score(model, exclude="conv2")) == ["conv1", "conv3"]

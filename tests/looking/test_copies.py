@@ -1,0 +1,174 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from regrow.looking.copies import copied, lazily, unwritten
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Odd(nn.Module):
+    """A module with what plain layers do not hold: a list of modules, itself, a bound method, a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.again = [self.conv]
+        self.me = [self]
+        self.act = self.shift
+        self.by = torch.ones(1)
+        self.sizes = {"kernel": 3}
+
+    def shift(self, x):
+        return x + self.by
+
+    def forward(self, x):
+        return self.act(self.again[0](x))
+
+
+def test_parameters_take_memory_when_they_are_written_to():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    versions = [parameter._version for parameter in model.parameters()]
+    twin = copied(model)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        assert mine is not theirs
+        assert torch.equal(mine, theirs)
+        assert mine.requires_grad == theirs.requires_grad
+    assert all(map(unwritten, twin.parameters()))
+    assert torch.equal(twin(X), model(X))
+    assert unwritten(twin[0].weight)
+    twin[0].weight.data.mul_(2)
+    assert not unwritten(twin[0].weight)
+    assert unwritten(twin[0].bias)
+    twin[0].weight.requires_grad_(True)
+    assert not model[0].weight.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict(prefix="0.").items())
+    assert [parameter._version for parameter in model.parameters()] == versions
+    # The other way round: what becomes of the model is nothing to the copy.
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    assert torch.equal(twin[0].bias, before["0.bias"])
+
+
+def test_what_cannot_wait_is_copied_at_once(monkeypatch):
+    numbers = torch.from_numpy(np.ones(3))
+    twin = lazily(numbers)
+    twin.mul_(2)
+    assert numbers.tolist() == [1, 1, 1]
+    monkeypatch.delattr(torch, "_lazy_clone")
+    twin = lazily(torch.ones(3))
+    assert twin.tolist() == [1, 1, 1]
+    assert not unwritten(twin)
+
+
+def test_a_part_that_is_compiled_in_place_is_the_copy_s_own():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    model[0].compile(backend="eager")
+    twin = copied(model)
+    twin(X)
+    assert twin[0][1].num_batches_tracked == 1
+    assert model[0][1].num_batches_tracked == 0
+
+
+def test_renewed_parameters_and_all_buffers_are_the_copy_s_own():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    before = copy.deepcopy(model.state_dict())
+    twin = copied(model, torch.clone).train()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin(X)
+    assert twin[1].num_batches_tracked == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_renewing_may_change_the_numbers():
+    twin = copied(nn.Conv2d(3, 4, 3), torch.Tensor.double)
+    assert twin.weight.dtype == torch.float64
+    assert type(twin.weight) is nn.Parameter
+
+
+def test_what_is_shared_is_shared_in_the_copy():
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    )
+    model[2].weight = model[0].weight
+    model[3].running_mean = model[1].running_mean
+    model.append(model[0])
+    twin = copied(model, torch.clone)
+    assert twin[2].weight is twin[0].weight
+    assert twin[2].weight is not model[0].weight
+    assert twin[3].running_mean is twin[1].running_mean
+    assert twin[4] is twin[0]
+
+
+def test_hooks_of_the_copy_do_not_reach_the_model():
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), []
+    twin = copied(model)
+    for module in twin.modules():
+        module.register_forward_hook(lambda *_: seen.append(1))
+    model(X)
+    assert not seen
+    twin(X)
+    assert len(seen) == 3
+
+
+def test_a_model_s_own_hooks_come_along():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].register_forward_hook(lambda _module, _inputs, output: output * 2)
+    torch.testing.assert_close(copied(model)(X), model(X))
+
+
+def test_what_plain_layers_do_not_hold_is_copied_as_deepcopy_does():
+    model = Odd()
+    twin = copied(model, torch.clone)
+    assert twin.again[0] is twin.conv
+    assert twin.me[0] is twin
+    assert twin.act.__self__ is twin
+    twin.by.zero_()
+    twin.sizes["kernel"] = 5
+    assert model.by == 1
+    assert model.sizes == {"kernel": 3}
+    torch.testing.assert_close(twin(X), twin.conv(X))
+
+
+def test_a_module_with_a_way_of_its_own_to_be_copied_is_asked():
+    class Counted(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            made = Counted(3, 4, 3)
+            made.copies = 1
+            return made
+
+    class Restored(nn.ReLU):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            self.restored = True
+
+    twin = copied(nn.Sequential(Counted(3, 4, 3), Restored()))
+    assert twin[0].copies == 1
+    assert twin[1].restored
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "swin_t"])
+def test_the_same_as_deepcopy(name):
+    model = torchvision.models.get_model(name, num_classes=4).eval()
+    twin = copied(model, torch.clone)
+    assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+    for mine, theirs in zip(twin.modules(), model.modules(), strict=True):
+        assert vars(mine).keys() == vars(theirs).keys()
+        assert mine is not theirs
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(twin(x), model(x))
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.kept = model(X)  # a tensor with a gradient function
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copied(model)

@@ -1,0 +1,138 @@
+"""Searches for a budget, on nets small enough to see that no better cut was there."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import regrow.pruning.budget
+from regrow.criteria.score import score
+from regrow.pruning.accuracy import top1
+from regrow.pruning.budget import Search, check_target, removed
+from regrow.pruning.choosing import Choice, choose
+from regrow.pruning.cost import count_macs, count_parameters
+from regrow.pruning.trials import Bench
+from regrow.structure.read import read_structure
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def search(model: nn.Module, floor: float = 0.1, round_to: int = 1) -> Search:
+    scores = score(model, "l2")
+    readers = read_structure(model, X)
+    torch.manual_seed(1)
+    inputs = torch.randn(200, 3, 8, 8)
+    validation = [(inputs, model(inputs).argmax(1))]  # as accurate as can be: every cut costs something
+    choosing = functools.partial(choose, scores, choice=Choice("layer", floor, round_to))
+    return Search(
+        model, X, Bench(model, X, readers, None), choosing, 22, validation, 1.0, lambda _share, _what: None
+    )
+
+
+@pytest.fixture
+def model(make_net):
+    model = make_net()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(32, 3, 8, 8))
+        # So that every class is the likeliest for some pictures.
+        model.head.bias -= model.eval()(torch.randn(200, 3, 8, 8)).mean(0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "cost"), [("params", count_parameters), ("macs", lambda m: count_macs(m, X))]
+)
+def test_the_smallest_cut_within_a_budget(model, kind, cost):
+    looking = search(model)
+    met = looking.run(kind, 0.5)
+    assert met.reached == cost(met.trial.model) / cost(model) <= 0.5
+    for rung in range(1, 22):
+        keep = looking.choose(rung / 22)
+        if 0 < removed(keep) < removed(met.trial.keep):
+            assert cost(looking.bench.cut(keep, compensated=False).model) / cost(model) > 0.5
+
+
+def test_the_largest_cut_within_a_drop(model):
+    looking = search(model)
+    met = looking.run("max_drop", 60.0)
+    assert met.reached == pytest.approx(100 * (1 - top1(met.trial.model, looking.validation)[0]))
+    assert met.reached <= 60.0
+    assert removed(met.trial.keep)
+
+
+def test_latency_is_that_of_passes_in_turn(model, monkeypatch):
+    # In place of a clock: a pass takes as long as there are parameters.
+    def clock(models, _inputs):
+        return [{"median": float(count_parameters(each))} for each in models]
+
+    monkeypatch.setattr(regrow.pruning.budget, "measure_latency", clock)
+    met = search(model).run("latency", 0.6)
+    assert met.reached == count_parameters(met.trial.model) / count_parameters(model) <= 0.6
+    assert met.timing == clock([model, met.trial.model], X)
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_latency_that_was_met_by_chance_is_looked_at_again(model, monkeypatch, recovers):
+    looks = []
+
+    def clock(models, _inputs):
+        looks.append(count_parameters(models[1]))
+        # Whoever is looked at twice is slow then; and if the machine does not recover, all are from there on.
+        slow = looks.count(looks[-1]) > 1 or (not recovers and len(set(looks)) < len(looks))
+        return [{"median": 1.0}, {"median": 2.0 if slow else looks[-1] / count_parameters(models[0])}]
+
+    monkeypatch.setattr(regrow.pruning.budget, "measure_latency", clock)
+    if recovers:
+        met = search(model).run("latency", 0.6)
+        assert met.reached <= 0.6
+        assert count_parameters(met.trial.model) == looks[-1] < looks[-2]
+        assert looks[-2] in looks[:-2]
+    else:
+        with pytest.raises(ValueError, match="not when looked at again"):
+            search(model).run("latency", 0.6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "settings", "message"),
+    [
+        ("params", 0.1, {"floor": 0.5}, r"the best is 3\d\.\d% of the parameters"),
+        ("macs", 0.1, {"floor": 0.5}, r"the best is 28\.5% of the multiply-accumulates.*ask for macs=0\.29"),
+        ("max_drop", 0.0, {}, r"of \d+ of 22 filters .* costs \d+\.\d\d points"),
+        ("macs", 0.5, {"round_to": 16}, "no filter to remove"),
+        ("max_drop", 50, {"round_to": 16}, "no filter to remove"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_names_the_best(model, kind, limit, settings, message):
+    with pytest.raises(ValueError, match=message):
+        search(model, **settings).run(kind, limit)
+
+
+NONE = dict.fromkeys(("fraction", "max_drop", "macs", "params", "latency"))
+
+
+def test_exactly_one_target():
+    assert check_target({**NONE, "max_drop": 1}) == ("max_drop", 1.0)
+    with pytest.raises(ValueError, match=r"exactly one of .* got none"):
+        check_target(NONE)
+    with pytest.raises(ValueError, match="got fraction and macs"):
+        check_target({**NONE, "fraction": 0.5, "macs": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        ("fraction", 1.0, "0 <= fraction < 1"),
+        ("fraction", 30, "fraction=0.3"),
+        ("macs", 0, "0 < macs < 1"),
+        ("params", 1, "params=0.5"),
+        ("latency", float("nan"), "0 < latency < 1"),
+        ("macs", "half", "macs is a number, got 'half'"),
+        ("max_drop", -1, "max_drop=1"),
+        ("max_drop", True, "is a number"),
+    ],
+)
+def test_a_target_out_of_range(kind, value, message):
+    with pytest.raises(ValueError, match=message):
+        check_target({**NONE, kind: value})

@@ -1,0 +1,151 @@
+"""Which filters go: scopes, units, widths."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from regrow.pruning.choosing import (
+    Choice,
+    check_choice,
+    choose,
+    coupled_filters,
+    families_of,
+    merged,
+    renumbered,
+)
+from regrow.structure.read import read_structure
+
+
+class Residual(nn.Module):
+    """stem + second(first(stem)), a depthwise layer behind, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.first = nn.Conv2d(4, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.last = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.second(self.first(x).relu())
+        x = x + self.last(self.depthwise(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+def alive(keep):
+    return {name: mask.nonzero().flatten().tolist() for name, mask in keep.items()}
+
+
+A = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7])
+B = torch.tensor([10.0, 11, 12, 13])
+
+
+def test_scopes_by_hand():
+    scores = {"a": A, "b": B}
+    each = alive(choose(scores, 0.5, Choice(scope="layer")))
+    assert each == {"a": [4, 5, 6, 7], "b": [2, 3]}
+    together = alive(choose(scores, 0.5, Choice(scope="global")))
+    assert together == {"a": [6, 7], "b": [0, 1, 2, 3]}
+    families = Choice(scope="isomorphic", families=[["b"], ["a"]])
+    assert alive(choose(scores, 0.5, families)) == {"a": [4, 5, 6, 7], "b": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "round_to", "kept"),
+    [(0.375, 4, 4), (0.25, 4, 8), (0.3, 3, 6), (0.6, 4, 4), (0.85, 4, 4), (0.5, 16, 8), (0.5, 1, 4)],
+)
+def test_widths_are_the_nearest_multiple_but_one_at_least(fraction, round_to, kept):
+    # 5 of 8 stay -> 4; 6 -> 8; 6 -> 6; 3 -> 4; 1 -> 4; a layer narrower than the multiple stays whole.
+    keep = choose({"a": A}, fraction, Choice(scope="layer", round_to=round_to))
+    assert alive(keep) == {"a": list(range(8 - kept, 8))}
+
+
+def test_the_floor_outweighs_rounding_down():
+    # 5 of 8 stay; the nearest multiple of 4 would be 4, and the floor asks for 5.
+    keep = choose({"a": A}, 0.375, Choice(scope="layer", round_to=4, floor=0.6))
+    assert int(keep["a"].sum()) == 8
+
+
+def test_a_unit_falls_by_its_mean_or_not_at_all():
+    scores = {"a": torch.tensor([0.0, 5, 6, 7]), "b": torch.tensor([9.0, 1, 6, 7])}
+    units = [{"a": [i], "b": [i]} for i in range(4)]
+    # Means 4.5, 3, 6, 7: the second goes first, though a's first filter has the lowest score.
+    assert alive(choose(scores, 0.25, Choice(scope="layer", units=units))) == {"a": [0, 2, 3], "b": [0, 2, 3]}
+    # Three of eight: the half of the second unit that a global ranking would take stays.
+    keep = alive(choose(scores, 3 / 8, Choice(scope="global", units=units)))
+    assert keep == {"a": [0, 2, 3], "b": [0, 2, 3]}
+
+
+@given(
+    widths=st.lists(st.integers(2, 20), min_size=1, max_size=3),
+    round_to=st.sampled_from([1, 2, 4, 8]),
+    scope=st.sampled_from(["layer", "global"]),
+    fractions=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(sorted),
+    seed=st.integers(0, 99),
+)
+def test_larger_fractions_drop_what_smaller_ones_do(widths, round_to, scope, fractions, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {f"l{i}": torch.rand(width, generator=generator) for i, width in enumerate(widths)}
+    units = [{"l0": [0], f"l{len(widths) - 1}": [1]}]
+    choice = Choice(scope=scope, round_to=round_to, units=units)
+    less, more = (choose(scores, fraction, choice) for fraction in fractions)
+    for name, width in zip(scores, widths, strict=True):
+        assert (less[name] | ~more[name]).all()
+        assert more[name].any()
+        assert int(more[name].sum()) % round_to == 0 or more[name].all()
+        assert len(more[name]) == width
+
+
+def test_what_is_added_is_coupled_also_through_a_depthwise_layer():
+    model = Residual()
+    readers = read_structure(model, torch.randn(1, 3, 8, 8))
+    units = coupled_filters(model, readers, ["stem", "first", "second", "last"])
+    assert units == [{"stem": [i], "second": [i], "last": [i]} for i in range(4)]
+    # Alone among its kind a filter is no unit.
+    assert coupled_filters(model, readers, ["first", "second"]) == []
+
+
+def test_families_are_of_one_kind_and_units_join_them():
+    model = Residual()
+    readers = read_structure(model, torch.randn(1, 3, 8, 8))
+    names = ["stem", "first", "second", "last"]
+    families = families_of(model, readers, names)
+    assert sorted(map(sorted, families)) != [sorted(names)]
+    assert ["last"] in families  # the only 1×1
+    assert [family for family in families if "first" in family] == [["first"]]  # the only private one
+    units = coupled_filters(model, readers, names)
+    assert sorted(map(sorted, merged(families, units))) == [["first"], ["last", "second", "stem"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scope": "locale"}, "unknown scope 'locale'"),
+        ({"coupled": "together"}, "unknown way to cut coupled filters"),
+        ({"floor": 2}, "floor is the share"),
+        ({"round_to": 0}, "round_to=8"),
+        ({"round_to": 2.0}, "whole number"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        check_choice(**{"scope": "layer", "floor": 0.1, "round_to": 1, "coupled": "jointly", **settings})
+
+
+def test_units_of_what_cuts_have_left():
+    units = [{"a": [0, 1], "b": [2]}, {"a": [2], "b": [0]}, {"c": [1], "b": [1]}]
+    left = {"a": torch.tensor([True, False, True]), "c": torch.tensor([True, True, False])}
+    # c holds a filter at zero and goes on counting it.
+    scores = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(3)}
+    assert renumbered(units, left, scores) == [
+        {"a": [0], "b": [2]},
+        {"a": [1], "b": [0]},
+        {"c": [1], "b": [1]},
+    ]
+    left["b"], scores["b"] = torch.tensor([True, False, True]), torch.zeros(2)
+    assert renumbered(units, left, scores) == [{"a": [0], "b": [1]}, {"a": [1], "b": [0]}]

@@ -1,0 +1,250 @@
+"""``prune`` in one call, and a model that is as it was after every error."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regrow.noise.layers import add_bridgeout
+from regrow.pruning.prune import prune
+from regrow.shipping.checkpoint import load, save
+from regrow.surgery.cut import cut
+
+X = torch.randn(2, 3, 8, 8)
+IMAGES = [torch.randn(64, 3, 8, 8)]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head((x + self.second(self.first(x).relu())).relu().mean((2, 3)))
+
+
+def test_a_fraction_by_hand_and_a_report_that_is_true(make_net, tmp_path):
+    model = make_net().train()
+    fresh = copy.deepcopy(model)
+    validation = [(torch.randn(30, 3, 8, 8), torch.randint(4, (30,)))]
+    shares = []
+    report = prune(
+        model,
+        fraction=0.5,
+        example_inputs=X,
+        calibration=IMAGES,
+        validation=validation,
+        progress=lambda share, _what: shares.append(share),
+    )
+    assert report == json.loads(json.dumps(report))
+    assert report["version"] == 1
+    assert report["target"] == {"kind": "fraction", "value": 0.5, "reached": 0.5}
+    assert report["filters"] == {"before": 22, "after": 11}
+    assert report["layers"] == {
+        "conv1": {"before": 6, "after": 3},
+        "conv2": {"before": 8, "after": 4},
+        "conv3": {"before": 8, "after": 4},
+    }
+    # weights, biases and norms: (3·9 + 3)·3 and so on; the head reads 4 and gives 4.
+    after = (27 + 3) * 3 + (27 + 3) * 4 + (36 + 3) * 4 + 4 * 4 + 4
+    assert report["parameters"]["after"] == sum(p.numel() for p in model.parameters()) == after
+    assert report["macs"]["after"] == 2 * (64 * (27 * 3 + 27 * 4 + 36 * 4) + 16)
+    assert report["memory"]["weights"]["after"] < report["memory"]["weights"]["before"]
+    assert report["accuracy"]["images"] == 30
+    assert report["compensation"]["images"] == 64
+    assert report["left_out"] == report["masked"] == {}
+    assert [len(report["dropped"][name]) for name in ("conv1", "conv2", "conv3")] == [3, 4, 4]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert model.conv2.out_channels == 4
+    assert model.training
+    save(model, tmp_path / "small.safetensors")
+    assert torch.equal(load(fresh, tmp_path / "small.safetensors").eval()(X), model.eval()(X))
+
+
+def test_lowest_l2_goes_in_each_layer(make_net):
+    model = make_net(bias=False)
+    norms = model.conv2.weight.detach().flatten(1).norm(dim=1)
+    report = prune(model, fraction=0.25, example_inputs=X, compensate=False, exclude="conv1")
+    assert report["dropped"]["conv2"] == sorted(norms.argsort()[:2].tolist())
+    assert report["left_out"] == {"conv1": "excluded"}
+    assert report["layers"]["conv1"] == {"before": 6, "after": 6}
+    assert report["accuracy"] is report["compensation"] is None
+    assert report["settings"]["exclude"] == ["conv1"]
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.4}, {"max_drop": 30.0}])
+def test_a_budget_is_met(make_net, target):
+    model = make_net((12, 12, 12)).eval()
+    inputs = torch.randn(100, 3, 8, 8)
+    report = prune(
+        model,
+        example_inputs=X,
+        calibration=IMAGES,
+        validation=iter([(inputs, model(inputs).argmax(1))]),
+        **target,
+    )
+    [(kind, value)] = target.items()
+    assert report["target"]["reached"] <= value
+    measured = {
+        "macs": report["macs"]["after"] / report["macs"]["before"],
+        "params": sum(p.numel() for p in model.parameters()) / report["parameters"]["before"],
+        "max_drop": 100 * (1 - report["accuracy"]["after"]),
+    }
+    assert report["target"]["reached"] == pytest.approx(measured[kind])
+    assert report["filters"]["after"] < 36
+
+
+def test_coupled_filters_go_jointly_or_not():
+    individual, joint = Residual(), Residual()
+    joint.load_state_dict(individual.state_dict())
+    settings = {"fraction": 0.5, "example_inputs": X, "compensate": False}
+    alone = prune(individual, coupled="individually", **settings)["layers"]
+    assert alone == {name: {"before": 8, "after": 4} for name in ("stem", "first", "second")}
+    assert individual.head.in_features > 4  # what either of the two keeps
+    report = prune(joint, **settings)
+    assert report["settings"]["coupled"] == "jointly"
+    assert report["dropped"]["stem"] == report["dropped"]["second"]
+    assert joint.head.in_features == 4
+    assert joint.stem.out_channels == joint.first.in_channels == joint.second.out_channels == 4
+
+
+@pytest.mark.parametrize("faster", ["individually", "jointly"])
+def test_for_latency_the_faster_way_is_taken(faster, monkeypatch):
+    # In place of a clock. Cut jointly, the head reads no more than the stem gives.
+    def clock(models, _inputs):
+        small = models[1]
+        jointly = small.head.in_features == small.stem.out_channels
+        slower = 0.4 if jointly != (faster == "jointly") else 0.0
+        return [{"median": 1.0}, {"median": 0.05 * small.stem.out_channels + slower}]
+
+    monkeypatch.setattr("regrow.pruning.budget.measure_latency", clock)
+    report = prune(Residual(), latency=0.6, example_inputs=X, compensate=False)
+    assert report["settings"]["coupled"] == faster
+    assert report["target"]["reached"] <= 0.6
+
+
+def test_widths_are_rounded(make_net):
+    model = make_net((16, 20, 24))
+    prune(model, fraction=0.5, example_inputs=X, compensate=False, round_to=8, scope="isomorphic")
+    assert {model.get_submodule(f"conv{i}").out_channels % 8 for i in (1, 2, 3)} <= {0, 20 % 8}
+
+
+def test_it_says_so_if_less_goes_than_was_asked_for(make_net):
+    with pytest.warns(
+        UserWarning, match=r"fraction=0\.8 asks for: 11 of 22 \(50\.0%\), because of floor=0\.45"
+    ):
+        prune(make_net(), fraction=0.8, example_inputs=X, compensate=False, floor=0.45)
+
+
+def test_calibration_stops_at_512_images(make_net):
+    given = []
+
+    def endless():
+        while True:
+            given.append(100)
+            yield torch.randn(100, 3, 8, 8), None
+
+    report = prune(make_net(), fraction=0.5, example_inputs=X, calibration=endless())
+    assert report["compensation"]["images"] == sum(given) == 600
+
+
+def bridged(model):
+    add_bridgeout(model, 0.3, 1.5, seed=0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (None, {"macs": 0.5}, "exactly one"),
+        (None, {"fraction": None}, "exactly one"),
+        (None, {"criterion": "l3"}, "did you mean 'l2'"),
+        (None, {"scope": "locally"}, "unknown scope"),
+        (None, {"exclude": ["conv9"]}, "no convolution is named 'conv9'"),
+        (None, {"calibration": None}, "compensate=False"),
+        (None, {"calibration": []}, "yields no batch"),
+        (None, {"calibration": [torch.randn(4, 5, 8, 8)]}, "fails on a calibration batch"),
+        (None, {"fraction": None, "max_drop": 1}, "max_drop needs validation="),
+        (None, {"fraction": None, "macs": 0.01, "floor": 0.5}, "cannot be met: the best is"),
+        (None, {"validation": [torch.zeros(3)]}, "pair of inputs and labels"),
+        (None, {"example_inputs": torch.randn(1, 2)}, "fails on example_inputs"),
+        (None, {"criterion": "random"}, "needs a seed"),
+        (nn.DataParallel, {}, "wrapped in DataParallel.*model.module"),
+        (bridged, {}, "remove_bridgeout"),
+        (lambda model: model.head, {}, "no convolution"),
+    ],
+)
+def test_after_an_error_the_model_is_as_it_was(make_net, change, settings, message):
+    plain = make_net()
+    model = change(plain) if change else plain
+    before = copy.deepcopy(plain.state_dict())
+    owned = {name: id(parameter) for name, parameter in plain.named_parameters()}
+    given = {"fraction": 0.5, "example_inputs": X, "calibration": IMAGES, **settings}
+    if message == "no convolution":
+        given["example_inputs"] = torch.randn(2, 8)
+    with pytest.raises(ValueError, match=message):
+        prune(model, **given)
+    assert {name: id(parameter) for name, parameter in plain.named_parameters()} == owned
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    assert all(module.training for module in plain.modules())
+    assert not any(module._forward_hooks for module in plain.modules()) or change is bridged
+
+
+def test_a_ddp_model_is_refused(make_net, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(make_net())
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            prune(wrapped, fraction=0.5, example_inputs=X, calibration=IMAGES)
+        assert wrapped.module.conv1.out_channels == 6
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("coupled", ["individually", "jointly"])
+def test_a_net_that_was_cut_is_pruned_again(coupled, tmp_path):
+    model = Residual().eval()
+    fresh = copy.deepcopy(model)
+    settings = {"example_inputs": X, "compensate": False}
+    prune(model, fraction=0.25, coupled=coupled, **settings)
+    assert [model.stem.out_channels, model.first.out_channels, model.second.out_channels] == [6, 6, 6]
+    given = copy.deepcopy(model)
+    report = prune(model, fraction=0.5, coupled=coupled, **settings)
+    assert report["layers"] == {name: {"before": 6, "after": 3} for name in ("stem", "first", "second")}
+    assert report["filters"] == {"before": 18, "after": 9}
+    assert report["parameters"]["before"] == sum(p.numel() for p in given.parameters())
+    assert report["parameters"]["after"] == sum(p.numel() for p in model.parameters())
+    assert report["macs"]["before"] > report["macs"]["after"]
+    # What is dropped counts the filters that the cut net has.
+    keep = {name: torch.ones(6, dtype=torch.bool) for name in report["dropped"]}
+    for name, indices in report["dropped"].items():
+        assert len(indices) == 3
+        keep[name][indices] = False
+    cut(given, keep, example_inputs=X)
+    assert torch.allclose(given(X), model(X), rtol=1e-5, atol=1e-6)
+    save(model, tmp_path / "twice.safetensors")
+    assert torch.equal(load(fresh, tmp_path / "twice.safetensors").eval()(X), model(X))
+
+
+def test_pruned_again_within_a_budget_and_compensated(make_net):
+    model = make_net((12, 12, 12)).eval()
+    inputs = torch.randn(50, 3, 8, 8)
+    settings = {"example_inputs": X, "calibration": IMAGES, "validation": [(inputs, torch.zeros(50).long())]}
+    first = prune(model, macs=0.6, **settings)
+    second = prune(model, macs=0.6, **settings)
+    assert second["macs"]["before"] == first["macs"]["after"]
+    assert second["macs"]["after"] <= 0.6 * first["macs"]["after"]
+    assert second["accuracy"]["before"] == first["accuracy"]["after"]
+    nothing = prune(model, fraction=0, **settings)
+    assert nothing["dropped"] == {}
+    assert nothing["compensation"] == {"folded": [], "unfolded": {}, "norms": [], "images": 0}
+    assert nothing["parameters"]["after"] == second["parameters"]["after"]
