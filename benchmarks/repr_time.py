@@ -31,7 +31,8 @@ import regrow
 from regrow.indexing import channels_last
 from regrow.study.models import build_model
 from regrow.study.records import environment
-from regrow.surgery.layers import CutPlan, apply_plan
+from regrow.surgery.layers import apply_plan
+from regrow.surgery.plan import CutPlan
 
 NETS = {"vanilla net": ("convnet", {}), "ResNet-20": ("resnet", {"depth": 20})}
 FULL, SUB = 2, 1

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 import regrow
 from regrow.filters import convolutions
 from regrow.looking.calls import call, floating
-from regrow.looking.probing import NoDropout
-from regrow.structure.confirm import unsettle
+from regrow.looking.dropout import NoDropout
+from regrow.looking.noise import unsettle
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import cut
-from regrow.surgery.layers import CutPlan, kept_by, sliced
+from regrow.surgery.layers import kept_by, sliced
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.removal import plan_removal, unremovable
 
 FRACTION = 0.3

@@ -11,8 +11,8 @@ from regrow.filters import (
     left_out,
     rows,
     unit_rows,
-    unwrap,
 )
+from regrow.modules import unwrap
 
 
 def nest():
@@ -109,7 +109,7 @@ def test_sharded_models_are_refused():
         pass
 
     for model in (FullyShardedDataParallel(nest()), nn.Sequential(FSDPConv2d(3, 4, 3))):
-        with pytest.raises(ValueError, match="use DDP instead of FSDP"):
+        with pytest.raises(ValueError, match="Use DDP instead of FSDP"):
             eligible(model)
 
 

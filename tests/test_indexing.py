@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.indexing import channel_dim, channels_last, place, take, take_block
+from regrow.indexing import channels_last, place, take, take_block
+from regrow.modules import channel_dim
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 INDEX = torch.tensor([0, 2])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regrow.noise.layers import add_bridgeout, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
-    from regrow.repr.cycle import Event, RePr
+    from regrow.repr.cycle import Event, RePr, release
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.fold import fold_norms
     from regrow.shipping.onnx import export_onnx
@@ -38,6 +38,7 @@ _HOMES = {
     "overlap": "regrow.criteria.score",
     "prune": "regrow.pruning.prune",
     "read_as": "regrow.compensation.compensate",
+    "release": "regrow.repr.cycle",
     "reestimate_norms": "regrow.compensation.norms",
     "remove_bridgeout": "regrow.noise.layers",
     "save": "regrow.shipping.checkpoint",
@@ -59,6 +60,7 @@ __all__ = [
     "prune",
     "read_as",
     "reestimate_norms",
+    "release",
     "remove_bridgeout",
     "save",
     "score",

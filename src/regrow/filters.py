@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from regrow.marks import borrowed_weight, check_whole
+from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
 from regrow.suggest import nearest
-
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-_CONVOLUTIONS = get_args(Convolution)  # tuples are tested faster than unions
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside ``torch.compile`` and data-parallel wrappers.
-
-    Names taken from it carry no ``module.`` or ``_orig_mod.`` prefix, so what is saved under a
-    wrapper loads without one.
-    """
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+from regrow.torch_private import own_parameters
 
 
 def rows(weight: Tensor) -> Tensor:
@@ -43,38 +27,11 @@ def unit_rows(matrix: Tensor) -> Tensor:
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
     """Every Conv1d, Conv2d and Conv3d of ``model`` by qualified name, in order of registration."""
-    return {name: module for name, module in named_parts(unwrap(model)) if isinstance(module, _CONVOLUTIONS)}
-
-
-def named_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``model.named_modules()`` yields, in a third of the time: without a generator a level."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Module] = set()
-    left: list[tuple[str, nn.Module]] = [("", model)]
-    while left:
-        name, module = left.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        found.append((name, module))
-        if module._modules:
-            prefix = f"{name}." if name else ""
-            children = reversed(module._modules.items())
-            left += [(prefix + key, child) for key, child in children if child is not None]
-    return found
-
-
-def parts(model: nn.Module) -> list[nn.Module]:
-    """``named_parts`` without the names."""
-    found: dict[nn.Module, None] = {}
-    left = [model]
-    while left:
-        module = left.pop()
-        if module not in found:
-            found[module] = None
-            if module._modules:
-                left += [child for child in reversed(module._modules.values()) if child is not None]
-    return list(found)
+    return {
+        name: module
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, CONVOLUTION_CLASSES)
+    }
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
@@ -82,9 +39,9 @@ def left_out(model: nn.Module) -> dict[str, str]:
     seen: dict[int, str] = {}
     reasons: dict[str, str] = {}
     for name, conv in convolutions(model).items():
-        weight = conv._parameters.get("weight")
+        weight = own_parameters(conv).get("weight")
         if weight is None:
-            reasons[name] = "its weight is computed from other parameters (a parametrization)"
+            reasons[name] = borrowed_weight(conv)
         elif isinstance(weight, nn.parameter.UninitializedParameter):
             reasons[name] = "its weight is not there before a first forward pass (a lazy layer)"
         elif conv.groups > 1:
@@ -113,10 +70,7 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
         ValueError: a name in ``exclude`` matches no convolution, none is left, or the model is sharded
             (FSDP): its filters are spread over processes.
     """
-    # fully_shard puts FSDPModule among the bases of the model, or of some of its parts.
-    bases = {base.__name__ for kind in set(map(type, parts(model))) for base in kind.__mro__}
-    if bases & {"FullyShardedDataParallel", "FSDPModule"}:
-        raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
+    check_whole(model, "score")
     every = convolutions(model)
     unknown = left_out(model)
     dropped = excluded(exclude, every)

@@ -2,7 +2,7 @@
 
 PyTorch's own ``index_select`` and ``index_copy`` do the same; behind them these keep the memory format,
 and take the quicker kernel where channels are innermost. Their derivatives write once instead of adding
-row by row.
+row by row. A compiler makes its own kernels, and gets PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
@@ -39,6 +39,8 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     Args:
         index: [kept] int64, no entry twice.
     """
+    if torch.compiler.is_compiling():
+        return tensor.index_select(dim, index)
     if _plainly():
         return _taken(tensor, index, dim)
     return cast(Tensor, _Take.apply(tensor, index, dim))
@@ -50,6 +52,9 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
+    if torch.compiler.is_compiling():
+        shape = [width if each == dim % tensor.dim() else size for each, size in enumerate(tensor.shape)]
+        return tensor.new_zeros(shape).index_copy(dim, index, tensor)
     if _plainly():
         return _placed(tensor, index, dim, width)
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
@@ -71,18 +76,9 @@ def take_block(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> T
         return weight.index_select(0, rows)
     if columns is None:
         return weight if rows is None else take(weight, rows, 0)
-    if rows is None:
-        return take(weight, columns, 1)
+    if rows is None or torch.compiler.is_compiling():
+        return take(weight if rows is None else take(weight, rows, 0), columns, 1)
     return cast(Tensor, _TakeBlock.apply(weight, rows, columns))
-
-
-def channel_dim(module: nn.Module, tensor: Tensor) -> int:
-    """Where ``module`` has its channels in ``tensor``, its input or output, with or without a batch."""
-    if isinstance(module, nn.Linear):
-        return tensor.dim() - 1
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return tensor.dim() - 1 - len(module.kernel_size)
-    return 1
 
 
 def channels_last(tensor: Tensor) -> bool:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, evaluating, forward, inputs_of
+from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
+from regrow.looking.calls import evaluating
 
 
 def test_the_input_is_a_tensor_the_first_item_or_all_keywords() -> None:

@@ -1,17 +1,10 @@
-import gc
+import contextlib
 
+import pytest
 import torch
 from torch import nn
 
-from regrow.looking.calls import garbage_waiting, random_state, seed, set_mode
-
-
-def test_a_mode_is_set_for_all_parts():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.BatchNorm2d(1)))
-    set_mode(model, False)
-    assert not any(module.training for module in model.modules())
-    set_mode(model, True)
-    assert all(module.training for module in model.modules())
+from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, run
 
 
 def test_a_train_method_of_the_models_own_decides():
@@ -25,29 +18,79 @@ def test_a_train_method_of_the_models_own_decides():
             self.norm.eval()
             return self
 
-    model = nn.Sequential(Frozen(), nn.BatchNorm2d(1)).eval()
-    set_mode(model, True)
-    assert model[0].training
-    assert not model[0].norm.training
-    assert model[1].training
+        def forward(self, x):
+            assert self.training
+            assert not self.norm.training
+            return self.norm(x)
+
+    model = Frozen().eval()
+    run(model, torch.ones(1, 1, 2, 2), training=True)
+    assert model.norm.num_batches_tracked == 0
 
 
-def test_a_seed_is_pytorchs_own_and_drawing_shows():
-    model = nn.Linear(1, 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        expected = torch.rand(3)
-        seed(model)
-        begun = random_state(model)
-        assert torch.equal(random_state(model), begun)
-        assert torch.equal(torch.rand(3), expected)
-        assert not torch.equal(random_state(model), begun)
+def test_a_run_is_the_same_each_time_and_drawing_shows():
+    class Drawing(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(3)
+
+    torch.manual_seed(5)
+    begun = torch.get_rng_state()
+    first, drew = run(Drawing(), torch.zeros(3), training=False)
+    assert drew
+    torch.manual_seed(7)
+    torch.testing.assert_close(run(Drawing(), torch.zeros(3), training=False)[0], first, rtol=0, atol=0)
+    torch.manual_seed(5)
+    run(Drawing(), torch.zeros(3), training=False)
+    assert torch.equal(torch.get_rng_state(), begun)
+    assert not run(nn.Linear(3, 1), torch.zeros(3), training=False)[1]
 
 
-def test_garbage_waits_and_is_collected_again():
-    assert gc.isenabled()
-    with garbage_waiting():
-        with garbage_waiting():
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-    assert gc.isenabled()
+def test_inputs_that_a_pass_writes_to_are_copies():
+    class Writing(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    x = torch.zeros(3)
+    run(Writing(), x, training=False)
+    assert not x.any()
+
+
+@pytest.mark.parametrize("error", [KeyError("there"), AssertionError("no"), RuntimeError("one\ntwo")])
+def test_an_error_of_the_model_is_told_from_all_others(error):
+    class Failing(nn.Module):
+        def forward(self, _):
+            raise error
+
+    with pytest.raises(PassFailed, match="the model's forward pass fails: ") as caught:
+        call(Failing(), torch.zeros(1))
+    assert caught.value.__cause__ is error
+    assert "two" not in str(caught.value)
+
+
+def test_arguments_in_every_container():
+    class Sum(nn.Module):
+        def forward(self, a, b):
+            return a + 2 * b
+
+    one, two = torch.ones(1), torch.full((1,), 2.0)
+    assert call(Sum(), (one, two)) == call(Sum(), {"b": two, "a": one}) == 5
+    assert call(nn.Identity(), two) == 2
+
+
+def test_every_module_is_back_in_its_mode():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.BatchNorm2d(1)))
+    model[0].eval()
+    with contextlib.suppress(KeyError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, False, True, True]
+
+
+def test_buffers_are_as_before_after_an_error_too():
+    norm = nn.BatchNorm2d(1)
+    with contextlib.suppress(KeyError), buffers_kept(norm):
+        norm(torch.ones(2, 1, 2, 2))
+        assert norm.num_batches_tracked == 1
+        raise KeyError
+    assert norm.num_batches_tracked == 0
+    assert norm.running_mean == 0

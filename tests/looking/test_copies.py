@@ -6,7 +6,8 @@ import torch
 import torchvision
 from torch import nn
 
-from regrow.looking.copies import copied, lazily, unwritten
+from regrow.looking.copies import NotCopied, copied
+from regrow.torch_private import is_unwritten, lazy_copy
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -40,12 +41,12 @@ def test_parameters_take_memory_when_they_are_written_to():
         assert mine is not theirs
         assert torch.equal(mine, theirs)
         assert mine.requires_grad == theirs.requires_grad
-    assert all(map(unwritten, twin.parameters()))
+    assert all(map(is_unwritten, twin.parameters()))
     assert torch.equal(twin(X), model(X))
-    assert unwritten(twin[0].weight)
+    assert is_unwritten(twin[0].weight)
     twin[0].weight.data.mul_(2)
-    assert not unwritten(twin[0].weight)
-    assert unwritten(twin[0].bias)
+    assert not is_unwritten(twin[0].weight)
+    assert is_unwritten(twin[0].bias)
     twin[0].weight.requires_grad_(True)
     assert not model[0].weight.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model[0].state_dict(prefix="0.").items())
@@ -58,13 +59,13 @@ def test_parameters_take_memory_when_they_are_written_to():
 
 def test_what_cannot_wait_is_copied_at_once(monkeypatch):
     numbers = torch.from_numpy(np.ones(3))
-    twin = lazily(numbers)
+    twin = lazy_copy(numbers)
     twin.mul_(2)
     assert numbers.tolist() == [1, 1, 1]
     monkeypatch.delattr(torch, "_lazy_clone")
-    twin = lazily(torch.ones(3))
+    twin = lazy_copy(torch.ones(3))
     assert twin.tolist() == [1, 1, 1]
-    assert not unwritten(twin)
+    assert not is_unwritten(twin)
 
 
 def test_a_part_that_is_compiled_in_place_is_the_copy_s_own():
@@ -170,5 +171,5 @@ def test_the_same_as_deepcopy(name):
 def test_a_model_that_cannot_be_copied_says_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.kept = model(X)  # a tensor with a gradient function
-    with pytest.raises(RuntimeError, match="deepcopy"):
+    with pytest.raises(NotCopied, match=r"the model cannot be copied: .*deepcopy"):
         copied(model)

@@ -4,7 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from regrow.looking.hooks import channel_layers, hooked, idle
+from regrow.looking.calls import call
+from regrow.looking.hooks import carrying, hooked, idle, instead
+from regrow.modules import channel_layers
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +31,7 @@ def test_what_stands_in_front_sees_the_layers_and_takes_their_place():
 
     with hooked(channel_layers(model), after, before):
         assert not model(X).any()
-    assert seen == ["to 0", "0", "1", "to 4", "4"]
+    assert seen == ["to 0", "0", "to 1", "1", "to 4", "4"]
     assert model(X).all()
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -43,6 +45,26 @@ def test_it_stands_closer_to_the_layer_than_the_users_hooks():
     ((_, _, inputs, output),) = seen
     torch.testing.assert_close(inputs[0], 3 * X)
     torch.testing.assert_close(made, 2 * output)
+
+
+def test_an_error_of_a_callback_is_no_error_of_the_model():
+    class Catching(nn.Sequential):
+        def forward(self, x):
+            try:
+                return super().forward(x)
+            except Exception:
+                return x
+
+    def fail(*_):
+        raise KeyError("own bug")
+
+    for place in ({"after": fail}, {"before": fail}):
+        model = Catching(*net())
+        with pytest.raises(KeyError, match="own bug"), hooked(channel_layers(model), **place):
+            call(model, X)
+        assert not any("forward" in vars(module) for module in model.modules())
+        with pytest.raises(KeyError, match="own bug"), instead([(model[0], carrying(fail))]):
+            call(model, X)
 
 
 def test_a_forward_of_the_models_own_comes_back_after_an_error():

@@ -111,13 +111,13 @@ def test_a_model_of_one_size_is_planned_at_that_size():
 
 def traced_on(monkeypatch, model, x):
     """The sides of the pictures that the graph was traced on."""
-    sides, trace = [], structure._trace
+    sides, graph = [], structure.Graph
 
-    def tracing(probe, inputs, seen):
+    def tracing(probe, inputs, forward):
         sides.append(inputs.shape[-1])
-        return trace(probe, inputs, seen)
+        return graph(probe, inputs, forward)
 
-    monkeypatch.setattr(structure, "_trace", tracing)
+    monkeypatch.setattr(structure, "Graph", tracing)
     structure.propose_structure(model, x)
     return sides
 

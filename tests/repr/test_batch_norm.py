@@ -7,7 +7,7 @@ from torch import nn
 from regrow.indexing import channels_last
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.repr.narrow import narrow
-from regrow.surgery.layers import CutPlan
+from regrow.surgery.plan import CutPlan
 
 
 @pytest.fixture(autouse=True)

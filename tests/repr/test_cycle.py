@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from regrow.criteria.score import score
 from regrow.criteria.select import select
 from regrow.repr.cycle import Event, RePr
-from regrow.surgery.layers import CutPlan
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.planning import Planned
 from regrow.surgery.removal import Removal
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from regrow.filters import convolutions, unit_rows
 from regrow.repr.subphase import SubPhase, check_memory
 from regrow.structure.read import read_structure
-from regrow.surgery.layers import CutPlan
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.planning import plan_cut
 
 X = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))

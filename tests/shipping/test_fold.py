@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
 from regrow.shipping.fold import Placed, fold_norms
 from regrow.shipping.onnx import export_onnx
-from regrow.structure.confirm import unsettle
 from regrow.surgery.cut import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,8 @@ from regrow.noise.layers import add_bridgeout
 from regrow.shipping.checkpoint import load, save
 from regrow.shipping.onnx import export_onnx
 from regrow.surgery.cut import cut
-from regrow.surgery.layers import CutPlan, apply_plan
+from regrow.surgery.layers import apply_plan
+from regrow.surgery.plan import CutPlan
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
-from regrow.structure.confirm import unsettle
 from regrow.structure.read import read_structure
 from regrow.structure.sums import norms_without_writers
 from regrow.surgery.cut import cut

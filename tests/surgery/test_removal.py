@@ -166,7 +166,7 @@ class Awkward(nn.Module):
         ({"first": torch.tensor([1.0, 0, 1, 1])}, "boolean mask of 4 filters"),
         ({"first": torch.zeros(4, dtype=torch.bool)}, "keep at least one"),
         ({"first": keep_but(4, 0), "twin": keep_but(4, 0)}, "'twin'.*shares its weight"),
-        ({"first": keep_but(4, 0), "computed": keep_but(4, 0)}, "'computed'.*computed from others"),
+        ({"first": keep_but(4, 0), "computed": keep_but(4, 0)}, "'computed'.*computed from other parameters"),
         ({"first": keep_but(4, 0), "unused": keep_but(4, 0)}, "'unused'.*do not reach"),
         ({"first": keep_but(4, 0), "classes": keep_but(3, 0)}, "'classes'.*network's output"),
     ],

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, evaluating, forward, inputs_of
+from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
 from regrow.compensation.norms import reestimate_norms, running_norms
-from regrow.filters import unwrap
-from regrow.looking.calls import call
+from regrow.looking.calls import evaluating
+from regrow.looking.copies import copied
+from regrow.looking.hooks import hooked
+from regrow.marks import check
+from regrow.modules import channel_dim, unwrap
+from regrow.structure.norms import own_norms
 from regrow.structure.readers import Readers
 from regrow.suggest import nearest
 from regrow.surgery.removal import plan_removal, remove_filters, zero_filters
+from regrow.torch_private import BatchNorm, ConvNd, own_parameters
 
 READINGS = ("zeroed", "removed", "compensated")
 _VERSION = 1
-_Layer = nn.modules.conv._ConvNd | nn.Linear
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def read_as(
@@ -51,6 +52,7 @@ def read_as(
     """
     if reading not in READINGS:
         raise ValueError(f"unknown reading {reading!r}{nearest(str(reading), READINGS)}")
+    check(model, "read_as")
     if reading == "zeroed":
         return zero_filters(model, keep)
     if reading == "removed":
@@ -110,6 +112,7 @@ def compensate(
         ValueError: as ``remove_filters``; ``calibration`` is empty, does not fit the model or yields NaN.
             Nothing is changed then.
     """
+    check(model, "compensate")
     model = unwrap(model)
     removal = plan_removal(model, keep, example_inputs, readers)
     check_calibration(calibration)
@@ -118,13 +121,13 @@ def compensate(
         return record
     if isinstance(calibration, Iterator):  # it yields once, and there are two passes
         calibration = list(calibration)
-    cut = copy.deepcopy(model)
+    cut = copied(model)
     removal.apply(cut)
     shifts: dict[str, Tensor] = {}
     behind: dict[str, list[str]] = {}
     if fold:
         shifts, record["images"] = _mean_shifts(model, cut, removal.gone, calibration)
-        behind = norms_behind(model, example_inputs)
+        behind = _running(model, own_norms(model, example_inputs))
         record["unfolded"] = _fold(cut, shifts, behind)
         record["folded"] = [name for name in shifts if name not in record["unfolded"]]
     if reestimate and running_norms(cut):
@@ -156,36 +159,29 @@ def _mean_shifts(
     totals: dict[str, Tensor] = {}
     positions: Counter[str] = Counter()
 
-    def remember(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            # A copy, because the activation behind it may work in place.
-            originals.setdefault(name, []).append(output.clone())
+    def remember(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        # A copy, because the activation behind it may work in place.
+        originals.setdefault(name, []).append(output.clone())
 
-        return hook
-
-    def replace(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            original = originals[name].pop(0)
-            weight: Any = module.weight
-            dim = output.dim() - 1 if isinstance(module, nn.Linear) else output.dim() - weight.dim() + 1
-            alive = torch.ones(output.shape[dim], dtype=torch.bool, device=output.device)
-            alive[gone.get(name, [])] = False
-            original, output = original.movedim(dim, -1), output.movedim(dim, -1)
-            lack = torch.where(alive, original.float() - output.float(), 0).reshape(-1, len(alive))
-            # Summed on the CPU in double precision, which not every device has.
-            total = lack.mean(0).cpu().double() * len(lack)
-            totals[name] = totals[name] + total if name in totals else total
-            positions[name] += len(lack)
-            return torch.where(alive, original, output).movedim(-1, dim)
-
-        return hook
+    def replace(name: str, module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        original = originals[name].pop(0)
+        dim = channel_dim(module, output)
+        alive = torch.ones(output.shape[dim], dtype=torch.bool, device=output.device)
+        alive[gone.get(name, [])] = False
+        original, output = original.movedim(dim, -1), output.movedim(dim, -1)
+        lack = torch.where(alive, original.float() - output.float(), 0).reshape(-1, len(alive))
+        # Summed on the CPU in double precision, which not every device has.
+        total = lack.mean(0).cpu().double() * len(lack)
+        totals[name] = totals[name] + total if name in totals else total
+        positions[name] += len(lack)
+        return torch.where(alive, original, output).movedim(-1, dim)
 
     images = 0
     with (
         evaluating(model),
         evaluating(cut),
-        _hooked(model, _Layer, remember),
-        _hooked(cut, _Layer, replace),
+        hooked(_weighted(model), remember),
+        hooked(_weighted(cut), replace),
     ):
         for inputs in inputs_of(model, calibration):
             images += forward(model, inputs)
@@ -197,9 +193,26 @@ def _mean_shifts(
     return shifts, images
 
 
+def _weighted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolutions, transposed ones too, and linear layers."""
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, ConvNd | nn.Linear)
+    ]
+
+
+def _running(model: nn.Module, norms: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The layers whose own norms are all batch norms with running statistics, and these norms."""
+    running = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.running_mean is not None
+    }
+    return {name: own for name, own in norms.items() if running.issuperset(own)}
+
+
 def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, list[str]]) -> dict[str, str]:
     """Add ``shifts`` to the outputs of the layers; {layer: reason} where that is not possible."""
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    holders = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
     unfolded = {}
     for name, shift in shifts.items():
         bias = model.get_submodule(name)._parameters.get("bias")
@@ -212,52 +225,3 @@ def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, l
         else:
             unfolded[name] = "it has no bias of its own, and no batch norm of its own directly behind it"
     return unfolded
-
-
-def norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
-    """The batch norms with running statistics that read the very output of one layer alone.
-
-    Returns:
-        {convolution or linear layer: norms}, as found in one pass over ``example_inputs``. What else reads
-        the layer's output does not show.
-    """
-    # Holding the outputs keeps their ids from being used again; a version tells of work in place.
-    outputs: dict[int, tuple[str, int, Tensor]] = {}
-    sources: dict[str, set[str]] = {}
-
-    def produce(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            outputs[id(output)] = (name, output._version, output)
-
-        return hook
-
-    def read(name: str) -> Callable[..., None]:
-        def hook(norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...], _output: Any) -> None:
-            source, version, _ = outputs.get(id(inputs[0]), ("", 0, None))
-            usable = norm.running_mean is not None and inputs[0]._version == version
-            sources.setdefault(name, set()).add(source if usable else "")
-
-        return hook
-
-    with evaluating(model), _hooked(model, _Layer, produce), _hooked(model, _BatchNorm, read):
-        call(model, example_inputs)
-    behind: dict[str, list[str]] = {}
-    for norm, names in sources.items():
-        if len(names) == 1 and "" not in names:
-            behind.setdefault(names.pop(), []).append(norm)
-    return behind
-
-
-@contextmanager
-def _hooked(model: nn.Module, kind: Any, hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-    """``hook(name)`` behind the forward pass of every module of class ``kind``."""
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, kind)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from regrow.looking.calls import call
+from regrow.looking.calls import PassFailed, call
+from regrow.modules import device_of
 
 
 def check_calibration(calibration: Any) -> None:
@@ -31,7 +30,7 @@ def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
     Raises:
         ValueError: there is no batch, or it is of another kind.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     empty = True
     for batch in calibration:
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -55,11 +54,16 @@ def forward(model: nn.Module, inputs: Any) -> int:
     """One forward pass; the number of images in it. ``ValueError`` if it fails."""
     try:
         call(model, inputs)
-    except Exception as error:
-        raise ValueError(
-            f"the model's forward pass fails on a calibration batch: {error}. Pass what the model takes, in "
-            "batches of several images."
-        ) from error
+    except PassFailed as error:
+        raise PassFailed(
+            f"the model's forward pass fails on a calibration batch: {error.__cause__}. Pass what the model "
+            "takes, in batches of several images."
+        ) from error.__cause__
+    return count_images(inputs)
+
+
+def count_images(inputs: Any) -> int:
+    """The length of the first tensor in ``inputs``; 0 where there is none."""
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 0)
 
@@ -70,15 +74,3 @@ def check_finite_results(name: str, *tensors: Tensor | None) -> None:
         raise ValueError(
             f"the calibration images give NaN or infinite values in {name!r}: check the images and the model."
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode; afterwards every module is back in its own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, evaluating, forward, inputs_of
-from regrow.filters import unwrap
+from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
+from regrow.looking.calls import evaluating
+from regrow.looking.hooks import hooked
+from regrow.marks import check
+from regrow.modules import unwrap
+from regrow.torch_private import BatchNorm
 
 _VERSION = 1
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @torch.no_grad()
@@ -37,6 +40,7 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
         ValueError: no such batch norm; ``calibration`` is empty, does not fit the model or yields NaN.
             Nothing is changed then.
     """
+    check(model, "reestimate_norms")
     model = unwrap(model)
     norms = running_norms(model)
     if not norms:
@@ -49,18 +53,14 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
     saved = {name: [buffer.clone() for buffer in _buffers(norm)] for name, norm in norms.items()}
     values: Counter[str] = Counter()
 
-    def weigh(name: str) -> Callable[..., None]:
-        def hook(norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-            count = inputs[0].numel() // norm.num_features
-            values[name] += count
-            norm.momentum = count / values[name]  # makes the running statistics a weighted mean
+    def weigh(name: str, norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        count = inputs[0].numel() // norm.num_features
+        values[name] += count
+        norm.momentum = count / values[name]  # makes the running statistics a weighted mean
 
-        return hook
-
-    handles = [norm.register_forward_pre_hook(weigh(name)) for name, norm in norms.items()]
     done = False
     try:
-        with evaluating(model):
+        with evaluating(model), hooked(list(norms.items()), before=weigh):
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.train()
@@ -70,8 +70,6 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
             check_finite_results(name, norms[name].running_mean, norms[name].running_var)
         done = True
     finally:
-        for handle in handles:
-            handle.remove()
         for name, norm in norms.items():
             norm.momentum = momenta[name]
             if not done or not values[name]:
@@ -83,12 +81,12 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
     return {"version": _VERSION, "norms": reached, "images": images}
 
 
-def running_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+def running_norms(model: nn.Module) -> dict[str, Any]:
     """The batch norms whose running statistics are there and not frozen."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.momentum != 0
+        if isinstance(module, BatchNorm) and module.running_mean is not None and module.momentum != 0
     }
 
 

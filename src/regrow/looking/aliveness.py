@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import channel_dim
+from regrow.modules import channel_dim
 
 
 class Aliveness:

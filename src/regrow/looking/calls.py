@@ -1,35 +1,66 @@
-"""How a model is run: what it takes and gives, in whatever containers, and what a run leaves as it was."""
+"""Forward passes: what a model takes and returns, in any containers, and what a pass leaves unchanged."""
 
 from __future__ import annotations
 
-import gc
+import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import parts
+from regrow.log import first_line
+from regrow.looking.dropout import NoDropout
+from regrow.modules import device_of
+from regrow.torch_private import own_buffers
+
+
+class PassFailed(ValueError):
+    """A model's own code raised an error in a forward pass; ``__cause__`` is that error."""
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """``model`` applied to a tensor, to a tuple or list of arguments, or to a dict of keywords."""
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    """``model`` applied to a tensor, to a tuple or list of arguments, or to a dict of keywords.
+
+    Raises:
+        PassFailed: the model raised an error, of whatever kind.
+    """
+    try:
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        if isinstance(example_inputs, tuple | list):
+            return model(*example_inputs)
+        return model(example_inputs)
+    except Exception as error:  # the user's code may raise anything
+        raise PassFailed(f"the model's forward pass fails: {first_line(error)}") from error
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode, without compiled code; afterwards every module is back in its mode.
+
+    Code compiled before knows nothing of the hooks that are put on a model for a while.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        # Without torch._dynamo nothing has been compiled, and importing it takes seconds.
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random numbers go on as before; autocast, which would not see weights that change, is off."""
-    device = _device(model)
+    """The random generators continue afterwards as if nothing had run; autocast is off.
+
+    Autocast keeps copies of weights, and would not see them change.
+    """
+    device = device_of(model)
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
@@ -37,46 +68,50 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def set_mode(model: nn.Module, training: bool) -> None:
-    """``model.train(training)``, in a fifth of the time."""
-    modules = parts(model)
-    if any(type(module).train is not nn.Module.train for module in modules):
-        model.train(training)
-    else:
-        for module in modules:
-            vars(module)["training"] = training
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers, such as running statistics, have their former values afterwards."""
+    buffers = [b for module in model.modules() for b in own_buffers(module).values() if b is not None]
+    saved = [(buffer, buffer.clone()) for buffer in dict.fromkeys(buffers)]
+    try:
+        yield
+    finally:
+        for buffer, values in saved:
+            buffer.copy_(values)
 
 
-def seed(model: nn.Module) -> None:
-    """``torch.manual_seed(0)``; for the CPU alone where the model is there: each call keeps a seed for other
-    devices too, and a trace of the stack, which takes a millisecond."""
-    device = _device(model)
-    (torch.default_generator if device.type == "cpu" else torch).manual_seed(0)
+def run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None = None) -> tuple[Any, bool]:
+    """One pass that comes out the same each time: from a fixed seed, without gradients.
+
+    Args:
+        dropout: switched on for a pass in train mode.
+
+    Returns:
+        The model's output, and whether the model drew random numbers (True where that cannot be seen).
+
+    Raises:
+        PassFailed: the model raised an error.
+    """
+    with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
+        torch.manual_seed(0)
+        if model.training != training:
+            model.train(training)
+        begun = _random_state(model)
+        output = call(model, copy.deepcopy(inputs))
+        ended = _random_state(model)
+        return output, begun is None or ended is None or not torch.equal(begun, ended)
 
 
-def random_state(model: nn.Module) -> Tensor | None:
-    """Of the generators that the model's layers draw from; None for those of other devices than CUDA's."""
-    device = _device(model)
+def _random_state(model: nn.Module) -> Tensor | None:
+    """The state of the generators that the model's layers draw from; None on any device but CPU and CUDA."""
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(device)])
     return torch.get_rng_state() if device.type == "cpu" else None
 
 
-@contextmanager
-def garbage_waiting() -> Iterator[None]:
-    """Reference cycles are collected afterwards: graphs and copies of a model are so many objects that in
-    every few cuts Python would look through all that it holds, for as long as a small network's cut takes."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 def floating(output: Any) -> list[Tensor]:
-    """The floating tensors in a nested output, in order."""
+    """The floating-point tensors in a nested output, in order."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
@@ -87,7 +122,7 @@ def floating(output: Any) -> list[Tensor]:
 
 
 def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``inputs`` with every floating tensor in it changed."""
+    """``inputs`` with every floating-point tensor in it replaced by what ``change`` returns for it."""
     if isinstance(inputs, Tensor):
         return change(inputs.detach()) if inputs.is_floating_point() else inputs
     if isinstance(inputs, Mapping):

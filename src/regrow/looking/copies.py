@@ -1,114 +1,72 @@
-"""Copies of a model to try things on, without the time that ``copy.deepcopy`` takes for what is empty."""
+"""Copies of a model to try things on, whose weights take no memory until somebody writes to them."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import parts
+from regrow.log import first_line
+from regrow.looking.calls import mapped
+from regrow.torch_private import lazy_copy
+
+
+class NotCopied(ValueError):
+    """``copy.deepcopy`` failed on the user's model; ``__cause__`` is its error."""
 
 
 def copied(
     model: nn.Module,
-    renew: Callable[[Tensor], Tensor] | None = None,
+    renew: Callable[[Tensor], Tensor] = lazy_copy,
     *,
     requires_grad: bool | None = None,
 ) -> nn.Module:
-    """A deep copy of ``model`` whose parameters take no memory until they are written to (see ``lazily``), or
-    are what ``renew`` makes. Parameters that were shared are so in it too.
+    """A deep copy of ``model``. Parameters that were shared are shared in the copy too.
 
     Args:
-        renew: takes a parameter or a buffer; gives the values of the copy's, in any shape.
+        renew: takes a parameter; gives the values of the copy's parameter. Lazy copies by default.
         requires_grad: of the copy's parameters; None leaves it as it is.
 
     Raises:
-        Whatever ``copy.deepcopy`` does of a model that cannot be copied.
+        NotCopied: the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    modules = parts(model)
-    for parameter in {p: None for module in modules for p in module._parameters.values()}:
+    for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
-            values = (renew or lazily)(parameter).detach()
             trained = parameter.requires_grad if requires_grad is None else requires_grad
-            memo[id(parameter)] = nn.Parameter(values, trained)
-    for buffer in {b: None for module in modules for b in module._buffers.values()}:
-        if type(buffer) is Tensor:
-            memo[id(buffer)] = (renew or torch.clone)(buffer).detach()
-    for module in reversed(modules):  # parts before the whole
-        if (plain := _copied_plain(module, memo)) is not None:
-            memo[id(module)] = plain
-            continue
-        for value in vars(module).values():
-            # A module has a dozen: deepcopy rebuilds each by way of its pickled form.
-            if type(value) in _EMPTY and not value:
-                memo[id(value)] = type(value)()
-    return copy.deepcopy(model, memo)
-
-
-def lazily(tensor: Tensor) -> Tensor:
-    """A copy that takes memory, and time, when it or ``tensor`` is written to."""
+            memo[id(parameter)] = nn.Parameter(renew(parameter).detach(), trained)
     try:
-        return torch._lazy_clone(tensor.detach())
-    except (AttributeError, RuntimeError, NotImplementedError):  # numbers in memory that is not PyTorch's own
-        return tensor.detach().clone()
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # the user's own __deepcopy__ may raise anything
+        raise NotCopied(f"the model cannot be copied: {first_line(error)}") from error
 
 
-def unwritten(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a lazy copy, or was copied so, and nobody has written to it since."""
-    return hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(tensor)
+def copied_as(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of ``model`` to change, in evaluation mode, in numbers of ``dtype`` (None: as they are).
 
-
-_EMPTY = {OrderedDict, dict, set}
-_CONSTANT = {bool, int, float, str, type(None), type, FunctionType, BuiltinFunctionType}
-
-
-def _copied_plain(module: nn.Module, memo: dict[int, Any]) -> nn.Module | None:
-    """What ``copy.deepcopy`` makes of a module that holds constants, parameters, buffers and modules that
-    were copied; None of one that holds more, or has a way of its own to be copied.
-
-    Args:
-        memo: as for ``copy.deepcopy``.
+    Raises:
+        NotCopied: the model cannot be copied.
     """
-    kind: Any = type(module)
-    if not _plainly(kind):
-        return None
-    state = dict(vars(module))
-    state.pop("_compiled_call_impl", None)  # it would call the module that it was made for
-    for key, value in state.items():
-        of = type(value)
-        if of in _CONSTANT:
-            continue
-        if of in _EMPTY and not value:
-            state[key] = of()
-        elif key in ("_parameters", "_buffers", "_modules"):
-            if any(part is not None and id(part) not in memo for part in value.values()):
-                return None
-            state[key] = of((name, memo.get(id(part))) for name, part in value.items())
-        elif of in (tuple, list) and all(type(part) in _CONSTANT for part in value):
-            state[key] = of(value)
-        else:
-            return None
-    made = kind.__new__(kind)
-    vars(made).update(state)
-    return cast(nn.Module, made)
+
+    def renew(values: Tensor) -> Tensor:
+        kept = not values.is_floating_point() or dtype in (None, values.dtype)
+        return lazy_copy(values) if kept else values.to(dtype)
+
+    probe = copied(model, renew, requires_grad=False).eval()
+    # Tensors of a subclass went through copy.deepcopy as they were.
+    return probe.to(dtype) if dtype is not None and dtypes(probe) - {dtype} else probe
 
 
-@functools.cache
-def _plainly(kind: Any) -> bool:
-    """Whether ``copy.deepcopy`` copies what a module of this class holds, and does nothing else."""
-    return not (
-        hasattr(kind, "__deepcopy__")
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-        or kind.__getstate__ is not nn.Module.__getstate__
-        # PyTorch's own add what pickles of older versions lack.
-        or not kind.__setstate__.__module__.startswith("torch.nn.modules.")
-        or kind.__new__ is not object.__new__
-    )
+def inputs_as(example_inputs: Any, dtype: torch.dtype | None) -> Any:
+    """``example_inputs`` in the numbers of a copy that ``copied_as`` made."""
+    return mapped(example_inputs, functools.partial(Tensor.to, dtype=dtype)) if dtype else example_inputs
+
+
+def dtypes(model: nn.Module) -> set[torch.dtype]:
+    """The types of the floating-point parameters and buffers of ``model``."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}

@@ -1,4 +1,8 @@
-"""What stands in front of the layers that make or read channels, for the passes of a probe."""
+"""Callbacks around the layers of a model, and layers that compute something else, while a block lasts.
+
+They are functions in front of each layer's ``forward``: closer to the layer than the user's own hooks, which
+may change what a layer reads and makes, and a third of the cost of PyTorch's hooks.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import named_parts
-from regrow.structure.readers import Consumer, Norm
+from regrow.modules import is_stock
 
-# Tuples are tested faster than unions.
-_CONSUMERS = get_args(Consumer)
-_LAYERS = (*_CONSUMERS, *get_args(Norm))
+Layers = Sequence[tuple[str, nn.Module]]
 _Room = dict[tuple[torch.dtype, torch.device], Tensor]
-_LARGE = 1 << 14  # numbers; the clearing of memory is most of an idle pass
+_LARGE = 1 << 14  # numbers; clearing memory is most of an idle pass
 _SHAPED_ALIKE = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm),
@@ -29,16 +30,14 @@ _SHAPED_ALIKE = {
 
 @contextmanager
 def hooked(
-    layers: Sequence[tuple[str, nn.Module]],
-    after: Callable[..., Any],
-    before: Callable[..., Any] | None = None,
+    layers: Layers, after: Callable[..., Any] | None = None, before: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """``after(name, module, inputs, output)`` behind each of ``layers`` that makes a tensor, and
-    ``before(name, module, inputs)`` ahead of convolutions and linear layers.
+    """``before(name, module, inputs)`` ahead of each of ``layers``, and behind each that makes a tensor
+    ``after(name, module, inputs, output)``.
 
-    As with PyTorch's hooks, what they return takes the place of the output, and of the inputs. They stand
-    closer to the layer than the user's own hooks, which may change what it reads and makes, and cost a third
-    of what those do: one in front of each layer's ``forward``, and no handles.
+    A value that they return replaces the output, or the inputs. An error that they raise ends the pass
+    and leaves the block as it was raised: the model's own ``except Exception`` does not see it, and no
+    caller takes it for an error of the model.
     """
     with instead((module, _between(name, module, after, before)) for name, module in layers):
         yield
@@ -47,49 +46,77 @@ def hooked(
 @contextmanager
 def instead(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Each module, once at most, computes by the ``forward`` beside it."""
-    own: list[tuple[dict[str, Any], Any]] = []
+    replaced: list[tuple[dict[str, Any], Any]] = []
     try:
         for module, forward in forwards:
-            own.append((vars(module), vars(module).get("forward")))
+            replaced.append((vars(module), vars(module).get("forward")))
             vars(module)["forward"] = forward
         yield
+    except _Carried as carried:
+        raise carried.error from carried.error.__cause__
     finally:
-        for attributes, former in own:
+        for attributes, former in reversed(replaced):
             if former is None:
                 del attributes["forward"]
             else:
                 attributes["forward"] = former
 
 
+class _Carried(BaseException):
+    """An error of a callback, on its way through code that may catch every ``Exception``."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def carrying(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """``callback``, whose errors leave the block of ``instead`` that it is called in."""
+
+    @functools.wraps(callback)
+    def guarded(*args: Any) -> Any:
+        try:
+            return callback(*args)
+        except Exception as error:
+            raise _Carried(error) from None
+
+    return guarded
+
+
 def _between(
-    name: str, module: nn.Module, after: Callable[..., Any], before: Callable[..., Any] | None
+    name: str,
+    module: nn.Module,
+    after: Callable[..., Any] | None,
+    before: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     inner = module.forward
-    ahead = before if isinstance(module, _CONSUMERS) else None
+    ahead = None if before is None else carrying(before)
+    behind = None if after is None else carrying(after)
 
     def forward(*inputs: Any, **named: Any) -> Any:
         if ahead is not None and (changed := ahead(name, module, inputs)) is not None:
             inputs = changed
         output = inner(*inputs, **named)
-        if isinstance(output, Tensor) and (changed := after(name, module, inputs, output)) is not None:
-            return changed
+        if behind is not None and isinstance(output, Tensor):
+            changed = behind(name, module, inputs, output)
+            if changed is not None:
+                return changed
         return output
 
     return forward
 
 
 @contextmanager
-def idle(layers: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+def idle(layers: Layers) -> Iterator[None]:
     """Those of ``layers`` that are PyTorch's own compute nothing: convolutions and linear layers make zeros
-    of the shape that they would make, norms and activations give back what they are given.
+    of the right shape, norms and activations return their input.
 
-    Large ones share memory: where the model goes on to write to one in place, all have those numbers.
+    Large zeros share memory: where the model writes to one of them in place, all of them change.
     """
     room: _Room = {}
     able = [
         module
         for _, module in layers
-        if stock(module) or (type(module) in _SHAPED_ALIKE and "forward" not in vars(module))
+        if is_stock(module) or (type(module) in _SHAPED_ALIKE and "forward" not in vars(module))
     ]
     with instead((module, functools.partial(_idly, room, module)) for module in able):
         yield
@@ -116,7 +143,7 @@ def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
         fits = x.dim() in (kernel + 1, kernel + 2) and sizes[-kernel - 1] == module.in_channels
         fits = fits and min(made) > 0
     if not fits:
-        return cast(Tensor, type(module).forward(module, x))  # the layer says best what is wrong
+        return cast(Tensor, type(module).forward(module, x))  # its own error says best what is wrong
     count = math.prod(shape)
     if count < _LARGE:
         return x.new_zeros(shape)
@@ -124,14 +151,3 @@ def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
     if key not in room or len(room[key]) < count:
         room[key] = x.new_zeros(count)
     return room[key][:count].view(shape)
-
-
-def stock(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's own convolutions or linear layers, and computes what those do."""
-    # Exactly these classes: one of the model's own may compute something else.
-    return type(module) in _CONSUMERS and "forward" not in vars(module)
-
-
-def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The convolutions, linear layers and norms, as ``named_modules`` orders them."""
-    return [(name, module) for name, module in named_parts(model) if isinstance(module, _LAYERS)]

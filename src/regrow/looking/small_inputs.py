@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.filters import named_parts
-from regrow.looking.calls import undisturbed
-from regrow.looking.hooks import channel_layers, hooked, idle
+from regrow.log import gave_up
+from regrow.looking.calls import PassFailed, call, undisturbed
+from regrow.looking.hooks import hooked, idle
+from regrow.modules import channel_layers
 
-# Of the shorter side: at 64 pixels a network that halves its maps five times still has four in the last.
+# Pixels of the shorter side: a network that halves its maps five times ends with maps of 2×2.
 _SIDE = 64
 _MOST = 2
 
@@ -22,8 +23,9 @@ Way = list[tuple[str, int]]
 
 
 def smaller_picture(model: nn.Module, example_inputs: Any, known: Way | None = None) -> Any:
-    """``shrunk`` pictures, if ``model`` takes the same way through its layers for them; else, and for any
-    other kind of input, ``example_inputs`` as they are.
+    """``shrunk`` pictures, if they take the same way through the layers of ``model``.
+
+    ``example_inputs`` as they are for any other kind of input, and where the way differs or a pass fails.
 
     Args:
         model: a copy, in evaluation mode; it runs once on each size.
@@ -34,13 +36,16 @@ def smaller_picture(model: nn.Module, example_inputs: Any, known: Way | None = N
         return example_inputs
     try:
         return small if way(model, small) == (known or way(model, example_inputs)) else example_inputs
-    except Exception:  # a model of one size, or a failure that the caller's own pass will report
+    except PassFailed as error:
+        gave_up("smaller pictures", error)
         return example_inputs
 
 
 def shrunk(example_inputs: Any) -> Tensor | None:
-    """The first two of the pictures [batch, channels, height, width], 64 pixels on the shorter side; None if
-    that has less than 128, and for any other kind of input."""
+    """The first two of the pictures [batch, channels, height, width], 64 pixels on the shorter side.
+
+    None for pictures with a shorter side of less than 128 pixels, and for any other kind of input.
+    """
     if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not len(example_inputs):
         return None
     height, width = example_inputs.shape[2:]
@@ -52,22 +57,24 @@ def shrunk(example_inputs: Any) -> Tensor | None:
 
 
 def way(model: nn.Module, pictures: Tensor) -> Way:
-    """The layers that run, in order, and how many channels each makes."""
+    """The layers that run, in order, and how many channels each makes. ``PassFailed`` if the model fails."""
     with watched(model) as found, torch.no_grad(), undisturbed(model):
-        model(pictures[:_MOST])
+        call(model, pictures[:_MOST])
     return found
 
 
 def idle_way(model: nn.Module, pictures: Tensor) -> Way:
-    """``way``, with PyTorch's own layers computing nothing: the way of a network in which no number decides
-    which layers run. Large pictures take a fifth of the time."""
-    with idle(named_parts(model)):
+    """``way``, while PyTorch's own layers compute nothing: a fifth of the time for large pictures.
+
+    It is the way of a network in which no number decides which layers run.
+    """
+    with idle(list(model.named_modules())):
         return way(model, pictures)
 
 
 @contextmanager
 def watched(model: nn.Module, then: Callable[..., None] | None = None) -> Iterator[Way]:
-    """The way that passes in here take; ``then(name, module, inputs, output)`` at each step."""
+    """The way that passes in this block take; each step calls ``then(name, module, inputs, output)``."""
     found: Way = []
 
     def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from regrow.compensation.norms import reestimate_norms, running_norms
-from regrow.filters import excluded, unwrap
+from regrow.filters import excluded
+from regrow.marks import Mark, borrowed_weight, check, is_spread
+from regrow.modules import unwrap
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
 from regrow.noise.perturbation import check_noise, perturbed, pool
+from regrow.torch_private import own_parameters
 
 _STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
 # 1 drew its random numbers from PyTorch's generator.
@@ -66,9 +69,8 @@ def add_bridgeout(
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}.")
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    check(model, "add_bridgeout")
     model = unwrap(model)
-    if "_bridgeout_passes" in vars(model):
-        raise ValueError("this model has Bridgeout already: call remove_bridgeout first.")
     layers = _layers(model, linear, exclude)
     settings: dict[str, Any] = {
         "p": float(p), "q": float(q), "target_fraction": float(target_fraction),
@@ -103,6 +105,7 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
         ValueError: ``model`` is not one that was given to ``add_bridgeout``, a layer has been
             parametrized since, or as ``reestimate_norms``. Nothing is changed.
     """
+    check(model, "remove_bridgeout")
     model = unwrap(model)
     passes = _passes(model)
     layers: dict[str, Any] = {
@@ -113,15 +116,14 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
     for name, layer in layers.items():
         if "_plain" not in vars(type(layer)):
             raise ValueError(
-                f"{name!r} was parametrized after Bridgeout was added: remove the parametrization first."
+                f"{name!r} was parametrized after Bridgeout was added: call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it first."
             )
     if calibration is not None and running_norms(model):
         reestimate_norms(model, calibration)  # in evaluation mode, in which a layer reads w itself
     for layer in layers.values():
-        layer.__class__ = type(layer)._plain
-        del layer._bridgeout
-    passes.remove()
-    del model._bridgeout_passes
+        layer._bridgeout.undo(layer)
+    passes.undo(model)
     pool.clear()
 
 
@@ -157,14 +159,28 @@ def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     passes.number.fill_(int(state["passes"]))
 
 
-class _Noise:
-    """What one bridged layer knows: its share of the noise, and w̃ while its forward method runs."""
+class _Noise(Mark):
+    """What one layer with Bridgeout knows: its share of the noise, and w̃ while its forward method runs."""
 
     def __init__(self, passes: Passes, key: int, compiled: bool) -> None:
         self.passes = passes
         self.key = key
         self.compiled = compiled
         self.noisy: Tensor | None = None
+
+    def state(self) -> str:
+        """See ``Mark``."""
+        return "bridgeout"
+
+    def undo(self, module: nn.Module) -> None:
+        """Give the layer its own class again. ``ValueError`` if another class stands in front of it."""
+        if "_plain" not in vars(type(module)):
+            raise ValueError(
+                "a layer was parametrized after Bridgeout was added: call "
+                "torch.nn.utils.parametrize.remove_parametrizations on it first."
+            )
+        module.__class__ = cast(Any, type(module))._plain
+        del module._bridgeout
 
 
 class _Bridged(nn.Module):
@@ -182,7 +198,7 @@ class _Bridged(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return super().forward(*args, **kwargs)
-        weight = self._parameters.get("weight")
+        weight = own_parameters(self).get("weight")
         if weight is None:
             raise ValueError(
                 "the weight of a layer with Bridgeout is no parameter any more (a parametrization): call "
@@ -248,16 +264,17 @@ def _layers(model: nn.Module, linear: bool, exclude: list[str]) -> dict[str, Any
             "linear=True."
         )
     for name, layer in layers.items():
-        weight = layer._parameters.get("weight")
-        if isinstance(layer, _Bridged):
-            raise ValueError(f"{name!r} has Bridgeout already: call remove_bridgeout first.")
+        weight = own_parameters(layer).get("weight")
         if weight is None:
             raise ValueError(
-                f"the weight of {name!r} is computed from other parameters (a parametrization): remove that, "
-                f"or leave the layer out with exclude=[{name!r}]."
+                f"{name!r} cannot have Bridgeout: {borrowed_weight(layer)} Or leave the layer out with "
+                f"exclude=[{name!r}]."
             )
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name!r} has no weight before a first forward pass (a lazy layer): run one.")
+        if is_spread(layer):
+            raise ValueError(
+                f"{name!r} was cut and holds filters at 0 beside its weight: leave it out with "
+                f"exclude=[{name!r}]."
+            )
         if not weight.is_floating_point():
             raise ValueError(
                 f"the weight of {name!r} is {weight.dtype}, and Bridgeout needs real floating-point numbers: "

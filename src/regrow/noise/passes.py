@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.marks import Mark
+from regrow.torch_private import backward_node, made_as, nodes_made
+
 # How many forward passes may wait for their backward pass while checkpointed parts are computed again.
 _PENDING = 64
 
 
-class Passes:
+class Passes(Mark):
     """Numbers the forward passes of ``model`` that draw noise, from 1; all its layers share this object.
 
     Args:
@@ -32,10 +35,15 @@ class Passes:
             model.register_forward_hook(self._end),
         ]
 
-    def remove(self) -> None:
-        """Take the hooks off the model."""
+    def state(self) -> str:
+        """See ``Mark``."""
+        return "bridgeout"
+
+    def undo(self, module: nn.Module) -> None:
+        """Take the hooks off the model, and this object."""
         for handle in self._handles:
             handle.remove()
+        del module._bridgeout_passes
 
     def current(self) -> Tensor:
         """The number of the pass that what runs now belongs to, [] int64.
@@ -43,10 +51,10 @@ class Passes:
         Raises:
             ValueError: no pass is running, nor the backward pass of one.
         """
-        if (node := _backward_node()) is not None:
+        if (node := backward_node()) is not None:
             # A checkpointed part is computed again. The node that asked for it was made in its own pass,
             # and later passes may have run since.
-            made = node._sequence_nr()
+            made = made_as(node)
             ended = next((number for end, number in self._ends if made < end), None)
             return self.number if ended is None else torch.tensor(ended, device="cpu")
         if not self._running:
@@ -62,16 +70,11 @@ class Passes:
         return self.number
 
     def _begin(self, *_: Any) -> None:
-        if _backward_node() is None:
+        if backward_node() is None:
             self._running, self._drawn = True, False
 
     def _end(self, *_: Any) -> None:
-        if _backward_node() is None:
+        if backward_node() is None:
             self._running = False
             if not torch.compiler.is_compiling():
-                self._ends.append((torch.autograd._get_sequence_nr(), int(self.number)))
-
-
-def _backward_node() -> Any:
-    """The autograd node that runs in this thread, None outside a backward pass."""
-    return None if torch.compiler.is_compiling() else torch._C._current_autograd_node()
+                self._ends.append((nodes_made(), int(self.number)))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import evaluating
-from regrow.filters import unwrap
+from regrow.looking.calls import evaluating
+from regrow.modules import device_of, unwrap
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
         ValueError: batches or outputs of another kind, or no batch.
     """
     model = unwrap(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     correct = seen = 0
     with evaluating(model):
         for batch in batches:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.criteria.select import check_selection, select
-from regrow.filters import convolutions
+from regrow.structure.flows import Flows, components
 from regrow.structure.readers import Readers
 from regrow.suggest import nearest
 
@@ -116,45 +116,27 @@ def families_of(model: nn.Module, readers: Mapping[str, Readers], names: Iterabl
 
 
 def merged(families: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[list[str]]:
-    """``families``, those that have filters of one unit made one."""
-    links = _Links()
-    for names in [*families, *units]:
-        first, *rest = names
-        for name in rest:
-            links.join(first, name)
-    found: defaultdict[Any, list[str]] = defaultdict(list)
-    for family in families:
-        for name in family:
-            found[links.root(name)].append(name)
+    """``families``, where those that have filters of one unit are made one."""
+    number = {name: at for at, family in enumerate(families) for name in family}
+    linked = [(number[next(iter(unit))], number[name]) for unit in units for name in unit]
+    ends = torch.tensor(linked, dtype=torch.int64).view(-1, 2)
+    labels = components(len(families), ends[:, 0], ends[:, 1]).tolist()
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    for label, family in zip(labels, families, strict=True):
+        found[label] += family
     return list(found.values())
 
 
 def coupled_filters(
     model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]
 ) -> list[dict[str, list[int]]]:
-    """The filters of the layers ``names`` that arrive at one channel of some layer, added up there: units.
-
-    Only if all of them go does the channel leave the tensors. Filters that share with no other are not
-    listed. A layer whose channels could not be followed shares with none.
-    """
-    links = _Links()
-    convs = convolutions(model)
-    for name, found in readers.items():
-        for reader, reads in found.reached.items():
-            for filter_, index in zip(reads.filters, reads.indices, strict=True):
-                links.join((name, filter_, "out"), (reader, index, "in"))
-    for name, conv in convs.items():
-        if conv.groups > 1 and conv.groups == conv.in_channels and name in readers:
-            # Depthwise: a channel goes on behind it.
-            for row in range(conv.out_channels):
-                channel = row // (conv.out_channels // conv.groups)
-                links.join((name, row, "out"), (name, channel, "in"))
+    """``Flows.coupled``, of the filters of the layers ``names`` only."""
     wanted = set(names)
-    units: defaultdict[Any, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for name in (name for name in readers if name in wanted):
-        for index in range(convs[name].out_channels):
-            units[links.root((name, index, "out"))][name].append(index)
-    return [dict(unit) for unit in units.values() if sum(map(len, unit.values())) > 1]
+    units = (
+        {name: indices for name, indices in unit.items() if name in wanted}
+        for unit in Flows(model, readers).coupled(model)
+    )
+    return [unit for unit in units if sum(map(len, unit.values())) > 1]
 
 
 def renumbered(
@@ -179,22 +161,6 @@ def renumbered(
         if sum(map(len, now.values())) > 1:
             found.append(now)
     return found
-
-
-class _Links:
-    """Sets of things that were joined (union–find)."""
-
-    def __init__(self) -> None:
-        self._parents: dict[Any, Any] = {}
-
-    def root(self, thing: Any) -> Any:
-        parents = self._parents
-        while (parent := parents.setdefault(thing, thing)) != thing:
-            parents[thing] = thing = parents.setdefault(parent, parent)
-        return thing
-
-    def join(self, one: Any, other: Any) -> None:
-        self._parents[self.root(one)] = self.root(other)
 
 
 def _kind(module: Any) -> tuple[Any, ...]:

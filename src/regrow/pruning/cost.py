@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.compensation.images import evaluating
-from regrow.filters import unwrap
-from regrow.looking.calls import call
+from regrow.looking.calls import call, evaluating
+from regrow.modules import device_of, unwrap
+from regrow.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
 _WARM_UP = 3
 _PASSES = (5, 200)  # at least, at most
@@ -75,7 +73,7 @@ def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[di
 
 
 def _seconds(model: nn.Module, example_inputs: Any) -> float:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     _wait(device)
     begun = time.perf_counter()
     call(model, example_inputs)
@@ -114,7 +112,7 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self._seen = {storage._cdata for tensor in known for storage in _storages(tensor)}
+        self._seen = {storage_key(storage) for tensor in known for storage in _storages(tensor)}
         self._now = 0
         self.peak = 0
 
@@ -124,12 +122,12 @@ class _Live(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             for storage in _storages(tensor):
-                if storage._cdata in self._seen:
+                if (key := storage_key(storage)) in self._seen:
                     continue
-                self._seen.add(storage._cdata)
+                self._seen.add(key)
                 self._now += storage.nbytes()
                 self.peak = max(self.peak, self._now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._free, key, storage.nbytes())
         return output
 
     def _free(self, key: int, size: int) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import evaluating
-from regrow.indexing import index_tensor
-from regrow.looking.calls import call
+from regrow.looking.calls import call, evaluating
+from regrow.looking.hooks import hooked
+from regrow.modules import Consumer
 from regrow.pruning.cost import count_macs, count_parameters
-from regrow.structure.readers import Consumer, Readers
+from regrow.structure.flows import Flows
+from regrow.structure.readers import Readers
 
 
 class Estimate:
@@ -31,7 +32,8 @@ class Estimate:
 
     def __init__(self, model: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Consumer)}
-        self._flows = _Flows(model, readers)
+        self._flows = Flows(model, readers)
+        self._followed = self._shares({})
         self._grouped = {name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1}
         self._filters = {name: len(layer.weight) for name, layer in layers.items()}
         self._macs = _layer_macs(model, example_inputs, layers)
@@ -39,7 +41,7 @@ class Estimate:
         self._per_filter = {name: len(layer.bias) for name, layer in layers.items() if layer.bias is not None}
         self._per_channel = {
             name: sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
-            for name in self._flows.widths
+            for name in self._followed
             if name not in layers
         }
         counted = (*self._weights.values(), *self._per_filter.values(), *self._per_channel.values())
@@ -53,7 +55,7 @@ class Estimate:
         rows: defaultdict[str, float] = defaultdict(lambda: 1.0)
         rows.update({name: 1 - len(indices) / self._filters[name] for name, indices in gone.items()})
         reads: defaultdict[str, float] = defaultdict(lambda: 1.0)
-        reads.update(self._flows.present(gone))
+        reads.update(self._shares(gone))
         # A grouped layer's filters go with the channels that they read.
         reads.update(dict.fromkeys(self._grouped, 1.0))
         totals: dict[str, float] = dict(self._others)
@@ -65,60 +67,24 @@ class Estimate:
         )
         return totals
 
-
-class _Flows:
-    """Which filters reach which channels of which layers.
-
-    Attributes:
-        widths: {layer: how many of its channels come from filters that are followed}.
-    """
-
-    def __init__(self, model: nn.Module, readers: Mapping[str, Readers]) -> None:
-        pairs = [(name, reader, r) for name, found in readers.items() for reader, r in found.reached.items()]
-        widest = 1 + max((max(reads.indices) for *_, reads in pairs), default=0)
-        layers = list(dict.fromkeys(reader for _, reader, _ in pairs))
-        number = {layer: i * widest for i, layer in enumerate(layers)}
-        self._starts, count = {}, 0
-        for name in readers:
-            self._starts[name] = count
-            count += len(model.get_submodule(name).weight)  # type: ignore[arg-type]
-        empty = torch.zeros(0, dtype=torch.long)
-        self._from = torch.cat([empty, *(index_tensor(r.filters) + self._starts[n] for n, _, r in pairs)])
-        self._to = torch.cat([empty, *(index_tensor(r.indices) + number[layer] for _, layer, r in pairs)])
-        self._count, self._shape = count, (len(layers), widest)
-        self.widths = dict(zip(layers, self._arriving(torch.ones(count, dtype=torch.bool)), strict=True))
-
-    def present(self, gone: Mapping[str, Sequence[int]]) -> dict[str, float]:
-        """Of the channels that are followed to a layer, the share that still has a filter."""
-        alive = torch.ones(self._count, dtype=torch.bool)
-        for name, indices in gone.items():
-            alive[index_tensor(indices) + self._starts[name]] = False
-        left = self._arriving(alive)
-        return {name: now / width for (name, width), now in zip(self.widths.items(), left, strict=True)}
-
-    def _arriving(self, alive: Tensor) -> list[int]:
-        channels = torch.zeros(self._shape, dtype=torch.bool)
-        channels.view(-1)[self._to[alive[self._from]]] = True
-        counts: list[int] = channels.sum(1).tolist()
-        return counts
+    def _shares(self, gone: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """{layer: of the channels that come from filters, the share that still has one}."""
+        followed = self._flows.arriving(self._flows.emitted_without({}))
+        present = self._flows.arriving(self._flows.emitted_without(gone))
+        counts = {
+            name: (int(present[where].sum()), int(followed[where].sum()))
+            for name, where in self._flows.channels.items()
+        }
+        return {name: left / count for name, (left, count) in counts.items() if count}
 
 
 def _layer_macs(model: nn.Module, example_inputs: Any, layers: Mapping[str, Any]) -> dict[str, int]:
     """Multiply-accumulates of each layer in one pass, all its calls together."""
     found: defaultdict[str, int] = defaultdict(int)
 
-    def counting(name: str) -> Callable[..., None]:
-        def hook(layer: Any, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found[name] += output.numel() // len(layer.weight) * layer.weight.numel()
+    def counting(name: str, layer: Any, _inputs: Any, output: Tensor) -> None:
+        found[name] += output.numel() // len(layer.weight) * layer.weight.numel()
 
-        return hook
-
-    handles = [layer.register_forward_hook(counting(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad(), evaluating(model):
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(model), hooked(list(layers.items()), counting):
+        call(model, example_inputs)
     return dict(found)

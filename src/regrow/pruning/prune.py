@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, inputs_of
+from regrow.compensation.images import check_calibration, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
-from regrow.filters import convolutions, left_out, unwrap
+from regrow.filters import convolutions, left_out
+from regrow.marks import check
+from regrow.modules import device_of, unwrap
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import Search, check_target, removed
 from regrow.pruning.choosing import (
@@ -111,7 +113,7 @@ def prune(
     )
     check_criterion(criterion)
     check_choice(scope, floor, round_to, coupled or COUPLED[0])
-    _check_unwrapped(model)
+    check(model, "prune")
     if compensate and calibration is None:
         raise ValueError(
             "to make up for the filters that go, prune needs calibration=: a loader of images (labels are "
@@ -184,7 +186,7 @@ def prune(
             "compensate": compensate,
             "seed": seed,
         },
-        "device": str(_device(base)),
+        "device": str(device_of(base)),
         "threads": torch.get_num_threads(),
         "filters": _pair(_count(trial.keep), _count(trial.keep) - removed(trial.keep)),
         "fraction": removed(trial.keep) / _count(trial.keep),
@@ -213,27 +215,13 @@ def _silent(_share: float, _what: str) -> None:
     pass
 
 
-def _check_unwrapped(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
-                "was given: prune model.module in one process, and wrap it anew."
-            )
-        if "_bridgeout_passes" in vars(module):
-            raise ValueError("the model has Bridgeout: call remove_bridgeout before pruning.")
-        if "_regrow_folded" in vars(module):
-            raise ValueError("the norms of the model are folded: prune before fold_norms.")
-
-
 def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
     """The first batches, of 512 images in all or a little more. Errors as ``compensate``."""
     check_calibration(calibration)
     batches, images = [], 0
     for inputs in inputs_of(model, calibration):
         batches.append(inputs)
-        tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-        images += next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 1)
+        images += count_images(inputs) or 1
         if images >= _CALIBRATION_IMAGES:
             break
     return batches
@@ -241,10 +229,6 @@ def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
 
 def _count(filters: Mapping[str, Tensor]) -> int:
     return sum(map(len, filters.values()))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _pair(before: Any, after: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from regrow.compensation.compensate import compensate
 from regrow.pruning.estimate import Estimate
 from regrow.structure.readers import Readers
 from regrow.surgery.cut import keep_of_uncut
-from regrow.surgery.layers import CutPlan, apply_plan, is_cut, widen
+from regrow.surgery.layers import apply_plan, is_cut, widen
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.planning import plan_cut
 from regrow.surgery.removal import plan_removal
 

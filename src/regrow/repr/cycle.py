@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
-from regrow.filters import check_finite, convolutions, eligible, excluded, left_out, unwrap
-from regrow.repr.narrow import check_not_sharded, check_plan
+from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
+from regrow.log import first_line, gave_up
+from regrow.marks import Mark, check, marks_on
+from regrow.modules import device_of, unwrap
+from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory
+from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
-from regrow.surgery.layers import CutPlan
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal
+from regrow.torch_private import takes_step_hooks, tree_map_only
 
 _VERSION = 1
 # Below a tenth of the highest rate a cut or a restart has too little left to heal with.
@@ -125,7 +129,7 @@ class RePr:
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        if not takes_step_hooks(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
                 "such as optimizer.optimizer."
@@ -136,9 +140,9 @@ class RePr:
             raise ValueError(f"compact must be True or False, got {compact!r}.")
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
 
+        check(model, "RePr")
         self._model = unwrap(model)
         self._group = group_of(model)
-        check_not_sharded(self._model)
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
             "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles, "criterion": criterion,
@@ -163,6 +167,8 @@ class RePr:
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
         self._removed = False
+        for name in self._layers:
+            self._conv(name)._regrow_cycle = _InCycle(self)
 
     def _check_held(self) -> None:
         # A bias that another optimizer moves would revive a dropped filter.
@@ -298,7 +304,7 @@ class RePr:
         return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
 
     def _first_decides(self, decide: Callable[[], Any]) -> Any:
-        return first_decides(decide, self._group, next(self._model.parameters()).device)
+        return first_decides(decide, self._group, device_of(self._model))
 
     def _copy_from_first(self) -> None:
         if self._group is not None:
@@ -314,7 +320,7 @@ class RePr:
         keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
         for name, indices in dropped.items():
             keep[name][indices] = False
-        device = next(self._model.parameters()).device
+        device = device_of(self._model)
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
         notes = []
         if self._replicated and self._compact:
@@ -325,12 +331,15 @@ class RePr:
         elif self._compact:
             try:
                 return self._compact_plan(keep, inputs)
-            except Exception as error:  # whatever the model raises when it is copied and run: use masks
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                notes = [f"all dropped filters are computed and held at 0, for no plan could be made: {why}"]
+            except ValueError as error:  # the model cannot be copied or run, or no cut of it can be confirmed
+                notes = [
+                    "all dropped filters are computed and held at 0, for no plan could be made: "
+                    f"{first_line(error)}"
+                ]
         try:
             removal = plan_removal(self._model, keep, inputs, self._readers, followers=False)
-        except Exception:  # as above
+        except ValueError as error:
+            gave_up("silencing norms behind sums", error)
             return None, {}, notes
         return None, dict(removal.silenced), notes
 
@@ -420,6 +429,8 @@ class RePr:
         if self._sub is not None:
             self._sub.release()
         self._sub, self._removed = None, True
+        for name in self._layers:
+            vars(self._conv(name)).pop("_regrow_cycle", None)
 
     def _check_not_removed(self) -> None:
         if self._removed:
@@ -440,6 +451,52 @@ class RePr:
                 "restore, and anneal after it.",
                 stacklevel=4,
             )
+
+
+class _InCycle(Mark):
+    """On the layers that a cycle works on; it says nothing once the cycle is done, removed or lost."""
+
+    travels = False
+
+    def __init__(self, cycle: RePr) -> None:
+        self._cycle = weakref.ref(cycle)
+
+    @property
+    def cycle(self) -> RePr | None:
+        """The cycle; None where nobody holds it any more."""
+        return self._cycle()
+
+    def state(self) -> str:
+        """See ``Mark``."""
+        return "in a cycle" if self.cycle is not None and self.cycle.phase != "done" else ""
+
+    def undo(self, module: nn.Module) -> None:
+        """End the cycle for all its layers."""
+        if self.cycle is not None:
+            self.cycle.remove()
+        vars(module).pop("_regrow_cycle", None)
+
+
+def release(model: nn.Module) -> dict[str, Any]:
+    """Take every RePr off ``model``, in place, as ``cycle.remove()`` does; the cycle object is not needed.
+
+    For a training loop that broke off: in the sub phase it leaves layers that compute without their dropped
+    filters, and an optimizer that holds them at 0. Filters that are dropped at this moment stay at 0.
+
+    Args:
+        model: any module; wrappers are looked through. It may have no RePr: then nothing is done.
+
+    Returns:
+        JSON-able record: version; dropped {qualified name: indices of the filters that are at 0}.
+    """
+    model = unwrap(model)
+    dropped = {name: indices for phase in phases_on(model) for name, indices in phase.dropped.items()}
+    for phase in phases_on(model):
+        phase.release()
+    for _, module, mark in list(marks_on(model)):
+        if isinstance(mark, _InCycle):
+            mark.undo(module)
+    return {"version": _VERSION, "dropped": dropped}
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

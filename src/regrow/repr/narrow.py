@@ -10,10 +10,13 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import parts, unwrap
-from regrow.indexing import channel_dim, index_tensor, place, take, take_block
+from regrow.indexing import index_tensor, place, take, take_block
+from regrow.marks import check_whole
+from regrow.modules import channel_dim, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
-from regrow.surgery.layers import CutPlan, Layer, layers
+from regrow.surgery.layers import Layer, layers
+from regrow.surgery.plan import CutPlan
+from regrow.torch_private import own_buffers, own_parameters
 
 
 def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
@@ -76,7 +79,7 @@ class Narrowing:
 
 def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
     """What ``plan`` leaves of the layers it names; ``ValueError`` where ``narrow`` could not follow it."""
-    check_not_sharded(model)
+    check_whole(model, "narrow")
     found = layers(model, plan)
     for layer in found:
         if "forward" in vars(layer.module):
@@ -85,18 +88,6 @@ def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
                 "wrap the whole model instead."
             )
     return found
-
-
-def check_not_sharded(model: nn.Module) -> None:
-    """Raise ``ValueError`` if a parameter of ``model`` is spread over processes (FSDP, tensor parallel)."""
-    bases = {base.__name__ for kind in set(map(type, parts(model))) for base in kind.__mro__}
-    sharded = next((name for name, p in model.named_parameters() if type(p).__name__ == "DTensor"), None)
-    if sharded or bases & {"FullyShardedDataParallel", "FSDPModule"}:
-        raise ValueError(
-            "regrow needs whole filters on every process, and this model is sharded"
-            + (f" ({sharded!r} is a DTensor)" if sharded else "")
-            + ": use DDP instead of FSDP."
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,9 +142,9 @@ class _Narrowed(nn.Module):
                 output = super().forward(*args, **kwargs)
             if self.training:
                 for name, statistic in slices.live.items():
-                    if name in self._buffers:
+                    if name in own_buffers(self):
                         # Through .data, as a norm writes them: a graph that holds the buffer stays valid.
-                        buffer, channels = self._buffers[name], slices.tensors[name].rows
+                        buffer, channels = own_buffers(self)[name], slices.tensors[name].rows
                         cast(Tensor, buffer).data.index_copy_(0, cast(Tensor, channels), statistic)
         finally:
             slices.live = None
@@ -227,7 +218,7 @@ def _number(name: str) -> property:
 
 def _slices(layer: Layer) -> _Slices:
     """What a layer is to compute with, on the device where it is."""
-    own = {**layer.module._parameters, **layer.module._buffers}
+    own = {**own_parameters(layer.module), **own_buffers(layer.module)}
     device = next((tensor.device for tensor in own.values() if tensor is not None), torch.device("cpu"))
 
     def index(kept: Sequence[int] | None) -> Tensor | None:
@@ -239,7 +230,7 @@ def _slices(layer: Layer) -> _Slices:
     spread = at(layer.spread)
     tensors = {
         key: _Slice(
-            index(kept.get(0)), index(kept.get(1)), spread if key in layer.module._parameters else None
+            index(kept.get(0)), index(kept.get(1)), spread if key in own_parameters(layer.module) else None
         )
         for key, kept in layer.kept.items()
     }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regrow.filters import rows
 from regrow.indexing import index_tensor
+from regrow.marks import Mark, marks_on
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
@@ -24,9 +25,31 @@ from regrow.structure.readers import (
     silent_entries,
 )
 from regrow.structure.sums import silence_norms
-from regrow.surgery.layers import CutPlan
+from regrow.surgery.plan import CutPlan
 
 CONSUMERS = ("keep", "zero", "init")
+
+
+class _Held(Mark):
+    """On the layers that a sub phase works on, so that the phase can be ended where the cycle is lost."""
+
+    travels = False
+
+    def __init__(self, phase: SubPhase) -> None:
+        self.phase = phase
+
+    def state(self) -> str:
+        """See ``Mark``."""
+        return "masked" if self.phase.plan is None else "narrowed"
+
+    def undo(self, module: nn.Module) -> None:  # noqa: ARG002
+        """End the phase for all its layers."""
+        self.phase.release()
+
+
+def phases_on(model: nn.Module) -> list[SubPhase]:
+    """The sub phases that ``model`` is in: more than one only if several cycles train its parts."""
+    return list(dict.fromkeys(mark.phase for *_, mark in marks_on(model) if isinstance(mark, _Held)))
 
 
 class SubPhase:
@@ -61,7 +84,7 @@ class SubPhase:
         plan: CutPlan | None = None,
         silenced: Mapping[str, list[int]] = MappingProxyType({}),
     ) -> None:
-        self._plan = plan
+        self.plan = plan
         self._narrowing = None if plan is None else narrow(model, plan)
         self._model = model
         self._optimizer = optimizer
@@ -85,6 +108,11 @@ class SubPhase:
         if memory is None:
             self._forget(self._dead_entries())
         self._hold = Hold(self._dead_entries(), optimizer)
+        names = {*self.dropped, *self._silenced, *(plan.layers() if plan is not None else ())}
+        names.update(norm for name in self.dropped for norm in readers[name].norms)
+        self._marked = [model.get_submodule(name) for name in names]
+        for module in self._marked:
+            module._regrow_held = _Held(self)  # type: ignore[assignment]
 
     def state(self) -> dict[str, Any]:
         """What ``memory`` takes, with ``dropped`` beside it: tensors, numbers and strings only."""
@@ -94,7 +122,7 @@ class SubPhase:
             "old_columns": _copy(self._old_columns),
             "silenced": {name: list(channels) for name, channels in self._silenced.items()},
             "old_norms": _copy(self._old_norms),
-            "plan": None if self._plan is None else self._plan.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
         }
 
     def release(self) -> None:
@@ -102,6 +130,8 @@ class SubPhase:
         if self._narrowing is not None:
             self._narrowing.release()
         self._hold.release()
+        for module in self._marked:
+            vars(module).pop("_regrow_held", None)
 
     @torch.no_grad()
     def restore(self, generator: torch.Generator) -> tuple[list[str], list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -15,9 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.atomic import replacing
-from regrow.filters import unwrap
+from regrow.looking.copies import NotCopied, copied
+from regrow.marks import check
+from regrow.modules import unwrap
 from regrow.suggest import nearest
-from regrow.surgery.layers import CutPlan, apply_plan
+from regrow.surgery.layers import apply_plan
+from regrow.surgery.plan import CutPlan
 
 _VERSION = 1
 _METADATA = "regrow"
@@ -40,9 +42,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             the model around it too, or its norms are folded. Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
+    check(model, "save")
     model = unwrap(model)
-    if "_regrow_folded" in vars(model):
-        raise ValueError("the norms of the model are folded: save it before fold_norms.")
     tensors, shared = _tensors(model)
     described = {"version": _VERSION, "cuts": _cuts(model), "shared": shared}
     metadata = {_METADATA: json.dumps(described, separators=(",", ":"))}
@@ -76,6 +77,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             model: the message says where.
         FileNotFoundError: there is no such file.
     """
+    check(model, "load")
     inner = unwrap(model)
     stored = _read(Path(path))
     present = _cuts(inner)
@@ -84,16 +86,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"the model has been cut before, and not as the one in {path}: build it afresh, then load."
         )
     cuts = [] if present else stored.cuts
-    replicated = nn.DataParallel | nn.parallel.DistributedDataParallel
-    if cuts and any(isinstance(module, replicated) for module in model.modules()):
-        raise ValueError("a model inside a data-parallel wrapper cannot be cut: load first, then wrap it.")
+    if cuts:
+        check(model, "cut", called="load")
     try:
-        trial = copy.deepcopy(inner)
-    except Exception as error:
-        raise ValueError(f"the model cannot be copied to try the file on it ({error}).") from error
-    try:
+        trial = copied(inner, torch.clone)
         _apply(trial, cuts, stored)
-    except Exception as error:  # whatever the file makes layers stumble over
+    except NotCopied as error:
+        raise ValueError(f"{error}, so the file cannot be tried on a copy of it.") from error
+    except (ValueError, RuntimeError) as error:  # load_state_dict raises RuntimeError
         raise ValueError(f"{path} does not fit the model: {error}") from error
     _apply(inner, cuts, stored)
     return model

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.compensate import norms_behind
-from regrow.compensation.images import evaluating
-from regrow.filters import Convolution, unwrap
 from regrow.indexing import place
-from regrow.looking.calls import call, floating, mapped
-from regrow.structure.confirm import unsettle
-from regrow.surgery.layers import Small
+from regrow.log import gave_up, log
+from regrow.looking.calls import PassFailed, call, floating
+from regrow.looking.copies import NotCopied, copied, copied_as, inputs_as
+from regrow.looking.noise import noise_like, unsettle
+from regrow.marks import borrowed_weight, check, is_spread, strip
+from regrow.modules import Convolution, unwrap
+from regrow.structure.norms import own_norms
+from regrow.surgery.evidence import Refuted, compare, see
+from regrow.surgery.small import Small
+from regrow.torch_private import BatchNorm, has_hooks, own_modules
 
 _VERSION = 1
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @torch.no_grad()
@@ -44,21 +46,23 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
     Raises:
         ValueError: the model cannot be copied or run.
     """
+    check(model, "fold_norms")
     model = unwrap(model)
     try:
-        whole = copy.deepcopy(model).eval()
+        whole = copied(model, torch.clone).eval()
+        strip(whole)
         expected = floating(call(whole, example_inputs))
-        behind = norms_behind(whole, example_inputs)
-    except Exception as error:
+        own = own_norms(whole, example_inputs)
+    except (NotCopied, PassFailed) as error:
         raise ValueError(
             f"the model cannot be copied and run on example_inputs: {error}. Pass what the model takes, for "
             "example one batch of your loader, x[:1]."
         ) from error
-    pairs = {norms[0]: name for name, norms in behind.items() if len(norms) == 1}
+    pairs = {norms[0]: name for name, norms in own.items() if len(norms) == 1}
     left = {
         name: reason
         for name, norm in whole.named_modules()
-        if isinstance(norm, _BatchNorm)
+        if isinstance(norm, BatchNorm)
         and (reason := _unfoldable(norm, whole.get_submodule(pairs[name]) if name in pairs else None))
     }
     wished = {norm: conv for norm, conv in pairs.items() if norm not in left}
@@ -66,7 +70,8 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
     left |= {norm: "forward passes did not confirm it" for norm in wished if norm not in folded}
     _fold(whole, folded)
     found = floating(call(whole, example_inputs))
-    whole._regrow_folded = True  # type: ignore[assignment]
+    for conv in folded.values():
+        whole.get_submodule(conv)._regrow_folded = True  # type: ignore[assignment]
     record = {
         "version": _VERSION,
         "folded": folded,
@@ -87,39 +92,38 @@ class Placed(nn.Module):
         self.width = width
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiler makes its own kernels, and an exported graph knows nothing of other derivatives.
-        if torch.compiler.is_compiling():
-            shape = [x.shape[0], self.width, *x.shape[2:]]
-            return x.new_zeros(shape).index_copy(1, self.positions, x)
         return place(x, self.positions, 1, self.width)
 
     def extra_repr(self) -> str:
         return f"{len(self.positions)} among {self.width}"
 
 
-def _unfoldable(norm: _BatchNorm, conv: nn.Module | None) -> str:
+def _unfoldable(norm: Any, conv: nn.Module | None) -> str:
     """Empty, or why ``norm`` cannot be folded into ``conv``, the layer whose output it alone reads."""
     if norm.running_mean is None:
         return "it has no running statistics"
     if not isinstance(conv, Convolution):
         return "it does not read the output of one convolution alone"
-    if conv._parameters.get("weight") is None:
-        return "the convolution's weight is computed from others (a parametrization)"
-    if getattr(conv, "_regrow_spread", None) is not None:
+    if reason := borrowed_weight(conv):
+        return f"the convolution in front of it: {reason}"
+    if is_spread(conv):
         return "the convolution holds filters at zero"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (norm, conv)):
+    if has_hooks(norm) or has_hooks(conv):
         return "it or its convolution has hooks"
     return ""
 
 
 def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> dict[str, str]:
-    """Those of ``pairs`` (norm → convolution) that a copy with random statistics bears to be folded."""
+    """The ``pairs`` (norm → convolution) that can be folded in a copy with random statistics, without that
+    any layer reads something else."""
     for dtype in (torch.float64, torch.float32):
-        probe, inputs = copy.deepcopy(model).to(dtype), _noise(example_inputs, dtype)
-        unsettle(probe, torch.Generator().manual_seed(0))
+        probe, inputs = copied_as(model, dtype), noise_like(inputs_as(example_inputs, dtype), 1)
+        with torch.no_grad():
+            unsettle(probe, torch.Generator().manual_seed(0))
         try:
-            expected = _seen(probe, inputs)
-        except Exception:  # a dtype written into the model's code
+            expected = see(probe, inputs)
+        except PassFailed as error:  # a type written into the model's code
+            gave_up(f"computing in {dtype}", error)
             continue
         tolerance = 1e-6 if dtype == torch.float64 else 1e-3
         break
@@ -127,15 +131,14 @@ def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> 
         return {}
 
     def equal(some: dict[str, str]) -> bool:
-        trial = copy.deepcopy(probe)
+        trial = copied(probe)
         try:
             _fold(trial, some)
-            found = _seen(trial, inputs)
-        except Exception:  # a shift where there is no channel, or what a layer of the user's own raises
+            compare(trial, inputs, expected, tolerance)
+        except (Refuted, PassFailed) as reason:
+            log.debug("norms were not folded: %s", reason)
             return False
-        return found.shape == expected.shape and bool(
-            ((found - expected).abs().amax(1) <= tolerance * expected.abs().amax(1)).all()
-        )
+        return True
 
     if equal(pairs):
         return pairs
@@ -146,45 +149,8 @@ def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> 
     return good
 
 
-def _noise(example: Any, dtype: torch.dtype) -> Any:
-    """Random numbers for the floating tensors in ``example``, of which one is not to be taken for 0."""
-    generator = torch.Generator().manual_seed(1)
-    return mapped(example, lambda x: torch.rand(x.shape, generator=generator, dtype=dtype).to(x.device))
-
-
-def _seen(model: nn.Module, inputs: Any) -> Tensor:
-    """What convolutions and linear layers read in one pass, in order, and the outputs: Tensor[tensors, 2],
-    of each tensor its length and its product with a fixed vector."""
-    seen: list[Tensor] = []
-
-    def note(tensor: Tensor) -> None:
-        flat = tensor.detach().flatten()
-        seen.append(torch.stack([flat.norm(), flat @ torch.arange(len(flat)).to(flat).cos()]))
-
-    def before(_module: nn.Module, given: Any) -> None:
-        for tensor in floating(given):
-            note(tensor)
-
-    handles = [
-        module.register_forward_pre_hook(before)
-        for module in model.modules()
-        if isinstance(module, Convolution | nn.Linear)
-    ]
-    try:
-        with evaluating(model):
-            for tensor in floating(call(model, inputs)):
-                note(tensor)
-    finally:
-        for handle in handles:
-            handle.remove()
-    result = torch.stack(seen)
-    if not result.isfinite().all():
-        raise ValueError("numbers overflow")
-    return result
-
-
 def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
-    """Fold each norm into its convolution, in place; ``ValueError`` where that changes what they compute."""
+    """Fold each norm into its convolution, in place; ``Refuted`` where that changes their result."""
     modules: dict[str, Any] = dict(model.named_modules())
     replacements: dict[nn.Module, nn.Module] = {}
     for name, of in pairs.items():
@@ -199,7 +165,7 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
             elsewhere = torch.ones_like(shift, dtype=torch.bool)
             elsewhere[at] = False
             if shift[elsewhere].any():
-                raise ValueError(f"{name!r} adds to channels that {of!r} has none of")
+                raise Refuted(f"{name!r} adds to channels that {of!r} has none of")
             scale, shift = scale[at], shift[at]
         weight, bias = conv.weight, conv.bias
         shift = shift if bias is None else shift + bias.double() * scale
@@ -209,10 +175,10 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
         )
         conv.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         replacements[norm] = _stand_in(norm)
-    for module in model.modules():
-        for key, child in module._modules.items():
+    for module in list(model.modules()):
+        for key, child in list(own_modules(module).items()):
             if child in replacements:
-                module._modules[key] = replacements[child]
+                setattr(module, key, replacements[child])
 
 
 def _stand_in(norm: Any) -> nn.Module:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.atomic import replacing
-from regrow.compensation.images import evaluating
-from regrow.filters import unwrap
-from regrow.looking.calls import call
+from regrow.looking.calls import PassFailed, call, evaluating
+from regrow.marks import check
+from regrow.modules import unwrap
+from regrow.torch_private import tree_leaves, tree_map
 
 _VERSION = 1
 _TOLERANCE = 1e-4
@@ -49,6 +49,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     _check_installed()
+    check(model, "export_onnx")
     model = unwrap(model)
     inputs = _Inputs(example_inputs)
     # torch.export takes a first dimension of 1 for a constant.
@@ -107,7 +108,7 @@ class _Inputs:
 def _results(model: nn.Module, inputs: Any, batch: int) -> list[Tensor]:
     try:
         results = [leaf for leaf in tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
-    except Exception as error:
+    except PassFailed as error:
         raise ValueError(
             f"the model's forward pass fails on a batch of {batch} made from example_inputs: "
             f"{_short(error)}. Pass what the model takes, with the batch as first dimension of every tensor."

@@ -9,18 +9,9 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import Convolution, named_parts, unwrap
 from regrow.indexing import index_tensor
-
-Norm = (
-    nn.modules.batchnorm._BatchNorm
-    | nn.InstanceNorm1d
-    | nn.InstanceNorm2d
-    | nn.InstanceNorm3d
-    | nn.GroupNorm
-    | nn.LayerNorm
-)
-Consumer = Convolution | nn.Linear
+from regrow.modules import Consumer, unwrap
+from regrow.torch_private import own_buffers, own_parameters
 
 
 @dataclass
@@ -75,22 +66,6 @@ class Readers:
     blocked: str = ""
 
 
-def per_channel(norm: nn.Module) -> bool:
-    """Whether a norm's output in one channel depends on that channel alone."""
-    return not isinstance(norm, nn.LayerNorm) and (
-        not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
-    )
-
-
-def tied_modules(model: nn.Module) -> set[str]:
-    """The modules that hold a parameter which another module holds too."""
-    holders: dict[nn.Parameter, list[str]] = {}
-    for name, module in named_parts(model):
-        for parameter in {p for p in module._parameters.values() if p is not None}:
-            holders.setdefault(parameter, []).append(name)
-    return {name for names in holders.values() if len(names) > 1 for name in names}
-
-
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
     """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor[rows, columns].
 
@@ -137,7 +112,7 @@ def _silent_rows(
     model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
 ) -> list[tuple[nn.Module, Tensor]]:
     """The convolutions and their norms, each with the rows that must be 0."""
-    modules = dict(named_parts(unwrap(model)))
+    modules = dict(unwrap(model).named_modules())
     rows: list[tuple[str, Sequence[int]]] = []
     for name, filters in dropped.items():
         rows.append((name, filters))
@@ -148,11 +123,11 @@ def _silent_rows(
 def per_channel_tensors(norm: nn.Module) -> dict[str, Tensor]:
     """Weight, bias, running mean and variance of a norm, those of them that there are."""
     keys = ("weight", "bias", "running_mean", "running_var")
-    own = norm._parameters | norm._buffers
+    own = own_parameters(norm) | own_buffers(norm)
     return {key: tensor for key in keys if (tensor := own.get(key)) is not None}
 
 
 def affine(module: nn.Module) -> list[nn.Parameter]:
     """Weight and bias, those of them that there are."""
-    both = (module._parameters.get("weight"), module._parameters.get("bias"))
+    both = (own_parameters(module).get("weight"), own_parameters(module).get("bias"))
     return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import named_parts
-from regrow.indexing import channel_dim, index_tensor
-from regrow.looking.calls import call, mapped, set_mode, undisturbed
+from regrow.indexing import index_tensor
+from regrow.log import gave_up
+from regrow.looking.calls import PassFailed, call, mapped, undisturbed
 from regrow.looking.copies import copied
-from regrow.looking.hooks import channel_layers, hooked
-from regrow.structure.confirm import Noise, unsettle
-from regrow.structure.readers import Norm, Readers, affine, per_channel, silence, tied_modules, zero_channels
+from regrow.looking.hooks import hooked
+from regrow.looking.noise import Noise, unsettle
+from regrow.modules import Norm, channel_dim, channel_layers, per_channel, tied_modules
+from regrow.structure.confirm import reads_silence
+from regrow.structure.readers import Readers, affine, silence, zero_channels
 
 Channels = Mapping[str, Sequence[int]]
 
@@ -55,7 +57,7 @@ def silence_norms(model: nn.Module, channels: Channels) -> None:
 
 def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
     """What the graph says: channels that removed filters reach, and no others."""
-    modules = dict(named_parts(model))
+    modules = dict(model.named_modules())
     lost: dict[str, set[int]] = {}
     for name, indices in gone.items():
         for layer, reads in readers[name].reached.items():
@@ -81,8 +83,7 @@ def _loud(
     model: nn.Module, readers: Mapping[str, Readers], gone: Channels, found: Channels, example_inputs: Any
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
-    probe = copied(model, requires_grad=False)
-    set_mode(probe, False)
+    probe = copied(model, requires_grad=False).eval()
     noise = Noise(4)
     loud: set[str] = set()
     ran: set[str] = set()
@@ -91,21 +92,22 @@ def _loud(
         if isinstance(module, Norm):
             if name in found:
                 ran.add(name)
-                if not inputs or inputs[0].index_select(1, index_tensor(found[name], inputs[0].device)).any():
+                if not reads_silence(module, inputs, output, index_tensor(found[name])):
                     loud.add(name)
             return None
         silent = index_tensor(gone[name]) if gone.get(name) else None
         return noise.among(output, channel_dim(module, output), silent, sign)
 
-    try:
-        with undisturbed(probe), torch.no_grad():
-            unsettle(probe, torch.Generator().manual_seed(0))
-            silence(probe, readers, gone)
-            silence_norms(probe, found)
-            layers = channel_layers(probe)
+    with undisturbed(probe), torch.no_grad():
+        unsettle(probe, torch.Generator().manual_seed(0))
+        silence(probe, readers, gone)
+        silence_norms(probe, found)
+        layers = channel_layers(probe)
+        try:
             for sign in (1, -1):  # see Noise
                 with hooked(layers, functools.partial(after, sign)):
                     call(probe, mapped(example_inputs, torch.rand_like))
-    except Exception:  # noise may be more than the model's own code bears
-        return set(found)
+        except PassFailed as error:  # noise may be more than the model's own code bears
+            gave_up("silencing norms behind sums", error)
+            return set(found)
     return loud | (set(found) - ran)

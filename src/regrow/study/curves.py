@@ -18,7 +18,8 @@ from regrow.compensation.images import check_calibration
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
-from regrow.filters import convolutions, left_out, unwrap
+from regrow.filters import convolutions, left_out
+from regrow.modules import unwrap
 from regrow.pruning.accuracy import top1
 from regrow.structure.read import read_structure
 from regrow.study import records

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_keep, convolutions, named_parts, parts, unwrap
-from regrow.looking.calls import garbage_waiting
+from regrow.filters import check_keep, convolutions
+from regrow.marks import check
+from regrow.modules import unwrap
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers
 from regrow.surgery.layers import Replaced, apply_plan, is_cut, widen
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import unremovable
+from regrow.torch_private import own_parameters
 
 __all__ = ["apply_plan", "cut", "filter_counts", "keep_of_uncut"]
 
 _VERSION = 1
 
 
-@garbage_waiting()
 def cut(
     model: nn.Module,
     keep: Mapping[str, Tensor],
@@ -60,8 +61,12 @@ def cut(
             on the data; the optimizer remembers something of another shape than its parameter.
             Nothing is changed.
     """
-    _check_model(model)
+    check(model, "cut")
     model = unwrap(model)
+    if not convolutions(model):
+        raise ValueError(
+            "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers."
+        )
     before, parameters = filter_counts(model), _count(model)
     whole, keep, readers = model, check_keep(model, keep), None
     if is_cut(model):
@@ -75,9 +80,8 @@ def cut(
         _check_slots(model, optimizer)
     if removal.gone:
         widened = widen(model)
-        # Rows that the plan leaves out need not be 0.
-        removal.apply(model, keep_rows=plan.rows.keys() | plan.spread.keys())
-        replaced = apply_plan(model, plan, planned.weights)
+        removal.apply(model)
+        replaced = apply_plan(model, plan)
         if optimizer is not None:
             _repoint(optimizer, widened)
             _repoint(optimizer, replaced)
@@ -122,39 +126,17 @@ def keep_of_uncut(
     return found
 
 
-def _check_model(model: nn.Module) -> None:
-    for owner, module in named_parts(model):
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                f"the model is wrapped in {type(module).__name__}, which goes on holding the parameters it "
-                "was given: cut model.module on every process, and wrap it anew."
-            )
-        if type(module).__name__.startswith("FSDP") or "FullyShardedDataParallel" in type(module).__name__:
-            raise ValueError("regrow needs whole filters on every process: use DDP instead of FSDP.")
-        if "_bridgeout_passes" in vars(module):
-            raise ValueError("the model has Bridgeout: call remove_bridgeout before the cut.")
-        if "_regrow_folded" in vars(module):
-            raise ValueError("the norms of the model are folded: cut before fold_norms.")
-        if any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values()):
-            raise ValueError(f"{owner!r} is a lazy layer without shapes yet: run one forward pass first.")
-    if not convolutions(model):
-        raise ValueError(
-            "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers."
-        )
-
-
 def filter_counts(model: nn.Module) -> dict[str, int]:
     """{name: how many filters a convolution holds}, after cuts too."""
     # The weight itself: one that is spread has more rows while the layer computes.
     return {
-        name: conv.out_channels if (weight := conv._parameters.get("weight")) is None else len(weight)
+        name: conv.out_channels if (weight := own_parameters(conv).get("weight")) is None else len(weight)
         for name, conv in convolutions(model).items()
     }
 
 
 def _count(model: nn.Module) -> int:
-    parameters = {p for module in parts(model) for p in module._parameters.values() if p is not None}
-    return sum(parameter.numel() for parameter in parameters)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_slots(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

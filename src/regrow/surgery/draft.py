@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import Convolution, named_parts
 from regrow.indexing import index_tensor
-from regrow.structure.readers import Norm, Readers, per_channel, tied_modules
-from regrow.surgery.layers import CutPlan
+from regrow.modules import Convolution, Norm, per_channel, tied_modules
+from regrow.structure.flows import Flows
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.removal import Removal
 from regrow.surgery.verify import Probe
+from regrow.torch_private import own_parameters
 
 # How far the filters of a convolution leave: held at 0; placed among zeros, right behind it or behind its
 # norm; out of the tensors behind it too.
@@ -36,39 +36,25 @@ class Drafting:
     Attributes:
         convolutions: those that run, in that order.
         fixed: those that cannot compute some of their filters alone.
-        flows: convolution → layer that its channels reach → (filters, the layer's input channels).
+        reached: convolution → the layers that its channels reach.
+        together: convolution → those that write to channels of the same tensors, itself among them.
     """
 
     def __init__(self, model: nn.Module, removal: Removal, probe: Probe) -> None:
         self._removal, self._probe = removal, probe
-        self._modules: dict[str, Any] = dict(named_parts(model))
+        self._modules: dict[str, Any] = dict(model.named_modules())
         self._tied = tied_modules(model)
         self.convolutions: dict[str, Convolution] = {name: self._modules[name] for name in removal.readers}
         self._alive = {name: self._alive_filters(name) for name in self.convolutions}
-        self.flows = {name: self._flow(found) for name, found in removal.readers.items()}
+        self._flows = Flows(model, removal.readers, [*probe.dead, *probe.norms])
+        self.reached, self.together = self._flows.reached, self._flows.together()
         self.fixed = {name for name in self.convolutions if not self._owns_weight(name)}
         for name in self.convolutions:
             if name not in self.fixed and not probe.separable(name, rows=True):
                 self.fixed.add(name)
-        readers = [*(reader for flow in self.flows.values() for reader in flow), *probe.dead, *probe.norms]
-        self._wanted = {name: self._wanted_channels(name) for name in dict.fromkeys(readers)}
-        self._pairs = _Pairs(self.flows, self._alive, self._wanted)
-
-    @functools.cached_property
-    def together(self) -> dict[str, set[str]]:
-        """Convolution → those that write to channels of the same tensors, itself among them."""
-        together = {name: {name} for name in self.convolutions}
-        writers: dict[str, Tensor] = {}  # of each channel of a layer, the number of the last one seen
-        names = list(self.convolutions)
-        for number, name in enumerate(names):
-            for reader, (_, indices) in self.flows[name].items():
-                last = writers.setdefault(reader, torch.full((self._width(reader),), -1))
-                for other in last[indices].unique().tolist():
-                    if other >= 0 and names[other] not in together[name]:
-                        both = together[name] | together[names[other]]
-                        together |= dict.fromkeys(both, both)
-                last[indices] = number
-        return together
+        self._wanted = {name: self._wanted_channels(name) for name in self._flows.channels}
+        every = torch.ones(len(self._flows.owner), dtype=torch.bool)
+        self._written = self._flows.arriving(every)
 
     def want_everything(self) -> None:
         """Pick no channels: let every layer read all that it does now."""
@@ -85,28 +71,14 @@ class Drafting:
         return alive
 
     def _owns_weight(self, name: str) -> bool:
-        weight = self._modules[name]._parameters.get("weight")
+        weight = own_parameters(self._modules[name]).get("weight")
         return weight is not None and name not in self._tied
-
-    def _flow(self, found: Readers) -> dict[str, tuple[Tensor, Tensor]]:
-        """Where the channels of a convolution go: {layer: (filters, the layer's input channels)}."""
-        return {
-            reader: (index_tensor(reads.filters), index_tensor(reads.indices))
-            for reader, reads in found.reached.items()
-            # A PReLU with one parameter takes any number of channels.
-            if getattr(self._modules[reader], "num_parameters", 2) > 1
-        }
-
-    def _width(self, name: str) -> int:
-        module = self._modules[name]
-        counts = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
-        known = next((vars(module)[count] for count in counts if count in vars(module)), None)
-        return int(len(module.weight) if known is None else known)
 
     def _wanted_channels(self, name: str) -> Tensor:
         """The input channels that a layer needs in the tensor that arrives, whatever the others do."""
         module = self._modules[name]
-        width = self._width(name)
+        where = self._flows.channels[name]
+        width = where.stop - where.start
         every = torch.ones(width, dtype=torch.bool)
         if isinstance(module, nn.PReLU):
             return every if name in self._tied else ~every
@@ -128,28 +100,28 @@ class Drafting:
         A channel that a reader wants is emitted by everyone who adds to it, and one that is emitted
         arrives everywhere it leads to.
         """
-        pairs = self._pairs
+        flows = self._flows
         alive = torch.cat(list(self._alive.values()))
         out = torch.tensor([levels[name] == OUT for name in self._alive])
-        all_emitted = ~out[pairs.owner]
-        # Nothing is known of any reader where the graph breaks and the model bears no noise.
+        all_emitted = ~out[flows.owner]
+        # There is no reader at all where the graph breaks and the model fails on noise.
         nothing = torch.zeros(0, dtype=torch.bool)
-        all_present = torch.cat([nothing, *self._wanted.values()]) | ~pairs.written
-        emitted = {name: all_emitted[where] for name, where in pairs.filters.items()}
-        present = {name: all_present[where] for name, where in pairs.channels.items()}
+        all_present = torch.cat([nothing, *self._wanted.values()]) | ~self._written
+        emitted = {name: all_emitted[where] for name, where in flows.filters.items()}
+        present = {name: all_present[where] for name, where in flows.channels.items()}
         grouped = [(name, conv) for name, conv in self.convolutions.items() if conv.groups > 1]
         before = -1
         while True:
             count = int(all_emitted.sum()) + int(all_present.sum())
             if count == before:
-                left = torch.zeros(len(emitted)).index_add_(0, pairs.owner, (all_emitted & alive).float())
+                left = torch.zeros(len(emitted)).index_add_(0, flows.owner, (all_emitted & alive).float())
                 hollow = [name for name, kept in zip(emitted, left.tolist(), strict=True) if not kept]
                 if not hollow:
                     return emitted, present
                 emitted[hollow[0]][int(self._alive[hollow[0]].int().argmax())] = True
             before = count
-            all_emitted[pairs.sources[all_present[pairs.targets]]] = True
-            all_present[pairs.targets[all_emitted[pairs.sources]]] = True
+            all_emitted[flows.sources[all_present[flows.targets]]] = True
+            all_present[flows.targets[all_emitted[flows.sources]]] = True
             for name, conv in grouped:
                 if name in present:
                     masked = levels[name] == MASKED
@@ -231,7 +203,7 @@ class Drafting:
             if silent is not None:
                 loud[index_tensor(silent)] = False
         module = self._modules[name]
-        own = [p for p in module._parameters.values() if p is not None]
+        own = [p for p in own_parameters(module).values() if p is not None]
         fits = bool(own) and all(parameter.shape == present.shape for parameter in own)
         if fits and name not in self._tied and not torch.equal(loud, present):
             plan.spread[name] = _indices(loud)
@@ -258,42 +230,3 @@ class Drafting:
 def _indices(mask: Tensor) -> list[int]:
     indices: list[int] = mask.nonzero().flatten().tolist()
     return indices
-
-
-class _Pairs:
-    """Which filters reach which channels of which layers, both numbered over the whole network.
-
-    Attributes:
-        sources, targets: [pairs] the filter and the channel.
-        filters, channels: convolution, or layer → where its numbers are.
-        owner: [filters] the number of the convolution.
-        written: BoolTensor[channels]: some filter reaches it.
-    """
-
-    def __init__(
-        self,
-        flows: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
-        filters: Mapping[str, Tensor],
-        channels: Mapping[str, Tensor],
-    ) -> None:
-        self.filters, self.channels = _slices(filters), _slices(channels)
-        empty = torch.zeros(0, dtype=torch.long)
-        sources, targets = [empty], [empty]
-        for name, flow in flows.items():
-            for reader, (those, indices) in flow.items():
-                sources.append(those + self.filters[name].start)
-                targets.append(indices + self.channels[reader].start)
-        self.sources, self.targets = torch.cat(sources), torch.cat(targets)
-        counts = torch.tensor([len(mask) for mask in filters.values()])
-        self.owner = torch.arange(len(counts)).repeat_interleave(counts)
-        self.written = torch.zeros(sum(map(len, channels.values())), dtype=torch.bool)
-        self.written[self.targets] = True
-
-
-def _slices(masks: Mapping[str, Tensor]) -> dict[str, slice]:
-    """Where each of ``masks`` lies when all are put one after the other."""
-    found, start = {}, 0
-    for name, mask in masks.items():
-        found[name] = slice(start, start + len(mask))
-        start += len(mask)
-    return found

@@ -1,9 +1,10 @@
-"""What one pass of a masked model shows, to hold a cut one against."""
+"""What one pass of a network shows, and whether another network shows the same."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,27 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import channel_dim, index_tensor, place
-from regrow.looking.hooks import instead
+from regrow.indexing import index_tensor, place
+from regrow.looking.calls import floating, run
+from regrow.looking.dropout import NoDropout
+from regrow.looking.hooks import Layers, carrying, hooked, instead
 from regrow.looking.small_inputs import Way, step
+from regrow.modules import Convolution, Norm, channel_dim, channel_layers, per_channel
 from regrow.structure.confirm import reads_silence
-from regrow.structure.readers import Consumer, Norm, per_channel
-from regrow.surgery.layers import CutPlan
+from regrow.structure.norms import NormFinder
+from regrow.surgery.plan import CutPlan
 
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
+class Refuted(Exception):
+    """A network does not compute what another one shows."""
+
+
 @dataclass
 class Seen:
-    """One pass.
+    """The evidence of one pass.
 
     Attributes:
         ran: the layers, in order.
-        given: what convolutions and linear layers read, and the largest number in it.
-        made: the layers that made something of it. A detector without a box calls its head with nothing.
+        given: the inputs of convolutions and linear layers, each with the largest number in it.
+        made: the layers whose output held a number. A detector without a box calls its head with nothing.
         outputs: the model's.
-        noise: what stood for what convolutions and linear layers compute, if noise did.
-        drew: the model drew random numbers, for all that is known.
+        noise: the noise that stood for the outputs of convolutions and linear layers, if it did.
+        drew: the model drew random numbers, or that could not be seen.
     """
 
     ran: list[str] = field(default_factory=list)
@@ -49,69 +57,123 @@ class Seen:
             self.made.add(name)
 
 
-class Look:
-    """What a pass shows of the layers of a masked model.
+def see(
+    model: nn.Module,
+    inputs: Any,
+    training: bool = False,
+    *,
+    then: Callable[..., Tensor | None] | None = None,
+    dropout: NoDropout | None = None,
+) -> Seen:
+    """The evidence of one pass of ``model``.
 
-    Attributes:
-        samples: of convolutions and linear layers other than PyTorch's own: an input to try a slice on.
-        silent: the norms of removed filters read and make 0 in their channels.
-        way: as ``shrinking.way`` gives it.
+    Args:
+        then: called as ``then(seen, name, module, inputs, output)`` behind each layer; a tensor that it
+            returns replaces the output.
+
+    Raises:
+        PassFailed: the model's forward pass fails.
     """
+    seen = Seen()
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], stock: Collection[str], removed: Mapping[str, Tensor]
-    ) -> None:
-        self._modules, self._stock = modules, stock
-        self.way: Way = []
-        self._made: dict[int, tuple[str, Tensor]] = {}
-        self._readers: dict[str, list[str]] = {}
-        self._sources: dict[str, list[str]] = {}
-        self.samples: dict[str, Tensor] = {}
-        self.silent = True
-        self._removed = removed
+    def before(name: str, module: nn.Module, given: Any) -> None:
+        if not isinstance(module, Norm) and given and isinstance(given[0], Tensor):
+            seen.ran.append(name)
+            mine = given[0].detach()
+            # A copy: the model may write to its tensor in place later.
+            seen.given.append((name, mine.clone(), largest(mine)))
 
-    def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """To be called behind every convolution, linear layer and norm."""
-        self.way.append(step(name, output))
-        if not isinstance(module, nn.Linear) and isinstance(module, Consumer):
-            # Holding the tensor keeps its id from being used again.
-            self._made[id(output)] = (name, output)
-            self._readers.setdefault(name, [])
-        if isinstance(module, Norm):
-            source = self._made.get(id(inputs[0]), ("", None))[0] if inputs else ""
-            self._sources.setdefault(name, []).append(source)
-            if source:
-                self._readers[source].append(name)
-            if name in self._removed:
-                self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
-        elif inputs and name not in self._stock:
-            self.samples[name] = inputs[0].detach().clone()
+    def after(name: str, module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
+        seen.reach(name, output)
+        return None if then is None else then(seen, name, module, given, output)
 
-    def own(self) -> dict[str, str]:
-        """{convolution: the norm that reads its output, and nothing else's}."""
-        self._made.clear()
-        return {
-            name: norms[0]
-            for name, norms in self._readers.items()
-            if norms
-            and set(norms) == {norms[0]}
-            and set(self._sources[norms[0]]) == {name}
-            and per_channel(self._modules[norms[0]])
-        }
+    with hooked(channel_layers(model), after, before):
+        output, seen.drew = run(model, inputs, training, dropout)
+    seen.outputs = floating(output)
+    return seen
+
+
+def compare(
+    other: nn.Module,
+    inputs: Any,
+    expected: Seen,
+    tolerance: float,
+    training: bool = False,
+    *,
+    plan: CutPlan | None = None,
+    present: Mapping[str, Tensor] | None = None,
+    ran: list[str] | None = None,
+    dropout: NoDropout | None = None,
+) -> None:
+    """Run ``other``, and hold what its layers read, and its outputs, against what was ``expected``.
+
+    A layer that reads the right numbers is then given exactly the expected ones, so that rounding does not
+    add up.
+
+    Args:
+        plan: by which ``other`` was cut.
+        present: layer → BoolTensor[channels]: which of its input channels the plan leaves in the tensor that
+            arrives. Layers not listed: all.
+        ran: the layers that run are added to it, so that it tells where a difference showed.
+
+    Raises:
+        Refuted: there is a difference.
+        PassFailed: the forward pass of ``other`` fails, as it may on tensors of a width it does not know.
+    """
+    plan = plan or CutPlan()
+    arriving = {
+        name: (len(mask), mask.nonzero().flatten())
+        for name, mask in (present or {}).items()
+        if not mask.all()
+    }
+    seen, layers, read = Seen([] if ran is None else ran), channel_layers(other), 0
+
+    def before(name: str, module: nn.Module, given: Any) -> Any:
+        nonlocal read
+        if isinstance(module, Norm) or not given or not isinstance(given[0], Tensor):
+            return None
+        seen.ran.append(name)
+        if read == len(expected.given) or expected.given[read][0] != name:
+            raise Refuted(f"{name!r} runs where another layer should")
+        _, whole, scale = expected.given[read]
+        read += 1
+        if not math.isfinite(scale):
+            raise Refuted(f"{name!r} reads numbers that are not finite")
+        dim = channel_dim(module, whole)
+        width, index = arriving.get(name, (0, _NONE))
+        partly = width == whole.shape[dim]
+        theirs = whole.index_select(dim, index.to(whole.device)) if partly else whole.clone()
+        if not close(theirs, given[0].detach(), tolerance, scale):
+            raise Refuted(f"{name!r} reads something else")
+        # Where noise stands for the outputs of layers, no later layer shows what this one lacks.
+        if expected.noise and name in plan.columns and largest(_without(whole, plan.columns[name], dim)):
+            raise Refuted(f"{name!r} leaves out channels that carry something")
+        return theirs, *given[1:]
+
+    def after(name: str, _module: nn.Module, _given: Any, output: Tensor) -> None:
+        seen.reach(name, output)
+
+    with _replayed(layers, expected.noise, plan), hooked(layers, after, before):
+        output, _ = run(other, inputs, training, dropout)
+    outputs = floating(output)
+    same = read == len(expected.given) and len(outputs) == len(expected.outputs)
+    if not same or not all(
+        close(theirs, mine, tolerance, scale_of(theirs))
+        for theirs, mine in zip(expected.outputs, outputs, strict=True)
+    ):
+        raise Refuted("the outputs differ")
 
 
 @contextmanager
-def replayed(
-    layers: Sequence[tuple[str, nn.Module]], noise: Sequence[tuple[str, Tensor]], plan: CutPlan
-) -> Iterator[None]:
-    """Convolutions and linear layers of a cut model make what is left of the ``noise`` that stood for what
-    the masked model's made, call by call."""
+def _replayed(layers: Layers, noise: Sequence[tuple[str, Tensor]], plan: CutPlan) -> Iterator[None]:
+    """Convolutions and linear layers of a cut model return the part that is left of the ``noise``, call by
+    call, that stood for the outputs of the masked model's layers."""
     calls = iter(noise)
 
     def replay(name: str, module: nn.Module, rows: Tensor | None, _input: Tensor) -> Tensor:
         expected, values = next(calls, ("", _NONE))
         if expected != name:
-            raise ValueError(f"{name!r} runs where {expected!r} should")
+            raise Refuted(f"{name!r} runs where {expected!r} should")
         dim = channel_dim(module, values)
         values = values.clone() if rows is None else values.index_select(dim, rows.to(values.device))
         if name in plan.placed:
@@ -122,25 +184,73 @@ def replayed(
     rows = {name: index_tensor(filters) for name, filters in plan.rows.items()}
     replaced = [(name, module) for name, module in layers if noise and not isinstance(module, Norm)]
     with instead(
-        (module, functools.partial(replay, name, module, rows.get(name))) for name, module in replaced
+        (module, carrying(functools.partial(replay, name, module, rows.get(name))))
+        for name, module in replaced
     ):
         yield
+
+
+class Look:
+    """What a pass shows of the layers of a masked model.
+
+    Attributes:
+        samples: of convolutions and linear layers other than PyTorch's own: an input to try a slice on.
+        silent: the norms of removed filters read and make 0 in their channels.
+        way: as ``small_inputs.way`` gives it.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], stock: Collection[str], removed: Mapping[str, Tensor]
+    ) -> None:
+        self._modules, self._stock, self._removed = modules, stock, removed
+        self._norms = NormFinder()
+        self.way: Way = []
+        self.samples: dict[str, Tensor] = {}
+        self.silent = True
+
+    def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """To be called behind every convolution, linear layer and norm."""
+        self.way.append(step(name, output))
+        self._norms.note(name, module, inputs, output)
+        if isinstance(module, Norm):
+            if name in self._removed:
+                self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
+        elif inputs and name not in self._stock:
+            self.samples[name] = inputs[0].detach().clone()
+
+    def own(self) -> dict[str, str]:
+        """{convolution: the norm that alone of all norms reads its output, and reads nothing else}."""
+        return {
+            name: norms[0]
+            for name, norms in self._norms.own().items()
+            if len(norms) == 1
+            and isinstance(self._modules[name], Convolution)
+            and per_channel(self._modules[norms[0]])
+        }
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:
     """Whether they differ by no more than ``tolerance``, of themselves or of ``scale``."""
     if a.shape != b.shape:
         return False
-    if not a.numel() or float((a - b).abs_().max()) <= tolerance * scale:  # most are, and quicker told so
+    # The first test decides most cases in less time.
+    if not a.numel() or float((a - b).abs_().max()) <= tolerance * scale:
         return True
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def largest(tensor: Tensor) -> float:
-    """Of the absolute values. Not a number where the tensor holds one that is none."""
+    """The largest absolute value, 0 for an empty tensor; NaN if there is a NaN."""
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def scale_of(tensor: Tensor) -> float:
-    """``largest`` of what is a finite number."""
+    """The largest absolute value among the finite numbers."""
     return largest(tensor.nan_to_num(0, 0, 0))
+
+
+def _without(tensor: Tensor, indices: Sequence[int], dim: int) -> Tensor:
+    """``tensor`` without the ``indices`` in ``dim``."""
+    left = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    left[index_tensor(indices)] = False
+    return tensor.index_select(dim, left.nonzero().flatten().to(tensor.device))

@@ -9,22 +9,23 @@ Each step that goes beyond masks is taken only if forward passes on a copy confi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.filters import unwrap
-from regrow.looking.calls import garbage_waiting
+from regrow.log import gave_up
+from regrow.looking.calls import PassFailed
 from regrow.looking.copies import copied
 from regrow.looking.small_inputs import smaller_picture
+from regrow.modules import unwrap
 from regrow.structure.read import Proposal, propose_structure
 from regrow.structure.readers import Readers
 from regrow.surgery.draft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
-from regrow.surgery.layers import CutPlan, is_cut
+from regrow.surgery.layers import is_cut
+from regrow.surgery.plan import CutPlan
 from regrow.surgery.removal import Removal, dropped_filters, plan_removal
-from regrow.surgery.verify import Probe
+from regrow.surgery.verify import DataDependent, Probe
 
 __all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
 
@@ -61,16 +62,10 @@ def plan_cut(
 
 @dataclass(frozen=True)
 class Planned:
-    """A removal and the plan that stands for it.
-
-    Attributes:
-        weights: layer → what the plan leaves of its weight, for some layers: made to confirm the plan, and
-            nobody's any more.
-    """
+    """A removal, and the plan that leaves the same without the removed filters."""
 
     removal: Removal
     plan: CutPlan
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def plan_removal_and_cut(
@@ -87,44 +82,40 @@ def plan_removal_and_cut(
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
         return Planned(Removal({}, {}, {}), CutPlan())
-    # Not in the search below, which may make hundreds of copies.
-    with garbage_waiting():
-        proposal = None
-        if readers is None:
-            proposal = propose_structure(model, example_inputs)
-            readers, example_inputs = proposal.readers, proposal.example_inputs
-            large = example_inputs
-        else:
-            large = example_inputs
-            with suppress(Exception):  # what fails here fails below
-                example_inputs = smaller_picture(copied(model).eval(), example_inputs)
-        removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
-        for quick in (True, False):
-            small = None if proposal is None else _small_probe(model, removal, proposal, quick)
-            probe = small or Probe(model, removal, example_inputs, quick=quick)
-            if proposal is not None and not probe.confirms_removal:
-                # The graph is wrong about these filters: ask passes about everything that it says.
-                removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
-                proposal, small = None, None
-                probe = Probe(model, removal, example_inputs, quick=quick)
-            if probe.folds and (small is not None or example_inputs is not large):
-                probe.look_at(large[: len(example_inputs)])
-            search = _Search(removal, probe, Drafting(model, removal, probe))
-            if (plan := search.wished(last=quick)) is not None:
-                return Planned(removal, plan, probe.weights_left(plan))
+    proposal, large = None, example_inputs
+    if readers is None:
+        proposal = propose_structure(model, example_inputs)
+        readers = proposal.readers
+        example_inputs = large = proposal.example_inputs
+    else:
+        example_inputs = smaller_picture(copied(model).eval(), example_inputs)
+    removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
+    for quick in (True, False):
+        small = None if proposal is None else _small_probe(model, removal, proposal, quick)
+        probe = small or Probe(model, removal, example_inputs, quick=quick)
+        if proposal is not None and not probe.confirms_removal:
+            # The graph is wrong about these filters: passes check everything that it says.
+            removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
+            proposal, small = None, None
+            probe = Probe(model, removal, example_inputs, quick=quick)
+        if probe.folds and (small is not None or example_inputs is not large):
+            probe.look_at(large[: len(example_inputs)])
+        search = _Search(removal, probe, Drafting(model, removal, probe))
+        if (plan := search.wished()) is not None:
+            return Planned(removal, plan)
     return Planned(removal, search.plan())
 
 
 def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: bool) -> Probe | None:
-    """A probe that looks at small pictures, if they take the way that the large ones do."""
-    if proposal.small is not None:
-        with suppress(Exception):  # a model of one size, or a failure that large pictures bring about too
-            probe = Probe(
-                model, removal, proposal.small, quick=quick, spare=proposal.probe if quick else None
-            )
-            if probe.way == proposal.way:
-                return probe
-    return None
+    """A probe that runs on small pictures, if they take the way that the large ones do."""
+    if proposal.small is None:
+        return None
+    try:
+        probe = Probe(model, removal, proposal.small, quick=quick)
+    except (PassFailed, DataDependent) as error:  # a model of one size, or an error of large pictures too
+        gave_up("smaller pictures", error)
+        return None
+    return probe if probe.way == proposal.way else None
 
 
 class _Search:
@@ -134,14 +125,10 @@ class _Search:
         self._removal, self._probe, self._drafting = removal, probe, drafting
         self._wishes = {name: self._wish(name) for name in drafting.convolutions}
 
-    def wished(self, *, last: bool) -> CutPlan | None:
-        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed.
-
-        Args:
-            last: the probe is used up.
-        """
+    def wished(self) -> CutPlan | None:
+        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed."""
         draft = self._drafting.draft(self._wishes)
-        return draft.plan if self._probe.refutes(draft.plan, draft.present, last=last) is None else None
+        return draft.plan if self._probe.refutes(draft.plan, draft.present) is None else None
 
     def plan(self) -> CutPlan:
         """The best that is confirmed, where ``wished`` is not.
@@ -173,7 +160,7 @@ class _Search:
     def _wish(self, name: str) -> int:
         if name in self._drafting.fixed:
             return MASKED
-        known = self._drafting.flows[name] and not self._removal.readers[name].blocked
+        known = self._drafting.reached[name] and not self._removal.readers[name].blocked
         sure = known and name in self._probe.exercised and not self._probe.partial
         return OUT if sure else PLACED_BEHIND_NORM
 
@@ -197,7 +184,7 @@ class _Search:
     def _guesses(self, ran: list[str], names: list[str], level: int) -> Iterator[set[str]]:
         """Those of ``names`` that may be to blame for a difference which shows after the layers ``ran``."""
         last = ran[-1:]
-        behind = [conv for conv, flow in self._drafting.flows.items() if set(last) & set(flow)]
+        behind = [conv for conv, reached in self._drafting.reached.items() if set(last) & set(reached)]
         recent = [name for name in dict.fromkeys(reversed(ran)) if name in names]
         for blamed in (behind, *([name] for name in recent[:3])):
             # A channel leaves the tensors only if all that write it let it go.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_keep, convolutions, named_parts, unwrap
+from regrow.filters import check_keep, convolutions
 from regrow.indexing import index_tensor
+from regrow.marks import borrowed_weight
+from regrow.modules import tied_modules, unwrap
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, column_mask, silence, zero_channels
 from regrow.structure.sums import norms_without_writers, silence_norms
@@ -94,7 +95,7 @@ class Removal:
     def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:
         """Silence it in ``model``, the user's own module or a copy of it; the rows of the convolutions in
         ``keep_rows``, which somebody else silences, stay."""
-        modules = dict(named_parts(model))
+        modules = dict(model.named_modules())
         for name, filters in self.gone.items():
             if name not in keep_rows:
                 zero_channels(modules[name], index_tensor(filters))
@@ -126,15 +127,12 @@ def dropped_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, l
 
 def _borrowed(model: nn.Module) -> dict[str, str]:
     """The convolutions whose rows cannot be set for them alone: {name: reason}."""
-    weights = {name: conv._parameters.get("weight") for name, conv in convolutions(model).items()}
-    holders = Counter(id(weight) for weight in weights.values())
-    return {
-        name: "its weight is computed from others (see torch.nn.utils.parametrize.remove_parametrizations)"
-        if weight is None
-        else "it shares its weight with another layer"
-        for name, weight in weights.items()
-        if weight is None or holders[id(weight)] > 1
+    tied = tied_modules(model)
+    reasons = {
+        name: borrowed_weight(conv) or ("it shares its weight with another layer" if name in tied else "")
+        for name, conv in convolutions(model).items()
     }
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def plan_removal(
@@ -183,7 +181,7 @@ def _followers(
 ) -> dict[str, list[int]]:
     """The rows of grouped convolutions that read removed channels and nothing else."""
     borrowed = _borrowed(model)
-    modules: dict[str, Any] = dict(named_parts(model))
+    modules: dict[str, Any] = dict(model.named_modules())
     unread: dict[str, Tensor] = {}
     followers: dict[str, list[int]] = {}
     for name, found in readers.items():  # in order of execution: a row's inputs come before the row

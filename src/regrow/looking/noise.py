@@ -1,0 +1,126 @@
+"""Random numbers for probes: in place of inputs, of outputs of layers, and of weights that hide mistakes."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.looking.calls import PassFailed, mapped
+from regrow.modules import Consumer, Norm
+from regrow.torch_private import own_buffers, own_parameters
+
+_DRAWN = 1 << 18
+
+
+class Noise:
+    """Random numbers in place of what layers make: of one sign or the other, between which no activation
+    stops both, and no sum cancels; or of both signs, some near 0 and some far."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def among(self, output: Tensor, dim: int, silent: Tensor | None, sign: int) -> Tensor:
+        """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay.
+
+        Args:
+            sign: 1, -1, or 0 for both.
+
+        Raises:
+            PassFailed: ``output`` has no such channels, because a layer of the user's own made it.
+        """
+        if silent is not None and (dim >= output.dim() or int(silent.max()) >= output.shape[dim]):
+            raise PassFailed(f"a layer makes a tensor {list(output.shape)} without a channel for each filter")
+        count = output.numel()
+        if 2 * count > _DRAWN:
+            values = _drawn(count, self._random.getrandbits(60), mixed=not sign)
+        else:
+            # Read from another place each time, which takes a tenth of drawing anew.
+            start = self._random.randrange(_DRAWN - count)
+            values = _drawn_once(mixed=not sign)[start : start + count]
+        noise = (values * (sign or 1)).view(output.shape).to(output)
+        if silent is not None:
+            silent = silent.to(output.device)
+            noise.index_copy_(dim, silent, output.index_select(dim, silent))
+        return noise
+
+
+def _drawn(count: int, seed: int, *, mixed: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.empty(count).uniform_(0.5, 1.5, generator=generator)
+    return values * torch.randn(count, generator=generator) if mixed else values
+
+
+@functools.cache
+def _drawn_once(*, mixed: bool) -> Tensor:
+    return _drawn(_DRAWN, 0, mixed=mixed)
+
+
+def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
+    """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0.
+
+    They are in memory of their own then, so that ``probe`` may share the model's.
+    """
+    ranges: dict[tuple[float, float], list[Tensor]] = {}
+    settled: set[Tensor] = set()
+
+    def uniform(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None and tensor not in settled:
+            settled.add(tensor)
+            ranges.setdefault((low, high), []).append(tensor)
+
+    modules = list(probe.modules())
+    for module in modules:
+        if isinstance(module, Norm):
+            uniform(module.weight, 0.5, 1.5)
+            uniform(module.bias, 0.2, 0.5)
+            # Below 0, so that a norm without a bias makes something of 0 that passes a ReLU, too.
+            uniform(getattr(module, "running_mean", None), -0.1, -0.02)
+            uniform(getattr(module, "running_var", None), 0.5, 1.5)
+        elif isinstance(module, Consumer):
+            uniform(module.bias, -0.1, 0.1)
+    for module in modules:
+        for tensor in (*own_parameters(module).values(), *own_buffers(module).values()):
+            if tensor is None or tensor in settled or not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if _constant(tensor):
+                uniform(tensor, 0.5, 1.5)
+    for (low, high), tensors in ranges.items():
+        values = torch.empty(sum(tensor.numel() for tensor in tensors))
+        values.uniform_(low, high, generator=generator)
+        for tensor, own in zip(tensors, values.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.data = own.view(tensor.shape).to(tensor)
+
+
+def _constant(tensor: Tensor) -> bool:
+    first, last = (tensor[(at,) * tensor.dim()] for at in (0, -1))
+    return bool(first == last) and bool((tensor == first).all())
+
+
+def noise_like(example: Any, repeats: int) -> Any:
+    """Random numbers in the range of each floating tensor; ``repeats`` times the batch."""
+    generator = torch.Generator().manual_seed(3)
+
+    def change(tensor: Tensor) -> Tensor:
+        low, high = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
+        shape = tensor.shape
+        if low == high:
+            return torch.randn(shape, generator=generator).to(tensor)
+        return torch.rand(shape, generator=generator).mul(high - low).add(low).to(tensor)
+
+    def longer(inputs: Any) -> Any:
+        if isinstance(inputs, Tensor):
+            return inputs.repeat(repeats, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
+        if isinstance(inputs, Mapping):
+            return {key: longer(value) for key, value in inputs.items()}
+        return tuple(map(longer, inputs)) if isinstance(inputs, tuple | list) else inputs
+
+    flat = isinstance(example, Tensor) or all(
+        not isinstance(part, tuple | list | Mapping)
+        for part in (example.values() if isinstance(example, Mapping) else example)
+    )
+    return mapped(longer(example) if repeats > 1 and flat else example, change)

@@ -1,0 +1,237 @@
+"""What is on a model: what regrow, PyTorch or the user has put there, and which operations are refused then.
+
+``check`` asks the table ``REFUSED`` before an operation of the public API changes anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from regrow.modules import unwrap
+from regrow.torch_private import compiled_from, is_compiled_in_place, own_parameters
+
+OPERATIONS = (
+    *("RePr", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
+    *("fold_norms", "save", "load", "export_onnx", "reestimate_norms"),
+)
+_RELEASE = "Call cycle.remove() first, or regrow.release(model) if the cycle is lost."
+_WEIGHT_ENDS = {
+    "parametrized": "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+    "pruning masks": "torch.nn.utils.prune.remove(layer, 'weight')",
+    "weight hooks": "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)",
+}
+# state → (what the model is or does, the call that ends it)
+STATES = {
+    "narrowed": ("computes without its dropped filters (the sub phase of a RePr)", _RELEASE),
+    "masked": ("has its dropped filters held at 0 (the sub phase of a RePr)", _RELEASE),
+    "in a cycle": ("is in a RePr that has not come to its end", _RELEASE),
+    "bridgeout": ("has Bridgeout", "Call remove_bridgeout(model) first."),
+    "placed": (
+        "was cut, and puts channels at their places among zeros",
+        "Call regrow.prune(model, …), which cuts again and compensates, or compensate before the cut.",
+    ),
+    "folded": ("has its norms folded", "Do this before fold_norms, on the model that was given to it."),
+    "data parallel": (
+        "is wrapped in DataParallel or DistributedDataParallel, which holds on to its parameters",
+        "Give model.module, in every process, and wrap it anew afterwards.",
+    ),
+    "sharded": ("is sharded, and regrow needs whole filters on every process", "Use DDP instead of FSDP."),
+    "compiled": ("is compiled", "Give the model that was given to torch.compile."),
+    "parametrized": (
+        "has weights that a parametrization computes",
+        f"Call {_WEIGHT_ENDS['parametrized']} first.",
+    ),
+    "pruning masks": (
+        "has weights under a mask of torch.nn.utils.prune",
+        f"Call {_WEIGHT_ENDS['pruning masks']} first.",
+    ),
+    "weight hooks": (
+        "has weights that a hook computes before each pass",
+        f"Call {_WEIGHT_ENDS['weight hooks']} first; torch.nn.utils.parametrizations has both anew.",
+    ),
+    "inference mode": (
+        "is used under torch.inference_mode, and tensors made there can never be trained",
+        "Leave the torch.inference_mode block first, or write torch.no_grad in its place.",
+    ),
+    "inference tensors": (
+        "holds tensors that were made under torch.inference_mode",
+        "Give copy.deepcopy(model), made outside of torch.inference_mode.",
+    ),
+    "lazy": ("has a layer without a weight before its first pass", "Run one forward pass first."),
+}
+_STRUCTURE = {"RePr", "cut", "prune", "compensate", "read_as"}
+# The table: state → the operations that are refused. All others go on, and their results are right. A layer
+# whose weight is not a parameter of its own is left alone by name (see ``borrowed_weight``).
+REFUSED: dict[str, set[str]] = {
+    "narrowed": {*_STRUCTURE, "add_bridgeout", "remove_bridgeout", "load"},
+    "masked": {*_STRUCTURE, "load"},
+    "in a cycle": {"RePr", "cut", "prune"},
+    "bridgeout": {"add_bridgeout", "cut", "prune"},
+    "placed": {"compensate", "read_as"},
+    "folded": {*_STRUCTURE, "add_bridgeout", "save", "load"},
+    "data parallel": {"cut", "prune"},
+    "sharded": {*OPERATIONS} - {"reestimate_norms"},
+    "compiled": set(),
+    "parametrized": set(),
+    "pruning masks": {*_STRUCTURE, "fold_norms", "load"},
+    "weight hooks": {*_STRUCTURE, "fold_norms", "load"},
+    "inference mode": {*_STRUCTURE, "add_bridgeout", "fold_norms", "load"},
+    "inference tensors": {*_STRUCTURE, "add_bridgeout", "load", "export_onnx", "reestimate_norms"},
+    "lazy": {*_STRUCTURE, "add_bridgeout", "fold_norms", "save", "load", "export_onnx", "reestimate_norms"},
+}
+
+
+def check(model: nn.Module, operation: str, *, called: str = "") -> None:
+    """Raise ``ValueError`` if ``operation`` is refused in one of the states that ``model`` is in.
+
+    Args:
+        model: as the user gave it, in its wrappers.
+        called: the public name that the user called, where it is another than ``operation``.
+    """
+    for state, where in states_of(model).items():
+        if operation in REFUSED[state]:
+            raise _refusal(called or operation, state, where)
+
+
+def check_whole(model: nn.Module, operation: str) -> None:
+    """Raise ``ValueError`` if a part of ``model`` is sharded: for functions that are not in the table."""
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            raise _refusal(operation, "sharded", name)
+
+
+def _refusal(operation: str, state: str, where: str) -> ValueError:
+    says, end = STATES[state]
+    at = f" (see {where!r})" if where else ""
+    return ValueError(f"{operation} was refused, because the model {says}{at}. {end}")
+
+
+def states_of(model: nn.Module) -> dict[str, str]:
+    """The states in ``STATES`` that ``model`` is in: {state: qualified name of a module that shows it}."""
+    inner = unwrap(model)
+    found: dict[str, str] = {}
+    for name, _, mark in marks_on(inner):
+        found.setdefault(mark.state(), name)
+    for state, shows in _SIGNS.items():
+        where = [name for name, module in inner.named_modules() if shows(module)]
+        if where:
+            found[state] = where[0]
+    found |= dict.fromkeys(_states_of_wrappers(model), "")
+    if torch.is_inference_mode_enabled():
+        found["inference mode"] = ""
+    return {state: found[state] for state in STATES if state in found}
+
+
+class Mark:
+    """Something of regrow's on a module, kept among the module's attributes.
+
+    Attributes:
+        travels: whether copies and pickles of the module bear the mark too; otherwise they hold None.
+    """
+
+    travels = True
+
+    def state(self) -> str:
+        """The state that the module is in, a key of ``STATES``; empty where there is no more to say."""
+        raise NotImplementedError
+
+    def undo(self, module: nn.Module) -> None:
+        """Take the mark, and what belongs to it, off ``module``."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.travels else (type(None), ())
+
+
+def marks_on(model: nn.Module) -> Iterator[tuple[str, nn.Module, Mark]]:
+    """The marks on the modules of ``model``: (qualified name, module, mark)."""
+    for name, module in model.named_modules():
+        for value in list(vars(module).values()):
+            if isinstance(value, Mark):
+                yield name, module, value
+
+
+def strip(probe: nn.Module) -> None:
+    """Take all marks off ``probe``, a copy of the user's model: what regrow put on it undoes itself."""
+    for _, module, mark in list(marks_on(probe)):
+        mark.undo(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters of this very module are spread over processes (FSDP, tensor parallelism)."""
+    # fully_shard puts FSDPModule among the bases of the class.
+    bases = {base.__name__ for base in type(module).__mro__}
+    kinds = {type(parameter).__name__ for parameter in own_parameters(module).values()}
+    return bool(bases & {"FullyShardedDataParallel", "FSDPModule"}) or "DTensor" in kinds
+
+
+def is_placed(module: nn.Module) -> bool:
+    """Whether a cut left a layer that picks channels of its input or puts its output among zeros."""
+    return "_regrow_at" in vars(module)
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether a cut left a layer that computes with its weight among zeros."""
+    return bool(vars(module).get("_regrow_at", {}).get("_regrow_spread"))
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether ``fold_norms`` folded a norm into this convolution."""
+    return "_regrow_folded" in vars(module)
+
+
+def borrowed_weight(layer: nn.Module) -> str:
+    """Empty, or why the weight of ``layer`` is no parameter of its own, and the call that ends that."""
+    if own_parameters(layer).get("weight") is not None:
+        return ""
+    if parametrize.is_parametrized(layer, "weight"):
+        state = "parametrized"
+    else:
+        state = "pruning masks" if prune.is_pruned(layer) else "weight hooks"
+    return f"its weight is computed from other parameters ({_WEIGHT_ENDS[state]} ends that)"
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    return isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a hook sets the weight of ``module`` before each pass, as a plain tensor."""
+    return isinstance(vars(module).get("weight"), Tensor) and not parametrize.is_parametrized(module)
+
+
+def _has_inference_tensors(module: nn.Module) -> bool:
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(not nn.parameter.is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
+
+
+# state → whether a module shows it
+_SIGNS: dict[str, Callable[[nn.Module], bool]] = {
+    "placed": is_placed,
+    "folded": is_folded,
+    "data parallel": _is_parallel,
+    "sharded": is_sharded,
+    "compiled": lambda module: compiled_from(module) is not None or is_compiled_in_place(module),
+    "parametrized": parametrize.is_parametrized,
+    "pruning masks": lambda module: _computes_weight(module) and prune.is_pruned(module),
+    "weight hooks": lambda module: _computes_weight(module) and not prune.is_pruned(module),
+    "inference tensors": _has_inference_tensors,
+    "lazy": _is_lazy,
+}
+
+
+def _states_of_wrappers(model: nn.Module) -> list[str]:
+    found = []
+    while model is not (inner := unwrap(model)):
+        found.append("data parallel" if _is_parallel(model) else "compiled")
+        model = compiled_from(model) or cast(nn.Module, getattr(model, "module", inner))
+    return found

@@ -1,0 +1,96 @@
+"""Models and layers as PyTorch builds them: which layers make, read and normalise channels, and where."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from regrow.torch_private import BatchNorm, ConvNd, compiled_from, own_parameters
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Consumer = Convolution | nn.Linear
+Norm = BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.GroupNorm | nn.LayerNorm
+# isinstance tests tuples faster than unions.
+CONVOLUTION_CLASSES, CONSUMER_CLASSES = get_args(Convolution), get_args(Consumer)
+CHANNEL_LAYERS = (*CONSUMER_CLASSES, *get_args(Norm))
+_WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside ``torch.compile`` and data-parallel wrappers.
+
+    Names taken from it carry no ``module.`` or ``_orig_mod.`` prefix, so files saved under a wrapper load
+    without one.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif (inner := compiled_from(model)) is not None:
+            model = inner
+        else:
+            return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter; the CPU for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def channel_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The convolutions, linear layers and norms, as ``named_modules`` orders them."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, CHANNEL_LAYERS)]
+
+
+def channel_dim(module: nn.Module, tensor: Tensor) -> int:
+    """The dimension of ``tensor``, the input or output of ``module``, that holds the channels.
+
+    The tensor may come with or without a batch dimension.
+    """
+    return channel_dims(module, tensor)[0]
+
+
+def channel_dims(module: nn.Module, tensor: Tensor) -> list[int]:
+    """Where ``module`` may have its channels in ``tensor``: layer norms are used in two layouts."""
+    if isinstance(module, nn.Linear):
+        return [tensor.dim() - 1]
+    if isinstance(module, ConvNd):
+        return [tensor.dim() - 1 - len(module.kernel_size)]
+    if isinstance(module, nn.LayerNorm):
+        return [1, tensor.dim() - 1]
+    return [1]
+
+
+def channels_read(module: nn.Module) -> int | None:
+    """How many input channels ``module`` reads; None for a layer that takes any number."""
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        return None
+    known = next((vars(module)[count] for count in _WIDTHS if count in vars(module)), None)
+    if known is None and isinstance(weight := getattr(module, "weight", None), Tensor):
+        known = len(weight)
+    return known
+
+
+def per_channel(norm: nn.Module) -> bool:
+    """Whether a norm's output in one channel depends on that channel alone."""
+    return not isinstance(norm, nn.LayerNorm) and (
+        not isinstance(norm, nn.GroupNorm) or norm.num_groups == norm.num_channels
+    )
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's own convolutions or linear layers, unchanged.
+
+    A subclass, or a layer whose ``forward`` was replaced, may compute something else.
+    """
+    return type(module) in CONSUMER_CLASSES and "forward" not in vars(module)
+
+
+def tied_modules(model: nn.Module) -> set[str]:
+    """The modules that hold a parameter which another module holds too."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in {p for p in own_parameters(module).values() if p is not None}:
+            holders.setdefault(parameter, []).append(name)
+    return {name for names in holders.values() if len(names) > 1 for name in names}

@@ -1,0 +1,94 @@
+"""A plan of a cut: what it leaves of each layer, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+class PlanUnfit(ValueError):
+    """A plan names layers, channels or shapes that a model does not have."""
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """What a cut leaves of each layer: what narrowing computes with for a while and surgery makes permanent.
+
+    Layers go by qualified name; one that is not named stays whole. Indices are ascending.
+
+    Attributes:
+        rows: convolution → the filters it goes on computing (rows of its weight).
+        columns: convolution or linear layer → the input channels it goes on reading (dim 1 of its
+            weight).
+        channels: norm or PReLU → the channels that stay of its parameters and statistics.
+        groups: grouped convolution → its new number of groups; those of the rows that stay.
+        placed: layer → (width, positions): its output, narrow, is put at these channels of a tensor of
+            zeros that is that wide.
+        picked: layer → the channels it reads of the input that arrives.
+        spread: norm or convolution → the channels whose weight and bias stay, where the layer computes
+            with all that ``channels`` leaves and the others' are 0.
+        masked: convolution → why it goes on computing its dropped filters, which are held at 0.
+    """
+
+    rows: dict[str, list[int]] = field(default_factory=dict)
+    columns: dict[str, list[int]] = field(default_factory=dict)
+    channels: dict[str, list[int]] = field(default_factory=dict)
+    groups: dict[str, int] = field(default_factory=dict)
+    placed: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    picked: dict[str, list[int]] = field(default_factory=dict)
+    spread: dict[str, list[int]] = field(default_factory=dict)
+    masked: dict[str, str] = field(default_factory=dict)
+
+    def layers(self) -> list[str]:
+        """The layers of which it leaves something else than they are."""
+        parts = (self.rows, self.columns, self.channels, self.groups, self.placed, self.picked, self.spread)
+        return list(dict.fromkeys(name for part in parts for name in part))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain, JSON-able data."""
+        data: dict[str, Any] = {part.name: dict(getattr(self, part.name)) for part in fields(self)}
+        data["placed"] = {name: [width, list(at)] for name, (width, at) in self.placed.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CutPlan:
+        """The plan that ``to_dict`` wrote.
+
+        Raises:
+            ValueError: a part is missing or unknown, or holds something else than it should.
+        """
+        names = [part.name for part in fields(cls)]
+        if not isinstance(data, Mapping) or set(data) != set(names):
+            raise ValueError(f"a cut plan has the parts {', '.join(names)}; got {_shown(data)}.")
+        placed = {}
+        for part in names:
+            if not isinstance(data[part], Mapping):
+                raise ValueError(f"{part!r} of a cut plan maps names to values, got {_shown(data[part])}.")
+            for name, value in data[part].items():
+                if not isinstance(name, str) or not _KINDS.get(part, _indices)(value):
+                    raise ValueError(f"{part!r} of a cut plan cannot hold {_shown(value)} for {name!r}.")
+        placed = {name: (width, list(at)) for name, (width, at) in data["placed"].items()}
+        return cls(**{**{part: dict(data[part]) for part in names}, "placed": placed})
+
+
+def _shown(value: Any) -> str:
+    text = repr(sorted(map(str, value)) if isinstance(value, Mapping) else value)
+    return text if len(text) < 80 else f"{text[:77]}…"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _indices(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_whole, value))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "groups": _whole,
+    "placed": lambda value: (
+        isinstance(value, tuple | list) and len(value) == 2 and _whole(value[0]) and _indices(value[1])
+    ),
+    "masked": lambda value: isinstance(value, str),
+}

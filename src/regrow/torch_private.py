@@ -1,0 +1,147 @@
+"""Every name of PyTorch and torch-pruning that begins with an underscore, each with its fallback.
+
+The rest of the library calls the functions below, so a release that renames something is mended here.
+``tests/test_torch_private.py`` fails when one of the names is gone, and when another file uses such a name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]
+
+# Base classes. Without them PyTorch's own subclasses are recognised, and the user's are not.
+BatchNorm: Any = getattr(
+    nn.modules.batchnorm, "_BatchNorm", nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+)
+ConvNd: Any = getattr(
+    nn.modules.conv,
+    "_ConvNd",
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+)
+DropoutNd: Any = getattr(
+    nn.modules.dropout,
+    "_DropoutNd",
+    nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout,
+)
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """The parameters of ``module`` itself by name, None where one was left out (``bias=False``)."""
+    found = vars(module).get("_parameters")
+    return dict(module.named_parameters(recurse=False)) if found is None else found
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """The buffers of ``module`` itself by name, None where one was left out."""
+    found = vars(module).get("_buffers")
+    return dict(module.named_buffers(recurse=False)) if found is None else found
+
+
+def own_modules(module: nn.Module) -> dict[str, Any]:
+    """The direct children of ``module`` by name, a child with two names under both."""
+    found = vars(module).get("_modules")
+    return dict(module.named_children()) if found is None else found
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a forward hook on ``module``; True where that cannot be seen."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return any(vars(module).get(kind, True) for kind in kinds)
+
+
+def compiled_from(model: nn.Module) -> nn.Module | None:
+    """The module inside a ``torch.compile`` wrapper; None for any other model."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called; False where that cannot be seen."""
+    return vars(module).get("_compiled_call_impl") is not None
+
+
+def takes_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``register_step_post_hook`` works: it fails on wrappers that skip ``Optimizer.__init__``."""
+    try:
+        optimizer.register_step_post_hook(_nothing).remove()
+    except AttributeError:  # the dictionary of hooks is private, and so is its name
+        return False
+    return True
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """A copy that takes memory, and time, when it or ``tensor`` is written to; else an ordinary copy."""
+    try:
+        return torch._lazy_clone(tensor.detach())
+    except (AttributeError, RuntimeError, NotImplementedError):  # memory that PyTorch did not allocate
+        return tensor.detach().clone()
+
+
+def is_unwritten(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a lazy copy, or has one, and neither was written to; False if unknown."""
+    known = getattr(torch._C, "_is_cow_tensor", None)
+    return known is not None and bool(known(tensor))
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often ``tensor`` was changed in place; always 0 where PyTorch does not count (inference mode)."""
+    return 0 if tensor.is_inference() else int(getattr(tensor, "_version", 0))
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """What is equal for two tensors that share ``storage``, also for storages without a byte."""
+    return int(getattr(storage, "_cdata", storage.data_ptr()))
+
+
+def backward_node() -> Any:
+    """The autograd node that runs in this thread; None outside a backward pass, or where it is unknown.
+
+    Unknown, a checkpointed part that is computed again takes the noise of the latest pass.
+    """
+    current = getattr(torch._C, "_current_autograd_node", None)
+    return None if current is None or torch.compiler.is_compiling() else current()
+
+
+def nodes_made() -> int:
+    """How many autograd nodes this thread has made."""
+    count = getattr(torch.autograd, "_get_sequence_nr", None)
+    return 0 if count is None else int(count())
+
+
+def made_as(node: Any) -> int:
+    """The number of autograd nodes made before ``node``."""
+    number = getattr(node, "_sequence_nr", None)
+    return 0 if number is None else int(number())
+
+
+class _Place(NamedTuple):
+    idx: int
+    root_idx: int
+
+
+def pruning_places(filters: int) -> list[Any]:
+    """torch-pruning's indices of a convolution's channels: ``idx`` in a layer, ``root_idx`` the filter."""
+    from torch_pruning import _helpers
+
+    kind: Any = getattr(_helpers, "_HybridIndex", _Place)
+    return [kind(idx=i, root_idx=i) for i in range(filters)]
+
+
+def pruning_stride(mapping: Any) -> int:
+    """How many places one channel becomes behind a torch-pruning index mapping (a flatten); 1 if unknown."""
+    return int(getattr(mapping, "_stride", 1))
+
+
+def pruning_operation(module: Any) -> str:
+    """The name of the autograd operation that a torch-pruning node stands for; empty if unknown."""
+    return str(getattr(module, "_grad_fn", ""))
