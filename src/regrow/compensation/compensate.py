@@ -215,7 +215,7 @@ def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, l
     holders = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
     unfolded = {}
     for name, shift in shifts.items():
-        bias = model.get_submodule(name)._parameters.get("bias")
+        bias = own_parameters(model.get_submodule(name)).get("bias")
         if bias is not None and holders[id(bias)] == 1:
             bias.add_(shift.to(bias))
         elif name in behind:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +12,13 @@ from regrow.looking.calls import PassFailed, mapped
 from regrow.modules import Consumer, Norm
 from regrow.torch_private import own_buffers, own_parameters
 
-_DRAWN = 1 << 18
-
 
 class Noise:
     """Random numbers in place of what layers make: of one sign or the other, between which no activation
     stops both, and no sum cancels; or of both signs, some near 0 and some far."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def among(self, output: Tensor, dim: int, silent: Tensor | None, sign: int) -> Tensor:
         """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay.
@@ -35,29 +31,13 @@ class Noise:
         """
         if silent is not None and (dim >= output.dim() or int(silent.max()) >= output.shape[dim]):
             raise PassFailed(f"a layer makes a tensor {list(output.shape)} without a channel for each filter")
-        count = output.numel()
-        if 2 * count > _DRAWN:
-            values = _drawn(count, self._random.getrandbits(60), mixed=not sign)
-        else:
-            # Read from another place each time, which takes a tenth of drawing anew.
-            start = self._random.randrange(_DRAWN - count)
-            values = _drawn_once(mixed=not sign)[start : start + count]
-        noise = (values * (sign or 1)).view(output.shape).to(output)
+        values = torch.empty(output.shape).uniform_(0.5, 1.5, generator=self._generator)
+        values *= sign or torch.randn(output.shape, generator=self._generator)
+        noise = values.to(output)
         if silent is not None:
             silent = silent.to(output.device)
             noise.index_copy_(dim, silent, output.index_select(dim, silent))
         return noise
-
-
-def _drawn(count: int, seed: int, *, mixed: bool) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.empty(count).uniform_(0.5, 1.5, generator=generator)
-    return values * torch.randn(count, generator=generator) if mixed else values
-
-
-@functools.cache
-def _drawn_once(*, mixed: bool) -> Tensor:
-    return _drawn(_DRAWN, 0, mixed=mixed)
 
 
 def unsettle(probe: nn.Module, generator: torch.Generator) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,44 +20,41 @@ _MOST = 2
 Way = list[tuple[str, int]]
 
 
-def smaller_picture(model: nn.Module, example_inputs: Any, known: Way | None = None) -> Any:
-    """``shrunk`` pictures, if they take the same way through the layers of ``model``.
+def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
+    """The first two of the pictures [batch, channels, height, width], with 64 pixels on the shorter side.
 
-    ``example_inputs`` as they are for any other kind of input, and where the way differs or a pass fails.
+    Small pictures must have less than half of the size, and take the same way through the layers of ``model``;
+    else the first two are returned as they are. Inputs of any other kind are returned as they are.
 
     Args:
         model: a copy, in evaluation mode; it runs once on each size.
-        known: the way that ``example_inputs`` take, where that is known already.
-    """
-    small = shrunk(example_inputs)
-    if small is None:
-        return example_inputs
-    try:
-        return small if way(model, small) == (known or way(model, example_inputs)) else example_inputs
-    except PassFailed as error:
-        gave_up("smaller pictures", error)
-        return example_inputs
-
-
-def shrunk(example_inputs: Any) -> Tensor | None:
-    """The first two of the pictures [batch, channels, height, width], 64 pixels on the shorter side.
-
-    None for pictures with a shorter side of less than 128 pixels, and for any other kind of input.
     """
     if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not len(example_inputs):
-        return None
+        return example_inputs
     height, width = example_inputs.shape[2:]
     if not example_inputs.is_floating_point() or min(height, width) < 2 * _SIDE:
-        return None
+        return example_inputs
+    pictures = example_inputs if len(example_inputs) <= _MOST else example_inputs[:_MOST]
     scale = _SIDE / min(height, width)
     size = [round(side * scale / 32) * 32 for side in (height, width)]
-    return F.interpolate(example_inputs[:_MOST], size, mode="area")
+    small = F.interpolate(pictures, size, mode="area")
+    try:
+        same = way(model, small) == idle_way(model, pictures)
+    except PassFailed as error:  # a model of one size, or a failure that large pictures bring about too
+        gave_up("smaller pictures", error)
+        return pictures
+    return small if same else pictures
 
 
 def way(model: nn.Module, pictures: Tensor) -> Way:
     """The layers that run, in order, and how many channels each makes. ``PassFailed`` if the model fails."""
-    with watched(model) as found, torch.no_grad(), undisturbed(model):
-        call(model, pictures[:_MOST])
+    found: Way = []
+
+    def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found.append(step(name, output))
+
+    with hooked(channel_layers(model), after), torch.no_grad(), undisturbed(model):
+        call(model, pictures)
     return found
 
 
@@ -70,20 +65,6 @@ def idle_way(model: nn.Module, pictures: Tensor) -> Way:
     """
     with idle(list(model.named_modules())):
         return way(model, pictures)
-
-
-@contextmanager
-def watched(model: nn.Module, then: Callable[..., None] | None = None) -> Iterator[Way]:
-    """The way that passes in this block take; each step calls ``then(name, module, inputs, output)``."""
-    found: Way = []
-
-    def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        found.append(step(name, output))
-        if then is not None:
-            then(name, module, inputs, output)
-
-    with hooked(channel_layers(model), after):
-        yield found
 
 
 def step(name: str, output: Tensor) -> tuple[str, int]:

@@ -26,7 +26,7 @@ from regrow.suggest import nearest
 from regrow.surgery.plan import CutPlan
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal
-from regrow.torch_private import takes_step_hooks, tree_map_only
+from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
 
 _VERSION = 1
 # Below a tenth of the highest rate a cut or a restart has too little left to heal with.
@@ -157,7 +157,7 @@ class RePr:
         self._check_held()
         for readers in self._layers.values():
             for consumer in readers.consumers:
-                weight = self._model.get_submodule(consumer)._parameters.get("weight")
+                weight = own_parameters(self._model.get_submodule(consumer)).get("weight")
                 if weight is None or not weight.requires_grad:
                     readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
         self._replicated = isinstance(model, nn.DataParallel)

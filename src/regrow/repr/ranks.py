@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from regrow.torch_private import compiled_from
+
 
 def group_of(model: nn.Module) -> Any:
     """The process group that ``model`` is trained in: its DDP wrapper's, None without one.
@@ -18,9 +20,10 @@ def group_of(model: nn.Module) -> Any:
     train a network each, and only one of them might ask here, which would wait for the others for good.
     """
     while not isinstance(model, nn.parallel.DistributedDataParallel):
-        model = getattr(model, "_orig_mod", None)  # type: ignore[assignment]
-        if model is None:
+        inner = compiled_from(model)
+        if inner is None:
             return None
+        model = inner
     return model.process_group if dist.get_world_size(model.process_group) > 1 else None
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from regrow.log import gave_up
 from regrow.looking.calls import PassFailed, call, floating, mapped, undisturbed
 from regrow.looking.copies import NotCopied, copied
-from regrow.looking.small_inputs import Way, idle_way, shrunk, smaller_picture, watched
-from regrow.modules import Convolution, unwrap
+from regrow.looking.hooks import hooked
+from regrow.looking.small_inputs import smaller_picture
+from regrow.modules import Convolution, channel_layers, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.norms import NormFinder
@@ -42,30 +43,24 @@ class Proposal:
 
     Attributes:
         model: the model, which is not touched.
-        probe: a copy of it, in evaluation mode, for the first caller that needs one.
-        example_inputs: what the model takes; of large pictures two at most.
-        small: the same, shrunk; None where there is nothing to shrink. The model may fail on them.
-        way: the way that ``example_inputs`` take.
+        example_inputs: what it takes; smaller pictures than it was given, where they take the same way.
         readers: {qualified name: readers}, as ``read_structure`` gives them.
     """
 
     model: nn.Module
-    probe: nn.Module
     example_inputs: Any
-    small: Tensor | None
-    way: Way
     readers: dict[str, Readers]
 
     def confirmed(self) -> dict[str, Readers]:
         """The readers without claims that forward passes contradict; they are changed in place."""
         probe = copied(self.model).eval()
         with undisturbed(probe), torch.no_grad():
-            confirm(probe, smaller_picture(probe, self.example_inputs, self.way), self.readers)
+            confirm(probe, self.example_inputs, self.readers)
         return self.readers
 
 
 def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
-    """The first half of ``read_structure``: a single forward pass, and what the graph makes of it.
+    """The first half of ``read_structure``: a forward pass with a gradient, and what the graph makes of it.
 
     Raises:
         ValueError: as ``read_structure``.
@@ -80,87 +75,48 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         ) from error
     # Autograd takes no tensor that was made under torch.inference_mode.
     example_inputs = mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
-    with undisturbed(probe), torch.enable_grad():
-        small = shrunk(example_inputs)
-        if small is not None:
-            example_inputs = example_inputs[: len(small)]
-        tracing = _Tracing(probe)
-        if small is None or not tracing.run_small(example_inputs, small):
-            tracing.run(example_inputs)
+    example_inputs = smaller_picture(probe, example_inputs)
     modules: dict[str, Any] = dict(probe.named_modules())
-    readers = {}
-    for name, norms in tracing.behind().items():
-        conv = modules[name]
-        found = None if tracing.graph is None else tracing.graph.readers(conv)
-        if found is None:
-            reason = tracing.reason or "torch-pruning could not follow its channels"
-            filters = range(conv.out_channels)
-            found = Readers(
-                norms={norm: Reads(filters, filters) for norm in norms}, mixed=reason, blocked=reason
-            )
-        readers[name] = found
-    if tracing.graph is not None:
-        tracing.graph.close()
-    rule_out(probe, readers)
-    return Proposal(model, probe, example_inputs, small, tracing.way, readers)
+    norms, reason, graph, output = NormFinder(), "", None, None
 
+    def outputs(_model: nn.Module, _inputs: Any) -> list[Tensor]:
+        nonlocal norms, output
+        norms = NormFinder()
+        with hooked(channel_layers(probe), norms.note):
+            output = _call(probe, example_inputs)
+        return [tensor for tensor in floating(output) if tensor.requires_grad]
 
-class _Tracing:
-    """One forward pass of a probe, by which torch-pruning builds its graph.
-
-    Attributes:
-        graph: None where torch-pruning could not trace the model.
-        reason: why it could not.
-        way: the way that the pass took.
-    """
-
-    def __init__(self, probe: nn.Module) -> None:
-        self._probe = probe
-        self.graph: Graph | None = None
-        self.reason = ""
-        self.way: Way = []
-        self._norms = NormFinder()
-        self._done = False
-
-    def run(self, example_inputs: Any) -> None:
-        """Trace the probe. ``ValueError`` if its forward pass fails."""
+    with undisturbed(probe), torch.enable_grad():
         try:
-            self.graph = Graph(self._probe, example_inputs, self._outputs)
+            graph = Graph(probe, example_inputs, outputs)
         except LostCount as error:
             gave_up("the graph", error)
-            self.graph, self.reason = None, str(error)
-            if not self._done:
-                self._pass(self._probe, example_inputs)
+            reason = str(error)
+            if output is None:
+                outputs(probe, example_inputs)
+    readers = {}
+    for name, behind in norms.behind().items():
+        conv = modules[name]
+        if not isinstance(conv, Convolution):
+            continue
+        found = None if graph is None else graph.readers(conv)
+        if found is None:
+            why = reason or "torch-pruning could not follow its channels"
+            every = range(conv.out_channels)
+            found = Readers(norms={norm: Reads(every, every) for norm in behind}, mixed=why, blocked=why)
+        readers[name] = found
+    if graph is not None:
+        graph.close()
+    rule_out(probe, readers)
+    return Proposal(model, example_inputs, readers)
 
-    def run_small(self, example_inputs: Tensor, small: Tensor) -> bool:
-        """``run`` with the ``small`` pictures; whether they take the way that the large ones do."""
-        try:
-            known = idle_way(self._probe, example_inputs)
-            self.run(small)
-        except PassFailed as error:  # a model of one size, or a failure that large pictures bring about too
-            gave_up("smaller pictures", error)
-            return False
-        return self.way == known
 
-    def behind(self) -> dict[str, list[str]]:
-        """{convolution: the norms behind it}, in order of execution."""
-        modules = dict(self._probe.named_modules())
-        found = self._norms.behind()
-        return {name: norms for name, norms in found.items() if isinstance(modules[name], Convolution)}
-
-    def _outputs(self, model: nn.Module, inputs: Any) -> list[Tensor]:
-        return [tensor for tensor in floating(self._pass(model, inputs)) if tensor.requires_grad]
-
-    def _pass(self, model: nn.Module, inputs: Any) -> Any:
-        self._norms, self._done = NormFinder(), False
-        try:
-            with watched(self._probe, self._norms.note) as self.way:
-                output = call(model, inputs)
-        except PassFailed as error:
-            raise PassFailed(
-                f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "
-                "takes, for example one batch of your loader, x[:1]; a tuple for several arguments, a dict "
-                "for keywords."
-            ) from error.__cause__
-        self._done = True
-        return output
+def _call(model: nn.Module, example_inputs: Any) -> Any:
+    try:
+        return call(model, example_inputs)
+    except PassFailed as error:
+        raise PassFailed(
+            f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "
+            "takes, for example one batch of your loader, x[:1]; a tuple for several arguments, a dict for "
+            "keywords."
+        ) from error.__cause__

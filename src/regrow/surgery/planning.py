@@ -14,18 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.log import gave_up
-from regrow.looking.calls import PassFailed
 from regrow.looking.copies import copied
 from regrow.looking.small_inputs import smaller_picture
 from regrow.modules import unwrap
-from regrow.structure.read import Proposal, propose_structure
+from regrow.structure.read import propose_structure
 from regrow.structure.readers import Readers
 from regrow.surgery.draft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
 from regrow.surgery.layers import is_cut
 from regrow.surgery.plan import CutPlan
 from regrow.surgery.removal import Removal, dropped_filters, plan_removal
-from regrow.surgery.verify import DataDependent, Probe
+from regrow.surgery.verify import Probe
 
 __all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
 
@@ -82,40 +80,27 @@ def plan_removal_and_cut(
         raise ValueError("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
         return Planned(Removal({}, {}, {}), CutPlan())
-    proposal, large = None, example_inputs
+    proposal = None
+    large = example_inputs
     if readers is None:
         proposal = propose_structure(model, example_inputs)
-        readers = proposal.readers
-        example_inputs = large = proposal.example_inputs
+        readers, example_inputs = proposal.readers, proposal.example_inputs
     else:
         example_inputs = smaller_picture(copied(model).eval(), example_inputs)
     removal = plan_removal(model, keep, example_inputs, readers, followers=followers)
     for quick in (True, False):
-        small = None if proposal is None else _small_probe(model, removal, proposal, quick)
-        probe = small or Probe(model, removal, example_inputs, quick=quick)
+        probe = Probe(model, removal, example_inputs, quick=quick)
         if proposal is not None and not probe.confirms_removal:
             # The graph is wrong about these filters: passes check everything that it says.
             removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
-            proposal, small = None, None
+            proposal = None
             probe = Probe(model, removal, example_inputs, quick=quick)
-        if probe.folds and (small is not None or example_inputs is not large):
+        if probe.folds and isinstance(large, Tensor) and large.shape != example_inputs.shape:
             probe.look_at(large[: len(example_inputs)])
         search = _Search(removal, probe, Drafting(model, removal, probe))
         if (plan := search.wished()) is not None:
             return Planned(removal, plan)
     return Planned(removal, search.plan())
-
-
-def _small_probe(model: nn.Module, removal: Removal, proposal: Proposal, quick: bool) -> Probe | None:
-    """A probe that runs on small pictures, if they take the way that the large ones do."""
-    if proposal.small is None:
-        return None
-    try:
-        probe = Probe(model, removal, proposal.small, quick=quick)
-    except (PassFailed, DataDependent) as error:  # a model of one size, or an error of large pictures too
-        gave_up("smaller pictures", error)
-        return None
-    return probe if probe.way == proposal.way else None
 
 
 class _Search:

@@ -1,0 +1,148 @@
+"""The private names of PyTorch and torch-pruning: that they are there, that one file alone uses them, and
+that their fallbacks do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning
+from torch import nn
+
+from regrow import torch_private as private
+
+SOURCE = Path(private.__file__).parent
+
+NAMES = {
+    "_BatchNorm": nn.modules.batchnorm,
+    "_ConvNd": nn.modules.conv,
+    "_DropoutNd": nn.modules.dropout,
+    "_parameters": nn.Linear(1, 1),
+    "_buffers": nn.Linear(1, 1),
+    "_modules": nn.Linear(1, 1),
+    "_forward_hooks": nn.Linear(1, 1),
+    "_forward_pre_hooks": nn.Linear(1, 1),
+    "_compiled_call_impl": nn.Linear(1, 1),
+    "_orig_mod": torch.compile(nn.Linear(1, 1), backend="eager"),
+    "_lazy_clone": torch,
+    "_is_cow_tensor": torch._C,
+    "_version": torch.ones(1),
+    "_cdata": torch.ones(1).untyped_storage(),
+    "_current_autograd_node": torch._C,
+    "_get_sequence_nr": torch.autograd,
+    "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
+    "_HybridIndex": torch_pruning._helpers,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_private_name_is_still_there(name):
+    assert hasattr(NAMES[name], name), f"{name} is gone: torch_private falls back; look for a successor"
+
+
+def test_the_private_names_of_torch_pruning_s_nodes_are_still_there():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4 * 4, 2)
+
+        def forward(self, x):
+            return self.head((self.a(x) + self.b(x)).flatten(1))
+
+    graph = torch_pruning.DependencyGraph().build_dependency(Net(), example_inputs=torch.ones(1, 3, 2, 2))
+    operations = [private.pruning_operation(node.module) for node in graph.module2node.values()]
+    assert any(operation.startswith("AddBackward") for operation in operations)
+    mappings = [
+        m for node in graph.module2node.values() for edge in node.dependencies for m in edge.index_mapping
+    ]
+    assert 4 in [private.pruning_stride(mapping) for mapping in mappings if mapping is not None]
+
+
+def private_names(path):
+    """(line, name) of every private attribute or import in ``path``, other than of ``self`` and ``cls``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            found = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            found = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            found = [part for alias in node.names for part in alias.name.split(".")]
+        else:
+            continue
+        yield from (
+            (node.lineno, name) for name in found if name.startswith("_") and not name.startswith("__")
+        )
+
+
+def own_names(path):
+    """The private names that regrow itself defines in ``path``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name | ast.Attribute):
+            yield node.target.id if isinstance(node.target, ast.Name) else node.target.attr
+
+
+def test_no_other_file_uses_a_private_name():
+    files = [path for path in SOURCE.rglob("*.py") if path.name != "torch_private.py"]
+    own = {name for path in files for name in own_names(path)}
+    used = [
+        f"{path.relative_to(SOURCE)}:{line} {name}"
+        for path in files
+        for line, name in private_names(path)
+        if name not in own and name != "_exit"  # os._exit is public for all its underscore
+    ]
+    assert used == []
+
+
+class Bare:
+    """Something without attributes, as an object of PyTorch would be whose private names are gone."""
+
+
+def test_fallbacks(monkeypatch):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2))
+    monkeypatch.delattr(torch, "_lazy_clone")
+    monkeypatch.delattr(torch._C, "_is_cow_tensor")
+    twin = private.lazy_copy(net[0].weight)
+    twin.add_(1)
+    assert not torch.equal(twin, net[0].weight)
+    assert not private.is_unwritten(net[0].weight)
+    monkeypatch.delattr(torch._C, "_current_autograd_node")
+    monkeypatch.delattr(torch.autograd, "_get_sequence_nr")
+    assert private.backward_node() is None
+    assert private.nodes_made() == private.made_as(Bare()) == 0
+    monkeypatch.delattr(torch_pruning._helpers, "_HybridIndex")
+    assert [(place.idx, place.root_idx) for place in private.pruning_places(2)] == [(0, 0), (1, 1)]
+    assert private.pruning_stride(Bare()) == 1
+    assert private.pruning_operation(Bare()) == ""
+    for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+        assert name in vars(net[1])
+    listed = dict(net[1].named_parameters()), dict(net[1].named_buffers()), dict(net.named_children())
+    assert (private.own_parameters(net[1]), private.own_buffers(net[1]), private.own_modules(net)) == listed
+    assert not private.has_hooks(net)
+    net.register_forward_hook(lambda *_: None)
+    assert private.has_hooks(net)
+
+
+def test_writes_are_counted_and_not_under_inference_mode():
+    x = torch.zeros(2)
+    before = private.writes_to(x)
+    x.add_(1)
+    assert private.writes_to(x) == before + 1
+    with torch.inference_mode():
+        assert private.writes_to(torch.zeros(1).add_(1)) == 0
+
+
+def test_an_optimizer_that_takes_no_hooks():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner, self.param_groups = inner, inner.param_groups
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert private.takes_step_hooks(optimizer)
+    assert not private.takes_step_hooks(Wrapper(optimizer))
+    assert not optimizer._optimizer_step_post_hooks
