@@ -23,7 +23,7 @@ Way = list[tuple[str, int]]
 def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
     """The first two of the pictures [batch, channels, height, width], with 64 pixels on the shorter side.
 
-    Small pictures must have less than half of the size, and take the same way through the layers of ``model``;
+    Small pictures must have less than half of the size, and take the same way through ``model``;
     else the first two are returned as they are. Inputs of any other kind are returned as they are.
 
     Args:
