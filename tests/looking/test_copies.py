@@ -11,7 +11,7 @@ from regrow.looking.copies import copied, lazily, unwritten
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Odd(nn.Module):
+class SelfContaining(nn.Module):
     """A module with what plain layers do not hold: a list of modules, itself, a bound method, a tensor."""
 
     def __init__(self):
@@ -126,7 +126,7 @@ def test_a_model_s_own_hooks_come_along():
 
 
 def test_what_plain_layers_do_not_hold_is_copied_as_deepcopy_does():
-    model = Odd()
+    model = SelfContaining()
     twin = copied(model, torch.clone)
     assert twin.again[0] is twin.conv
     assert twin.me[0] is twin

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cycles import X, build, hooks, is_dead, repr_on, same_weights, sgd
+from nets import FullyShardedDataParallel
 
 
 def stranger(_model):
@@ -71,9 +72,6 @@ def test_bad_arguments_are_refused_before_anything_changes(settings, message):
 
 
 def test_models_there_is_nothing_to_do_on():
-    class FullyShardedDataParallel(nn.Sequential):
-        pass
-
     grouped = nn.Sequential(
         nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten(), nn.LazyLinear(4)
     )

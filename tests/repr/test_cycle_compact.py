@@ -9,23 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from cycles import OPTIMIZERS, X, batch, build, fit, is_dead, load, repr_on, run, save, sgd, start, widths
+from nets import Residual
 from regrow.surgery.layers import CutPlan
 from regrow.surgery.planning import Planned
 from regrow.surgery.removal import Removal
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.a, self.norm_a = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.b, self.norm_b = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        x = F.relu(x + self.norm_b(self.b(F.relu(self.norm_a(self.a(x))))))
-        return self.head(x.mean((2, 3)))
+def residual():
+    return Residual(8, 8)
 
 
 def separable():
@@ -56,7 +47,7 @@ def losses(model, optimizer, cycle, steps):
     return seen, [event for event in events if event]
 
 
-@pytest.mark.parametrize("net", [build, Residual, separable])
+@pytest.mark.parametrize("net", [build, residual, separable])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_compact_and_masked_are_the_same_run(kind, net):
     ours, events = losses(*start_on(net, kind), steps=12)
@@ -80,7 +71,7 @@ def test_compact_computes_the_kept_filters_alone():
     losses(masked, *rest, steps=3)
     assert widths(masked) == whole
 
-    model, *rest = start_on(Residual, "sgd")
+    model, *rest = start_on(residual, "sgd")
     _, (drop,) = losses(model, *rest, steps=3)
     assert drop.filters.keys() & {"stem", "b"}  # into the residual stream
     assert widths(model) == {name: 8 - len(drop.filters.get(name, ())) for name in ("stem", "a", "b")}

@@ -47,7 +47,7 @@ def test_the_first_convolution_is_the_first_to_run_and_not_the_first_registered(
 
 
 def test_left_out_says_why():
-    class Odd(nn.Module):
+    class OneReasonEach(nn.Module):
         def __init__(self):
             super().__init__()
             self.stem, self.frozen = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1).requires_grad_(False)
@@ -64,7 +64,7 @@ def test_left_out_says_why():
             x = self.norm(self.a(self.depthwise(self.frozen(self.stem(x)))))
             return self.out(self.free(self.group(self.b(x)))).mean((2, 3))
 
-    cycle = repr_on(Odd())
+    cycle = repr_on(OneReasonEach())
     assert set(cycle.keep) == {"free"}
     reasons = {name: reason for name, reason in cycle.left_out.items() if name != "stem"}
     words = {

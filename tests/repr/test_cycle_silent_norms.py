@@ -5,23 +5,7 @@ import torch
 from torch import nn
 
 from cycles import batch, fit, load, repr_on, save, sgd
-
-
-class Ahead(nn.Module):
-    """A stream with norms ahead of the convolutions, the shortcut of the last block behind its norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-        self.norm3, self.head = nn.BatchNorm2d(4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = x + self.conv1(self.norm1(x).relu())
-        y = self.norm2(x).relu()
-        return self.head(self.norm3(y + self.conv2(y)).relu().mean((2, 3)))
+from nets import Ahead, unsettled
 
 
 def ahead(seed=0):
@@ -33,12 +17,7 @@ def ahead(seed=0):
             for i, row in enumerate(torch.eye(conv.weight[0].numel())[:4]):
                 conv.weight[i] = row.view_as(conv.weight[i])
             conv.weight[1] = 0.9 * conv.weight[2] + 0.1 * conv.weight[0]
-        for norm in (model.norm1, model.norm2, model.norm3):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.uniform_(norm.bias, 0.2, 0.5)
-            nn.init.uniform_(norm.running_mean, -0.3, 0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return model
+    return unsettled(model, 0.2).train()
 
 
 def norms_of(model, channel, keys=("weight", "bias", "running_mean", "running_var")):
