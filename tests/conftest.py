@@ -14,6 +14,9 @@ from nets import chain
 torch.set_num_threads(1)
 # For the processes that tests start, too: threads that wait for a core spin, and a busy machine stalls.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The compiler is taken to know the vector instructions of this CPU. PyTorch would compile a program for each
+# of them first, and that takes longer than the first kernel.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 settings.register_profile("regrow", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("regrow")
 
