@@ -21,6 +21,13 @@ settings.register_profile("regrow", deadline=None, derandomize=True, max_example
 settings.load_profile("regrow")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _server() -> None:
+    # The process that tests fork from takes seconds for its imports: they overlap with the first tests.
+    if "forking" in sys.modules:
+        sys.modules["forking"].start_server()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
