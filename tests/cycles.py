@@ -1,10 +1,5 @@
 """What the tests of RePr's cycles share: a small net, its batches and steps, and its state in a file."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -114,10 +109,3 @@ def widths(model, x=X):
     for handle in handles:
         handle.remove()
     return seen
-
-
-def started(script, *arguments):
-    """Start ``script`` in a new process, which finds the modules beside this one as pytest does."""
-    path = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)})

@@ -40,9 +40,9 @@ def regrow(*arguments: object, folder: Path) -> CompletedProcess[str]:
     return _printed(_command, list(map(str, arguments)), folder)
 
 
-def script(path: Path, *, folder: Path) -> CompletedProcess[str]:
-    """Run a script in ``folder``."""
-    return _printed(_script, [str(path)], folder)
+def script(path: Path | str, *arguments: object, folder: Path) -> CompletedProcess[str]:
+    """Run a script with ``arguments``, in ``folder``; it finds the modules that the tests find."""
+    return _printed(_script, [str(path), *map(str, arguments)], folder)
 
 
 def _printed(work: Callable[[list[str]], None], arguments: list[str], folder: Path) -> CompletedProcess[str]:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import forking
 from cycles import (
     OPTIMIZERS,
     STEPS,
@@ -18,7 +19,6 @@ from cycles import (
     save,
     sgd,
     start,
-    started,
 )
 
 
@@ -45,7 +45,8 @@ def test_a_run_goes_on_in_a_new_process(tmp_path):
     run(model, optimizer, cycle, 3)
     assert cycle.phase == "sub"
     save(tmp_path / "checkpoint.pt", model, optimizer, cycle)
-    assert started(__file__, tmp_path).wait(timeout=600) == 0
+    done = forking.script(__file__, tmp_path, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     run(model, optimizer, cycle, STEPS - 3, start=3)
     assert same_weights(torch.load(tmp_path / "end.pt", weights_only=True), model.state_dict())
 

@@ -2,19 +2,26 @@
 
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from cycles import X, build, fit, sgd, started, widths
+import forking
+from cycles import X, build, fit, sgd, widths
 from regrow.repr.cycle import RePr
 
 
 def test_two_processes_stay_together(tmp_path):
-    processes = [started(__file__, tmp_path, rank) for rank in range(2)]
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    def train(rank):
+        (tmp_path / f"rank{rank}").mkdir()
+        return forking.script(__file__, tmp_path, rank, folder=tmp_path / f"rank{rank}")
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(train, range(2)):
+            assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["widths"] == two["widths"]
     assert sum(one["widths"].values()) == 22 - 7
