@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -10,15 +9,23 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from nets import chain
+
 torch.set_num_threads(1)
 # For the processes that tests start, too: threads that wait for a core spin, and a busy machine stalls.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The compiler is taken to know the vector instructions of this CPU. PyTorch would compile a program for each
+# of them first, and that takes longer than the first kernel.
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 settings.register_profile("regrow", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("regrow")
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_POOLS = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
+
+@pytest.fixture(scope="session", autouse=True)
+def _server() -> None:
+    # The process that tests fork from takes seconds for its imports: they overlap with the first tests.
+    if "forking" in sys.modules:
+        sys.modules["forking"].start_server()
 
 
 @pytest.fixture(autouse=True)
@@ -36,27 +43,7 @@ def _nothing_compiled() -> None:
 @pytest.fixture(scope="session")
 def make_net() -> Callable[..., nn.Sequential]:
     """``make_net(filters)`` → conv1, norm1, relu1, conv2, … pool, flatten, head (4 classes)."""
-
-    def make(
-        filters: tuple[int, ...] = (6, 8, 8),
-        *,
-        dim: int = 2,
-        norm: Callable[[int], nn.Module] | None = None,
-        bias: bool = True,
-        kernel: int = 3,
-    ) -> nn.Sequential:
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        channels = 3
-        for i, width in enumerate(filters, 1):
-            layers[f"conv{i}"] = _CONVS[dim](channels, width, kernel, padding=kernel // 2, bias=bias)
-            layers[f"norm{i}"] = (norm or _BATCH_NORMS[dim])(width)
-            layers[f"relu{i}"] = nn.ReLU()
-            channels = width
-        layers["pool"], layers["flatten"] = _POOLS[dim](1), nn.Flatten()
-        layers["head"] = nn.Linear(channels, 4)
-        return nn.Sequential(layers)
-
-    return make
+    return chain
 
 
 @pytest.fixture(scope="session")

@@ -7,21 +7,18 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import forking
 from regrow.cli import app
 
 SMALL = ["--width", "4", "--train-size", "100", "--threads", "1"]
-
-
-def regrow(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "regrow", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Path) -> None:
     out = tmp_path / "run"
     sentence = "train --data digits --model convnet --method repr --seed 3 --epochs 14 --out"
     arguments = sentence.split(" ")
-    done = regrow(*arguments, out, *SMALL)
+    command = [sys.executable, "-m", "regrow", *arguments, str(out), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("test accuracy ")
     assert done.stderr == "", "a progress bar outside a terminal"
@@ -34,12 +31,12 @@ def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Pat
         "weights.safetensors",
     ]
     assert len((out / "epochs.jsonl").read_text().splitlines()) == 14
-    again = regrow(*arguments, out, *SMALL)
-    assert again.stdout.startswith("already finished")
+    again = CliRunner().invoke(app, [*arguments, str(out), *SMALL])
+    assert again.output.startswith("already finished")
 
 
 def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    failed = regrow("train", "--model", "vg", "--out", tmp_path / "run")
+    failed = forking.regrow("train", "--model", "vg", "--out", tmp_path / "run", folder=tmp_path)
     assert failed.returncode == 1
     assert failed.stderr.startswith("regrow: ")
     assert "vgg" in failed.stderr
@@ -118,7 +115,8 @@ def test_curve_measures_two_runs_and_the_report_shows_it(tmp_path: Path) -> None
             app, ["train", "--method", method, "--epochs", "3", "--out", str(run), *SMALL]
         )
         assert trained.exit_code == 0, trained.output
-    done = regrow("curve", *runs, "--criterion", "random", "--fractions", "0,50", "--split", "validation")
+    measured = ["--criterion", "random", "--fractions", "0,50", "--split", "validation"]
+    done = forking.regrow("curve", *runs, *measured, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a progress bar outside a terminal"
     assert "2 of 2 runs measured." in done.stdout

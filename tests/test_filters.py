@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from nets import FullyShardedDataParallel
 from regrow.filters import (
     check_finite,
     check_keep,
@@ -99,9 +100,6 @@ def test_nothing_left_says_what_there_was():
 
 
 def test_sharded_models_are_refused():
-    class FullyShardedDataParallel(nn.Sequential):
-        pass
-
     class FSDPModule:
         pass
 

@@ -1,14 +1,13 @@
 """What the README and the examples show is what runs."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import forking
 import regrow
 
 ROOT = Path(__file__).parents[1]
@@ -86,8 +85,6 @@ def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
-    )
+    done = forking.script(script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout

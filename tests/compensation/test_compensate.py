@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from nets import keep_but, unsettled
 from regrow.compensation.compensate import READINGS, compensate, read_as
 from regrow.compensation.norms import reestimate_norms
 from regrow.structure.read import read_structure
@@ -16,27 +17,10 @@ from regrow.surgery.removal import remove_filters, zero_filters
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def keep_but(filters: int, *dropped: int) -> torch.Tensor:
-    keep = torch.ones(filters, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
-
-
 def set_to(parameter: torch.Tensor | None, values: object) -> None:
     assert parameter is not None
     with torch.no_grad():
         parameter.copy_(torch.as_tensor(values).view_as(parameter))
-
-
-def unsettled(net: nn.Module) -> nn.Module:
-    """``net`` with norms as after training: no weight, bias or statistic at 0 or 1."""
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, 0.2, 0.5)
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval()
 
 
 @torch.no_grad()
@@ -132,7 +116,7 @@ def test_without_a_bias_the_norm_behind_takes_the_fold() -> None:
         nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),
     )  # fmt: skip
-    unsettled(net)
+    unsettled(net, lowest_bias=0.2)
     set_to(net[0].weight.data[2], torch.zeros(3))
     set_to(net[0].bias.data[2], 1.5)
     before, mean = outputs(net), net[3].running_mean.clone()
@@ -279,7 +263,7 @@ NETS = [Sum, Dense, Depth, Grouped, Squeeze, Flat, InPlace]
 
 def with_constant(build: type[nn.Module], filter_: int = 1, value: float = 0.8) -> nn.Module:
     """A net whose filter ``filter_`` of ``stem`` is the same everywhere."""
-    net = unsettled(build())
+    net = unsettled(build(), lowest_bias=0.2)
     stem: nn.Conv2d = net.stem  # type: ignore[assignment]
     nn.init.zeros_(stem.weight.data[filter_])
     if stem.bias is not None:
@@ -328,7 +312,8 @@ def test_any_constant_channels_are_folded_without_loss(
         nn.Sequential(
             nn.Conv2d(3, 6, kernel), nn.GELU(), nn.Conv2d(6, 5, kernel, stride, bias=bias), nn.BatchNorm2d(5),
             nn.Tanh(), nn.Flatten(1), nn.LazyLinear(3),
-        )
+        ),
+        lowest_bias=0.2,
     )  # fmt: skip
     net(X)
     net[0].weight.data[list(dropped)] = 0
@@ -351,7 +336,7 @@ def test_the_mean_in_front_of_the_next_layer_is_kept_whatever_the_channel_does()
 
 
 def test_each_reading_is_its_function(make_net: Callable[..., nn.Sequential]) -> None:
-    net, keep = unsettled(make_net()), {"conv1": keep_but(6, 0, 3), "conv2": keep_but(8, 1)}
+    net, keep = unsettled(make_net(), lowest_bias=0.2), {"conv1": keep_but(6, 0, 3), "conv2": keep_but(8, 1)}
     nets = {reading: copy.deepcopy(net) for reading in READINGS}
     for reading in READINGS:
         record = read_as(nets[reading], keep, reading, example_inputs=X[:1], calibration=iter([X]))
@@ -382,7 +367,7 @@ def test_an_unknown_reading_and_a_missing_calibration_are_named(
 def test_with_nothing_dropped_every_reading_is_the_network_itself(
     make_net: Callable[..., nn.Sequential], reading: str
 ) -> None:
-    net = unsettled(make_net())
+    net = unsettled(make_net(), lowest_bias=0.2)
     before = state_of(net)
     record = read_as(net, {"conv1": keep_but(6)}, reading, example_inputs=X[:1], calibration=[X])
     assert record["dropped"] == {}
@@ -395,7 +380,7 @@ def test_with_nothing_dropped_every_reading_is_the_network_itself(
 def test_labels_keywords_generators_and_wrappers_make_no_difference(
     make_net: Callable[..., nn.Sequential],
 ) -> None:
-    net, keep = unsettled(make_net()), {"conv1": keep_but(6, 0, 3)}
+    net, keep = unsettled(make_net(), lowest_bias=0.2), {"conv1": keep_but(6, 0, 3)}
     labels = torch.zeros(6)
 
     def once() -> Iterator[list[torch.Tensor]]:
@@ -434,7 +419,7 @@ BAD = [
 def test_bad_calibration_changes_nothing(
     make_net: Callable[..., nn.Sequential], calibration: object, message: str, reestimate: bool
 ) -> None:
-    net = unsettled(make_net()).train()
+    net = unsettled(make_net(), lowest_bias=0.2).train()
     net.norm2.eval()
     before, modes = state_of(net), [module.training for module in net.modules()]
     with pytest.raises(ValueError, match=message):
@@ -461,7 +446,7 @@ def test_a_shared_bias_is_not_moved_twice() -> None:
 
 
 def test_a_layer_called_twice_takes_the_mean_of_both_calls() -> None:
-    class Twice(nn.Module):
+    class CalledTwice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.out = nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)
@@ -469,7 +454,7 @@ def test_a_layer_called_twice_takes_the_mean_of_both_calls() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.cat([self.out(self.a(x)), self.out(self.b(x))], 1).mean((2, 3))
 
-    net = Twice()
+    net = CalledTwice()
     set_to(net.a.weight, [0.0, 1.0])
     set_to(net.a.bias, [4.0, 0.0])
     set_to(net.out.weight, [3.0, 1.0])
@@ -483,7 +468,7 @@ def test_a_layer_called_twice_takes_the_mean_of_both_calls() -> None:
 
 
 def test_removed_channels_keep_harmless_statistics(make_net: Callable[..., nn.Sequential]) -> None:
-    net = unsettled(make_net())
+    net = unsettled(make_net(), lowest_bias=0.2)
     record = compensate(net, {"conv2": keep_but(8, 2, 5)}, [X], example_inputs=X[:1])
     assert record["norms"] == ["norm1", "norm2", "norm3"]
     assert net.norm2.running_mean[[2, 5]].tolist() == [0, 0]

@@ -65,7 +65,7 @@ def test_dropout_is_off_and_modes_come_back() -> None:
 
 
 def test_frozen_untracked_and_unreached_norms_are_left() -> None:
-    class Net(nn.Module):
+    class FourNorms(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.norm, self.frozen = nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=0.0)
@@ -75,7 +75,7 @@ def test_frozen_untracked_and_unreached_norms_are_left() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.untracked(self.frozen(self.norm(x)))
 
-    net = unsettled_tracked(Net())
+    net = unsettled_tracked(FourNorms())
     before = state_of(net)
     assert reestimate_norms(net, [torch.randn(8, 3)])["norms"] == ["norm"]
     changed = {

@@ -12,7 +12,7 @@ from regrow.torch_private import is_unwritten, lazy_copy
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Odd(nn.Module):
+class SelfContaining(nn.Module):
     """A module with what plain layers do not hold: a list of modules, itself, a bound method, a tensor."""
 
     def __init__(self):
@@ -127,7 +127,7 @@ def test_a_model_s_own_hooks_come_along():
 
 
 def test_what_plain_layers_do_not_hold_is_copied_as_deepcopy_does():
-    model = Odd()
+    model = SelfContaining()
     twin = copied(model, torch.clone)
     assert twin.again[0] is twin.conv
     assert twin.me[0] is twin

@@ -21,6 +21,18 @@ def pooled():
     return net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
 
 
+class BranchingOnSize(nn.Module):
+    """A net with one convolution more for pictures that are large."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.more, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(self.more(x).relu() if x.shape[-1] > 100 else x)
+
+
 def test_large_pictures_become_small_and_keep_their_proportions():
     pictures = torch.full((5, 3, 224, 448), 0.25)
     small = smaller_picture(pooled(), pictures)
@@ -46,17 +58,8 @@ def test_a_model_of_one_size_keeps_it():
 
 
 def test_a_model_that_takes_another_way_for_small_pictures_keeps_them():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.more = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.more(x) if x.shape[-1] > 100 else x
-
     pictures = torch.zeros(1, 3, 224, 224)
-    assert smaller_picture(Branching().eval(), pictures) is pictures
+    assert smaller_picture(BranchingOnSize().eval(), pictures) is pictures
 
 
 def test_a_failing_model_is_left_to_fail_where_it_is_run():
@@ -84,17 +87,8 @@ def test_the_same_structure_and_the_same_plan():
 
 
 def test_a_model_that_takes_another_way_for_small_pictures_is_planned_on_large_ones():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.more, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3)
-
-        def forward(self, x):
-            x = self.first(x).relu()
-            return self.last(self.more(x).relu() if x.shape[-1] > 100 else x)
-
     keep = {"first": torch.tensor([True, False, True, True]), "more": torch.tensor([True, True, False, True])}
-    plan = plan_cut(Branching(), keep, torch.randn(1, 3, 128, 128))
+    plan = plan_cut(BranchingOnSize(), keep, torch.randn(1, 3, 128, 128))
     assert plan.rows == {"first": [0, 2, 3], "more": [0, 1, 3]}
     assert plan.columns == {"more": [0, 2, 3], "last": [0, 1, 3]}
 

@@ -21,14 +21,14 @@ from regrow.surgery.plan import CutPlan
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-class Standardized(nn.Conv2d):
+class Centred(nn.Conv2d):
     """A convolution with a forward method of its own, which reads the weight twice."""
 
     def forward(self, x):
         return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
-class Tied(nn.Module):
+class TwoTiedOneEqual(nn.Module):
     def __init__(self):
         super().__init__()
         self.one, self.two, self.other = (nn.Conv2d(3, 3, 3, bias=False) for _ in range(3))
@@ -86,7 +86,7 @@ def test_every_kind_of_convolution_computes_with_the_perturbed_weight(dim, group
 
 
 def test_linear_layers_on_request_but_not_those_inside_attention():
-    class Net(nn.Module):
+    class Attentive(nn.Module):
         def __init__(self):
             super().__init__()
             self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 2)
@@ -94,14 +94,14 @@ def test_linear_layers_on_request_but_not_those_inside_attention():
         def forward(self, x):
             return self.head(self.attention(x, x, x)[0])
 
-    net = Net()
+    net = Attentive()
     assert add_bridgeout(net, linear=True)["layers"] == ["head"]
     x = torch.randn(2, 3, 4)
     assert not torch.equal(net(x), net(x))
 
 
 def test_a_layer_with_its_own_forward_method_reads_one_draw():
-    layer = Standardized(3, 4, 3)
+    layer = Centred(3, 4, 3)
     add_bridgeout(layer, seed=1)
     weight = noise_of(layer.weight, 1, 0, 1)
     expected = F.conv2d(X, weight - weight.mean((1, 2, 3), keepdim=True), layer.bias)
@@ -167,7 +167,7 @@ def test_training_leaves_pytorchs_generator_alone(make_net):
 
 
 def test_layers_that_share_a_weight_and_a_layer_that_runs_twice_see_one_draw():
-    net = Tied()
+    net = TwoTiedOneEqual()
     add_bridgeout(net)
     one, two, again, other = net(X)
     assert torch.equal(one, two)
@@ -457,7 +457,7 @@ def test_without_batch_norms_images_are_not_needed():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients_that_are_overwritten_are_right(compiled, monkeypatch):
     """Where a layer alone reads w̃, its gradient is scaled in place: shared, repeated and added up too."""
-    first = Tied()
+    first = TwoTiedOneEqual()
     found = []
     for alone in (None, False):
         if alone is False:
@@ -486,7 +486,7 @@ def test_who_may_overwrite_a_gradient():
 
     patched = nn.Conv2d(3, 3, 3)
     patched._conv_forward = patched._conv_forward
-    net = nn.Sequential(nn.Conv2d(3, 3, 3), Own(3, 3, 3), Standardized(3, 3, 3), patched)
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), Own(3, 3, 3), Centred(3, 3, 3), patched)
     add_bridgeout(net)
     assert [bridgeout_layers._reads_alone(layer) for layer in net] == [True, False, False, False]
     with narrow(net, CutPlan(rows={"0": [0, 2]}, columns={"1": [0, 2]})):

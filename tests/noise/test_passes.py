@@ -10,7 +10,7 @@ X, Y = torch.randn(2, 3, 6, 6, generator=DRAWS), torch.randn(2, 3, 6, 6, generat
 MODES = {"reentrant": True, "not reentrant": False}
 
 
-class Net(nn.Module):
+class RunsTwice(nn.Module):
     """A layer that runs twice, in a part that is computed again in the backward pass."""
 
     def __init__(self, mode=None):
@@ -43,21 +43,21 @@ def gradients(net, call):
 
 
 def plain():
-    net = Net()
+    net = RunsTwice()
     add_bridgeout(net)
     return gradients(net, net)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpointed_part_is_computed_again_with_the_noise_of_its_own_pass(mode):
-    net = Net(mode)
+    net = RunsTwice(mode)
     add_bridgeout(net)
     torch.testing.assert_close(gradients(net, net), plain(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_around_the_whole_model(mode):
-    net = Net()
+    net = RunsTwice()
     add_bridgeout(net)
     ours = gradients(net, lambda x: checkpoint(net, x, use_reentrant=MODES[mode]))
     torch.testing.assert_close(ours, plain(), rtol=1e-5, atol=1e-5)
@@ -67,14 +67,14 @@ def test_a_checkpoint_around_the_whole_model(mode):
 
 def test_without_checkpoints_the_passes_differ():
     first, *_ = plain()
-    net = Net()
+    net = RunsTwice()
     add_bridgeout(net)
     assert torch.equal(net(X), first)
     assert not torch.equal(net(X), first)
 
 
 def test_a_part_that_is_called_by_itself_is_refused_in_train_mode_only():
-    net = Net()
+    net = RunsTwice()
     add_bridgeout(net)
     with pytest.raises(ValueError, match="Call that model"):
         net.first(X)
@@ -87,7 +87,7 @@ def test_a_part_that_is_called_by_itself_is_refused_in_train_mode_only():
 
 
 def test_a_pass_that_fails_does_not_stop_the_next():
-    net = Net()
+    net = RunsTwice()
     add_bridgeout(net)
     with pytest.raises(RuntimeError):
         net(torch.randn(2, 5, 6, 6))

@@ -18,7 +18,7 @@ from regrow.pruning.choosing import (
 from regrow.structure.read import read_structure
 
 
-class Residual(nn.Module):
+class ResidualAndDepthwise(nn.Module):
     """stem + second(first(stem)), a depthwise layer behind, and a classifier."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ def test_larger_fractions_drop_what_smaller_ones_do(widths, round_to, scope, fra
 
 
 def test_what_is_added_is_coupled_also_through_a_depthwise_layer():
-    model = Residual()
+    model = ResidualAndDepthwise()
     readers = read_structure(model, torch.randn(1, 3, 8, 8))
     units = coupled_filters(model, readers, ["stem", "first", "second", "last"])
     assert units == [{"stem": [i], "second": [i], "last": [i]} for i in range(4)]
@@ -111,7 +111,7 @@ def test_what_is_added_is_coupled_also_through_a_depthwise_layer():
 
 
 def test_families_are_of_one_kind_and_units_join_them():
-    model = Residual()
+    model = ResidualAndDepthwise()
     readers = read_structure(model, torch.randn(1, 3, 8, 8))
     names = ["stem", "first", "second", "last"]
     families = families_of(model, readers, names)

@@ -65,7 +65,7 @@ def test_near_what_a_cut_leaves(fraction):
 
 
 def test_channels_that_are_not_followed_stay():
-    class Odd(nn.Module):
+    class Fourier(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
@@ -73,6 +73,6 @@ def test_channels_that_are_not_followed_stay():
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.fft.fft(self.conv(x)).real.mean((2, 3)).cumsum(1))
 
-    model = Odd()
+    model = Fourier()
     found = Estimate(model, X, {}).of({})
     assert found == {"macs": count_macs(model, X), "params": count_parameters(model)}

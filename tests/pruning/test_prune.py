@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from nets import Residual
 from regrow.noise.layers import add_bridgeout
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import load, save
@@ -16,17 +17,8 @@ X = torch.randn(2, 3, 8, 8)
 IMAGES = [torch.randn(64, 3, 8, 8)]
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.first = nn.Conv2d(8, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        return self.head((x + self.second(self.first(x).relu())).relu().mean((2, 3)))
+def residual():
+    return Residual(8, 8, normed=False)
 
 
 def test_a_fraction_by_hand_and_a_report_that_is_true(make_net, tmp_path):
@@ -102,17 +94,17 @@ def test_a_budget_is_met(make_net, target):
 
 
 def test_coupled_filters_go_jointly_or_not():
-    individual, joint = Residual(), Residual()
+    individual, joint = residual(), residual()
     joint.load_state_dict(individual.state_dict())
     settings = {"fraction": 0.5, "example_inputs": X, "compensate": False}
     alone = prune(individual, coupled="individually", **settings)["layers"]
-    assert alone == {name: {"before": 8, "after": 4} for name in ("stem", "first", "second")}
-    assert individual.head.in_features > 4  # what either of the two keeps
+    assert alone == {name: {"before": 8, "after": 4} for name in ("stem", "a", "b")}
+    assert individual.head[2].in_features > 4  # what either of the two keeps
     report = prune(joint, **settings)
     assert report["settings"]["coupled"] == "jointly"
-    assert report["dropped"]["stem"] == report["dropped"]["second"]
-    assert joint.head.in_features == 4
-    assert joint.stem.out_channels == joint.first.in_channels == joint.second.out_channels == 4
+    assert report["dropped"]["stem"] == report["dropped"]["b"]
+    assert joint.head[2].in_features == 4
+    assert joint.stem.out_channels == joint.a.in_channels == joint.b.out_channels == 4
 
 
 @pytest.mark.parametrize("faster", ["individually", "jointly"])
@@ -120,12 +112,12 @@ def test_for_latency_the_faster_way_is_taken(faster, monkeypatch):
     # In place of a clock. Cut jointly, the head reads no more than the stem gives.
     def clock(models, _inputs):
         small = models[1]
-        jointly = small.head.in_features == small.stem.out_channels
+        jointly = small.head[2].in_features == small.stem.out_channels
         slower = 0.4 if jointly != (faster == "jointly") else 0.0
         return [{"median": 1.0}, {"median": 0.05 * small.stem.out_channels + slower}]
 
     monkeypatch.setattr("regrow.pruning.budget.measure_latency", clock)
-    report = prune(Residual(), latency=0.6, example_inputs=X, compensate=False)
+    report = prune(residual(), latency=0.6, example_inputs=X, compensate=False)
     assert report["settings"]["coupled"] == faster
     assert report["target"]["reached"] <= 0.6
 
@@ -212,14 +204,14 @@ def test_a_ddp_model_is_refused(make_net, tmp_path):
 
 @pytest.mark.parametrize("coupled", ["individually", "jointly"])
 def test_a_net_that_was_cut_is_pruned_again(coupled, tmp_path):
-    model = Residual().eval()
+    model = residual().eval()
     fresh = copy.deepcopy(model)
     settings = {"example_inputs": X, "compensate": False}
     prune(model, fraction=0.25, coupled=coupled, **settings)
-    assert [model.stem.out_channels, model.first.out_channels, model.second.out_channels] == [6, 6, 6]
+    assert [model.stem.out_channels, model.a.out_channels, model.b.out_channels] == [6, 6, 6]
     given = copy.deepcopy(model)
     report = prune(model, fraction=0.5, coupled=coupled, **settings)
-    assert report["layers"] == {name: {"before": 6, "after": 3} for name in ("stem", "first", "second")}
+    assert report["layers"] == {name: {"before": 6, "after": 3} for name in ("stem", "a", "b")}
     assert report["filters"] == {"before": 18, "after": 9}
     assert report["parameters"]["before"] == sum(p.numel() for p in given.parameters())
     assert report["parameters"]["after"] == sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nets import Drawn, FullyShardedDataParallel, Residual, away_from_zero, conv, head
 from regrow.filters import convolutions
 from regrow.noise.layers import add_bridgeout, remove_bridgeout
 from regrow.repr.hold import Hold
@@ -32,17 +33,6 @@ PLAN = CutPlan(
     channels={"norm2": SECOND, "norm3": THIRD},
 )
 DROPPED = {"conv2": [1, 2, 7], "conv3": [5]}
-
-
-def unsettled(model):
-    """Norms and biases at values that a dropped filter must not pass on."""
-    with torch.no_grad():
-        for module in model.modules():
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(module, name, None)
-                if isinstance(tensor, torch.Tensor) and tensor.dim() == 1:
-                    tensor.uniform_(0.5, 1.5)
-    return model
 
 
 def silenced(model, dropped=None, x=X):
@@ -85,7 +75,7 @@ def loss_of(model, x=X):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
 def test_it_computes_what_a_net_born_at_that_size_does(make_net, training, fmt):
-    model = unsettled(make_net()).train(training).to(memory_format=fmt)
+    model = away_from_zero(make_net()).train(training).to(memory_format=fmt)
     x = X.to(memory_format=fmt)
     small = born(model)
     with narrow(model, PLAN):
@@ -127,7 +117,7 @@ def test_on_paper():
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_land_where_they_belong(make_net, momentum):
-    model = unsettled(make_net())
+    model = away_from_zero(make_net())
     for norm in (model.norm1, model.norm2, model.norm3):
         norm.momentum = momentum
     masked = silenced(copy.deepcopy(model))
@@ -189,7 +179,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers_move_the_same_way_as_under_masks(make_net, train, kind):
-    masked = unsettled(make_net()).double()
+    masked = away_from_zero(make_net()).double()
     narrowed = copy.deepcopy(masked)
     x = X.double()
     states = []
@@ -242,7 +232,7 @@ def test_the_last_loss_and_its_graph_outlive_both_changes(make_net):
 
 
 def test_copies_made_meanwhile_are_plain_and_averaged_ones_go_on(make_net):
-    model = silenced(unsettled(make_net()))
+    model = silenced(away_from_zero(make_net()))
     early = torch.optim.swa_utils.AveragedModel(model)
     narrowing = narrow(model, PLAN)
     late = torch.optim.swa_utils.AveragedModel(model)
@@ -274,33 +264,6 @@ def test_gradients_accumulate_over_phases(make_net):
 # --- layers and nets of every shape ----------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    def __init__(self, draw, **modules):
-        super().__init__()
-        self._draw = draw
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self._draw(self, x)
-
-
-def conv(channels, filters, **settings):
-    return nn.Conv2d(channels, filters, 3, padding=1, **settings)
-
-
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-
-
-def residual():
-    return Net(
-        lambda s, x: s.head(F.relu((y := F.relu(s.n1(s.stem(x)))) + s.n3(s.b(F.relu(s.n2(s.a(y))))))),
-        stem=conv(3, 4), n1=nn.BatchNorm2d(4), a=conv(4, 6), n2=nn.BatchNorm2d(6), b=conv(6, 4),
-        n3=nn.BatchNorm2d(4), head=head(4),
-    )  # fmt: skip
-
-
 def separable():
     return nn.Sequential(
         conv(3, 4), nn.BatchNorm2d(4), nn.PReLU(4), conv(4, 4, groups=4), nn.BatchNorm2d(4), nn.ReLU6(),
@@ -314,14 +277,14 @@ def grouped():
 
 NETS = {
     "residual": (
-        residual,
+        lambda: Residual(4, 6),
         {"a": [0, 5], "b": [1], "stem": [1]},
-        # Channel 1 of the stream is 0 everywhere: a reads the others, and n1 places what it has.
+        # Channel 1 of the stream is 0 everywhere: a reads the others, and norm places what it has.
         CutPlan(
             rows={"a": [1, 2, 3, 4], "b": [0, 2, 3], "stem": [0, 2, 3]},
             columns={"b": [1, 2, 3, 4], "a": [0, 2, 3]},
-            channels={"n2": [1, 2, 3, 4], "n3": [0, 2, 3], "n1": [0, 2, 3]},
-            placed={"n3": (4, [0, 2, 3]), "n1": (4, [0, 2, 3])},
+            channels={"norm_a": [1, 2, 3, 4], "norm_b": [0, 2, 3], "norm": [0, 2, 3]},
+            placed={"norm_b": (4, [0, 2, 3]), "norm": (4, [0, 2, 3])},
             picked={"a": [0, 2, 3]},
         ),
     ),
@@ -349,7 +312,7 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 def test_masked_and_narrowed_are_one_network_whatever_its_shape(net, training, fmt):
     build, dropped, plan = NETS[net]
-    model = unsettled(build()).train(training).to(memory_format=fmt)
+    model = away_from_zero(build()).train(training).to(memory_format=fmt)
     x = X.to(memory_format=fmt)
     masked = silenced(copy.deepcopy(model), dropped)
     narrowing = narrow(model, plan)
@@ -379,7 +342,7 @@ def test_norms_of_every_kind(make_net, dim, kind):
         "instance-plain": instance,
         "group": lambda c: nn.GroupNorm(c, c),
     }[kind]
-    model = unsettled(make_net(dim=dim, norm=norm))
+    model = away_from_zero(make_net(dim=dim, norm=norm))
     x = torch.randn(4, 3, *[5] * dim)
     masked = silenced(copy.deepcopy(model), x=x)
     with narrow(model, PLAN):
@@ -398,7 +361,7 @@ def test_layers_with_a_forward_method_of_their_own():
         conv(4, 6, padding_mode="circular"),
         head(6),
     )
-    masked = silenced(copy.deepcopy(unsettled(model)), {"0": [1]})
+    masked = silenced(copy.deepcopy(away_from_zero(model)), {"0": [1]})
     plan = CutPlan(rows={"0": [0, 2, 3]}, channels={"1": [0, 2, 3]}, columns={"2": [0, 2, 3]})
     with narrow(model, plan):
         torch.testing.assert_close(model(X), masked(X))
@@ -407,7 +370,7 @@ def test_layers_with_a_forward_method_of_their_own():
 
 
 def test_a_layer_that_runs_twice_and_a_picture_without_a_batch():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.b(F.relu(s.b(F.relu(s.a(x))))))).flatten(),
         a=conv(3, 4), b=conv(4, 4), head=conv(4, 2),
     )  # fmt: skip
@@ -432,7 +395,7 @@ def test_a_layer_that_runs_twice_and_a_picture_without_a_batch():
 # --- nets at random, as plan_cut plans them --------------------------------------------------------------
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, channels, width, normed):
         super().__init__()
         self.one, self.two = conv(channels, width), conv(width, channels)
@@ -442,7 +405,7 @@ class Residual(nn.Module):
         return F.relu(x + self.norm(self.two(F.relu(self.one(x)))))
 
 
-class Dense(nn.Module):
+class DenseBlock(nn.Module):
     def __init__(self, channels, width, normed):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels) if normed else nn.Identity()
@@ -455,9 +418,9 @@ class Dense(nn.Module):
 def block(kind, channels, width, normed):
     """A block of the kind asked for, and how many channels it emits."""
     if kind == "residual":
-        return Residual(channels, width, normed), channels
+        return ResidualBlock(channels, width, normed), channels
     if kind == "dense":
-        return Dense(channels, width, normed), channels + width
+        return DenseBlock(channels, width, normed), channels + width
     groups = {"plain": 1, "grouped": 2, "depthwise": channels}[kind]
     width = channels if kind == "depthwise" else width
     norm = nn.BatchNorm2d(width) if normed else nn.Identity()
@@ -475,7 +438,7 @@ def nets(draw):
         made, channels = block(draw(kinds), channels, draw(st.sampled_from([2, 4, 6])), draw(st.booleans()))
         blocks.append(made)
     tail = [nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 4)]
-    model = unsettled(nn.Sequential(*blocks, *(head(channels) if draw(st.booleans()) else tail)))
+    model = away_from_zero(nn.Sequential(*blocks, *(head(channels) if draw(st.booleans()) else tail)))
     keep = {}
     for name, layer in convolutions(model).items():
         if layer.groups == 1:
@@ -522,7 +485,7 @@ def test_masked_and_narrowed_train_alike_in_nets_at_random(case):
 
 
 def test_compiled_without_a_break_and_compiled_again_when_the_phase_changes(make_net):
-    model = silenced(unsettled(make_net()))
+    model = silenced(away_from_zero(make_net()))
     masked = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(X)
@@ -565,7 +528,7 @@ def test_autocast(make_net):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_bridgeout_draws_for_whole_weights(make_net, linear):
-    model = silenced(unsettled(make_net()))
+    model = silenced(away_from_zero(make_net()))
     masked = copy.deepcopy(model)
     for each in (model, masked):
         add_bridgeout(each, p=0.4, linear=linear, seed=3)
@@ -636,9 +599,6 @@ def test_narrowing_twice_and_models_that_cannot_be_narrowed(make_net):
     with pytest.raises(ValueError, match="the forward method of 'conv3' has been replaced"):
         narrow(replaced, PLAN)
     assert type(replaced.conv2) is nn.Conv2d
-
-    class FullyShardedDataParallel(nn.Sequential):
-        pass
 
     with pytest.raises(ValueError, match=r"is sharded.*Use DDP instead of FSDP"):
         narrow(FullyShardedDataParallel(model), PLAN)

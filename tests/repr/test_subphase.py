@@ -7,6 +7,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from cycles import sgd
+from nets import Drawn, Residual, away_from_zero, conv, head
 from regrow.filters import convolutions, unit_rows
 from regrow.repr.subphase import SubPhase, check_memory
 from regrow.structure.read import read_structure
@@ -20,29 +22,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def sgd(model, **settings):
-    return torch.optim.SGD(
-        model.parameters(), **{"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, **settings}
-    )
-
-
 def begin(model, optimizer, dropped, consumers="keep", x=X, memory=None):
     return SubPhase(model, optimizer, read_structure(model, x[:1]), dropped, consumers, memory)
-
-
-def conv(channels, filters, kernel=3, **settings):
-    return nn.Conv2d(channels, filters, kernel, padding=kernel // 2, **settings)
-
-
-def unsettled(model):
-    """Norms and biases at values that a dropped filter must not pass on."""
-    with torch.no_grad():
-        for module in model.modules():
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(module, name, None)
-                if isinstance(tensor, torch.Tensor) and tensor.dim() == 1:
-                    tensor.uniform_(0.5, 1.5)
-    return model
 
 
 # --- a dropped filter is dead, and stays so -------------------------------------------------------------
@@ -112,7 +93,7 @@ def test_the_optimizer_forgets_dropped_filters_at_once(make_net, train):
 
 
 def test_clipping_sees_the_gradients_of_the_sub_network_alone(make_net):
-    model = unsettled(make_net((4, 6)))
+    model = away_from_zero(make_net((4, 6)))
     dropped = {"conv1": [2], "conv2": [0, 3]}
     begin(model, sgd(model), dropped)
     F.cross_entropy(model(X), torch.arange(8) % 4).backward()
@@ -135,7 +116,7 @@ def test_a_dropped_channel_emits_exactly_zero_behind_its_norm(make_net, train, d
         "instance": lambda c: instance(c, affine=True),
         "instance-tracked": lambda c: instance(c, affine=True, track_running_stats=True),
     }[kind]
-    model = unsettled(make_net((4, 6), dim=dim, norm=norm))
+    model = away_from_zero(make_net((4, 6), dim=dim, norm=norm))
     x = torch.randn(4, 3, *[5] * dim)
     optimizer = sgd(model)
     train(model, optimizer, 2, x)
@@ -160,35 +141,12 @@ def test_a_dropped_channel_emits_exactly_zero_behind_its_norm(make_net, train, d
 # --- networks of every shape: what is dropped has no part in the output --------------------------------
 
 
-class Net(nn.Module):
-    def __init__(self, draw, **modules):
-        super().__init__()
-        self._draw = draw
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self._draw(self, x)
-
-
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-
-
 def dense():
-    return Net(
+    return Drawn(
         lambda s, x: s.head(F.relu(s.n3(torch.cat([(z := s.stem(x)), s.a(F.relu(s.n1(z))), s.b(F.relu(s.n2(
             torch.cat([z, s.a(F.relu(s.n1(z)))], 1))))], 1)))),
         stem=conv(3, 4), n1=nn.BatchNorm2d(4), a=conv(4, 4), n2=nn.BatchNorm2d(8), b=conv(8, 4),
         n3=nn.BatchNorm2d(12), head=head(12),
-    )  # fmt: skip
-
-
-def residual():
-    return Net(
-        lambda s, x: s.head(F.relu((y := F.relu(s.n1(s.stem(x)))) + s.n3(s.b(F.relu(s.n2(s.a(y))))))),
-        stem=conv(3, 4), n1=nn.BatchNorm2d(4), a=conv(4, 6), n2=nn.BatchNorm2d(6), b=conv(6, 4),
-        n3=nn.BatchNorm2d(4), head=head(4),
     )  # fmt: skip
 
 
@@ -205,14 +163,14 @@ def separable():
 
 def siamese():
     tower = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 6), nn.BatchNorm2d(6), nn.ReLU())
-    return Net(
+    return Drawn(
         lambda s, x: s.head(torch.cat([s.one(x), s.two(x.flip(3))], 1)), one=tower, two=tower, head=head(12)
     )
 
 
 NETS = {
     "dense": (dense, {"stem": [1], "a": [0, 2], "b": [3]}),
-    "residual": (residual, {"stem": [2], "a": [0, 5], "b": [1, 2]}),
+    "residual": (lambda: Residual(4, 6), {"stem": [2], "a": [0, 5], "b": [1, 2]}),
     "flat": (flat, {"0": [1, 3]}),
     "separable": (separable, {"0": [2], "6": [0, 4]}),
     "siamese": (siamese, {"one.0": [1], "one.3": [0, 5]}),
@@ -223,7 +181,7 @@ NETS = {
 @pytest.mark.parametrize("net", NETS)
 def test_dropped_channels_are_zero_and_their_rows_dead_in_nets_of_every_shape(train, net, training):
     build, dropped = NETS[net]
-    model = unsettled(build()).train(training)
+    model = away_from_zero(build()).train(training)
     optimizer = sgd(model)
     train(model, optimizer, 2, X)
     readers = read_structure(model, X[:1])
@@ -275,7 +233,7 @@ def shrunk(model, dropped):
 
 
 def test_the_masked_net_computes_and_trains_as_a_net_born_at_that_size(make_net, train):
-    model = unsettled(make_net((6, 8, 8)))
+    model = away_from_zero(make_net((6, 8, 8)))
     dropped = {"conv1": [0, 4], "conv2": [1, 2, 7], "conv3": [5]}
     optimizer = sgd(model)
     begin(model, optimizer, dropped)
@@ -337,7 +295,7 @@ def test_new_rows_are_orthogonal_to_kept_rows_as_they_are_now_and_to_old_dropped
 
 
 def test_norms_wake_fresh_and_biases_at_zero(make_net, train):
-    model = unsettled(make_net())
+    model = away_from_zero(make_net())
     phase, _ = cycle_once(model, sgd(model), train, "keep")
     phase.restore(generator())
     for name, dead in DROPPED.items():
@@ -482,7 +440,7 @@ def outputs(model, x):
 @pytest.mark.parametrize("net", NETS)
 def test_zero_does_not_move_the_output(train, net):
     build, dropped = NETS[net]
-    model = unsettled(build())
+    model = away_from_zero(build())
     moved, notes = moved_by_restore(model, sgd(model), dropped, train, X)
     assert moved < 1e-5
     assert notes == []
@@ -514,15 +472,15 @@ def test_where_zero_cannot_keep_the_output_a_note_says_so(make_net, train, norm)
 
 
 def test_a_sum_without_a_norm_in_front_is_noted(train):
-    model = residual()
-    model.n3 = nn.Identity()
+    model = Residual(4, 6)
+    model.norm_b = nn.Identity()
     optimizer = sgd(model)
     _, notes = moved_by_restore(model, optimizer, {"b": [1]}, train, X)
     assert notes == ["b: the output moves at this restore, because it is added to other channels."]
 
 
 def test_init_notes_the_channels_whose_consumers_are_not_theirs_alone():
-    model = residual()
+    model = Residual(4, 6)
     optimizer = sgd(model)
     phase = begin(model, optimizer, {"a": [1], "b": [1]}, "init")
     head_weight = model.head[2].weight.detach().clone()
@@ -532,7 +490,7 @@ def test_init_notes_the_channels_whose_consumers_are_not_theirs_alone():
 
 
 def test_a_convolution_that_reads_itself_is_restored_like_any_other(train):
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.b(F.relu(s.b(F.relu(s.a(x))))))),
         a=conv(3, 6),
         b=conv(6, 6),
@@ -620,7 +578,7 @@ def planned(model, dropped, x=X):
 @pytest.mark.parametrize("net", NETS)
 def test_with_a_plan_the_same_network_trains(train, net):
     build, dropped = NETS[net]
-    masked = unsettled(build()).double()
+    masked = away_from_zero(build()).double()
     narrowed = copy.deepcopy(masked)
     readers, plan = planned(masked, dropped, X.double())
     for model, given in ((masked, None), (narrowed, plan)):

@@ -207,7 +207,7 @@ def test_tensors_of_every_kind(tmp_path):
     assert fresh.missing is None
 
 
-class Tied(nn.Module):
+class TiedOrApart(nn.Module):
     def __init__(self, tie=True):
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
@@ -219,7 +219,7 @@ class Tied(nn.Module):
 
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     path = tmp_path / "net.safetensors"
-    net = Tied()
+    net = TiedOrApart()
     with torch.no_grad():
         net.norm.running_mean += 3
     save(net, path)
@@ -227,8 +227,8 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     assert shared["two.weight"] == "one.weight"
     assert shared["again.running_mean"] == "norm.running_mean"
     assert not set(shared) & set(load_file(path))
-    assert_same_state(load(Tied(), path), net)
-    apart = Tied(tie=False)
+    assert_same_state(load(TiedOrApart(), path), net)
+    apart = TiedOrApart(tie=False)
     apart.again = nn.BatchNorm2d(3)
     load(apart, path)
     assert_same_state(apart, net)
@@ -239,22 +239,22 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
 
 
 def test_tensors_that_share_memory_without_being_one_parameter(tmp_path):
-    net, path = Tied(tie=False), tmp_path / "net.safetensors"
+    net, path = TiedOrApart(tie=False), tmp_path / "net.safetensors"
     net.two.weight.data = net.one.weight.data
     save(net, path)
     assert metadata(path)["shared"] == {"two.weight": "one.weight"}
     own = net.two.weight
     load(net, path)
     assert net.two.weight is own
-    assert_same_state(load(Tied(tie=False), path), net)
+    assert_same_state(load(TiedOrApart(tie=False), path), net)
 
 
 def test_two_stored_tensors_do_not_go_into_one(tmp_path):
     path = tmp_path / "net.safetensors"
-    apart = Tied(tie=False)
+    apart = TiedOrApart(tie=False)
     apart.again = nn.BatchNorm2d(3)
     save(apart, path)
-    tied = Tied()
+    tied = TiedOrApart()
     before = snapshot(tied)
     with pytest.raises(ValueError, match=r"shares one tensor between 'two.weight' and 'one.weight'"):
         load(tied, path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nets import Standardised
 from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
@@ -27,7 +28,7 @@ def close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= 1e-4 * one.abs().max())
 
 
-class Block(nn.Module):
+class NormedInput(nn.Module):
     """A norm of the input, and two behind convolutions that write into a residual stream."""
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ def test_every_dimension_and_the_model_as_it_was(make_net, dim):
 
 @pytest.mark.parametrize("coupled", ["individually", "jointly"])
 def test_a_cut_network_with_norms_that_place(coupled, tmp_path):
-    model = settled(Block())
+    model = settled(NormedInput())
     prune(model, fraction=0.5, example_inputs=X, compensate=False, coupled=coupled)
     folded, record = fold_norms(model, example_inputs=X)
     assert record["folded"] == {"norm1": "stem", "norm2": "conv"}
@@ -93,14 +94,14 @@ def test_a_cut_network_with_norms_that_place(coupled, tmp_path):
 
 
 def test_a_convolution_that_places_in_front_of_its_norm():
-    class Shared(Block):
+    class SumBehindActivations(NormedInput):
         """The norm serves two convolutions' sum in training, and one alone here."""
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.norm1(self.stem(x))
             return self.head(self.last(x.relu() + self.norm2(self.conv(x)).relu()).mean((2, 3)))
 
-    model = settled(Shared())
+    model = settled(SumBehindActivations())
     keep = {"stem": torch.arange(8) < 5, "conv": torch.arange(8) % 3 > 0}
     cut(model, keep, example_inputs=X)
     folded, record = fold_norms(model, example_inputs=X)
@@ -108,19 +109,12 @@ def test_a_convolution_that_places_in_front_of_its_norm():
     assert close(model(X), folded(X))
 
 
-class Peeking(Block):
+class Peeking(NormedInput):
     def forward(self, x: Tensor) -> Tensor:
         before = self.stem(x)
         x = self.norm1(before).relu() + before
         x = (x + self.norm2(self.conv(x))).relu()
         return self.head(self.last(x).relu().mean((2, 3)))
-
-
-class Standardised(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        weight = weight / weight.std((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight, self.bias)
 
 
 class WithActivation(nn.BatchNorm2d):
@@ -143,7 +137,7 @@ def test_an_output_that_others_read_too_stays():
 
 
 def test_what_computes_its_weights_stays_and_what_a_norm_does_besides_is_kept():
-    model = settled(Block())
+    model = settled(NormedInput())
     model.stem = Standardised(3, 8, 3, padding=1)
     model.norm2 = WithActivation(8)
     model.norm2.act.inplace = True
@@ -155,7 +149,7 @@ def test_what_computes_its_weights_stays_and_what_a_norm_does_besides_is_kept():
 
 
 def test_one_norm_twice_one_convolution_twice_and_tied_weights():
-    class Twice(nn.Module):
+    class SharedNormsAndWeights(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
@@ -169,7 +163,7 @@ def test_one_norm_twice_one_convolution_twice_and_tied_weights():
             x = self.both(self.one(x)) + self.both(self.other(x))
             return self.of_a(self.a(x)) + self.of_b(self.b(x))
 
-    model = settled(Twice())
+    model = settled(SharedNormsAndWeights())
     folded, record = fold_norms(model, example_inputs=X)
     assert record["folded"] == {"norm": "conv", "of_a": "a", "of_b": "b"}
     assert record["left"] == {"both": "it does not read the output of one convolution alone"}

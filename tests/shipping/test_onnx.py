@@ -38,7 +38,7 @@ class Several(nn.Module):
         return {"pooled": pooled, "more": (maps, None, maps.flatten(1).argmax(1))}
 
 
-class Counted(nn.Module):
+class OfTwoPictures(nn.Module):
     def forward(self, x):
         return x.view(2, -1)[:1] + x.flatten(1)
 
@@ -48,7 +48,7 @@ class Sized(nn.Module):
         return x if len(x) > 2 else -x
 
 
-class Branching(nn.Module):
+class BranchingOnValues(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
 
@@ -130,7 +130,7 @@ def test_nothing_is_said_meanwhile(tmp_path, capfd, recwarn):
     disabled = logging.root.manager.disable
     export_onnx(Several(), tmp_path / "net.onnx", example_inputs=X)
     with pytest.raises(ValueError, match="cannot be exported"):
-        export_onnx(Branching(), tmp_path / "net.onnx", example_inputs=X)
+        export_onnx(BranchingOnValues(), tmp_path / "net.onnx", example_inputs=X)
     assert capfd.readouterr() == ("", "")
     assert [str(warning.message) for warning in recwarn] == []
     assert logging.root.manager.disable == disabled
@@ -154,9 +154,9 @@ def test_wrappers_and_bridgeout_are_looked_through(tmp_path):
         (Several(), (X, torch.randn(2, 4)), r"sizes \[1, 2\]"),
         (nn.Conv2d(3, 4, 3), {"input": None}, r"sizes \[\]"),
         (nn.Conv2d(3, 4, 3), X[:, :2], "fails on a batch of 1 .* to have 3 channels"),
-        (Counted(), torch.cat([X, X]), "fails on a batch of 3"),
+        (OfTwoPictures(), torch.cat([X, X]), "fails on a batch of 3"),
         (Sized(), X, "cannot be exported with a batch of any size"),
-        (Branching(), X, "cannot be exported .* must not depend on values"),
+        (BranchingOnValues(), X, "cannot be exported .* must not depend on values"),
         (Restless(), X, "is off by .* where the largest value"),
         (nn.Conv2d(3, 4, 3).bfloat16(), X.bfloat16(), r"onnxruntime cannot run .* model.float\(\)"),
     ],
@@ -200,7 +200,7 @@ def test_a_missing_extra_and_a_missing_folder(tmp_path, monkeypatch):
         export_onnx(nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", example_inputs=X)
 
 
-class Residual(nn.Module):
+class DigitNet(nn.Module):
     """Ten digits from 8×8 pictures; ``two`` is added to what it reads, so its channels cannot just leave."""
 
     def __init__(self):
@@ -220,7 +220,7 @@ def test_from_training_on_real_digits_to_the_files_that_are_shipped(tmp_path):
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     labels = torch.tensor(labels)
-    net = Residual()
+    net = DigitNet()
     optimizer = torch.optim.SGD(net.parameters(), 0.02, momentum=0.9)
 
     def epoch():
@@ -239,7 +239,7 @@ def test_from_training_on_real_digits_to_the_files_that_are_shipped(tmp_path):
     epoch()
     path, test = tmp_path / "digits.safetensors", images[1200:]
     save(net, path)
-    loaded = load(Residual(), path)
+    loaded = load(DigitNet(), path)
     with torch.no_grad():
         logits = net.eval()(test)
         assert torch.equal(loaded.eval()(test), logits)
@@ -251,4 +251,4 @@ def test_from_training_on_real_digits_to_the_files_that_are_shipped(tmp_path):
     weights = [
         tensor for tensor in onnx.load(tmp_path / "digits.onnx").graph.initializer if tensor.data_type == 1
     ]
-    assert sum(math.prod(tensor.dims) for tensor in weights) < sum(p.numel() for p in Residual().parameters())
+    assert sum(math.prod(tensor.dims) for tensor in weights) < sum(p.numel() for p in DigitNet().parameters())

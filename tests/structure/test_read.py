@@ -6,30 +6,10 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from nets import Drawn, conv, head
 from regrow.structure.read import read_structure
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def conv(channels, filters, kernel=3, **settings):
-    return nn.Conv2d(channels, filters, kernel, padding=kernel // 2, **settings)
-
-
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-
-
-class Net(nn.Module):
-    """A net drawn by hand: a function of (modules, x) and the modules by name."""
-
-    def __init__(self, draw, **modules):
-        super().__init__()
-        self._draw = draw
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self._draw(self, x)
 
 
 def pairs(reads):
@@ -58,7 +38,7 @@ def test_flatten_gives_a_filter_one_column_per_pixel():
 
 
 def test_concatenation_shifts_the_indices_and_a_norm_behind_it_sees_both():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.c(F.relu(s.n(torch.cat([s.a(x), s.b(x)], 1))))),
         a=conv(3, 2), b=conv(3, 3), n=nn.BatchNorm2d(5), c=conv(5, 4), head=head(4),
     )  # fmt: skip
@@ -69,7 +49,7 @@ def test_concatenation_shifts_the_indices_and_a_norm_behind_it_sees_both():
 
 
 def test_a_dense_block_has_every_later_layer_among_its_readers():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(torch.cat([(y := torch.cat([(z := s.a(x)), s.b(s.n1(z))], 1)), s.c(s.n2(y))], 1)),
         a=conv(3, 2), n1=nn.BatchNorm2d(2), b=conv(2, 3), n2=nn.BatchNorm2d(5), c=conv(5, 2), head=head(7),
     )  # fmt: skip
@@ -81,7 +61,7 @@ def test_a_dense_block_has_every_later_layer_among_its_readers():
 
 
 def test_sums_are_mixed_and_a_norm_before_them_can_hide_a_channel():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head((y := F.relu(s.n(s.a(x)))) + s.n2(s.b(y)) + s.c(y)),
         a=conv(3, 4), n=nn.BatchNorm2d(4), b=conv(4, 4), n2=nn.BatchNorm2d(4), c=conv(4, 4), head=head(4),
     )  # fmt: skip
@@ -93,7 +73,7 @@ def test_sums_are_mixed_and_a_norm_before_them_can_hide_a_channel():
 
 
 def test_a_norm_without_weights_cannot_hide_a_channel():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(x.sum(1, keepdim=True) + s.n(s.a(x))),
         a=conv(3, 4), n=nn.BatchNorm2d(4, affine=False), head=head(4),
     )  # fmt: skip
@@ -111,14 +91,14 @@ def test_what_makes_the_output_is_marked():
 
 
 def test_a_convolution_that_leads_nowhere():
-    model = Net(lambda s, x: (s.a(x), s.head(s.b(x)))[1], a=conv(3, 4), b=conv(3, 4), head=head(4))
+    model = Drawn(lambda s, x: (s.a(x), s.head(s.b(x)))[1], a=conv(3, 4), b=conv(3, 4), head=head(4))
     found = read_structure(model, X)
     assert found["a"].mixed == "its output does not reach the network's"
     assert not found["b"].mixed
 
 
 def test_order_is_that_of_execution_and_what_is_not_reached_is_not_listed():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.late(s.early(x))),
         late=conv(4, 4),
         unused=conv(4, 4),
@@ -155,7 +135,7 @@ def test_layer_norm_over_channels_first_and_last():
             return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     first = nn.Sequential(conv(3, 4), ChannelsFirst(4), nn.ReLU(), conv(4, 4), head(4))
-    last = Net(
+    last = Drawn(
         lambda s, x: s.head(s.n(s.a(x).flatten(2).transpose(1, 2))).mean(1),
         a=conv(3, 4), n=nn.LayerNorm(4), head=nn.Linear(4, 2),
     )  # fmt: skip
@@ -176,7 +156,7 @@ def test_norms_that_turn_zero_into_something_else_are_named(norm):
 
 
 def test_a_norm_that_serves_two_convolutions_cannot_be_silenced_for_one():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.c(s.n(s.a(x))) * s.d(s.n(s.b(x)))),
         a=conv(3, 2), b=conv(3, 2), n=nn.BatchNorm2d(2), c=conv(2, 4), d=conv(2, 4), head=head(4),
     )  # fmt: skip
@@ -188,7 +168,7 @@ def test_a_norm_that_serves_two_convolutions_cannot_be_silenced_for_one():
 
 
 def test_a_consumer_that_reads_two_convolutions_at_one_index_is_no_ones_own():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.a(x)) - s.head(s.b(x)), a=conv(3, 2), b=conv(3, 2), head=head(2)
     )  # two filters: silenced together, the same one may fall in both
     found = read_structure(model, X)
@@ -196,13 +176,13 @@ def test_a_consumer_that_reads_two_convolutions_at_one_index_is_no_ones_own():
 
 
 def test_a_product_of_channels_is_hidden_by_either_factor():
-    model = Net(lambda s, x: s.head(s.a(x) * s.b(x)), a=conv(3, 4), b=conv(3, 4), head=head(4))
+    model = Drawn(lambda s, x: s.head(s.a(x) * s.b(x)), a=conv(3, 4), b=conv(3, 4), head=head(4))
     found = read_structure(model, X)
     assert found["a"].mixed == found["b"].mixed == ""
 
 
 def test_tied_weights_are_no_ones_own():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.one(F.relu(s.b(s.a(x))).mean((2, 3))) + s.two(x.mean((2, 3))[:, [0, 1, 2, 0]]),
         a=conv(3, 4), b=conv(4, 4), one=nn.Linear(4, 2), two=nn.Linear(4, 2),
     )  # fmt: skip
@@ -219,7 +199,7 @@ def test_activations_that_turn_zero_into_something_else():
 
 
 def test_unknown_arithmetic_across_channels_is_found_out():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(torch.cumsum(s.b(F.relu(s.a(x))), 1)), a=conv(3, 4), b=conv(4, 4), head=head(4)
     )
     found = read_structure(model, X)
@@ -231,7 +211,7 @@ def test_a_graph_that_loses_count_of_the_channels_says_nothing():
     def shuffled(x):
         return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
 
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.adaptive_avg_pool2d(F.relu(shuffled(s.n(s.a(x)))), 2).flatten(1)),
         a=conv(3, 4), n=nn.BatchNorm2d(4), head=nn.Linear(16, 3),
     )  # fmt: skip
@@ -242,7 +222,7 @@ def test_a_graph_that_loses_count_of_the_channels_says_nothing():
 
 
 def test_what_channels_reach_beyond_a_sum():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head((y := F.relu(s.n(s.a(x)))) + s.n2(s.b(y))),
         a=conv(3, 4), n=nn.BatchNorm2d(4), b=conv(4, 4), n2=nn.BatchNorm2d(4), head=head(4),
     )  # fmt: skip
@@ -265,7 +245,7 @@ def test_what_channels_reach_beyond_a_sum():
     ],
 )
 def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
-    model = Net(
+    model = Drawn(
         lambda s, x: end(s, s.a(x) + s.b(x)),
         a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.ConvTranspose2d(4, 2, 2),
     )  # fmt: skip
@@ -278,8 +258,8 @@ def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
     "across",
     [
         nn.LocalResponseNorm(3, alpha=1),
-        Net(lambda _, x: F.normalize(x, dim=1)),
-        Net(lambda _, x: x / x.std()),
+        Drawn(lambda _, x: F.normalize(x, dim=1)),
+        Drawn(lambda _, x: x / x.std()),
     ],
 )
 def test_a_channel_that_scales_its_neighbours_is_not_hidden_by_its_columns(across):
@@ -297,7 +277,7 @@ def test_columns_that_are_computed_cannot_hide_a_channel(normed):
 
 def test_a_scale_of_zero_hides_no_mistake():
     # As in ReZero, or a residual branch whose last layer starts at zero.
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.last(torch.flip(s.a(x), [1])) * s.scale.weight[:, :, None, None]),
         a=conv(3, 4), last=conv(4, 4), scale=nn.Linear(4, 1, bias=False), head=head(4),
     )  # fmt: skip
@@ -317,7 +297,7 @@ def test_a_transposed_convolution_is_a_reader_of_its_own_kind():
 
 
 def test_a_convolution_used_twice_reads_itself():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.b(F.relu(s.b(F.relu(s.a(x))))))),
         a=conv(3, 4),
         b=conv(4, 4),
@@ -330,12 +310,12 @@ def test_a_convolution_used_twice_reads_itself():
 
 
 def test_a_consumer_called_by_keyword_is_taken_for_unknown():
-    model = Net(lambda s, x: s.head(s.b(input=s.a(x))), a=conv(3, 4), b=conv(4, 4), head=head(4))
+    model = Drawn(lambda s, x: s.head(s.b(input=s.a(x))), a=conv(3, 4), b=conv(4, 4), head=head(4))
     assert read_structure(model, X)["a"].mixed
 
 
 def test_dictionaries_tuples_and_none_in_and_out():
-    class Odd(nn.Module):
+    class ManyOutputs(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.head = conv(3, 4), conv(4, 4), head(4)
@@ -345,7 +325,7 @@ def test_dictionaries_tuples_and_none_in_and_out():
             return {"logits": y, "classes": y.argmax(1), "rest": (flag, [x])}
 
     for inputs in ((X, None), [X], {"x": X, "flag": None, "scale": 2.0}):
-        found = read_structure(Odd(), inputs)
+        found = read_structure(ManyOutputs(), inputs)
         assert list(found["a"].consumers) == ["b"]
         assert found["a"].mixed == found["b"].mixed == ""
 
@@ -359,7 +339,7 @@ def test_other_dimensions(make_net, dim):
 
 def test_nothing_of_the_model_is_touched(make_net):
     model = make_net().train()
-    model.add_module("noise", Net(lambda _, x: F.dropout(x, 0.5, training=True)))
+    model.add_module("noise", Drawn(lambda _, x: F.dropout(x, 0.5, training=True)))
     model.norm2.eval()
     model.conv2.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())

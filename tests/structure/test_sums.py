@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nets import Ahead, keep_but
 from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.structure.read import read_structure
@@ -16,24 +17,6 @@ from regrow.surgery.removal import plan_removal, remove_filters
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Ahead(nn.Module):
-    """A stream with norms ahead of the convolutions, the shortcut of the last block behind its norm."""
-
-    def __init__(self, shift=0.0):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm1, self.conv1 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-        self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
-        self.norm3, self.head = nn.BatchNorm2d(4), nn.Linear(4, 2)
-        self.shift = shift
-
-    def forward(self, x):
-        x = self.stem(x)
-        x = x + self.conv1(F.relu(self.norm1(x))) + self.shift
-        y = F.relu(self.norm2(x))
-        return self.head(F.relu(self.norm3(y + self.conv2(y))).mean((2, 3)))
-
-
 def ahead(shift=0.0):
     torch.manual_seed(0)
     model = Ahead(shift)
@@ -42,13 +25,7 @@ def ahead(shift=0.0):
     return model
 
 
-def without(*dropped):
-    keep = torch.ones(4, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
-
-
-KEEP = {"stem": without(1), "conv1": without(1, 2), "conv2": without(1, 3)}
+KEEP = {"stem": keep_but(4, 1), "conv1": keep_but(4, 1, 2), "conv2": keep_but(4, 1, 3)}
 
 
 def test_channels_that_only_removed_filters_write_to():
@@ -57,7 +34,7 @@ def test_channels_that_only_removed_filters_write_to():
     # norm1 sees the stem alone and goes silent with it; channel 1 has no writer left further on.
     assert removal.silenced == {"norm2": [1], "norm3": [1]}
     assert removal.record("removed")["silenced"] == removal.silenced
-    one = plan_removal(model, {"stem": without(1)}, X)
+    one = plan_removal(model, {"stem": keep_but(4, 1)}, X)
     assert one.silenced == {}
     assert plan_removal(model, KEEP, X, norms=False).silenced == {}
     assert plan_removal(model, KEEP, X, followers=False).silenced == removal.silenced
@@ -136,7 +113,7 @@ def test_a_second_cut_counts_from_what_is_left():
     masked, small = ahead(), ahead()
     cut(small, KEEP, example_inputs=X)
     cut(small, {"conv1": torch.tensor([True, False])}, example_inputs=X)  # filter 3 of the four there were
-    remove_filters(masked, KEEP | {"conv1": without(1, 2, 3)}, example_inputs=X)
+    remove_filters(masked, KEEP | {"conv1": keep_but(4, 1, 2, 3)}, example_inputs=X)
     for training in (False, True):
         torch.testing.assert_close(small.train(training)(X), masked.train(training)(X), rtol=1e-4, atol=1e-5)
 

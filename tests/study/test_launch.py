@@ -30,15 +30,15 @@ def configs(seeds: int) -> list[RunConfig]:
     return [make_config({**SMALL, "method": method, "seed": seed}) for seed, method in pairs]
 
 
+def count_runs(runs: list, path: Path, **_: object) -> Path:
+    """Write a report in no time, where the report is not what a test is about."""
+    path.write_text(f"{len(runs)} runs")
+    return path
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report in no time, where the report is not what a test is about."""
-
-    def write(runs: list, path: Path, **_: object) -> Path:
-        path.write_text(f"{len(runs)} runs")
-        return path
-
-    monkeypatch.setattr(launch, "write_report", write)
+    monkeypatch.setattr(launch, "write_report", count_runs)
 
 
 def written(folder: Path) -> dict[Path, int]:
@@ -46,7 +46,7 @@ def written(folder: Path) -> dict[Path, int]:
 
 
 def test_a_comparison_trains_what_is_missing_prints_a_table_and_writes_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_comparison(configs(2), tmp_path)
     assert (tmp_path / "report.html").stat().st_size > 10_000
@@ -63,8 +63,10 @@ def test_a_comparison_trains_what_is_missing_prints_a_table_and_writes_a_page(
     }
     before = written(tmp_path)
 
+    monkeypatch.setattr(launch, "write_report", count_runs)
     assert run_comparison(configs(3), tmp_path)
     assert "4 of 6 runs finished before" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == "6 runs"
     assert len(records.find_runs(tmp_path)) == 6
     assert before.items() <= written(tmp_path).items()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import forking
 from regrow.cli import app
 from regrow.pruning.accuracy import top1
 from regrow.shipping.checkpoint import load
@@ -31,20 +32,8 @@ def prune(*arguments: object):
 
 def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    command = [
-        sys.executable,
-        "-m",
-        "regrow",
-        "prune",
-        run,
-        "--fraction",
-        "0.25",
-        "--out",
-        out,
-        "--threads",
-        1,
-    ]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    settings = ["--fraction", "0.25", "--out", out, "--threads", 1]
+    done = forking.regrow("prune", run, *settings, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a progress bar outside a terminal"
     assert sorted(path.name for path in out.iterdir()) == ["prune.json", "pruned.safetensors"]

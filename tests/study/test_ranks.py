@@ -12,13 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from killing import start_two
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.ranks import Ranks, device_here
 from regrow.study.train import train
-
-sys.path.append(str(Path(__file__).parent))
-from killing import start_two
 
 # 203 pictures: the last batch of three is too small for two processes.
 SMALL: dict[str, Any] = {

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,14 +16,12 @@ from typing import Any
 
 import pytest
 
+from killing import start
 from regrow.study import records
 from regrow.study.checkpoints import find_checkpoints
 from regrow.study.config import make_config
 from regrow.study.lock import locked
 from regrow.study.train import train
-
-sys.path.append(str(Path(__file__).parent))
-from killing import start
 
 SMALL: dict[str, Any] = {
     "data": "digits", "width": 8, "train_size": 200, "batch_size": 50, "epochs": 6, "threads": 1, "seed": 7,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import regrow
+from nets import Residual, conv, head, keep_but, unsettled
 from regrow.surgery.cut import cut
 from regrow.surgery.layers import apply_plan, cuts
 from regrow.surgery.plan import CutPlan
@@ -18,45 +19,11 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def conv(channels, filters, kernel=3, **settings):
-    return nn.Conv2d(channels, filters, kernel, padding=kernel // 2, **settings)
-
-
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-
-
-def keep_but(filters, *dropped):
-    keep = torch.ones(filters, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
-
-
-class Residual(nn.Module):
-    """A stem and one block, norms before the sum: filters are placed, channels are picked."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm = conv(3, 4, bias=False), nn.BatchNorm2d(4)
-        self.a, self.na, self.b, self.nb = conv(4, 3), nn.BatchNorm2d(3), conv(3, 4), nn.BatchNorm2d(4)
-        self.head = head(4)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head(F.relu(x + self.nb(self.b(F.relu(self.na(self.a(x)))))))
-
-
 KEEP = {"stem": keep_but(4, 1, 2), "a": keep_but(3, 0), "b": keep_but(4, 1)}
 
 
 def residual():
-    net = Residual()
-    for norm in (net.norm, net.na, net.nb):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return net
+    return unsettled(Residual(4, 3, stem_bias=False)).train()
 
 
 def masked(net, keep=KEEP):
@@ -113,7 +80,7 @@ def test_a_residual_stream_is_cut_filter_by_filter():
     assert [net.stem.weight.shape, net.a.weight.shape, net.b.weight.shape] == [
         (2, 3, 3, 3), (2, 2, 3, 3), (3, 2, 3, 3)
     ]  # fmt: skip
-    assert (net.norm.num_features, net.na.num_features, net.nb.num_features) == (2, 2, 3)
+    assert (net.norm.num_features, net.norm_a.num_features, net.norm_b.num_features) == (2, 2, 3)
     assert net.head[2].in_features == 3
     assert isinstance(net.a, nn.Conv2d)
     assert isinstance(net.norm, nn.BatchNorm2d)
@@ -395,7 +362,7 @@ def test_training_between_two_cuts_is_remembered(name):
 def masked_once_more(net):
     """``net`` with the fourth filter of b silenced by hand."""
     with torch.no_grad():
-        for tensor in (net.b.weight, net.b.bias, net.nb.weight, net.nb.bias, net.nb.running_mean):
+        for tensor in (net.b.weight, net.b.bias, net.norm_b.weight, net.norm_b.bias, net.norm_b.running_mean):
             tensor[3] = 0
     return net
 
@@ -410,7 +377,7 @@ def test_cutting_nothing_changes_nothing():
     assert cuts(net) == []
 
 
-class Tied(nn.Module):
+class TiedAndComputed(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.head = conv(3, 4), conv(3, 4), head(4)
@@ -429,8 +396,8 @@ class Tied(nn.Module):
         (residual, {"stem": torch.zeros(4, dtype=torch.bool)}, X, "'stem'.* leaves no filter alive"),
         (residual, {"stem": keep_but(5, 1)}, X, "boolean mask of 4 filters"),
         (residual, {"steam": keep_but(4, 1)}, X, "no convolution is named 'steam'.*stem"),
-        (Tied, {"a": keep_but(4, 1)}, X, "'a' cannot be dropped: it shares its weight"),
-        (Tied, {"computed": keep_but(4, 1)}, X, "computed from other parameters"),
+        (TiedAndComputed, {"a": keep_but(4, 1)}, X, "'a' cannot be dropped: it shares its weight"),
+        (TiedAndComputed, {"computed": keep_but(4, 1)}, X, "computed from other parameters"),
         (lambda: nn.DataParallel(residual()), KEEP, X, "wrapped in DataParallel.*model.module"),
         (
             lambda: nn.Sequential(nn.LazyConv2d(4, 3), head(4)),

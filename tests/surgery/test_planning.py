@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from nets import Drawn, Standardised, conv, head, keep_but
 from regrow.structure.read import propose_structure, read_structure
 from regrow.structure.readers import Reads
 from regrow.surgery.cut import cut
@@ -16,33 +17,6 @@ from regrow.surgery.removal import remove_filters
 from regrow.surgery.verify import Probe
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """A net drawn by hand: a function of (modules, x) and the modules by name."""
-
-    def __init__(self, draw, **modules):
-        super().__init__()
-        self._draw = draw
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self._draw(self, x)
-
-
-def conv(channels, filters, kernel=3, **settings):
-    return nn.Conv2d(channels, filters, kernel, padding=kernel // 2, **settings)
-
-
-def head(channels):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
-
-
-def keep_but(filters, *dropped):
-    keep = torch.ones(filters, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
 
 
 def planned(model, **dropped):
@@ -75,7 +49,7 @@ def test_a_flattened_channel_takes_its_columns_along():
 
 
 def test_columns_behind_a_concatenation_are_shifted_and_its_norm_shrinks():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.c(F.relu(s.n(torch.cat([s.a(x), s.b(x)], 1))))),
         a=conv(3, 2), b=conv(3, 3), n=nn.BatchNorm2d(5), c=conv(5, 4), head=head(4),
     )  # fmt: skip
@@ -118,7 +92,7 @@ def test_filters_of_a_grouped_convolution_go_where_its_groups_stay_even():
     )
 
 
-class Residual(nn.Module):
+class TwoBlocks(nn.Module):
     """stem → + block → + block → head, with a norm before each sum."""
 
     def __init__(self, filters=4):
@@ -136,13 +110,13 @@ class Residual(nn.Module):
 
 
 def test_a_filter_that_others_are_added_to_is_placed_behind_its_norm():
-    assert planned(Residual(), b1=[1]) == CutPlan(
+    assert planned(TwoBlocks(), b1=[1]) == CutPlan(
         rows={"b1": [0, 2, 3]}, channels={"n1": [0, 2, 3]}, placed={"n1": (4, [0, 2, 3])}
     )
 
 
 def test_a_channel_that_all_writers_dropped_leaves_the_stream():
-    assert planned(Residual(), stem=[1, 2], b1=[1], b2=[1, 3]) == CutPlan(
+    assert planned(TwoBlocks(), stem=[1, 2], b1=[1], b2=[1, 3]) == CutPlan(
         rows={"stem": [0, 3], "b1": [0, 2, 3], "b2": [0, 2]},
         channels={"norm": [0, 3], "n1": [0, 2, 3], "n2": [0, 2]},
         # Three channels are left of the stream, and each writer puts its own at their places there.
@@ -155,7 +129,7 @@ def test_a_channel_that_all_writers_dropped_leaves_the_stream():
 
 def test_a_stream_cut_jointly_needs_no_placing():
     gone = [0, 3]
-    plan = planned(Residual(), stem=gone, b1=gone, b2=gone)
+    plan = planned(TwoBlocks(), stem=gone, b1=gone, b2=gone)
     assert plan.placed == plan.picked == {}
     assert plan.rows == {"stem": [1, 2], "b1": [1, 2], "b2": [1, 2]}
     assert plan.columns == {"a1": [1, 2], "a2": [1, 2], "head.2": [1, 2]}
@@ -222,7 +196,7 @@ def softmaxed(x):
 
 @pytest.mark.parametrize("between", [shuffled, lambda x: x.cumsum(1), lambda x: x.roll(1, 1), softmaxed])
 def test_unknown_arithmetic_across_channels_gets_its_full_width(between):
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(s.b(between(F.relu(s.n(s.a(x)))))),
         a=conv(3, 6), n=nn.BatchNorm2d(6), b=conv(6, 4), head=head(4),
     )  # fmt: skip
@@ -273,7 +247,7 @@ def test_an_activation_that_turns_zero_into_something_else_gets_its_full_width()
 
 
 def test_a_norm_behind_a_sum_loses_a_channel_that_nothing_writes_to():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.n(s.a(x) + s.b(x)))),
         a=conv(3, 4), b=conv(3, 4), n=nn.BatchNorm2d(4), head=head(4),
     )  # fmt: skip
@@ -293,7 +267,7 @@ def test_a_parametric_activation_shrinks():
 
 
 def test_a_convolution_used_twice_stays_right():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.b(F.relu(s.b(F.relu(s.a(x))))))),
         a=conv(3, 4),
         b=conv(4, 4),
@@ -314,7 +288,7 @@ def test_a_reader_whose_weight_is_computed_keeps_its_columns(normed):
 
 
 def test_readers_that_share_a_weight_keep_their_columns():
-    model = Net(
+    model = Drawn(
         lambda s, x: s.one(F.relu(s.a(x)).mean((2, 3))) + s.two(x.mean((2, 3))[:, [0, 1, 2, 0]]),
         a=conv(3, 4), one=nn.Linear(4, 2), two=nn.Linear(4, 2),
     )  # fmt: skip
@@ -322,17 +296,9 @@ def test_readers_that_share_a_weight_keep_their_columns():
     assert planned(model, a=[1]) == CutPlan(rows={"a": [0, 2, 3]}, placed={"a": (4, [0, 2, 3])})
 
 
-class Standardised(nn.Conv2d):
-    """Each filter scaled to mean 0 and variance 1, as in networks without norms."""
-
-    def forward(self, x):
-        flat = self.weight.flatten(1)
-        flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True) + 1e-5).sqrt()
-        return F.conv2d(x, flat.view_as(self.weight), self.bias, padding=1)
-
-
 def test_a_convolution_of_another_kind_is_tried_row_by_row_and_column_by_column():
-    model = nn.Sequential(conv(3, 4), nn.ReLU(), Standardised(4, 3, 3), nn.ReLU(), conv(3, 2), head(2))
+    other = Standardised(4, 3, 3, padding=1)
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), other, nn.ReLU(), conv(3, 2), head(2))
     assert planned(model, **{"0": [1], "2": [0]}) == CutPlan(
         rows={"0": [0, 2, 3], "2": [1, 2]}, placed={"0": (4, [0, 2, 3])}, columns={"4": [1, 2]}
     )
@@ -437,7 +403,7 @@ def test_other_precisions(make_net, dtype):
 
 
 def test_a_dtype_written_into_the_code_is_respected(make_net):
-    model = Net(lambda s, x: s.net(x.float()), net=make_net((3, 4)))
+    model = Drawn(lambda s, x: s.net(x.float()), net=make_net((3, 4)))
     assert plan_cut(model, {"net.conv1": keep_but(3, 1)}, X[:1].double()).columns == {"net.conv2": [0, 2]}
 
 
@@ -499,7 +465,7 @@ def test_a_layer_of_which_nothing_would_be_left_is_refused():
 
 
 def test_a_proposal_about_a_norm_that_is_wrong_is_found_out(monkeypatch):
-    model = Net(
+    model = Drawn(
         lambda s, x: s.head(F.relu(s.n(torch.cat([s.a(x), s.b(x)], 1)))),
         a=conv(3, 2), b=conv(3, 3), n=nn.BatchNorm2d(5), head=head(5),
     )  # fmt: skip
@@ -547,12 +513,12 @@ def test_weights_that_are_read_without_calling_their_layer():
     def both(net, x):
         return net.head(net.a(x).relu() + F.conv2d(x, net.a.weight, padding=1).relu())
 
-    assert planned(Net(both, a=conv(3, 4), head=head(4)), a=[1])
+    assert planned(Drawn(both, a=conv(3, 4), head=head(4)), a=[1])
 
     def penalty(net, x):
         return net.head(net.b(net.a(x).relu()).relu()), net.a.weight.square().sum()
 
-    model = Net(penalty, a=conv(3, 4), b=conv(4, 5), head=head(5))
+    model = Drawn(penalty, a=conv(3, 4), b=conv(4, 5), head=head(5))
     assert plan_cut(model, {"a": keep_but(4, 1)}, X[:1]).rows == {"a": [0, 2, 3]}
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from nets import unsettled
 from regrow.filters import convolutions
 from regrow.repr.hold import Hold
 from regrow.structure.readers import silent_entries
@@ -22,21 +23,7 @@ from regrow.surgery.removal import plan_removal
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def unsettled(net: nn.Module) -> nn.Module:
-    """``net`` with norms as after training: no weight, bias or statistic at 0 or 1."""
-    for module in net.modules():
-        if getattr(module, "weight", None) is not None and not hasattr(module, "kernel_size"):
-            if isinstance(module, nn.Linear | nn.PReLU):
-                continue
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-        if getattr(module, "running_mean", None) is not None:
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net
-
-
-class Block(nn.Module):
+class DrawnBlock(nn.Module):
     """One part of a drawn network: ``kind`` over ``channels`` in, ``self.channels`` out."""
 
     def __init__(self, kind: str, channels: int, filters: int, norm: str, act: str) -> None:
@@ -117,14 +104,14 @@ def networks(draw: st.DrawFn) -> tuple[nn.Sequential, dict[str, torch.Tensor]]:
         kind = draw(st.sampled_from(KINDS))
         norm = draw(st.sampled_from(("batch", "batch", "group", "none")))
         act = draw(st.sampled_from(("relu", "relu", "hardswish", "sigmoid")))
-        block = Block(kind, channels, draw(st.integers(2, 6)), norm, act)
+        block = DrawnBlock(kind, channels, draw(st.integers(2, 6)), norm, act)
         channels = block.channels
         blocks.append(block)
     if draw(st.booleans()):
         blocks += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 3)]
     else:
         blocks += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3)]
-    net = unsettled(nn.Sequential(*blocks))
+    net = unsettled(nn.Sequential(*blocks)).train()
     keep = {}
     for name, conv in convolutions(net).items():
         if conv.groups == 1:

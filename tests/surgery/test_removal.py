@@ -7,26 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from nets import keep_but, unsettled
 from regrow.surgery.removal import remove_filters, zero_filters
 
 X = torch.randn(4, 3, 7, 7, generator=torch.Generator().manual_seed(1))
-
-
-def keep_but(filters: int, *dropped: int) -> torch.Tensor:
-    keep = torch.ones(filters, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
-
-
-def unsettled(net: nn.Module) -> nn.Module:
-    """``net`` with norms as after training: no weight, bias or statistic at 0 or 1."""
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval()
 
 
 def seen_by(net: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +172,7 @@ def test_zeroing_shared_rows_is_refused() -> None:
 
 
 def test_a_norm_that_serves_others_too_is_named() -> None:
-    class Shared(nn.Module):
+    class SharedNorm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
@@ -198,4 +182,4 @@ def test_a_norm_that_serves_others_too_is_named() -> None:
             return self.head(self.norm(self.b(self.norm(self.a(x)).relu())).relu()).mean((2, 3))
 
     with pytest.raises(ValueError, match=r"'a' cannot be removed: 'norm' behind it cannot be silenced"):
-        remove_filters(unsettled(Shared()), {"a": keep_but(4, 0)}, example_inputs=X[:1])
+        remove_filters(unsettled(SharedNorm()), {"a": keep_but(4, 0)}, example_inputs=X[:1])

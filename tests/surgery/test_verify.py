@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nets import keep_but
 from regrow.surgery.cut import cut
 from regrow.surgery.draft import OUT, Drafting
 from regrow.surgery.plan import CutPlan
@@ -17,7 +18,7 @@ from regrow.torch_private import is_unwritten
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-class Block(nn.Module):
+class InvertedResidual(nn.Module):
     """A stem, a residual block with a depthwise convolution, a head."""
 
     def __init__(self):
@@ -34,18 +35,12 @@ class Block(nn.Module):
         return self.head((x + self.norm3(self.back(y))).relu().mean((2, 3)))
 
 
-def without(count, *dropped):
-    keep = torch.ones(count, dtype=torch.bool)
-    keep[list(dropped)] = False
-    return keep
-
-
-KEEP = {"stem": without(6, 1, 2), "wide": without(8, 0, 5), "back": without(6, 1, 3)}
+KEEP = {"stem": keep_but(6, 1, 2), "wide": keep_but(8, 0, 5), "back": keep_but(6, 1, 3)}
 
 
 def confirmed(quick):
     torch.manual_seed(0)
-    model = Block()
+    model = InvertedResidual()
     removal = plan_removal(model, KEEP, X)
     probe = Probe(model, removal, X, quick=quick)
     drafting = Drafting(model, removal, probe)
@@ -55,7 +50,7 @@ def confirmed(quick):
 def with_one_index_changed(plan):
     """Every plan that differs from ``plan`` in one index of one layer: another that is not there yet."""
     widths = {"rows": 0, "columns": 1}
-    module = dict(Block().named_modules())
+    module = dict(InvertedResidual().named_modules())
     for part in ("rows", "columns", "channels"):
         for layer, indices in getattr(plan, part).items():
             width = module[layer].weight.shape[widths.get(part, 0)]
@@ -93,7 +88,7 @@ def test_what_a_probe_sees():
 
 def test_a_removal_that_silences_what_others_write_to_is_not_confirmed():
     torch.manual_seed(0)
-    model = Block()
+    model = InvertedResidual()
     removal = plan_removal(model, KEEP, X)
     wide = copy.deepcopy(removal.readers)
     norm = wide["wide"].norms["norm1"]
@@ -125,12 +120,12 @@ class Reversing(nn.Module):
 def test_what_only_training_contradicts_is_refuted(quick):
     torch.manual_seed(0)
     model = Reversing()
-    removal = plan_removal(model, {"stem": without(6, 0)}, X)
+    removal = plan_removal(model, {"stem": keep_but(6, 0)}, X)
     probe = Probe(model, removal, X, quick=quick)
     alive = [1, 2, 3, 4, 5]
     stem = {"rows": {"stem": alive}, "channels": {"norm": alive}}
     out = CutPlan(**stem, columns={"back": alive})
-    assert probe.refutes(out, {"norm": without(6, 0), "back": without(6, 0)}) is not None
+    assert probe.refutes(out, {"norm": keep_but(6, 0), "back": keep_but(6, 0)}) is not None
     placed = {"placed": {"norm": (6, alive)}}
     picked = CutPlan(**stem, **placed, columns={"back": alive}, picked={"back": alive})
     assert probe.refutes(picked, {}) is not None
@@ -139,7 +134,7 @@ def test_what_only_training_contradicts_is_refuted(quick):
 
 def test_a_quick_probe_takes_no_memory_for_weights_and_leaves_the_model_alone():
     torch.manual_seed(0)
-    model = Block().requires_grad_(True).train()
+    model = InvertedResidual().requires_grad_(True).train()
     before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     removal = plan_removal(model, KEEP, X)
     probe = Probe(model, removal, X, quick=True)
@@ -157,7 +152,7 @@ def test_a_quick_probe_takes_no_memory_for_weights_and_leaves_the_model_alone():
 
 def test_noise_stands_for_layers_that_do_the_same_in_training():
     torch.manual_seed(0)
-    model = Block()
+    model = InvertedResidual()
     removal = plan_removal(model, KEEP, X)
     noisy = Probe(model, removal, X, quick=True)
     model.deep.__class__ = type("Mine", (nn.Conv2d,), {})
@@ -168,7 +163,7 @@ def test_noise_stands_for_layers_that_do_the_same_in_training():
     assert all(torch.equal(noisy.dead[name], real.dead[name]) for name in real.dead)
 
 
-class Chancy(Block):
+class Chancy(InvertedResidual):
     """Leaves its block out, or channels, by chance in training."""
 
     def __init__(self, kind):
@@ -213,7 +208,7 @@ def test_what_only_some_numbers_show_in_one_mode_is_not_cut_away(glue, training)
     model = Glued(GLUE[glue], training)
     for gain, layer in zip((2, 3, 1), (model.a, model.b, model.c), strict=True):
         layer.weight.data.mul_(gain)
-    keep = {"a": without(6, 0), "b": without(6, 1, 3)}
+    keep = {"a": keep_but(6, 0), "b": keep_but(6, 1, 3)}
     small, masked = copy.deepcopy(model), copy.deepcopy(model)
     cut(small, keep, example_inputs=X)
     remove_filters(masked, keep, example_inputs=X)
@@ -234,7 +229,7 @@ def test_a_channel_that_only_eval_mode_lets_through_is_not_dead():
             return self.c(self.b(y).relu()).mean((2, 3))
 
     torch.manual_seed(0)
-    model, keep = Threshold(), {"a": without(6, 0)}
+    model, keep = Threshold(), {"a": keep_but(6, 0)}
     small, masked = copy.deepcopy(model), copy.deepcopy(model)
     cut(small, keep, example_inputs=0.1 * X)  # none of it passes the threshold
     remove_filters(masked, keep, example_inputs=0.1 * X)
@@ -259,8 +254,8 @@ def test_a_convolution_that_adds_to_what_pytorchs_own_makes(how):
     if how == "instance":
         model[0].forward = types.MethodType(lambda conv, x: nn.Conv2d.forward(conv, x) + 1, model[0])
     small, masked = copy.deepcopy(model), copy.deepcopy(model)
-    record = cut(small, {"0": without(6, 0, 2)}, example_inputs=X)
-    remove_filters(masked, {"0": without(6, 0, 2)}, example_inputs=X)
+    record = cut(small, {"0": keep_but(6, 0, 2)}, example_inputs=X)
+    remove_filters(masked, {"0": keep_but(6, 0, 2)}, example_inputs=X)
     for mode in (True, False):
         torch.testing.assert_close(small.train(mode)(X), masked.train(mode)(X), rtol=1e-4, atol=1e-5)
     assert record["layers"]["2"] == {"before": 4, "after": 4}
@@ -291,7 +286,7 @@ def test_a_model_that_writes_its_weights_is_left_alone(write, when):
     before = copy.deepcopy(model.state_dict())
     for size in (8, 128):
         with suppress(ValueError):
-            plan_cut(model, {"a": without(8, 0, 1)}, torch.randn(1, 3, size, size))
+            plan_cut(model, {"a": keep_but(8, 0, 1)}, torch.randn(1, 3, size, size))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -301,7 +296,7 @@ def test_planning_does_not_stand_in_the_way_of_a_backward_pass():
     for size in (16, 128):
         x = torch.randn(1, 3, size, size)
         loss = model(x).sum()
-        plan_cut(model, {"0": without(8, 0, 1)}, x)
+        plan_cut(model, {"0": keep_but(8, 0, 1)}, x)
         loss.backward()
         assert model[0].weight.grad is not None
 

@@ -11,29 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forking import context
 from regrow.study.config import make_config
-
-_context = multiprocessing.get_context("forkserver")
-# All that a run imports, so that a process costs a fork and not the seconds that these take.
-_context.set_forkserver_preload(
-    [
-        "__main__",
-        "regrow.study.train",
-        "sklearn.datasets",
-        "timm",
-        "torch._dynamo",
-        "torch.distributed.nn",
-        "torch_pruning",
-        "torchvision",
-    ]
-)
 
 Process = multiprocessing.process.BaseProcess
 
 
 def start(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> Process:
     """Begin to train in a process of its own; with ``kill``, it dies at the call of that name and number."""
-    process = _context.Process(target=_run, args=(settings, folder, kill, {}))
+    process = context.Process(target=_run, args=(settings, folder, kill, {}))
     process.start()
     return process
 
@@ -47,7 +33,7 @@ def start_two(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | No
     for rank in (0, 1):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
         variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = _context.Process(target=_run, args=(settings, folder, kill if rank else None, variables))
+        process = context.Process(target=_run, args=(settings, folder, kill if rank else None, variables))
         process.start()
         processes.append(process)
     return processes
