@@ -1,8 +1,9 @@
 """What every test shares: one thread, reproducible draws, and small nets to work on."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -38,6 +39,32 @@ def _nothing_compiled() -> None:
     # What one test compiled counts towards the limit of recompilations of the next.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+class _GivenUp(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def given_up(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """What regrow tried and gave up during the test: an error, unless the test is marked ``gives_up``.
+
+    A bug in the planning of cuts would otherwise show only as a worse plan.
+    """
+    log, handler = logging.getLogger("regrow"), _GivenUp()
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
+    yield handler.said
+    log.removeHandler(handler)
+    log.setLevel(level)
+    if request.node.get_closest_marker("gives_up") is None:
+        assert handler.said == []
 
 
 @pytest.fixture(scope="session")

@@ -207,6 +207,7 @@ def test_unknown_arithmetic_across_channels_is_found_out():
     assert not found["a"].mixed
 
 
+@pytest.mark.gives_up
 def test_a_graph_that_loses_count_of_the_channels_says_nothing():
     def shuffled(x):
         return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
@@ -402,6 +403,7 @@ def test_the_squeezenet_classifier_is_the_output():
     assert [name for name, reads in found.items() if reads.output] == ["classifier.1"]
 
 
+@pytest.mark.gives_up
 def test_where_the_tracer_fails_norms_are_still_found_and_nothing_is_claimed():
     # torch-pruning 1.6 raises on ShuffleNet's channel shuffle.
     found = read_structure(torchvision.models.shufflenet_v2_x0_5(), torch.randn(1, 3, 64, 64))

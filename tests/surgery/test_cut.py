@@ -37,6 +37,7 @@ def check_equal(small, whole):
         torch.testing.assert_close(small.train(training)(X), whole.train(training)(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gives_up
 def test_three_filters_on_paper():
     """conv (3 filters, 1×1, one channel) → norm → conv (1×1): filter 1 leaves."""
     net = nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 1, 1), nn.Flatten())

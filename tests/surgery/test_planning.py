@@ -223,6 +223,7 @@ class Split(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.gives_up
 def test_splits_of_a_fixed_size_get_it_and_all_else_shrinks():
     blocks = 4
     gone = {}
@@ -333,6 +334,7 @@ def test_a_branch_that_only_training_takes_is_confirmed_too():
     )  # fmt: skip
 
 
+@pytest.mark.gives_up
 def test_a_graph_that_breaks_leaves_a_plan_that_is_right():
     model = torchvision.models.shufflenet_v2_x0_5(num_classes=4)
     x = torch.randn(1, 3, 32, 32)
@@ -349,6 +351,7 @@ def test_a_graph_that_breaks_leaves_a_plan_that_is_right():
     assert len(plan.columns["stage2.0.branch2.0"]) == 23
 
 
+@pytest.mark.gives_up
 def test_half_of_resnet18_is_not_private_and_all_of_it_is_cut():
     model = torchvision.models.resnet18(num_classes=4)
     modules = dict(model.named_modules())
