@@ -50,7 +50,7 @@ def test_the_pictures_follow_the_settings() -> None:
 def test_the_folder_of_the_data_is_the_one_in_the_settings(tmp_path) -> None:
     with pytest.raises(ValueError, match="pass --data-dir FOLDER"):
         load_splits(config(data="folder", image_size=8))
-    with pytest.raises(ValueError, match="missing is no folder"):
+    with pytest.raises(ValueError, match="missing is not a folder"):
         load_splits(config(data="folder", image_size=8, data_dir=str(tmp_path / "missing")))
 
 

@@ -90,7 +90,7 @@ def test_the_data_may_have_moved_since(tmp_path: Path) -> None:
     pictures = _folder(tmp_path / "then")
     run = make_run(tmp_path / "run", data="folder", data_dir=str(pictures), image_size=8, train_size=None)
     pictures.rename(tmp_path / "now")
-    with pytest.raises(ValueError, match="then is no folder"):
+    with pytest.raises(ValueError, match="then is not a folder"):
         from_run(run)
     found = from_run(run, data_dir=str(tmp_path / "now"))
     assert found.example.shape == (1, 3, 8, 8)
@@ -212,5 +212,5 @@ def test_the_families_have_no_published_weights() -> None:
     for name in ("convnet", "vgg", "resnet", "wrn"):
         with pytest.raises(ValueError, match=f"{name} has no published weights: train one"):
             by_name(name)
-    with pytest.raises(ValueError, match="'resnet19' is no run folder, and no network of torchvision"):
+    with pytest.raises(ValueError, match="'resnet19' is neither a run folder nor a network of torchvision"):
         by_name("resnet19")
