@@ -2,10 +2,10 @@
 
     python benchmarks/bridgeout_curves.py runs/curves --jobs 2
 
-Every method gets the same number of trials: training with one seed that is not used again, and the mean
-validation accuracy over 0 to 50 % of filters zeroed, the published measure. The best trial's settings are
-trained with three other seeds and measured on the test pictures. What is finished is not trained again;
-``--report-only`` writes the tables from what is there.
+Every method gets the same number of trials. A trial trains with one seed that is not used again, and is
+judged by the mean validation accuracy over 0 to 50 % of filters zeroed, the published measure. The settings
+of the best trial are trained with three other seeds and measured on the test pictures. Finished runs are not
+trained again; ``--report-only`` writes the tables from the runs that are there.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def measure_on_validation(folders: Iterable[Path], jobs: int) -> None:
 
 
 def train(folder: Path, method: str, settings: Mapping[str, Any], seed: int) -> list[str]:
-    """The command that trains one run; its settings are left beside it."""
+    """Write the settings of one run beside its folder, and return the command that trains it."""
     file = folder.with_name(folder.name + ".yaml")
     records.write_yaml(file, {**SHARED, **settings, "method": method, "seed": seed})
     return ["train", "--config", str(file), "--out", str(folder)]
@@ -103,7 +103,7 @@ def half_means(curves: CurveSet) -> dict[tuple[str, str], Estimate]:
 
 
 def chosen(home: Path) -> dict[str, dict[str, Any]]:
-    """For each method what its trials gave on validation, and which is best."""
+    """For each method, the validation accuracies of its trials, and which trial is best."""
     found = {}
     for method, trials in TRIALS.items():
         scores, uncut = [], []
@@ -135,7 +135,7 @@ def error(value: Estimate) -> str:
 
 
 def tables(curves: CurveSet, choice: Mapping[str, Mapping[str, Any]], hours: float, runs: int) -> str:
-    """The committed page."""
+    """The text of bridgeout_curves.md."""
     where = records.environment("cpu", 1)
     lines = [
         "# Accuracy against filters cut: Batch Bridgeout and its rivals",

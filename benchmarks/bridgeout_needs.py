@@ -1,9 +1,9 @@
-"""What the zeroed reading needs: steps, decay, noise and width, one thing at a time, on validation pictures.
+"""What the zeroed reading needs: vary steps, decay, noise and width one at a time, on validation pictures.
 
     python benchmarks/bridgeout_needs.py runs/needs --jobs 2
 
-One seed, one training a row, a loop of its own (no run folders), so that the rate's schedule and the layers
-can be anything. What is in the folder is not trained again.
+Each row is one training with one seed. The script has its own training loop (no run folders), so that the
+schedule of the rate and the layers can be anything. Results that are in the folder are not trained again.
 """
 
 from __future__ import annotations

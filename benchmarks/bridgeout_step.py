@@ -3,9 +3,9 @@
     python benchmarks/bridgeout_step.py --out benchmarks/bridgeout_step.md
 
 The three kinds of step (plain, Bridgeout as it is, Bridgeout compiled) take turns in one process, and each
-ratio is of steps of one round. Where a process's memory happens to lie moves its ratios by 2 %, so the
-table gives the median of several processes. Memory is what PyTorch's allocator held at most during a step,
-read from a profile of one step.
+ratio compares steps of one round. The place that a process's memory happens to have moves its ratios by 2 %,
+so the table gives the median of several processes. Memory is the most that PyTorch's allocator held during a
+step, read from a profile of one step.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Trainee:
 
 
 def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
-    """The most that the allocator held during one step, above what it held at its begin."""
-    # What a step takes is counted, whether from the pool or instead of the gradients of the step before.
+    """The most that the allocator held during one step, above what it held at its beginning."""
+    # Without old gradients and a filled pool, all memory that the step takes is counted.
     trainee.optimizer.zero_grad(set_to_none=True)
     pool.clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -78,7 +78,7 @@ def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
 
 
 def measure(name: str, rounds: int, batch: int, threads: int) -> dict[str, dict[str, float]]:
-    """What one process measures for one memory format: by kind, medians over its rounds, and memory."""
+    """Measure one memory format in this process: by kind of step, medians over the rounds, and memory."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 32, 32, generator=generator).to(memory_format=FORMATS[name])

@@ -1,13 +1,13 @@
-"""What a checkpoint, the records and the progress bar cost, as shares of an epoch, alternating in one run.
+"""What a checkpoint, the records and the progress bar cost, as shares of an epoch, in turns in one run.
 
     python benchmarks/checkpoint_cost.py --out benchmarks/checkpoint_cost.md
 
 Each round trains an epoch of ResNet-20 on Fashion-MNIST with the reference loop's own function, then
 writes what the loop writes after it: the records of the epoch and a checkpoint, each timed on its own.
-Progress is timed with a bar that is drawn, to a terminal in memory: the calls that the epoch makes, and
-as many redrawings as the bar's own thread does in that time, all charged to the epoch.
-The checkpoint is that of a run's last epoch, with the records of 200 epochs in it, and there are two
-older ones; the medium is where the folder given with ``--folder`` lies.
+The progress bar is drawn to a terminal in memory. Its cost is the time of the calls that the epoch makes, and
+of as many redrawings as the bar's own thread does in that time, all charged to the epoch.
+The checkpoint is that of a run's last epoch, which holds the records of 200 epochs, and there are two older
+ones. It is written to the disk of the folder given with ``--folder``.
 """
 
 from __future__ import annotations

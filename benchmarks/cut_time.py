@@ -4,8 +4,8 @@
 
 Torch-Pruning's pruner is made and stepped (``BasePruner``, L2 importance, its defaults); regrow's ``score``,
 ``select`` and ``cut`` read the structure, plan, and confirm the plan by forward passes on a copy. Each takes
-a fresh copy of the network, with random weights, and one picture of 224×224; what the one before it left to
-Python's collector is collected first. Where a process's memory happens to lie moves its times by a tenth and
+a fresh copy of the network, with random weights, and one picture of 224×224; Python's garbage from the cut
+before is collected first. The place that a process's memory happens to have moves its times by a tenth and
 more, so the table gives the median of several processes.
 """
 

@@ -1,8 +1,8 @@
 """What feeding costs, as a share of a training epoch of the vanilla net: `python benchmarks/feeding.py`.
 
 Epochs with and without feeding alternate in one process: one trains on `Batches(...)`, whose share is
-timed inside the loop, the other on the same number of batches made beforehand. Random pictures; an
-epoch ends after at most 20 batches, so what is drawn once per epoch weighs more than in a real one.
+timed inside the loop, the other on the same number of batches made beforehand. The pictures are random.
+An epoch ends after at most 20 batches, so the draws made once per epoch weigh more than in a real one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATA = {
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """One epoch: (seconds, of these spent waiting for batches)."""
+    """Train one epoch; return its seconds, and how many of these it waited for batches."""
     waited = 0.0
     started = asked = time.perf_counter()
     for pictures, labels in batches:

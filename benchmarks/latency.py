@@ -1,12 +1,12 @@
-"""What a cut buys on the clock: cut by regrow and by Torch-Pruning to the same MACs, beside the uncut net.
+"""The time that a cut saves: networks cut by regrow and by Torch-Pruning to the same MACs, and the uncut net.
 
     python benchmarks/latency.py --out benchmarks/latency.md
 
 Torch-Pruning (``BasePruner``, alias ``MagnitudePruner``, L2 importance, the defaults) takes a share of the
-channels away; regrow cuts to the multiply-accumulates that this leaves. Random weights: what is removed
-decides nothing here, how much of each layer does. All forms of a network, in both memory formats, with norms
-as they are and folded, take turns, pass by pass, in one process; a ratio is of a pass and the uncut network's
-of the same turn.
+channels away; regrow cuts to the multiply-accumulates that this leaves. Weights are random, because the time
+depends on how many filters of each layer are removed, and not on which. All forms of a network, in both
+memory formats, with norms as they are and folded, take turns, pass by pass, in one process; a ratio compares
+a pass with the uncut network's pass of the same turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NETS = {
     "DenseNet-121": torchvision.models.densenet121,
 }
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-# Of ``prune``, beside its defaults.
+# Arguments of ``prune`` beside its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "regrow": {},
     "regrow, multiples of 8": {"round_to": 8},
@@ -127,7 +127,7 @@ def timed(found: list[Variant], x: Tensor, rounds: int) -> Times:
 
 
 def ratios(times: Times, key: Key) -> list[float]:
-    """Of each turn: how long this one took, in units of the uncut network as it is."""
+    """The time of each turn, in units of the time of the uncut network as it is."""
     return [mine / theirs for mine, theirs in zip(times[key], times[BASE], strict=True)]
 
 
@@ -152,7 +152,7 @@ def latency_table(found: list[Variant], batches: dict[str, Times]) -> list[str]:
 
 
 def short_row(name: str, found: list[Variant], x: Tensor, batch: str, times: Times) -> str:
-    """Each network in the memory format that suits it, norms folded; Torch-Pruning's as it is, too."""
+    """A row: each network with norms folded, in its faster memory format; Torch-Pruning's also as it is."""
 
     def best(variant: str) -> str:
         form = min(FORMATS, key=lambda form: statistics.median(times[variant, True, form]))

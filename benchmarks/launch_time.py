@@ -2,8 +2,8 @@
 
     python benchmarks/launch_time.py --out benchmarks/launch_time.md
 
-Each time is of a whole process of its own that trains two methods with two seeds, from its start to its end:
-the start of the workers and all imports are in it, the report is not.
+Each time is that of a whole process that trains two methods with two seeds, from its start to its end. It
+includes the start of the workers and all imports, but not the report.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benchmarks/report_time.py --out benchmarks/report_time.md
 
 The records are made up: ten methods and variants with fifty seeds each, thirty epochs a run, the layers of a
-ResNet-20, drops and restores with RePr, training FLOPs, no curves of filters cut. Each round is a fresh
-process, so that imports count: it finds and reads the runs, as ``regrow report`` does, and writes the page,
-the JSON and the CSV.
+ResNet-20, drops and restores with RePr, training FLOPs, no curves of filters cut. Each round starts a fresh
+process, so that imports count. The process finds and reads the runs, as ``regrow report`` does, and writes
+the page, the JSON and the CSV.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long a whole RePr run takes, beside what is possible, and beside standard training.
+"""How long a whole RePr run takes, beside the least time possible, and beside standard training.
 
     python benchmarks/repr_time.py --out benchmarks/repr_time.md
 
@@ -7,12 +7,12 @@ Each round trains four copies of a net for the same number of batches, epoch by 
 - standard: plain PyTorch, no regrow code at all;
 - limit: the same, with the sub phases spent in a net born at the size of RePr's sub-network (the cut of
   that round, made outside the clock);
-- RePr: the whole of it, from reading the structure to the last restore;
+- RePr: the whole run, from reading the structure to the last restore;
 - masked: RePr with ``compact=False``.
 
-Two epochs full to one epoch sub, 30 % of the ranked filters. What does not grow with the length of an
-epoch (reading the structure, drop, restore) is in the ratios, and listed beside them: an epoch here is
-shorter than one of real training.
+Two epochs full to one epoch sub, 30 % of the ranked filters. The ratios include costs that do not grow with
+the length of an epoch (reading the structure, drop, restore). These are also listed beside the ratios,
+because an epoch here is shorter than one of real training.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmarks/zoo.py --results zoo.jsonl --table benchmarks/zoo.md
 
-Every torchvision classification, detection and segmentation model, and of timm's convolutional families
-the smallest model of each name, unless it has more than 200 million weights. Random weights, small
-pictures, one forward and one backward pass in train mode, one forward pass in eval mode. Each model has a
-process of its own, with a limit on time and memory; a model that is in the results already is not run
-again.
+The models are every torchvision classification, detection and segmentation model, and of timm's convolutional
+families the smallest model of each name, unless it has more than 200 million weights. They have random
+weights, get small pictures, and make one forward and one backward pass in train mode and one forward pass in
+eval mode. Each model runs in its own process, with a limit on time and memory; a model that is in the results
+already is not run again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FRACTION = 0.3
 TOLERANCE = 1e-4
 IN_DOUBLE = 1e-8
 DRAWS, MARGIN = 3, 10  # the differences found are about as large as the network's own movement
-LARGEST = 200_000_000  # weights of a timm model; of torchvision's every one is run
+LARGEST = 200_000_000  # weights of a timm model; all models of torchvision are run
 
 
 def torchvision_names(kind: str) -> list[str]:
@@ -67,7 +67,7 @@ def timm_names() -> list[str]:
     for family in timm.list_modules():
         names = timm.list_models(module=family)
         some = [names[0], names[len(names) // 2], names[-1]] if names else []
-        if not any(_weights(name)[1] for name in some):  # transformers: hundreds
+        if not any(_weights(name)[1] for name in some):  # such as hundreds of transformers
             continue
         for name in names:
             total, convolutional = _weights(name)
@@ -149,9 +149,9 @@ def _detection_inputs(bare: str, generator: torch.Generator) -> Any:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Cut one model and compare it; what is compared is the largest difference over the largest value."""
+    """Cut one model, and compare it with the masked one: the largest difference over the largest value."""
     model = build(name)
-    with torch.no_grad():  # norms as after training: one that passes 0 on as 0 hides a mistake
+    with torch.no_grad():  # norms as after training: one that maps 0 to 0 would hide a mistake
         unsettle(model, torch.Generator().manual_seed(0))
     inputs = inputs_for(name, model)
     example = inputs[:1] if isinstance(inputs, Tensor) else inputs
@@ -191,7 +191,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def nothing_to_cut(model: nn.Module, left_out: dict[str, str], seconds: float) -> dict[str, Any]:
-    """The result of a model none of whose filters can go: a transformer with one convolution, say."""
+    """The result for a model without a removable filter: a transformer with one convolution, say."""
     size = sum(parameter.numel() for parameter in model.parameters())
     return {
         "filters": sum(conv.out_channels for conv in convolutions(model).values()),
@@ -220,8 +220,8 @@ def cast_all(inputs: Any, dtype: torch.dtype) -> Any:
 def errors_and_own(
     masked: nn.Module, small: nn.Module, plan: CutPlan, inputs: Any
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """What ``compare`` says in float32, and in float64 (``eval64``, …) where that is not clear; where that is
-    not either, what ``movement`` says. Both networks are changed."""
+    """The result of ``compare`` in float32, with that in float64 (``eval64``, …) if the first is not clear,
+    and the result of ``movement`` if neither is. Both networks are changed."""
     before = [[buffer.clone() for buffer in net.buffers()] for net in (masked, small)]
     kept = kept_by(masked, plan)
     errors = compare(computed(masked, inputs, kept), computed(small, inputs, {}))
@@ -232,12 +232,12 @@ def errors_and_own(
             buffer.copy_(value)  # the statistics from before the pass in train mode
     in_double = cast_all(inputs, torch.float64)
     try:
-        # One after the other, and back: both in float64 would not fit where a network is large.
+        # Convert one after the other, and back: both in float64 would not fit if the network is large.
         whole = computed(masked.double(), in_double, kept)
         masked.float()
         again = compare(whole, computed(small.double(), in_double, {}))
         del whole
-    except Exception:  # a dtype written into the model's code
+    except Exception:  # some models have a dtype written into their code
         return errors | {"double": float("nan")}, {}
     unclear = any(errors[key] > TOLERANCE and again[key] > IN_DOUBLE for key in again)
     errors |= {f"{key}64": value for key, value in again.items()}
@@ -256,7 +256,7 @@ def compare(whole: dict[str, list[Tensor]], part: dict[str, list[Tensor]]) -> di
 def computed(
     net: nn.Module, inputs: Any, kept: Mapping[nn.Parameter, Mapping[int, Sequence[int]]]
 ) -> dict[str, list[Tensor]]:
-    """Outputs in eval and train mode, and the gradients of what ``kept`` leaves of each parameter."""
+    """Outputs in eval and train mode, and gradients of the part of each parameter that ``kept`` leaves."""
     found = {"eval": outputs(net, inputs, False), "train": outputs(net, inputs, True, gradients=True)}
     sum(tensor.square().mean() for tensor in found["train"] if tensor.requires_grad).backward()
     gradients = []
@@ -269,8 +269,8 @@ def computed(
 
 
 def movement(masked: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
-    """How far what ``compare`` looks at moves by itself when every weight moves by one unit in the last
-    place, the largest of some draws: two orders of the same sums cannot agree better than that."""
+    """How far the values that ``compare`` takes move by themselves when every weight moves by one unit in the
+    last place, the largest of some draws: two orders of the same sums cannot agree better than that."""
     kept, state = kept_by(masked, plan), copy.deepcopy(masked.state_dict())
     still = computed(masked, inputs, kept)
     furthest = dict.fromkeys(still, 0.0)
@@ -285,7 +285,7 @@ def movement(masked: nn.Module, plan: CutPlan, inputs: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def nudge(net: nn.Module, generator: torch.Generator) -> None:
-    """Every parameter to the next number up or down, at random; zeros, a dropped filter's, stay."""
+    """Move every parameter to the next number up or down, at random; zeros, of dropped filters, stay."""
     for parameter in net.parameters():
         away = torch.rand(parameter.shape, generator=generator) < 0.5
         parameter.copy_(parameter.nextafter(torch.where(away, 2 * parameter, 0 * parameter)))

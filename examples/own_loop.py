@@ -1,4 +1,4 @@
-"""RePr in a loop of your own: a small net on scikit-learn's digits, stopped and resumed half way."""
+"""RePr in your own loop: train a small net on scikit-learn's digits, and stop and resume it on the way."""
 
 import io
 
@@ -42,7 +42,7 @@ def main() -> None:
         scheduler.step()
         if event := cycle.step():
             print(f"epoch {epoch}: {event.kind}", {name: len(found) for name, found in event.filters.items()})
-        if epoch == 5:  # filters are off now: save everything, build everything anew, go on
+        if epoch == 5:  # filters are off now: save everything, build everything anew, continue
             file = io.BytesIO()
             torch.save([part.state_dict() for part in parts], file)
             file.seek(0)

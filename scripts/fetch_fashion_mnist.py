@@ -1,8 +1,8 @@
 """Get Fashion-MNIST onto this machine, and say where it is: `python scripts/fetch_fashion_mnist.py`.
 
-It takes Debian's package where there is apt-get (installed as root, unpacked into the data folder as
-anyone else), and torchvision's download where there is not. The data folder is $REGROW_DATA, else
-./data. Where the data is there already nothing is done.
+With apt-get, the script takes Debian's package, which it installs as root, and unpacks into the data folder
+as any other user. If that is not possible, it uses torchvision's download. The data folder is $REGROW_DATA,
+else ./data. If the data is there already, the script does nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def complete(folder: Path) -> bool:
 
 
 def run(*command: str, folder: Path | None = None) -> bool:
-    """Run a command in ``folder``; whether it succeeded. Its output goes to standard error."""
+    """Run a command in ``folder``, and return whether it succeeded. Its output goes to standard error."""
     print("$", *command, file=sys.stderr)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     return subprocess.run(command, cwd=folder, env=environment, stdout=sys.stderr).returncode == 0
 
 
 def unpack_debian_package(target: Path) -> bool:
-    """Download the package without installing it, and move its files to ``target``, each one whole."""
+    """Download the package without installing it, and move its complete files to ``target``."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target, prefix=".fetching-") as temporary:
         folder = Path(temporary)
@@ -47,7 +47,7 @@ def unpack_debian_package(target: Path) -> bool:
 
 
 def from_debian(target: Path) -> Path | None:
-    """Where the files are once apt-get has got them, or None."""
+    """Get the files by apt-get; return their folder, or None."""
     if shutil.which("apt-get") is None:
         return None
     run("apt-get", "update")  # may need root, and the lists may be there already: go on either way
@@ -61,7 +61,7 @@ def from_debian(target: Path) -> Path | None:
 
 
 def from_torchvision(data: Path) -> Path | None:
-    """Where the files are once torchvision has downloaded them, or None."""
+    """Get the files by torchvision's download; return their folder, or None."""
     try:
         from torchvision.datasets import FashionMNIST
 

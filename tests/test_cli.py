@@ -103,7 +103,7 @@ def test_a_study_that_fails_in_part_exits_with_1_and_reports_the_rest(tmp_path: 
     assert "2 runs, 0 done, 2 to run" in planned.output
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
-    assert "1 run failed; the same command tries again what is not finished:" in done.output
+    assert "1 run failed; the same command tries them again:" in done.output
     assert (tmp_path / "out" / "convnet-digits" / "report.html").exists()
 
 

@@ -1,4 +1,4 @@
-"""The command ``regrow``. PyTorch and the study are imported only once something is to be done."""
+"""The command ``regrow``. It imports PyTorch and most of the study only when a command needs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", rich_help_panel="Run")]
-Rerun = Annotated[bool, typer.Option("--rerun", help="Run again what is finished.", rich_help_panel="Run")]
+Rerun = Annotated[bool, typer.Option("--rerun", help="Train finished runs again.", rich_help_panel="Run")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file of settings; flags override it.", rich_help_panel="Run"),
@@ -30,7 +30,7 @@ Jobs = Annotated[
     int | None,
     typer.Option(
         "--jobs",
-        help="Runs to train at a time, CPUs shared out evenly (default: one a CPU).",
+        help="Runs to train at a time; they share the CPUs evenly (default: one per CPU).",
         rich_help_panel="Where runs run",
     ),
 ]
@@ -75,7 +75,7 @@ def _flag(name: str) -> inspect.Parameter:
 @app.command()
 @_with_settings()
 def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: Rerun = False) -> None:
-    """Train one network and leave a run folder: settings, curves, what was cut when, weights.
+    """Train one network and write a run folder: settings, a record of every epoch and cut, weights.
 
     Example: regrow train --data digits --model convnet --method repr --seed 3 --epochs 14 --out runs/one
     """
@@ -101,7 +101,7 @@ def compare(
     out: Out,
     settings: dict[str, Any],
     methods: Annotated[
-        str, typer.Option(help="Which to compare, the baseline first.", rich_help_panel="Comparison")
+        str, typer.Option(help="Methods to compare, the baseline first.", rich_help_panel="Comparison")
     ] = "standard,repr",
     seeds: Annotated[
         str,
@@ -145,7 +145,7 @@ def study(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Of the Ray cluster: auto, host:port or ray://host:port (default: one is started here).",
+            help="Address of the Ray cluster: auto, host:port or ray://host:port (default: start one here).",
             rich_help_panel="Where runs run",
         ),
     ] = None,
@@ -161,7 +161,7 @@ def study(
         ),
     ] = None,
 ) -> None:
-    """Train what a study's file wants and is not done yet, and write a report for every comparison in it.
+    """Train the runs of a study's file that are not done, and write a report for every comparison in it.
 
     Example: regrow study study.yaml --dry-run
     """
@@ -176,7 +176,7 @@ def study(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
     out: Annotated[
         Path | None, typer.Option(help="The page to write (default: report.html in the first folder).")
     ] = None,
@@ -185,7 +185,7 @@ def report(
         Path | None, typer.Option(help="Folder to write the records to as TensorBoard event files, too.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about finished runs: numbers, curves, what was off when."""
+    """Write one self-contained HTML page about finished runs: numbers, curves, which filter was off when."""
     from regrow.study.gather import gather
     from regrow.study.report import write_report
     from regrow.study.variants import variant_names
@@ -211,9 +211,9 @@ def report(
 
 @app.command()
 def curve(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold some.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
     criterion: Annotated[
-        str, typer.Option(help="What ranks the filters; the lowest go first: l2, l1, ortho, random, …")
+        str, typer.Option(help="How to rank the filters; the lowest go first: l2, l1, ortho, random, …")
     ] = "l2",
     scope: Annotated[
         str, typer.Option(help="layer cuts the same share of every layer, global ranks all together.")
@@ -222,16 +222,16 @@ def curve(
         str, typer.Option(help="Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
     ] = "0-90",
     readings: Annotated[
-        str, typer.Option(help="What it means that a filter is cut.")
+        str, typer.Option(help="The meanings of a cut to measure, with commas between.")
     ] = "zeroed,removed,compensated",
     split: Annotated[
         str, typer.Option(help="Pictures to measure on: test, or validation to choose settings.")
     ] = "test",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for curve.json, curve.svg and curve.png (default: that given)."),
+        typer.Option(help="Folder for curve.json, curve.svg and curve.png (default: the folder given)."),
     ] = None,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Measure again what is there.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Measure existing points again.")] = False,
 ) -> None:
     """Cut more and more filters of trained networks, without fine-tuning, and measure their accuracy.
 
@@ -267,7 +267,7 @@ def prune(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Most points of validation accuracy to lose: 1.", rich_help_panel="Target (one)"),
+        typer.Option(help="Points of validation accuracy it may lose: 1.", rich_help_panel="Target (one)"),
     ] = None,
     macs: Annotated[
         float | None,
@@ -285,28 +285,28 @@ def prune(
     criterion: Annotated[
         str,
         typer.Option(
-            help="What ranks the filters; the lowest go first: l2, l1, ortho, random, …",
+            help="How to rank the filters; the lowest go first: l2, l1, ortho, random, …",
             rich_help_panel="Which filters",
         ),
     ] = "l2",
     scope: Annotated[
         str,
         typer.Option(
-            help="layer cuts the same share of every layer, global ranks all together, isomorphic those of "
-            "layers of one kind.",
+            help="layer cuts the same share of every layer, global ranks all filters together, isomorphic "
+            "those in layers of one kind.",
             rich_help_panel="Which filters",
         ),
     ] = "layer",
     coupled: Annotated[
         str | None,
         typer.Option(
-            help="Filters that are added together go jointly or individually. (default: jointly; for "
+            help="Remove filters that are added together jointly or individually (default: jointly; for "
             "--latency the faster of the two)",
             rich_help_panel="Which filters",
         ),
     ] = None,
     round_to: Annotated[
-        int, typer.Option(help="Widths are multiples of this.", rich_help_panel="Which filters")
+        int, typer.Option(help="Make every width a multiple of this.", rich_help_panel="Which filters")
     ] = 1,
     floor: Annotated[
         float, typer.Option(help="Share of each layer that stays.", rich_help_panel="Which filters")
@@ -320,14 +320,14 @@ def prune(
     compensate: Annotated[
         bool,
         typer.Option(
-            help="Make up for what goes with 512 training pictures, without labels.",
+            help="Make up for removed filters with 512 training pictures, without labels.",
             rich_help_panel="Which filters",
         ),
     ] = True,
     weights: Annotated[
         str,
         typer.Option(
-            help="Of a network by name: default, none (random), or IMAGENET1K_V1, …",
+            help="Weights of a network by name: default, none (random), or IMAGENET1K_V1, …",
             rich_help_panel="Network",
         ),
     ] = "default",
@@ -386,13 +386,13 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    # The place in the source that Python's own format shows says nothing to who types a command.
+    # Python's own format shows a place in the source, which does not help a person who types a command.
     del category, filename, lineno, file, line
     typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
 
 
 def main() -> None:
-    """Run the command; an error that the user can mend is one line on standard error, and exit code 1."""
+    """Run the command; an error that the user can correct becomes one line on stderr, and exit code 1."""
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)

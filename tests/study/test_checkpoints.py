@@ -109,7 +109,7 @@ def test_no_flipped_bit_or_missing_end_goes_unseen(tmp_path_factory, where, bit,
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 200, to_bytes({})[:20], b"\x02" + b"\0" * 7 + b"{}"])
 def test_bytes_that_are_no_checkpoint(data):
-    with pytest.raises(ValueError, match="it is no checkpoint"):
+    with pytest.raises(ValueError, match="it is not a checkpoint"):
         from_bytes(data)
 
 

@@ -187,7 +187,7 @@ def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("cpus", "gpus"), [(0, 0), (1, -1)])
 def test_resources_that_are_none(cpus: int, gpus: float) -> None:
-    with pytest.raises(ValueError, match="one CPU or more"), ray_cluster(cpus=cpus, gpus=gpus):
+    with pytest.raises(ValueError, match="1 CPU or more"), ray_cluster(cpus=cpus, gpus=gpus):
         raise AssertionError
 
 

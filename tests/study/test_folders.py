@@ -69,7 +69,7 @@ def test_train_without_test_is_not_taken_for_a_class(tmp_path: Path) -> None:
 
 
 def test_folder_without_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         image_folder(tmp_path / "absent", 4)
     with pytest.raises(ValueError, match="sub folder with pictures for every class"):
         image_folder(tmp_path, 4)

@@ -171,7 +171,7 @@ def test_an_interrupt_stops_the_workers_and_the_same_command_goes_on(
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "stopped; the same command goes on where it was." in printed
+    assert "stopped; give the same command again to continue." in printed
     assert "Traceback" not in printed
     lengths = [path.stat().st_size for path in out.rglob("epochs.jsonl")]
     time.sleep(0.3)

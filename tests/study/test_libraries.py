@@ -34,7 +34,7 @@ def test_what_cannot_be_downloaded_is_said(monkeypatch):
         raise OSError("no route")
 
     monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(ValueError, match=r"squeezenet1_1 cannot be had: no route.*--weights none"):
+    with pytest.raises(ValueError, match=r"squeezenet1_1 cannot be obtained: no route.*--weights none"):
         library_model("squeezenet1_1", "default")
 
 
@@ -50,7 +50,7 @@ def test_timm():
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("resnet19", "none", "no run folder, and no network.*did you mean 'resnet1"),
+        ("resnet19", "none", "neither a run folder nor a network.*did you mean 'resnet1"),
         ("squeezenet1_1", "IMAGENET1K_V2", "did you mean 'IMAGENET1K_V1'"),
     ],
 )

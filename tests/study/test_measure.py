@@ -55,7 +55,7 @@ def test_a_comparison_is_measured_once_printed_and_drawn(comparison, capsys):
     before = (comparison / "curve.json").read_bytes(), (comparison / "curve.svg").read_bytes()
 
     run_curves([comparison], **SETTINGS)
-    assert "0 of 3 runs measured, the others were before." in capsys.readouterr().out
+    assert "0 of 3 runs measured, the others were measured before." in capsys.readouterr().out
     assert before == ((comparison / "curve.json").read_bytes(), (comparison / "curve.svg").read_bytes())
 
 

@@ -72,7 +72,7 @@ def test_within_a_drop_that_the_validation_pictures_decide(run: Path, tmp_path: 
 def test_a_library_network_without_pictures(tmp_path: Path) -> None:
     given = ["torchvision:squeezenet1_1", "--weights", "none", "--image-size", 48, "--out", tmp_path / "o"]
     refused = prune(*given, "--params", 0.5)
-    assert "pass --data (and --data-dir), or do without by --no-compensate" in str(refused.exception)
+    assert "pass --data (and --data-dir), or switch it off with --no-compensate" in str(refused.exception)
     assert not (tmp_path / "o").exists()
     done = prune(*given, "--fraction", 0.5, "--no-compensate", "--round-to", 8, "--device", "cpu")
     assert done.exit_code == 0, done.output

@@ -494,7 +494,7 @@ def test_curves_of_old_weights_are_named_and_left_out(measured):
     records.weights_path(measured / "repr-seed1").write_text("trained again")
     page = page_of(measured)
     assert page.row("zeroed", "RePr")[2:4] == ["1", "70.00 %"]
-    assert "Trained again since their curve was measured" in page.words()
+    assert "These runs were trained again since their curve was measured" in page.words()
     assert "repr-seed1 ." in page.words()
     for run in measured.glob("*-seed*"):
         records.weights_path(run).write_text("all of them")
@@ -530,7 +530,7 @@ def test_runs_that_only_partly_know_their_flops_are_compared_by_time(tmp_path):
     make_run(tmp_path / "b", "repr")
     page = page_of(tmp_path)
     assert "within the seconds of training" in page.words()
-    assert "(not every record knows its FLOPs)" in page.words()
+    assert "(some records have no FLOPs)" in page.words()
 
 
 def test_variants_are_shown_and_compared_by_their_names(tmp_path):

@@ -70,9 +70,9 @@ GOOD = idx(np.arange(6).reshape(1, 2, 3))
     [
         ("a", GOOD[:-1], "has 21 bytes in place of 22"),
         ("a", GOOD + b"x", "has 23 bytes in place of 22"),
-        ("a", GOOD[:7], "is no idx file"),
-        ("a", idx(np.arange(6)), "is no idx file of bytes in 3 dimensions"),
-        ("a", b"", "is no idx file"),
+        ("a", GOOD[:7], "is not an idx file"),
+        ("a", idx(np.arange(6)), "is not an idx file of bytes in 3 dimensions"),
+        ("a", b"", "is not an idx file"),
         ("a.gz", gzip.compress(GOOD)[:-9], "cut short"),
         ("a.gz", b"<html>not found</html>", "damaged"),
     ],

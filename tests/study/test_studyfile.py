@@ -118,13 +118,16 @@ def test_exclude_is_a_list_and_a_list_of_lists_an_axis(tmp_path: Path) -> None:
         ("methods: {repr: {fraction: []}}\nseeds: 0", "fraction is an empty list"),
         ("methods: {repr: {fraction: [0.2, 0.2]}}\nseeds: 0", "fraction has 0.2 twice"),
         ("methods: {repr: {fraction: 1.2}}\nseeds: 0", "fraction: input should be less than 1"),
-        ("methods: standard\nseeds: 0\nsettings: {threads: [1, 2]}", "threads says where a run runs"),
+        (
+            "methods: standard\nseeds: 0\nsettings: {threads: [1, 2]}",
+            "threads only says where a run is trained",
+        ),
         (
             "methods: standard\nseeds: 0\nsettings: {epochs: [1, many]}",
             "input should be a valid integer",
         ),
         ("methods: standard\nseeds: 0\nsettings: 3", "settings takes settings"),
-        ("methods: standard\nseeds: 0\nname: a/b", "name is what the folder is called"),
+        ("methods: standard\nseeds: 0\nname: a/b", "name must be a folder name"),
         (
             "methods: standard\nseeds: 0\nmodels: {vgg: {epochs: 3}}\ndata: {digits: {epochs: 4}}",
             "'epochs' is set under data: digits and under models: vgg: say it once",

@@ -1,4 +1,4 @@
-"""From the settings of a run to what it trains with."""
+"""Build the data, network, noise, optimizer and learning rates of a run from its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regrow.study.schedule import rate_factor
 
 
 def load_splits(config: RunConfig) -> Splits:
-    """The pictures of a run. Errors as ``load_data``."""
+    """Load the pictures of a run. Raises the errors of ``load_data``."""
     return load_data(
         config.data,
         data_dir=Path(config.data_dir) if config.data_dir else None,
@@ -29,7 +29,10 @@ def load_splits(config: RunConfig) -> Splits:
 
 
 def build(config: RunConfig, splits: Splits) -> nn.Module:
-    """The network of a run, with first weights from the global generator. Errors as ``build_model``."""
+    """Build the network of a run, with first weights from PyTorch's global generator.
+
+    Raises the errors of ``build_model``.
+    """
     return build_model(
         config.model,
         classes=len(splits.classes),
@@ -43,7 +46,7 @@ def build(config: RunConfig, splits: Splits) -> nn.Module:
 
 
 def add_noise(model: nn.Module, config: RunConfig) -> None:
-    """Put the noise of ``config``'s method on ``model``, if it has any."""
+    """Put the noise of ``config``'s method on ``model``, if the method has any."""
     targeted = config.target_fraction if config.method.startswith("targeted-") else 1.0
     if config.method in ("bridgeout", "targeted-bridgeout"):
         add_bridgeout(model, config.p, config.q, target_fraction=targeted, seed=config.seed)
@@ -54,7 +57,7 @@ def add_noise(model: nn.Module, config: RunConfig) -> None:
 def make_repr(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, example_inputs: torch.Tensor
 ) -> RePr | None:
-    """RePr as ``config`` says; None for another method. Errors as ``RePr``."""
+    """Build RePr as ``config`` says; return None for another method. Raises the errors of ``RePr``."""
     if config.method != "repr":
         return None
     return RePr(
@@ -77,7 +80,7 @@ def make_repr(
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer ``config`` names, over all of ``model``'s parameters."""
+    """Build the optimizer that ``config`` names, over all trainable parameters of ``model``."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -94,7 +97,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of every step, of which an epoch has ``steps``."""
+    """Build the scheduler that sets the learning rate of every step; an epoch has ``steps`` steps."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: rate_factor(
@@ -110,7 +113,7 @@ def device_of(name: str) -> torch.device:
     """The device of a setting such as "cpu" or "cuda:1"; "auto" is a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: this machine has none such.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

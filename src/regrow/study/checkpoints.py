@@ -1,7 +1,7 @@
-"""A run's state on disk: safetensors with JSON, checked byte by byte, the last two kept.
+"""A run's state on disk: safetensors files with JSON, checked byte by byte. The last two are kept.
 
 A checkpoint is one file, ``checkpoint-{number}-{digest}.safetensors``. Its header holds the state as
-JSON, in which a tensor is named, and the name of the file the start of the SHA-256 of all its bytes.
+JSON, which refers to tensors by name. The digest in the file's name is the start of the SHA-256 of its bytes.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{16})\.safetensors")
 
 
 def write_checkpoint(folder: Path, number: int, state: Mapping[str, Any]) -> Path:
-    """Write ``state`` as checkpoint ``number``, then remove all but it and the last one before it.
+    """Write ``state`` as checkpoint ``number``, then remove all others but the one before it.
 
     Args:
         folder: of the run; it exists.
-        number: higher than that of every checkpoint which is still good.
-        state: dicts, lists, tuples, numbers, strings, None and tensors, in any depth.
+        number: higher than the number of every checkpoint that is still good.
+        state: dicts, lists, tuples, numbers, strings, None and tensors, nested to any depth.
 
     Raises:
-        ValueError: anything else in ``state``.
-        OSError: it cannot be written. The checkpoints before it are as they were.
+        ValueError: ``state`` holds anything else.
+        OSError: the file cannot be written. Earlier checkpoints stay as they were.
     """
     data = to_bytes(state)
     path = folder / f"checkpoint-{number:05d}-{_digest(data)}.safetensors"
@@ -79,13 +79,13 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove every checkpoint in ``folder``, the oldest first: what is left is always the latest."""
+    """Remove every checkpoint in ``folder``, the oldest first: an interruption leaves the latest."""
     for path in reversed(find_checkpoints(folder)):
         path.unlink(missing_ok=True)
 
 
 def to_bytes(state: Mapping[str, Any]) -> bytes:
-    """``state`` as one safetensors file. Raises ``ValueError`` for what it cannot hold."""
+    """``state`` as one safetensors file. Raises ``ValueError`` for values that it cannot hold."""
     tensors: dict[str, Tensor] = {}
     tree = json.dumps({"version": VERSION, "state": _pack(state, tensors)}, separators=(",", ":"))
     return save(tensors, {_HEADER: tree})
@@ -95,7 +95,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     """The state in ``data``, on the CPU; every tensor has the strides it had.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one of another version.
+        ValueError: ``data`` is not a checkpoint, is damaged, or is of another version.
     """
     try:
         tensors = load(data)
@@ -103,7 +103,7 @@ def from_bytes(data: bytes) -> dict[str, Any]:
         tree = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
         version, packed = tree["version"], tree["state"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"it is no checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"it is not a checkpoint: {type(error).__name__}: {error}") from error
     if version != VERSION:
         raise ValueError(f"it is of version {version!r}, and this regrow reads version {VERSION}")
     state: dict[str, Any] = _unpack(packed, tensors)
@@ -113,9 +113,9 @@ def from_bytes(data: bytes) -> dict[str, Any]:
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        # A copy: safetensors refuses tensors that share memory, and takes them in order of memory only.
+        # A copy, because safetensors takes only contiguous tensors that share no memory with others.
         tensors[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
-        # With other strides a kernel may round differently.
+        # A kernel may round differently when the strides change.
         strides = {} if value.is_contiguous() and _plain(value) else {"strides": list(value.stride())}
         return {"$tensor": name, **strides}
     if isinstance(value, Mapping):
@@ -149,7 +149,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether the strides are those of a new tensor; ``is_contiguous`` overlooks dimensions of size 1."""
+    """Whether ``tensor`` has the strides of a new tensor; ``is_contiguous`` ignores dimensions of size 1."""
     return tensor.stride() == torch.empty(tensor.shape, device="meta").stride()
 
 

@@ -1,7 +1,7 @@
-"""Runs on a Ray cluster, each with its CPUs and GPUs; a lost worker's run goes on from its checkpoint.
+"""Train runs on a Ray cluster; a run whose worker is lost resumes from its checkpoint.
 
-Ray lives in a process of its own, which this one talks to through a pipe: Ray keeps trying an address
-that does not answer for minutes, and ends its process then. Neither PyTorch nor Ray here.
+Ray runs in a second process, which this process talks to through a pipe: when an address does not answer,
+Ray tries it for minutes and then ends its own process. This process imports neither PyTorch nor Ray.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from regrow.study.watching import Watch, log_path
 _RETRIES = 2
 _LOOKED_FOR = 200
 _TICK = 0.25
-# Seconds: for `import ray`, for an answer from an address, for starting a cluster, for a look at the folder.
+# Limits in seconds: for `import ray`, for an answer from an address, for starting a cluster, and for the
+# check that every node sees the folder.
 _IMPORT, _CONNECT, _START, _LOOK = 60, 15, 90, 60
-_STORE = 100 * 2**20  # bytes, of a cluster started here: nothing but settings travels
+_STORE = 100 * 2**20  # bytes, for a cluster started here: only settings are sent through it
 
 
 class _NoAnswer(ValueError):
@@ -44,23 +45,23 @@ class _NoAnswer(ValueError):
 def ray_cluster(
     address: str | None = None, *, cpus: int = 1, gpus: float = 0
 ) -> Iterator[Callable[[Sequence[Job], Watch], dict[Path, str]]]:
-    """Connect to a Ray cluster, and give a function that trains jobs on it.
+    """Connect to a Ray cluster, and yield a function that trains jobs on it.
 
-    A run whose worker or node is lost is tried twice more, from its checkpoint. The run folders must lie
-    where every node sees them under the same path, which is looked at before the first run.
+    A run whose worker or node is lost is tried twice more, from its checkpoint. Every node must see the
+    run folders under the same path; this is checked before the first run.
 
     Args:
         address: ``auto`` (the cluster that this machine is part of), ``host:port`` or
-            ``ray://host:port``; None starts one of this machine's CPUs, for the time being.
-        cpus, gpus: what each run reserves. A run whose settings do not say how many threads it has gets
-            as many as CPUs.
+            ``ray://host:port``; None starts a temporary cluster of this machine's CPUs.
+        cpus, gpus: how many each run reserves. A run without the setting ``threads`` gets one thread for
+            each CPU.
 
     Raises:
-        ValueError: Ray is not installed, the address is none or does not answer, or no node has that many
-            CPUs and GPUs. The function raises it when a node does not see the folder.
+        ValueError: Ray is not installed, the address is invalid or does not answer, or no node has that
+            many CPUs and GPUs. The yielded function raises it when a node does not see the folder.
     """
     if cpus < 1 or gpus < 0:
-        raise ValueError(f"a run needs one CPU or more, and no fewer than 0 GPUs, not {cpus} and {gpus}.")
+        raise ValueError(f"a run needs 1 CPU or more and 0 GPUs or more, not {cpus} and {gpus}.")
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher ray needs Ray, which is not installed: pip install 'regrow[ray]'.")
     here, there = multiprocessing.Pipe()
@@ -82,23 +83,23 @@ def ray_cluster(
         process.kill()
         raise
     finally:
-        here.close()  # for the process, the end
+        here.close()  # tells the process to end
         process.join(timeout=10)
         process.kill()
 
 
 def _run(here: Connection, jobs: Sequence[Job], watch: Watch) -> dict[Path, str]:
-    """Send ``jobs``, watch their folders until the last has ended, and say why some failed."""
+    """Send ``jobs``, watch their folders until the last has ended, and return {folder: error}."""
     for job in jobs:
         log_path(job.folder).parent.mkdir(parents=True, exist_ok=True)
-        log_path(job.folder).unlink(missing_ok=True)  # its run makes it: so it has started
+        log_path(job.folder).unlink(missing_ok=True)  # the run creates it when it starts
     root = Path(os.path.commonpath([job.folder.parent.resolve() for job in jobs]))
     here.send((root, [_parcel(job) for job in jobs], sys.argv))
-    _answer(here, _LOOK, f"the cluster does not answer whether it sees {root}")
+    _answer(here, _LOOK, f"the cluster did not answer whether it sees {root}")
     failed: dict[Path, str] = {}
     waiting, running = list(range(len(jobs))), set[int]()
     while waiting or running:
-        # They start in about this order; to look for thousands of files is slow on a network.
+        # Runs start in about this order, and looking for thousands of files is slow on a network drive.
         for number in [each for each in waiting[:_LOOKED_FOR] if log_path(jobs[each].folder).exists()]:
             waiting.remove(number)
             running.add(number)
@@ -126,7 +127,7 @@ def _run(here: Connection, jobs: Sequence[Job], watch: Watch) -> dict[Path, str]
 def _checked(job: Job, error: str | None) -> str | None:
     log = log_path(job.folder)
     if error is None and not records.is_finished(job.folder):
-        return f"the cluster says that it is done, but {job.folder} has no result"
+        return f"the cluster reports that the run is done, but {job.folder} has no result"
     if error is None and not last_line(log):
         log.unlink(missing_ok=True)
     return error
@@ -143,10 +144,10 @@ def _parcel(job: Job) -> tuple[dict[str, Any], str, str]:
 
 
 def _answer(here: Connection, seconds: float, otherwise: str) -> None:
-    """Wait for the process with Ray to say that all is well.
+    """Wait until the process with Ray reports success.
 
     Raises:
-        ValueError: it says why not, says nothing in ``seconds``, or has ended.
+        ValueError: the process reports an error, reports nothing within ``seconds``, or has ended.
     """
     if not here.poll(seconds):
         raise _NoAnswer(f"{otherwise} within {seconds:.0f} seconds.")
@@ -159,7 +160,7 @@ def _answer(here: Connection, seconds: float, otherwise: str) -> None:
 
 
 def _drive(there: Connection, address: str | None, cpus: int, gpus: float) -> None:
-    """The process with Ray in it: connect, look, send the runs, tell of each how it ended."""
+    """Run in the process with Ray: connect, check the nodes, send the runs, report how each one ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides, and closes the pipe
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -190,18 +191,18 @@ def _drive(there: Connection, address: str | None, cpus: int, gpus: float) -> No
 
 
 def _token_settings(address: str | None) -> dict[str, str]:
-    """What Ray is to be told of its tokens where the user has said nothing."""
+    """The environment variables for Ray's token authentication, for a user who has set none."""
     if address is None:
-        # A cluster of our own, for the time being: others are kept out, and no token is left on disk.
+        # A temporary cluster of this process: a random token keeps others out, and none is written to disk.
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"]
     has_token = "RAY_AUTH_TOKEN" in os.environ or any(place and Path(place).exists() for place in places)
-    # Ray looks for its token with "auto" only. It may be shown to this machine, but not to any other.
+    # Ray by itself uses its token with "auto" only. Send the token to this machine, but not to another.
     return {"RAY_AUTH_MODE": "token"} if has_token and _is_here(address) else {}
 
 
 def _is_here(address: str) -> bool:
-    """Whether an address with a port is this machine's: only those can be listened at."""
+    """Whether an address with a port is this machine's: only then can this process listen there."""
     host = address.removeprefix("ray://").rpartition(":")[0]
     try:
         socket.create_server((host, 0)).close()
@@ -218,7 +219,7 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _misfit(ray: Any, cpus: int, gpus: float) -> str | None:
-    """Why no node can take a run, if so; it would wait for ever."""
+    """Why no node can take a run, which would then wait for ever; None if a node can."""
     sizes = [
         (node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
         for node in ray.nodes()
@@ -227,11 +228,11 @@ def _misfit(ray: Any, cpus: int, gpus: float) -> str | None:
     if any(has_cpus >= cpus and has_gpus >= gpus for has_cpus, has_gpus in sizes):
         return None
     shown = ", ".join(f"{has_cpus:g} CPUs and {has_gpus:g} GPUs" for has_cpus, has_gpus in sizes)
-    return f"a run is to have {cpus} CPUs and {gpus:g} GPUs, but the nodes of the cluster have {shown}."
+    return f"a run needs {cpus} CPUs and {gpus:g} GPUs, but the nodes of the cluster have {shown}."
 
 
 def _unseen(ray: Any, root: Path) -> str | None:
-    """Why a node does not see what is written into ``root`` here, if so."""
+    """Which nodes do not see a file that is written into ``root`` here, as an error; None if all see it."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     marker = root / f".seen-{secrets.token_hex(8)}"
@@ -268,7 +269,7 @@ def _send_all(
     cpus: int,
     gpus: float,
 ) -> None:
-    # Retried is what a worker takes with it when it dies; an error that train raises comes back the same.
+    # Ray retries a run whose worker died. An error that train raises is returned, and not retried.
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)(_remote)
     pending = {remote.remote(*parcel, cpus, arguments): number for number, parcel in enumerate(parcels)}
     while pending:
@@ -278,7 +279,7 @@ def _send_all(
         for task in done:
             try:
                 error = ray.get(task)
-            except ray.exceptions.RayTaskError as raised:  # before train: a node without regrow, say
+            except ray.exceptions.RayTaskError as raised:  # before train: on a node without regrow, say
                 error = str(raised).strip().splitlines()[-1]
             except ray.exceptions.RayError as raised:
                 error = f"{str(raised).splitlines()[0]} ({_RETRIES + 1} attempts)"
@@ -288,12 +289,12 @@ def _send_all(
 def _remote(
     settings: dict[str, Any], folder: str, log: str, threads: int, arguments: list[str]
 ) -> str | None:
-    """A run on a node of the cluster; returns why it failed, if it did."""
-    sys.argv = arguments  # what the run's record names as its command
+    """Train a run on a node of the cluster; return why it failed, or None."""
+    sys.argv = arguments  # the run's record names these as its command
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with Path(log).open("a", buffering=1) as file, contextlib.redirect_stderr(file):
         try:
             work(make_config(settings), Path(folder), threads)
         except SystemExit:
-            return f"{last_line(Path(log)) or 'failed without a word'} (on {socket.gethostname()})"
+            return f"{last_line(Path(log)) or 'failed without a message'} (on {socket.gethostname()})"
     return None

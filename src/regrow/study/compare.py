@@ -1,4 +1,4 @@
-"""Methods compared over seeds: what each changes, how sure that is, and what it costs."""
+"""Compare methods over seeds: how much each changes, how sure that is, and what it costs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _REPR = frozenset(
     {"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first", "compact"}
 )
-# The settings a method brings with it: methods may differ in these. The lengths of the cycle are not among
+# The settings that belong to one method, in which methods may differ. The lengths of the cycle are not among
 # them: the learning rate of every method, standard training too, follows them.
 METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
     "standard": frozenset(),
@@ -51,23 +51,23 @@ _MISSING = object()
 class MethodSummary:
     """One method, or one variant of it, over its finished runs.
 
-    Accuracies are fractions, as in the records; differences are in percentage points. All that is paired
-    is None for the baseline itself and without a shared seed.
+    Accuracies are fractions, as in the records; differences are in percentage points. Paired values are
+    None for the baseline itself, and for a method that shares no seed with it.
 
     Attributes:
-        method: what its runs are grouped by: the method, or the variant's name.
-        baseline: the group that it is compared with.
-        difference: of test accuracy.
+        method: the name of the group of runs: the method, or the variant's name.
+        baseline: the name of the group that it is compared with.
+        difference: the paired difference in test accuracy.
         bootstrap: 95 % bootstrap interval of the mean of ``difference``; None for fewer than three seeds.
-        adjusted_p: p value of ``difference``, by Holm's method over all that is compared with the baseline.
+        adjusted_p: p value of ``difference``, corrected by Holm's method over all comparisons.
         compared: the number of methods that are compared with the baseline.
         sign_p: two-sided p value of the sign test of ``difference``.
         needed: as :func:`seeds_needed` of ``difference``.
-        seconds, time_ratio: training time, and the median over shared seeds of it over the baseline's.
-        flops, flops_ratio: the same of training FLOPs; None where a run does not know them.
-        unit: what equal compute is measured in; None without it.
+        seconds, time_ratio: training time, and the median over shared seeds of its ratio to the baseline's.
+        flops, flops_ratio: the same for training FLOPs; None if the record of a run lacks them.
+        unit: the unit of equal compute; None if compute could not be compared.
         at_equal_compute: best validation accuracy within the compute of the cheapest run of the seed.
-        difference_at_equal_compute: of that accuracy.
+        difference_at_equal_compute: the paired difference in that accuracy.
     """
 
     method: str
@@ -104,10 +104,10 @@ class MethodSummary:
 
 
 def check_comparable(runs: Sequence[RunRecord], variants: Mapping[Path, str] | None = None) -> None:
-    """Raise ``ValueError`` when a difference between ``runs`` would not be the methods'.
+    """Raise ``ValueError`` if a difference between ``runs`` could have another cause than the methods.
 
-    Runs of one method, or of one variant where ``variants`` names them, may differ in the seed only; others
-    also in the method, ``METHOD_SETTINGS`` and ``STRENGTHS``. Each may have a seed once.
+    Runs of one method, or of one variant where ``variants`` names them, may differ in the seed only; other
+    runs also in the method, ``METHOD_SETTINGS`` and ``STRENGTHS``. A method may have each seed only once.
     """
     first_of: dict[str, RunRecord] = {}
     seen: dict[tuple[str, int], RunRecord] = {}
@@ -124,23 +124,23 @@ def check_comparable(runs: Sequence[RunRecord], variants: Mapping[Path, str] | N
     shown: dict[str, str] = {}
     for name in first_of:
         if shown.setdefault(label(name), name) != name:
-            raise ValueError(f"two variants would both be shown as {label(name)!r}: call one otherwise.")
+            raise ValueError(f"two variants would both be shown as {label(name)!r}: rename one.")
 
 
 def group_of(run: RunRecord, variants: Mapping[Path, str] | None = None) -> str:
-    """What ``run`` is grouped by and shown as: the name ``variants`` has for its folder, or its method."""
+    """The name that ``run`` is grouped and shown by: that of its folder in ``variants``, or its method."""
     return run.method if variants is None else variants.get(run.folder, run.method)
 
 
 def summarise(
     runs: Sequence[RunRecord], baseline: str = "standard", variants: Mapping[Path, str] | None = None
 ) -> list[MethodSummary]:
-    """Each method over its finished runs, the baseline first; unfinished runs are left out.
+    """Summarise each method over its finished runs, the baseline first; unfinished runs are ignored.
 
     Args:
         runs: the runs.
         baseline: the method, or the name of the variant, that the others are compared with.
-        variants: {run's folder: name}: what to group the run by and show. Default: its method.
+        variants: {run's folder: name to group and show the run by}. Default: its method.
 
     Raises:
         ValueError: no run is finished, the runs are not comparable (see :func:`check_comparable`), or
@@ -173,9 +173,9 @@ def summarise(
 
 
 def headline(summaries: Sequence[MethodSummary]) -> str:
-    """What was found: one line of plain sentences per method that is compared with the baseline.
+    """The findings: one line of plain sentences per method that is compared with the baseline.
 
-    Without such a method, one line per method with its accuracy.
+    If no method is, one line per method with its accuracy.
     """
     compared = [_comparison(each, each.difference) for each in summaries if each.difference is not None]
     if compared:
@@ -189,7 +189,7 @@ def headline(summaries: Sequence[MethodSummary]) -> str:
 
 
 def overview(summaries: Sequence[MethodSummary]) -> str:
-    """How many of the methods gain and lose, and which, in a sentence; for more than a few methods."""
+    """One sentence that counts and names the methods that gain and lose; for more than a few methods."""
     compared = [each for each in summaries if each.difference is not None]
     found = []
     for which, one, several in (("gain", "gain", "gains"), ("loss", "loss", "losses")):
@@ -223,7 +223,7 @@ def table(summaries: Sequence[MethodSummary]) -> Table:
             duration(summary.seconds),
             "" if summary.time_ratio is None else f"{summary.time_ratio:.2f}",
         ]
-        # Text, not str: a method's name is not markup.
+        # Text, not str, so that a method's name is not read as markup.
         shown.add_row(*map(Text, cells))
     return shown
 
@@ -297,7 +297,7 @@ def _difference(baseline: Mapping[int, float], other: Mapping[int, float]) -> Pa
 def _ratio(
     mine: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], key: str
 ) -> float | None:
-    """The median over shared seeds of ``key`` over the baseline's."""
+    """The median over shared seeds of the ratio of ``key`` to the baseline's."""
     ratios = [
         mine[seed][key] / reference[seed][key]
         for seed in mine.keys() & reference.keys()
@@ -330,7 +330,7 @@ def _check_same(one: RunRecord, other: RunRecord, besides: set[str]) -> None:
 
 
 def _setting(run: RunRecord, key: str) -> object:
-    """The setting of ``run``, or its default where ``run`` was trained before there was such a setting."""
+    """The setting of ``run``, or its default if ``run`` was trained before the setting existed."""
     if key in run.config:
         return run.config[key]
     from regrow.study.config import RunConfig
@@ -346,7 +346,7 @@ def _shown(run: RunRecord, key: str) -> str:
 
 def _comparison(summary: MethodSummary, difference: Paired) -> str:
     values = [value for value in (difference.mean, difference.low, difference.high) if value is not None]
-    # One decimal, unless that turns the sign the verdict rests on into a zero.
+    # One decimal, unless rounding to it would turn a number into 0 and so hide its sign.
     places = next((p for p in (1, 2) if all(value == 0 or round(value, p) != 0 for value in values)), 3)
     relation = "over" if difference.mean >= 0 else "against"
     found = {"gain": "a gain", "loss": "a loss"}.get(summary.verdict, summary.verdict)
@@ -376,7 +376,7 @@ def _equals(p: float | None) -> str:
 
 
 def _plan(summary: MethodSummary) -> str:
-    """How many seeds it would take, where more would be needed to show what was seen."""
+    """A sentence on how many seeds would show the difference, if that is more than there are."""
     if summary.verdict != "no gain shown" or summary.needed is None or summary.needed <= summary.n:
         return ""
     return f" A difference of this size would take about {summary.needed:,} seeds to show."

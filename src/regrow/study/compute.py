@@ -1,4 +1,4 @@
-"""Runs at equal compute: what each had reached when the cheapest of its seed was done."""
+"""Compare runs at equal compute: the best accuracy of each within the cost of its seed's cheapest run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Unit = Literal["flops", "seconds"]
 class EqualCompute:
     """Best validation accuracy within the compute that the cheapest run of the same seed spent.
 
-    ``accuracies`` are fractions, {method: {seed: accuracy}}, without the runs that had not finished an
-    epoch by then; ``budgets`` are in ``unit``, {seed: compute}.
+    ``accuracies`` are fractions, {method: {seed: accuracy}}, without the runs that finished no epoch
+    within it; ``budgets`` are in ``unit``, {seed: compute}.
     """
 
     unit: Unit
@@ -33,7 +33,7 @@ def equal_compute(runs: Mapping[str, Mapping[int, RunRecord]]) -> EqualCompute |
         runs: {method: {seed: finished run}}.
 
     Returns:
-        None where no seed has runs of two methods with epochs.
+        None if no seed has runs, with epochs, of two methods.
     """
     every = [run for of_method in runs.values() for run in of_method.values()]
     unit: Unit = "flops" if all(spent(run, "flops") is not None for run in every) else "seconds"
@@ -57,21 +57,21 @@ def equal_compute(runs: Mapping[str, Mapping[int, RunRecord]]) -> EqualCompute |
 
 
 def spent(run: RunRecord, unit: Unit) -> list[float] | None:
-    """What ``run`` had spent after each of its epochs; None where an epoch does not say."""
+    """The compute that ``run`` had spent after each epoch; None if the record of an epoch lacks it."""
     costs = [cost for epoch in run.epochs if (cost := epoch.get(unit)) is not None]
     return list(accumulate(costs)) if len(costs) == len(run.epochs) else None
 
 
 def best_within(run: RunRecord, cost: list[float], budget: float) -> float | None:
-    """The best validation accuracy of the epochs that ended within ``budget``; None without any.
+    """The best validation accuracy of the epochs that ended within ``budget``; None if none did.
 
-    That of the finished run is one of them where all of it was within, for batch norms may have been
-    re-estimated at its end.
+    If the whole run was within ``budget``, the accuracy of the finished run counts as well, because its batch
+    norms may have been re-estimated after the last epoch.
 
     Args:
         run: a finished run.
-        cost: what it had spent after each epoch, as :func:`spent` gives it.
-        budget: in the same unit.
+        cost: the compute it had spent after each epoch, as :func:`spent` returns it.
+        budget: compute in the same unit.
     """
     reached = [
         epoch["validation_accuracy"]

@@ -1,4 +1,4 @@
-"""Every setting of a run, in one table: the command's flags, the YAML keys and the record come from it."""
+"""All settings of a run in one table, which defines the command's flags, the YAML keys and the record."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunConfig(BaseModel):
         None, _DATA, "Where the data lies or is downloaded to (default: $REGROW_DATA, or ./data)."
     )
     image_size: int | None = _setting(
-        None, _DATA, "Side of the pictures in pixels: --data folder needs one, others are made smaller.", ge=4
+        None, _DATA, "Side of the pictures in pixels: --data folder needs it, others shrink to it.", ge=4
     )
     train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1)
     label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
 
     epochs: int = _setting(30, _TRAINING, "Passes over the training pictures.", ge=1)
     batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2)
-    optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd is with Nesterov momentum.")
+    optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd has Nesterov momentum.")
     lr: float | None = _setting(
         None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0
     )
@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = _setting(
         "float32",
         _TRAINING,
-        "bfloat16 and float16 train by autocast; weights and what is measured stay float32.",
+        "bfloat16 and float16 train by autocast; weights and measurements stay float32.",
     )
 
     method: Literal[
@@ -81,7 +81,7 @@ class RunConfig(BaseModel):
     ] = _setting(
         "standard",
         _TRAINING,
-        "How to train. backprop is another name of standard: weight decay and nothing else.",
+        "How to train. backprop is another name of standard, which has weight decay and nothing else.",
     )
     fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
     cycles: int | None = _setting(
@@ -92,12 +92,12 @@ class RunConfig(BaseModel):
         None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1
     )
     criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
-        "ortho", _REPR, "What ranks the filters. ortho is the paper's overlap."
+        "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
     )
     consumers: Literal["keep", "zero", "init"] = _setting(
         "keep",
         _REPR,
-        "What readers of a restored filter do: old weights, zero (output does not move), fresh.",
+        "Weights that read a restored filter: keep them, zero them (the output does not move), or init anew.",
     )
     scope: Literal["global", "layer"] = _setting(
         "global", _REPR, "Rank over the whole net or within each layer."
@@ -108,7 +108,7 @@ class RunConfig(BaseModel):
     compact: bool = _setting(
         True,
         _REPR,
-        "Leave dropped filters out of the arithmetic of the sub phase; without it they are masked.",
+        "Do not compute dropped filters in the sub phase; with --no-compact they are computed and masked.",
     )
 
     p: float = _setting(
@@ -116,7 +116,7 @@ class RunConfig(BaseModel):
     )
     q: float = _setting(1.5, _NOISE, "The norm of the penalty that Bridgeout's noise amounts to.", gt=0)
     target_fraction: float = _setting(
-        0.75, _NOISE, "What targeted-* may drop: the share that is smallest in magnitude.", gt=0, le=1
+        0.75, _NOISE, "targeted-* methods drop only among this share, the smallest in magnitude.", gt=0, le=1
     )
     reestimate: bool = _setting(
         True, _NOISE, "Re-estimate batch-norm statistics when Bridgeout's noise is taken off at the end."
@@ -142,7 +142,7 @@ class RunConfig(BaseModel):
 
     @property
     def cycle(self) -> Cycle:
-        """Where RePr's cycles lie in the epochs; standard training takes its learning rate from it too."""
+        """Where RePr's cycles lie in the epochs; the learning rate of standard training follows them too."""
         return place_cycle(self.epochs, full=self.full, sub=self.sub, cycles=self.cycles)
 
 

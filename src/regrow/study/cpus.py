@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity and the limits of its control group, no PyTorch."""
+"""How many CPUs this process may use, by its affinity and its control group. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def available_cpus(*, cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Whole CPUs at the disposal of this process, at least 1.
+    """The number of whole CPUs that this process may use, at least 1.
 
-    The smaller of the CPUs it may be scheduled on and of the quotas of its control group and of those
-    above it (version 2, and the cpu controller of version 1). A quota of 1.5 CPUs counts as 1: threads
-    that wait for a core spin.
+    It is the number of CPUs that the process may be scheduled on, or the quota of its control group or of
+    a group above it (version 2, and the cpu controller of version 1), whichever is smallest. A quota of
+    1.5 CPUs counts as 1, because threads that wait for a core spin.
 
     Args:
         cgroups: where control groups are mounted.
@@ -36,7 +36,7 @@ def _quotas(cgroups: Path, own: Path) -> list[float]:
             top = cgroups / "cpu"
         else:
             continue
-        # In a container the group is named as the host sees it, but mounted at the top.
+        # In a container the group has the name that the host gives it, but is mounted at the top.
         path = top / group.lstrip("/")
         for folder in [path, *path.parents]:
             if folder != top and top not in folder.parents:

@@ -1,4 +1,4 @@
-"""Accuracy against the fraction of filters cut, without fine-tuning, in the three readings of "pruned"."""
+"""Measure accuracy against the fraction of filters cut, without fine-tuning, in the three readings."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def pruned_accuracies(
     seed: int | None = None,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
-    """How accurate a trained model is with more and more of its filters cut.
+    """Measure how accurate a trained model is with more and more of its filters cut.
 
     Every convolution that ``score`` ranks takes part, the first one too, but never a classifier (a
     convolution whose channels are the network's output) or one whose channels cannot be removed. The
-    filters are ranked once and fall from the lowest score on; each layer keeps its best filter, so that 90 %
-    of a layer of 4 means 3. Where nothing is cut, ``zeroed`` and ``removed`` are the network as it is,
-    and ``compensated`` is the network with its batch norms re-estimated (``regrow.reestimate_norms``), as
-    it is in all other points of that curve.
+    filters are ranked once and cut from the lowest score on; each layer keeps its best filter, so that 90 %
+    of a layer of 4 filters means 3. At the point where nothing is cut, ``zeroed`` and ``removed`` are the
+    network as it is, and ``compensated`` is the network with its batch norms re-estimated
+    (``regrow.reestimate_norms``), as at all other points of that curve.
 
     Args:
-        model: any trained module; it is only read.
-        accuracy: gives the accuracy, 0 to 1, of the model it is handed: a copy, in eval mode. Called once
-            for each reading and number of filters cut.
-        example_inputs: what ``model`` takes; one picture is enough.
+        model: any trained module; it is not changed.
+        accuracy: a function that returns the accuracy, 0 to 1, of the model it is given, a copy in eval
+            mode. It is called once for each reading and number of filters cut.
+        example_inputs: an input of ``model``; one picture is enough.
         calibration: batches of images for ``"compensated"``, as ``regrow.compensate`` takes them.
         fractions: shares of the filters to cut, each 0 ≤ fraction < 1.
         readings: of ``"zeroed"``, ``"removed"``, ``"compensated"``.
@@ -88,7 +88,7 @@ def pruned_accuracies(
     base = copy.deepcopy(unwrap(model)).eval()
     excluded = _left_out(base, example_inputs)
     scores = score(base, criterion, exclude=excluded, seed=seed)
-    # The filters cut at one fraction are among those cut at the next: their number says which they are.
+    # The filters cut at one fraction are also cut at the next, so their number says which they are.
     known: dict[tuple[str, int], float] = {}
     points = []
     for reading in readings:
@@ -122,25 +122,25 @@ def measure_run(
     rerun: bool = False,
     progress: Callable[[], object] | None = None,
 ) -> bool:
-    """Measure ``pruned_accuracies`` of a finished run and leave them in its folder, as a curve record.
+    """Measure ``pruned_accuracies`` of a finished run and write them into its folder, as a curve record.
 
     Images for ``compensated`` are the first 512 training pictures (stratified by class and fixed by
-    split_seed), without augmentation and labels, in batches of 128. What the folder holds already for the
-    very same weights (their SHA-256 is in the record) is not measured again, and stays when other
-    fractions or readings are added.
+    split_seed), without augmentation and labels, in batches of 128. Points that the folder already
+    holds for the same weights (their SHA-256 is in the record) are not measured again, and they stay when
+    other fractions or readings are added.
 
     Args:
         folder: the run folder.
         fractions, readings, criterion, scope: as ``pruned_accuracies``; ``"random"`` takes the run's seed.
-        split: the pictures the accuracy is of: ``"test"``, or ``"validation"`` for choosing settings.
-        rerun: measure again what is there, and replace it.
+        split: the pictures to measure the accuracy on: ``"test"``, or ``"validation"`` for choosing settings.
+        rerun: measure existing points again, and replace them.
         progress: called once for each reading and fraction asked for.
 
     Returns:
         Whether anything was measured.
 
     Raises:
-        ValueError: not the folder of a finished run, weights that are not there or do not fit, or as
+        ValueError: ``folder`` is not that of a finished run, its weights are missing or do not fit, or as
             ``pruned_accuracies``.
     """
     fractions, readings = sorted(set(fractions)), list(dict.fromkeys(readings))
@@ -221,7 +221,7 @@ def _left_out(model: nn.Module, example_inputs: Any) -> dict[str, str]:
 
 def _selected(scores: Mapping[str, Tensor], fraction: float, scope: str) -> dict[str, Tensor]:
     with warnings.catch_warnings():
-        # A layer that would lose all of its filters keeps one: "dropped" tells how many did go.
+        # A layer that would lose all of its filters keeps one; "dropped" counts the filters really cut.
         warnings.filterwarnings("ignore", message="floor=", category=UserWarning)
         return select(scores, fraction, scope=scope, floor=0.0)
 
@@ -229,7 +229,7 @@ def _selected(scores: Mapping[str, Tensor], fraction: float, scope: str) -> dict
 def _pruned(
     base: nn.Module, keep: Mapping[str, Tensor], reading: str, example_inputs: Any, calibration: list[Any]
 ) -> nn.Module:
-    """A copy of ``base`` read as pruned; an empty ``keep`` cuts nothing."""
+    """A copy of ``base``, pruned in the sense of ``reading``; an empty ``keep`` cuts nothing."""
     pruned = copy.deepcopy(base)
     if keep:
         read_as(pruned, keep, reading, example_inputs=example_inputs, calibration=calibration)
@@ -239,7 +239,7 @@ def _pruned(
 
 
 def _points_there(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points measured before, where they are of the same weights."""
+    """The points that were measured before, if they belong to the same weights."""
     if not path.exists():
         return []
     record = records.read_curve(path)
@@ -259,7 +259,7 @@ def _measure(
         torch.set_num_threads(config.threads)
     try:
         device = device_of(config.device)
-    except ValueError:  # it was trained elsewhere
+    except ValueError:  # the run was trained on another machine
         device = device_of("auto")
     trained = from_run(folder, device=str(device))
     judged = trained.test if split == "test" else trained.validation

@@ -1,4 +1,4 @@
-"""Real data by name, split for training, validation and test."""
+"""Load real data by name, and split it for training, validation and test."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def load_data(
 
     ``digits``, and a ``folder`` without parts, are split 60/20/20. Otherwise the official test set is
     ``test``, and a tenth of the official training set is ``validation`` unless the folder has its own.
-    All cuts are stratified by class.
+    All splits are stratified by class.
 
     Args:
         name: one of ``DATA_NAMES``.
-        data_dir: where the data is, or is downloaded to (default: ``$REGROW_DATA``, else ``./data``);
+        data_dir: the folder of the data, or to download it to (default: ``$REGROW_DATA``, else ``./data``);
             for ``folder`` the folder itself. ``digits`` come with scikit-learn and need none.
         split_seed: fixes splits, subset and label noise.
         train_size: keep this many pictures of ``train``, classes in proportion; smaller subsets are
@@ -88,9 +88,9 @@ def load_data(
 def _source(name: str, data_dir: Path | None, image_size: int | None) -> Source:
     if name == "folder":
         if data_dir is None:
-            raise ValueError("folder needs to know which: pass --data-dir FOLDER.")
+            raise ValueError("data 'folder' needs the folder of the pictures: pass --data-dir FOLDER.")
         if image_size is None or image_size < 1:
-            raise ValueError("folder needs the side of its pictures in pixels: pass --image-size 64, say.")
+            raise ValueError("data 'folder' needs the side of its pictures: pass --image-size 64, say.")
         return image_folder(Path(data_dir), image_size)
     folder = default_folder() if data_dir is None else Path(data_dir)
     if name == "digits":
@@ -115,7 +115,7 @@ def _source(name: str, data_dir: Path | None, image_size: int | None) -> Source:
 
 
 def _split(source: Source, seed: int) -> tuple[Images, Images, Images]:
-    """Train (in stratified order: any first part of it is a stratified subset), validation, test."""
+    """Train, validation, test. Train is in stratified order: any first part of it is a stratified subset."""
     train, validation, test = source.train, source.validation, source.test
     share = 0.2 if test is None else 0.1
     part = max(1, round(share * len(train)))

@@ -1,4 +1,4 @@
-"""How figures look, and how they become SVG text or PNG pictures, by matplotlib."""
+"""The style of the figures, and their rendering by matplotlib as SVG text or PNG pictures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Inches; 96 CSS pixels each.
+# Widths of figures in inches; an inch has 96 CSS pixels.
 WIDE, NARROW = 10.9, 3.9
-# Okabe and Ito's colours, told apart by colour-blind readers too; their yellow is too pale for lines.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Their yellow is too pale for lines.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# Lengths drawn and left out, in line widths; nothing is a full line.
+# Lengths of dashes and gaps, in line widths; an empty tuple stands for a full line.
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.3, 1.3), (6, 1.5, 1.3, 1.5))
-# matplotlib's markers and the same as an SVG path in a square from −4 to 4.
+# matplotlib's markers, each with the same shape as an SVG path in a square from −4 to 4.
 MARKERS = {
     "o": "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0 -6.8 0z",
     "s": "M-3.1 -3.1h6.2v6.2h-6.2z",
@@ -55,7 +55,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a method is drawn: colour, and marker and dashes for those who do not see it."""
+    """How a method is drawn: its colour, and a marker and dashes for readers who do not see the colour."""
 
     color: str
     marker: str
@@ -79,16 +79,16 @@ def styles(methods: Sequence[str]) -> dict[str, Style]:
 
 
 def svg(draw: Callable[[float], Figure], width: float) -> str:
-    """What ``draw`` makes at ``width`` inches, as SVG; the same figure gives the same text."""
+    """The figure that ``draw`` makes at ``width`` inches, as SVG; the same figure gives the same text."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # The browser's fonts are not matplotlib's.
+        # matplotlib warns of letters that its fonts lack; the browser's fonts may have them.
         warnings.filterwarnings("ignore", message="Glyph")
         file = io.StringIO()
         draw(width).savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    # Laid out with the fonts matplotlib brings, which are wider than what readers have.
+    # matplotlib lays the text out with its own fonts, which are wider than those of the readers.
     names = ", ".join(
         name if name == "sans-serif" else f"'{name}'" for name in matplotlib.rcParams["font.sans-serif"]
     )
@@ -96,7 +96,7 @@ def svg(draw: Callable[[float], Figure], width: float) -> str:
 
 
 def png(draw: Callable[[float], Figure], width: float) -> bytes:
-    """What ``draw`` makes at ``width`` inches, as a PNG picture on white, 200 dots an inch."""
+    """The figure that ``draw`` makes at ``width`` inches, as a PNG picture on white, 200 dots an inch."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
@@ -107,7 +107,7 @@ def png(draw: Callable[[float], Figure], width: float) -> bytes:
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """``text`` without control and format characters, its middle left out beyond ``longest`` letters."""
+    """``text`` without control and format characters; beyond ``longest`` letters its middle is left out."""
     text = "".join("�" if unicodedata.category(letter)[0] == "C" else letter for letter in text)
     if longest is None or len(text) <= longest:
         return text

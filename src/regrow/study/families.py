@@ -1,4 +1,4 @@
-"""The house's nets for small pictures: one function per family, plain modules with readable names."""
+"""regrow's own nets for small pictures: one function per family, plain modules with readable names."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def resnet(classes: int, channels: int, *, depth: int = 20, width: float | int =
     """The CIFAR ResNet of He et al. 2015 (section 4.2): depth 6n+2, ``width`` filters at first.
 
     Where a stage halves the picture the shortcut is their option B, a 1×1 projection with batch
-    norm, not the option A of their CIFAR table: padding with zero channels leaves nothing to cut.
-    ResNet-20 so has 272,474 parameters in place of 269,722.
+    norm, not the option A of their CIFAR table, because padding with zero channels leaves nothing to cut.
+    So ResNet-20 has 272,474 parameters instead of 269,722.
     """
     if depth not in range(20, 111, 6):
         raise ValueError(f"resnet takes a depth of 6n+2 from 20 to 110 (20, 26, 32, …), not {depth}.")
@@ -127,7 +127,7 @@ def _scaled(family: str, filters: tuple[int, ...], width: float | int) -> list[i
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """A convolution with He et al.'s start: normal, variance 2 / (filters · kernel²); bias 0."""
+    """A convolution with He et al.'s first weights: normal, variance 2 / (filters · kernel²); bias 0."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:

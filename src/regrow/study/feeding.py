@@ -1,4 +1,4 @@
-"""Pictures in memory to normalised batches: order and augmentation fixed by seed and epoch."""
+"""Make normalised batches of pictures in memory; seed and epoch fix their order and augmentation."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ _CALIBRATION = 512
 class Batches:
     """The batches of each epoch: float32 [batch, channels, height, width] and labels int64 [batch].
 
-    What epoch e yields depends on ``seed`` and e alone, and the order not on the augmentation; the
-    global random generators are neither read nor changed. A last batch of a single picture is left
-    out when shuffling: batch norm cannot train on one.
+    The batches of epoch e depend on ``seed`` and e alone, and their order does not depend on the
+    augmentation; the global random generators are neither read nor changed. A last batch of a single
+    picture is left out when shuffling, because batch norm cannot train on one.
 
     Args:
-        images: moved to ``device`` whole.
+        images: all of them are moved to ``device``.
         batch_size: the last batch may be smaller.
-        mean: of each channel of ``images``, in 0..1 units; subtracted.
-        std: likewise; divided by.
+        mean: of each channel of ``images``, in 0..1 units; it is subtracted.
+        std: of each channel likewise; the pictures are divided by it.
         augmentation: ``none``, ``shift`` (a crop after zero padding by ``augment.padding``), ``flip``
             (left and right, half of the pictures) or ``shift-flip``. Padding is black before
             normalisation.
         seed: 0 or more.
         shuffle: False keeps the order of ``images``, for evaluation.
         device: where ``images`` are held and batches are made.
-        channels: 3 repeats the channel of grey pictures. Default: as ``images`` have.
-        rank, ranks: of ``ranks`` processes this one, from 0, gets its part of every batch: neighbours in
-            the order of one process, their numbers equal or one apart. ``batch_size`` stays the size of
-            all parts together. When shuffling, a last batch without two pictures for everyone is left
-            out; when not, parts may be empty.
+        channels: 3 repeats the channel of grey pictures. Default: the channels of ``images``.
+        rank, ranks: this process is number ``rank``, from 0, of ``ranks`` processes. It gets its part of
+            every batch: pictures that follow each other in the order of a single process. The sizes of
+            the parts differ by one at most, and ``batch_size`` is the size of all parts together. When
+            shuffling, a last batch with fewer than two pictures per process is left out; without
+            shuffling, parts may be empty.
 
     Raises:
         ValueError: a bad value, no pictures, or too few for every process.
@@ -122,7 +123,7 @@ class Batches:
         pad = padding((self.pixels.shape[2], self.pixels.shape[3]))
         offsets = torch.randint(2 * pad + 1, (2, count), generator=generator).to(device)
         mirrored = torch.randint(2, (count,), generator=generator).bool().to(device)
-        # Several small batches are made at once and handed out in pieces: for 8×8 pictures the calls
+        # Several small batches are made at once and handed out in pieces, because for 8×8 pictures the calls
         # cost more than the arithmetic (4.7 % of an epoch one by one, 1.2 % together).
         together = max(1, _PIXELS_AT_ONCE // (self.batch_size * self.pixels[0].numel()))
         end = min(len(self) * self.batch_size, count)
@@ -146,7 +147,7 @@ class Batches:
         return slice(*bounds)
 
     def size_of(self, number: int) -> int:
-        """How many pictures the parts of batch ``number`` of an epoch, from 0, have together."""
+        """How many pictures batch ``number`` (from 0) of an epoch has, over all processes."""
         return min(self.batch_size, len(self.labels) - number * self.batch_size)
 
     def _prepared(self, pictures: Tensor, offsets: Tensor, mirrored: Tensor, pad: int) -> Tensor:
@@ -154,18 +155,18 @@ class Batches:
             pictures = shift(pictures, offsets[0], offsets[1], pad)
         if "flip" in self.augmentation:
             pictures = flip(pictures, mirrored)
-        # Bytes until here, a quarter of what float would have to move.
+        # The pixels are bytes up to here, which take a quarter of the memory of floats.
         batch = pictures.float().sub_(self._mean).mul_(self._scale)
         return batch.expand(-1, self.channels, -1, -1).contiguous()
 
 
 def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:
-    """The first 512 of ``images`` in batches of 128 to 255, as they are: what statistics are taken from.
+    """The first 512 of ``images`` in batches of 128 to 255, without augmentation, to take statistics from.
 
-    Of a training set from ``load_data`` they are a stratified part, the same for every run.
+    In a training set from ``load_data`` they are a stratified part, the same for every run.
 
     Args:
-        images: unaugmented; fewer than 512 are all taken, fewer than 128 in one batch.
+        images: unaugmented; if there are fewer than 512, all are taken, and fewer than 128 make one batch.
         settings: ``mean``, ``std``, ``device`` and ``channels`` of ``Batches``.
     """
     first = Images(images.pixels[:_CALIBRATION], images.labels[:_CALIBRATION])

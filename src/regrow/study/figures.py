@@ -1,4 +1,4 @@
-"""The figures, drawn by matplotlib, wide for a page and narrow for a phone."""
+"""Draw the figures with matplotlib, wide for a page and narrow for a phone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FAINT, _SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
-# Of more seeds than this, single ones are not drawn.
+# With more seeds than this, no single seeds are drawn.
 _SINGLE = 12
 
 
@@ -136,7 +136,7 @@ def overlap_curves(series: Sequence[Series], width: float) -> Figure:
 
 
 def compute_curves(series: Sequence[Series], equal: EqualCompute | None, width: float) -> Figure:
-    """Validation accuracy against what training had cost so far: time, and FLOPs where all runs know them.
+    """Validation accuracy against the cost of training so far: time, and FLOPs if all records have them.
 
     Means over the seeds at each epoch; the last epoch has a marker. A dashed line is the mean of the
     budgets in ``equal``.
@@ -162,7 +162,7 @@ def compute_curves(series: Sequence[Series], equal: EqualCompute | None, width: 
 
 
 def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
-    """Which filter was off when: one panel a run, rows are filters by layer, columns are epochs."""
+    """Which filter was off when: one panel per run, rows are filters by layer, columns are epochs."""
     from matplotlib.figure import Figure
 
     height = min(8.0, max(1.6, 0.028 * off_map(runs[0]).shape[0]))
@@ -179,7 +179,7 @@ def filter_map(runs: Sequence[RunRecord], color: str, width: float) -> Figure:
 
 
 def pruned_curves(curves: CurveSet, looks: Mapping[str, Style], width: float, *, key: bool = False) -> Figure:
-    """Accuracy against the filters cut: a panel a reading, a line a method, ± standard error as a band.
+    """Accuracy against the filters cut: a panel per reading, a line per method, ± standard error as a band.
 
     Args:
         curves: what to draw.
@@ -217,7 +217,7 @@ def _pruned_line(axes: Axes, curves: CurveSet, method: str, reading: str, style:
     look: Any = {"color": style.color, "linestyle": style.line, "marker": style.marker, "markersize": 3.5}
     name = printable(label(method), _LONGEST)
     if curve is None:
-        # An empty line: the method still has its place in the key.
+        # An empty line gives the method its place in the key.
         axes.plot([], [], linewidth=1.7, label=name, **look)
         return
     cut = 100 * np.array(curve.fractions)
@@ -233,7 +233,7 @@ def _compute_panel(axes: Axes, series: Sequence[Series], unit: Unit, budget: flo
         found = [(cost, run) for run in each.runs if run.epochs and (cost := spent(run, unit))]
         if not found:
             continue
-        # Runs of a method have the same epochs, but for those a damaged record has lost.
+        # Runs of a method have the same epochs, except for epochs that a damaged record has lost.
         epochs = min(len(cost) for cost, _ in found)
         costs = np.array([cost[:epochs] for cost, _ in found], dtype=float)
         values = np.array(
@@ -260,7 +260,7 @@ def _compute_panel(axes: Axes, series: Sequence[Series], unit: Unit, budget: flo
 
 
 def _unit(unit: Unit, largest: float) -> tuple[float, str]:
-    """What to divide by, and the name of the axis."""
+    """The number to divide costs by, and the name of the axis."""
     if unit == "flops":
         size, prefix = prefixed(largest)
         return size, f"training so far, {prefix}FLOPs"
@@ -322,7 +322,7 @@ def stacked(values: Sequence[float], width: float, step: float, most: float) -> 
 
 
 def _width(values: Sequence[float]) -> float:
-    """The share of an axis that holds ``values`` which a dot takes."""
+    """How much of an axis that spans ``values`` one dot covers."""
     return (max(values) - min(values)) / 60 or 1.0
 
 
@@ -342,7 +342,7 @@ def _by_epoch(series: Series, key: str) -> tuple[NDArray[np.int64], NDArray[np.f
 
 
 def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> None:
-    """Each method's mean line, its band from the lowest to the highest seed, and its seeds, faint."""
+    """Draw each method's mean line, a band from its lowest to its highest seed, and faint single seeds."""
     from matplotlib.collections import LineCollection
 
     for index, each in enumerate(series):
@@ -362,7 +362,7 @@ def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> Non
             linestyle=each.style.line,
             marker=each.style.marker,
             markersize=4.5,
-            # Markers of methods that lie on each other stand beside each other.
+            # Each method has its markers at other epochs, so that methods with equal curves can both be seen.
             markevery=(index * max(1, len(epochs) // 40), max(1, len(epochs) // 6)),
             linewidth=1.7,
         )
@@ -371,7 +371,7 @@ def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> Non
 
 
 def _band(series: Sequence[Series]) -> float:
-    """How much of a band covers what is behind it: less the more of them lie over each other."""
+    """The opacity of a band, which is lower the more bands there are to overlap."""
     return min(0.13, 0.5 / len(series))
 
 
@@ -430,7 +430,7 @@ def _map_panel(axes: Axes, run: RunRecord, color: str, height: float) -> None:
     start = 0
     for layer, size in sizes.items():
         middle = start + (size - 1) / 2
-        # Names of layers too thin for the line height would run into each other.
+        # The names of layers that are thinner than a line of text would overlap.
         if not ticks or (middle - ticks[-1]) * height * 72 / rows > 9:
             ticks.append(middle)
             names.append(printable(layer, _LONGEST))

@@ -17,12 +17,12 @@ def step_flops(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, i
     """FLOPs of the forward and backward passes over the first few of ``images``.
 
     ``torch.utils.flop_counter`` counts a multiply-add as two, and convolutions and matrix products only:
-    Bridgeout's noise, norms, activations and the optimizer's step are not in it. ``model`` is left as it
-    was: buffers, gradients, noise, and the global random generators.
+    Bridgeout's noise, norms, activations and the optimizer's step are not counted. The buffers, gradients and
+    noise of ``model`` stay as they were, and so do the global random generators.
 
     Args:
-        model: as it trains; no data-parallel wrapper.
-        images: [2 or more, channels, height, width], where the model is.
+        model: the model that trains, without a data-parallel wrapper.
+        images: [2 or more, channels, height, width], on the device of ``model``.
         labels: int64 [as many].
 
     Returns:
@@ -32,14 +32,14 @@ def step_flops(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[int, i
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
-        parameter.grad = None  # not added to
+        parameter.grad = None  # the count must not add to it
     noise = bridgeout_state(model) if "_bridgeout_passes" in vars(model) else None
     training = model.training
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         try:
             return _counted(model, images, labels), len(images)
-        except Exception:  # whatever a model raises under the counter: the run goes on without the number
+        except Exception:  # whatever a model raises under the counter, the run continues without a count
             return None
         finally:
             with torch.no_grad():

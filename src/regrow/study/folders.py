@@ -1,4 +1,4 @@
-"""A folder of pictures, one sub folder per class, as a data set in memory."""
+"""Load a folder of pictures, one sub folder per class, as a data set in memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MOST_BYTES = 4 * 2**30
 def image_folder(folder: Path, image_size: int) -> Source:
     """Read ``folder`` in torchvision's ImageFolder layout, every picture as RGB.
 
-    With sub folders train and test, and perhaps validation or val, each of these has the classes;
-    else ``folder`` has them itself. The short side is resized to ``image_size`` pixels, and the
-    middle square cut out.
+    If ``folder`` has sub folders train and test, and perhaps validation or val, each of these has a sub
+    folder per class; otherwise ``folder`` has these itself. The short side of a picture is resized to
+    ``image_size`` pixels, and the middle square is cut out.
 
     Raises:
-        ValueError: no such layout, parts with different classes, an unreadable picture, or more than
-            4 GiB of pixels.
+        ValueError: ``folder`` has another layout, parts with different classes, an unreadable picture, or
+            more than 4 GiB of pixels.
     """
     parts = {name: _open(path, image_size) for name, path in _parts(folder).items()}
     train = parts["train"]
@@ -53,7 +53,7 @@ def image_folder(folder: Path, image_size: int) -> Source:
 
 def _parts(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder.")
+        raise ValueError(f"{folder} is not a folder.")
     named = {
         name: next((folder / option for option in options if (folder / option).is_dir()), None)
         for name, options in {
@@ -69,7 +69,7 @@ def _parts(folder: Path) -> dict[str, Path]:
         missing = " and ".join(name for name in ("train", "test") if name not in there)
         raise ValueError(
             f"{folder} has {', '.join(path.name for path in there.values())} but not {missing}: add it, or "
-            "give a folder that has the classes themselves, to have it split."
+            "give a folder with a sub folder per class, which is then split."
         )
     return {"train": folder}
 

@@ -1,4 +1,4 @@
-"""Fractions and readings of a curve as people type them on a command line."""
+"""Parse the fractions and readings of a curve that people type on a command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 
 
 def parse_fractions(text: str) -> list[float]:
-    """``"0-90"`` (every 10 %), ``"0-95:5"`` (every 5 %), ``"0,25,50"`` or a mixture: per cent as fractions.
+    """Parse per cent into fractions: ``"0-90"`` (every 10), ``"0-95:5"`` (every 5), ``"0,25,50"``, mixtures.
 
     Raises:
-        ValueError: anything else, 100 % or more, or what looks like a fraction.
+        ValueError: any other text, 100 % or more, or a number that looks like a fraction.
     """
     found: list[float] = []
     for part in text.split(","):
@@ -37,5 +37,5 @@ def parse_fractions(text: str) -> list[float]:
 
 
 def parse_readings(text: str) -> list[str]:
-    """``"zeroed,removed"`` as a list, each once."""
+    """Parse ``"zeroed,removed"`` into a list that has each name once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -1,4 +1,4 @@
-"""Every run below some folders, without those that cannot be read."""
+"""Find every run below some folders, and set aside runs that cannot be read."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from regrow.study.records import RunRecord, config_path, epochs_path, read_run, result_path
 
-# Above what float32 holds, so above every loss.
+# Above the largest float32, and so above every loss.
 _HIGHEST = 1e40
-# Filters times epochs that the map of what was off when may have: more is a damaged number.
+# The most filters times epochs that the map of filters may have: a larger one means a damaged number.
 _LARGEST = 10**9
 
 
@@ -52,7 +52,7 @@ def read_each(folders: Iterable[Path]) -> tuple[list[RunRecord], dict[Path, str]
 
 
 def _drawable(run: RunRecord) -> RunRecord:
-    """``run`` when its numbers are such as there are: others end in an overflow, or fill the memory."""
+    """Return ``run``, or raise ``ValueError`` if drawing its numbers would overflow or fill the memory."""
     lines = [(epochs_path(run.folder), epoch) for epoch in run.epochs]
     for path, record in [*lines, (result_path(run.folder), run.result or {})]:
         for key, value in record.items():

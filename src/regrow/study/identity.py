@@ -1,4 +1,4 @@
-"""When two sets of settings are the same run, and what is told apart how. No PyTorch."""
+"""Whether two sets of settings are the same run, and names for settings that differ. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _OWNED = frozenset().union(*METHOD_SETTINGS.values())
 
 
 def own_settings(method: str) -> frozenset[str]:
-    """The settings that a method may have values of its own for, in a comparison with others."""
+    """The settings in which a method may differ from the other methods of a comparison."""
     return METHOD_SETTINGS.get(method, frozenset()) | STRENGTHS
 
 
 def normalised(config: RunConfig) -> RunConfig:
-    """``config`` with the settings of other methods at their defaults: they do not change the run."""
+    """``config`` with the settings of other methods at their defaults, because they do not change the run."""
     others = _OWNED - METHOD_SETTINGS.get(config.method, _OWNED)
     return config.model_copy(update={key: RunConfig.model_fields[key].default for key in others})
 
 
 @functools.lru_cache(maxsize=100_000)
 def run_key(config: RunConfig) -> str:
-    """A text that is equal for two settings when they are the same run."""
+    """A text that is equal for two sets of settings if they are the same run."""
     settings = resolved(normalised(config))
     return json.dumps({key: settings[key] for key in settings.keys() - WHERE}, sort_keys=True)
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """``config`` as plain data, with the lengths of the cycle and the learning rate it comes to."""
+    """``config`` as plain data, with the lengths of the cycle and the learning rate filled in."""
     cycle = config.cycle
     lengths = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
     return {**config.model_dump(mode="json"), **lengths}
@@ -46,7 +46,7 @@ def check_same_run(config: RunConfig, folder: Path) -> None:
     """Raise ``ValueError`` if the run in ``folder``, finished or not, has other settings than ``config``."""
     finished = records.is_finished(folder)
     there = records.read_config(folder)
-    with suppress(ValueError):  # settings that this version does not know: compared as they are
+    with suppress(ValueError):  # settings that this version does not know are compared as they are
         there = resolved(normalised(make_config(there)))
     wanted = resolved(normalised(config))
     unlike = [
@@ -62,9 +62,9 @@ def check_same_run(config: RunConfig, folder: Path) -> None:
 
 
 def unresolved(config: RunConfig) -> dict[str, Any]:
-    """``config`` as plain data, with None for the lengths of the cycle and the learning rate by default.
+    """``config`` as plain data, with None for cycle lengths and a learning rate that have their defaults.
 
-    So epochs that differ do not make the lengths that follow from them differ too.
+    So two settings that differ in their epochs do not differ in the default cycle lengths as well.
     """
     settings, default = (
         resolved(config),
@@ -84,7 +84,7 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """A setting's value in as few letters as tell it from others."""
+    """A setting's value as a short text."""
     if value is None:
         return "default"
     if isinstance(value, bool):
@@ -97,5 +97,5 @@ def shown(value: object) -> str:
 
 
 def describe(settings: Mapping[str, Any], keys: list[str]) -> str:
-    """``"fraction 0.2, skip first no"``: the values of ``keys`` for people to read."""
+    """The values of ``keys`` for people to read, such as ``"fraction 0.2, skip first no"``."""
     return ", ".join(f"{key.replace('_', ' ')} {shown(settings.get(key))}" for key in keys)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-# As floats they take four times their memory.
+# How many pictures are converted at once: as floats they take four times their memory.
 _AT_ONCE = 4096
 
 
@@ -45,7 +45,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is published: a part that it does not set apart is None."""
+    """A data set as it is published; ``validation`` or ``test`` is None if it has no such part."""
 
     train: Images
     classes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The page that links the reports of a study with more than one comparison. No PyTorch."""
+"""The page that links the reports of a study with more than one comparison. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from regrow.study.records import write_text
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One comparison: its title, its report, what was found, and how many of its runs are finished."""
+    """One comparison: its title, its report, the findings, and how many of its runs are finished."""
 
     title: str
     page: Path

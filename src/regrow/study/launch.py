@@ -1,4 +1,4 @@
-"""Many runs: what is to be done, the runs themselves, and the reports about them. No PyTorch."""
+"""Plan many runs, train them, and report on them. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from regrow.study.watching import LOGS, Watch
 from regrow.study.words import label
 from regrow.suggest import nearest
 
-# Opens what runs are to be sent to, and gives a function that trains jobs and says why some failed.
+# A context that yields a function, which trains jobs and returns {folder: error} of those that failed.
 Launcher = AbstractContextManager[Callable[[Sequence[Job], Watch], dict[Path, str]]]
 
 REPORT = "report.html"
@@ -54,7 +54,7 @@ def choose_launcher(
     cpus_per_run: int | None = None,
     gpus_per_run: float | None = None,
 ) -> Launcher:
-    """Where runs are to run, as the options of the command say.
+    """Choose the launcher that the options of the command ask for.
 
     Raises:
         ValueError: an unknown launcher, an option that belongs to the other one, or a bad value.
@@ -77,20 +77,20 @@ def choose_launcher(
 def run_study(
     file: Path, folder: Path | None = None, *, dry_run: bool = False, launcher: Launcher | None = None
 ) -> bool:
-    """Show what the study in ``file`` wants and has, train the rest, and write a report per comparison.
+    """Show which runs of the study in ``file`` are done, train the rest, and write a report per comparison.
 
     Args:
         file: the study, as in ``docs/study.md``.
         folder: for runs and reports (default: runs/NAME).
-        dry_run: show it, and do nothing.
-        launcher: where runs run (default: ``local()``).
+        dry_run: only show what would run.
+        launcher: where to train (default: ``local()``).
 
     Returns:
-        Whether every run is finished and every report written; what failed has been printed.
+        Whether every run is finished and every report written; failures have been printed.
 
     Raises:
-        ValueError: the file, the folder or the launcher's settings are not fit for it; nothing has been
-            written then.
+        ValueError: the file, the folder or the launcher's settings are invalid; nothing has been written
+            then.
     """
     console = Console()
     study = read_study(file)
@@ -100,7 +100,7 @@ def run_study(
     jobs = jobs_of(comparisons)
     _check_models({job.config.model for job in jobs})
     for path in unreadable:
-        _say(console, f"{path} cannot be read: it is left alone.", "yellow")
+        _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
     rest = [job for job in jobs if job.state != "done"]
     done = len(jobs) - len(rest)
@@ -125,16 +125,16 @@ def run_study(
 def run_comparison(
     configs: Sequence[RunConfig], folder: Path, *, rerun: bool = False, launcher: Launcher | None = None
 ) -> bool:
-    """Train what ``configs`` say and is not finished yet, print the comparison and write the report.
+    """Train the runs of ``configs`` that are not finished, print the comparison and write the report.
 
     Args:
-        configs: one for every run; the first one's method is the baseline.
-        folder: run folders go below it, named by method and seed, beside ``comparison.json``.
+        configs: one for every run; the method of the first is the baseline.
+        folder: the run folders are made in it, named by method and seed, beside ``comparison.json``.
         rerun: train finished runs again.
-        launcher: where runs run (default: ``local()``).
+        launcher: where to train (default: ``local()``).
 
     Returns:
-        Whether every run is finished and the report written; what failed has been printed.
+        Whether every run is finished and the report written; failures have been printed.
 
     Raises:
         ValueError: a run that is finished in ``folder`` has other settings, or a model's name is unknown.
@@ -169,7 +169,7 @@ def run_comparison(
 
 
 def plan_table(comparisons: Sequence[Comparison]) -> Table:
-    """What is there and what is to run, as a table for the terminal: seeds by comparison and method."""
+    """A table for the terminal: the seeds that are done and to run, by comparison and method."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("comparison", "method", "done", "unfinished", "to run"):
         shown.add_column(column, overflow="fold")
@@ -196,7 +196,7 @@ def _train(
         with LiveTable(jobs, root, console=console) as shown:
             return train(jobs, shown)
     except KeyboardInterrupt:
-        _say(console, "stopped; the same command goes on where it was.")
+        _say(console, "stopped; give the same command again to continue.")
         raise
     finally:
         for logs in {job.folder.parent / LOGS for job in jobs}:
@@ -208,14 +208,14 @@ def _told(failed: dict[Path, str], console: Console) -> bool:
     if not failed:
         return True
     count = f"{len(failed)} run{'s' if len(failed) > 1 else ''} failed"
-    _say(console, f"{count}; the same command tries again what is not finished:", "red")
+    _say(console, f"{count}; the same command tries them again:", "red")
     for folder, error in failed.items():
         _say(console, f"  {folder}: {error}")
     return False
 
 
 def _report(comparison: Comparison, console: Console) -> IndexRow | None:
-    """Print what was found, and write the page; None, and the reason printed, where there is none."""
+    """Print the findings and write the page; if there can be no page, print why and return None."""
     finished = [job.folder for job in comparison.jobs if records.is_finished(job.folder)]
     if not finished:
         _say(console, f"{comparison.folder}: no run is finished, so there is no report.")
@@ -245,7 +245,7 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print ``text`` as it is: a folder's name is not markup, and a path is not to be broken."""
+    """Print ``text`` unchanged: a folder's name is not markup, and a path must stay on one line."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -258,7 +258,7 @@ def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
 
 
 def _check_models(names: Iterable[str]) -> None:
-    """Raise ``ValueError`` for a name that is no model's, before the first run says so."""
+    """Raise ``ValueError`` for an unknown model, before the first run would."""
     rest = [name for name in names if name not in MODEL_FAMILIES]
     if rest:
         from regrow.study.models import model_channels

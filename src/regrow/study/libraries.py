@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm with their published weights."""
+"""Build networks of torchvision and timm with their published weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from regrow.suggest import nearest
 
 @dataclass(frozen=True)
 class LibraryModel:
-    """A network as its library has it, and the pictures that its weights are for.
+    """A network as its library defines it, and the kind of pictures that its weights expect.
 
     Attributes:
         model: in train mode.
-        mean, std: of each channel, in 0..1 units; None for random weights.
-        side: of the pictures in pixels; None if the library does not say.
+        mean, std: of each channel of the pictures, in 0..1 units; None for random weights.
+        side: of the pictures, in pixels; None if the library does not say.
     """
 
     model: nn.Module
@@ -28,10 +28,10 @@ class LibraryModel:
 
 
 def library_model(name: str, weights: str) -> LibraryModel:
-    """A network with 3 input channels and its own classes.
+    """Build a network with 3 input channels and the classes that its library gives it.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME``, or a bare NAME, tried in that order.
+        name: ``torchvision:NAME``, ``timm:NAME``, or a bare NAME, looked up in torchvision first.
         weights: ``default``, ``none`` (random), or a name: torchvision's (``IMAGENET1K_V1``), or timm's tag.
 
     Raises:
@@ -51,7 +51,7 @@ def library_model(name: str, weights: str) -> LibraryModel:
         names += timm.list_models()
     hint = "" if importlib.util.find_spec("timm") else " timm is not installed: pip install 'regrow[timm]'."
     known = nearest(bare, dict.fromkeys(names))
-    raise ValueError(f"{name!r} is no run folder, and no network of torchvision or timm{known}{hint}")
+    raise ValueError(f"{name!r} is neither a run folder nor a network of torchvision or timm{known}{hint}")
 
 
 def _torchvision(name: str, weights: str) -> LibraryModel:
@@ -59,7 +59,7 @@ def _torchvision(name: str, weights: str) -> LibraryModel:
 
     known = torchvision.models.get_model_weights(name)
     if weights == "none":
-        # GoogLeNet and Inception warn unless told to, and without it take minutes.
+        # Without init_weights, GoogLeNet and Inception warn, and take minutes to build.
         arguments: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
         return LibraryModel(torchvision.models.get_model(name, weights=None, **arguments), None, None, None)
     wanted = "DEFAULT" if weights == "default" else weights
@@ -98,6 +98,6 @@ def _timm(name: str, weights: str) -> LibraryModel:
 def _unavailable(name: str, weights: str, error: Exception) -> ValueError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ValueError(
-        f"the weights {weights!r} of {name} cannot be had: {reason}. With --weights none the net is pruned "
-        "with random ones, to see its sizes."
+        f"the weights {weights!r} of {name} cannot be obtained: {reason}. With --weights none the net is "
+        "pruned with random weights, which shows its sizes."
     )

@@ -1,4 +1,4 @@
-"""One live table of the runs under way in a terminal, one line a finished run anywhere. No PyTorch."""
+"""Show runs in a live table on a terminal, and print a line for each that ends. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from regrow.study import records
 from regrow.study.plan import Job
 from regrow.study.watching import log_path
 
-# Lines of the terminal that are not for rows: the header, the line below, and what was printed last.
+# Lines of the terminal that rows leave free: for the header, the line below, and the lines printed last.
 _MARGIN = 7
 
 
 @dataclass
 class _Run:
-    """A run under way: since when, how far it was then, and how far it is."""
+    """A run in progress: when it began, its epoch then, and its epoch now."""
 
     job: Job
     begun: float
@@ -36,7 +36,7 @@ class _Run:
     reached: float = 0.0
 
     def left(self, now: float) -> float | None:
-        """Seconds it will take still, once an epoch has been seen."""
+        """Estimated seconds until the run ends; None before its first epoch has ended."""
         done = self.epoch - self.first
         if done < 1:
             return None
@@ -47,9 +47,9 @@ class _Run:
 
 
 class LiveTable:
-    """A context that shows how ``jobs`` get on; a ``Watch``, to be told by a launcher.
+    """A context that shows the progress of ``jobs``; it is a ``Watch``, which a launcher informs.
 
-    It reads the records in the run folders, so it does not matter where the runs are.
+    It reads the records in the run folders, so the runs may be on any machine.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class LiveTable:
         self.tick()
 
     def tick(self) -> None:
-        """Look how far the runs are, and show it."""
+        """Read how far the runs are, and show it."""
         if not self._shows:
             return
         now = self._clock()
         for run in self._running.values():
             epoch, accuracy = progress_of(run.job.folder)
             if epoch != run.epoch:
-                if epoch < run.first:  # cut back to its last checkpoint
+                if epoch < run.first:  # the run has gone back to its last checkpoint
                     run.first, run.begun = epoch, now
                 run.epoch, run.accuracy, run.reached = epoch, accuracy, now
         self._live.update(Group(self._table(now), Text(self._below(now))), refresh=True)
@@ -157,7 +157,7 @@ class LiveTable:
         return "; ".join(parts)
 
     def _left(self, now: float) -> float | None:
-        """Seconds until all are done, if the runs that wait take as long as those seen so far."""
+        """Seconds until all are done, if the waiting runs take as long as the runs so far."""
         lefts = [run.left(now) for run in self._running.values()]
         known = [left for left in lefts if left is not None]
         whole = self._took or [
@@ -190,7 +190,7 @@ def progress_of(folder: Path) -> tuple[int, float | None]:
 
 
 def outcome(folder: Path) -> str:
-    """What a finished run came to, in a line."""
+    """The result of a finished run, in a line."""
     result = records.read_run(folder).result or {}
     return f"test accuracy {result['test_accuracy']:.2%}, trained in {result['train_seconds']:.1f} s"
 

@@ -1,6 +1,6 @@
-"""Runs in processes of this machine: a fresh one for each, so that none takes another down with it.
+"""Train runs in processes of this machine, a fresh one for each, so that no run can bring down another.
 
-No PyTorch in this process. A server process imports it once, and every run is a fork of that.
+This process does not import PyTorch. A server process imports it once, and each run is a fork of the server.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _TICK = 0.25
 def run_local(
     jobs: Sequence[Job], watch: Watch, *, workers: int | None = None, rerun: bool = False
 ) -> dict[Path, str]:
-    """Train ``jobs``, in their order, each in a process of its own.
+    """Train ``jobs``, in their order, each in its own process.
 
-    What a process writes goes to the job's log file; an interrupt stops all of them at once.
+    The output of a process goes to the job's log file; an interrupt stops all processes at once.
 
     Args:
         jobs: what to train.
-        watch: is told when a run starts and ends, and about four times a second besides.
-        workers: how many run at a time (default: as many as there are CPUs); a run whose settings do not
-            say how many threads it has gets its share of the CPUs.
+        watch: is informed when a run starts and ends, and about four times a second in between.
+        workers: how many run at a time (default: as many as there are CPUs); a run without the setting
+            ``threads`` gets its share of the CPUs.
         rerun: train finished runs again.
 
     Returns:
-        Why a run failed, by its folder, for those that did.
+        {run folder: error} of the runs that failed.
     """
     cpus = available_cpus()
     workers = max(1, min(len(jobs), workers or cpus))
@@ -86,8 +86,8 @@ def _context(jobs: Sequence[Job]) -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    # What a run imports, the optimizer's first step and the look at the structure included: most of the
-    # time that a run takes to start, and here it is spent once.
+    # Everything that a run imports, also in the optimizer's first step and in reading the structure. These
+    # imports take most of the time that a run needs to start, and here it is spent once.
     modules = ["regrow.study.train", "torch._dynamo"]
     if any(job.config.data == "digits" for job in jobs):
         modules.append("sklearn.datasets")
@@ -113,7 +113,7 @@ def _start(context: BaseContext, job: Job, threads: int, rerun: bool) -> Process
 
 @contextmanager
 def _threads_in_environment(threads: int) -> Iterator[None]:
-    """OMP_NUM_THREADS for the server process, which its libraries read when they are loaded."""
+    """Set OMP_NUM_THREADS for the server process, whose libraries read it when they are loaded."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
@@ -126,10 +126,10 @@ def _threads_in_environment(threads: int) -> Iterator[None]:
 
 
 def _work(config: RunConfig, folder: Path, log: Path, threads: int, rerun: bool) -> None:
-    """A run's process."""
+    """The main function of a run's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The descriptors, not sys.stderr: what a library aborts with is to be in the log too.
+    # Redirect the descriptors, not sys.stderr, so that the last message of a library that aborts is logged.
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -137,7 +137,7 @@ def _work(config: RunConfig, folder: Path, log: Path, threads: int, rerun: bool)
 
 
 def work(config: RunConfig, folder: Path, threads: int, rerun: bool = False) -> None:
-    """Train one run in this process; exits with code 1, and the reason as the last line of stderr."""
+    """Train one run in this process; on an error exit with code 1, and the reason in stderr's last line."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         import torch
@@ -147,7 +147,7 @@ def work(config: RunConfig, folder: Path, threads: int, rerun: bool = False) -> 
         if config.threads is None:
             torch.set_num_threads(threads)
         train(config, folder, rerun=rerun)
-    except (ValueError, ArithmeticError, OSError) as error:  # what the user can mend
+    except (ValueError, ArithmeticError, OSError) as error:  # errors that the user can correct
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(1)
     except BaseException:

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder."""
+"""Let only one process at a time train in a run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder``, which is made if it is not there; the system lets go when this process dies.
+    """Hold the lock of ``folder``, which is made if missing; the system frees it when this process dies.
 
     Raises:
         BlockingIOError: another process holds it; the message names it.
@@ -25,7 +25,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # While it is held: a file that someone else has locked meanwhile must not go.
+            # Remove the file while the lock is held: later it could be another process's lock.
             (folder / NAME).unlink(missing_ok=True)
             os.close(descriptor)
 

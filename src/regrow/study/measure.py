@@ -1,4 +1,4 @@
-"""Accuracy–pruned curves of many runs: measure what is missing, print the tables, draw the figure."""
+"""Accuracy–pruned curves of many runs: measure missing points, print the tables, draw the figure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def run_curves(
     """Measure the curve of every run, print the tables, and write curve.json, curve.svg and curve.png.
 
     Args:
-        folders: run folders, or folders that hold some; unfinished runs among these are left out.
+        folders: run folders, or folders that contain run folders; unfinished runs in the latter are left out.
         fractions, readings, criterion, scope, split, rerun: as ``measure_run`` takes them.
-        out: where to write (default: the folder given; the one that holds them all, if they are several).
+        out: where to write (default: the folder given, or the parent folder if several are given).
 
     Raises:
         ValueError: an argument that is unknown or out of range, no finished run, a run folder given that
-            is unfinished, runs that cannot be compared, or as ``measure_run``. What was measured before
-            the error stays.
+            is unfinished, runs that cannot be compared, or as ``measure_run``. Curves that were
+            measured before the error stay.
     """
     check_curve(criterion, scope, fractions, readings, split)
     home = _home(folders) if out is None else out
@@ -77,7 +77,7 @@ def run_curves(
     for table in tables(curves):
         console.print(table)
         console.print()
-    rest = "" if measured == len(runs) else ", the others were before"
+    rest = "" if measured == len(runs) else ", the others were measured before"
     console.print(
         f"{measured} of {len(runs)} runs measured{rest}. Written: curve.json, curve.svg, curve.png in {home}",
         highlight=False,

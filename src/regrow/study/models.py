@@ -1,4 +1,4 @@
-"""Reference nets by name: the house's families, and torchvision's and timm's classifiers, untrained."""
+"""Build untrained reference nets by name: regrow's families, and classifiers of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from regrow.study import families
 from regrow.study.names import MODEL_FAMILIES
 
-# The auxiliary heads would make the training output a tuple in place of logits; and GoogLeNet warns
-# unless told whether to initialise.
+# With auxiliary heads the training output would be a tuple instead of logits; and GoogLeNet warns if
+# init_weights is not given.
 _TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -31,18 +31,18 @@ def build_model(
     batch_norm: bool = True,
     pooling: str = "max",
 ) -> nn.Module:
-    """An untrained classifier, pictures [n, channels, height, width] → logits [n, classes].
+    """Build an untrained classifier, pictures [n, channels, height, width] → logits [n, classes].
 
     It is in train mode. Its weights come from PyTorch's global random generator; the forward pass
     that tries the picture size leaves the generator and every buffer as they were.
 
     Args:
         name: a family (``convnet``, ``vgg``, ``resnet``, ``wrn``) or a library's net:
-            ``torchvision:NAME``, ``timm:NAME``, or a bare NAME, tried in that order.
+            ``torchvision:NAME``, ``timm:NAME``, or a bare NAME, looked up in torchvision first.
         classes: number of logits.
         channels: of the data; ``model_channels`` says how many the net itself reads.
         size: (height, width) of the pictures.
-        depth: convnet from 1 (default 3); vgg 11, 13, 16 (default) or 19; resnet 6n+2 from 20
+        depth: convnet from 1 (default 3); vgg 7, 11, 13, 16 (default) or 19; resnet 6n+2 from 20
             (default) to 110; wrn 6n+4 from 10 (default 16).
         width: convnet filters per layer (default 32); vgg multiplier (default 1); resnet filters of
             the first stage (default 16); wrn widening factor (default 4).
@@ -99,7 +99,7 @@ def model_channels(name: str, channels: int) -> int:
 
 
 def _find(name: str) -> tuple[str, str]:
-    """Where a net comes from, and its name there: ("house" | "torchvision" | "timm", name)."""
+    """The source of a net, and its name there: ("house" for regrow, "torchvision" or "timm", name)."""
     prefix, _, bare = name.rpartition(":")
     if name in MODEL_FAMILIES:
         return "house", name

@@ -1,4 +1,4 @@
-"""The names a study is put together from, importable without PyTorch."""
+"""The names of data, models and settings that make up a study. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ DATA_NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
 AUGMENTATIONS = ("none", "shift", "flip", "shift-flip")
 MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
 POOLINGS = ("max", "avg", "none")
-# What the papers call them.
+# Names that the papers use.
 METHOD_ALIASES = {"backprop": "standard"}
 # Settings in which a run may differ and still be the same run: where it ran and where its data lay.
 WHERE = frozenset({"device", "threads", "data_dir"})

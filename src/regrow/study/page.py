@@ -1,4 +1,4 @@
-"""The HTML page of a report, from records that are read already."""
+"""Render the HTML page of a report from records in memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAPS = 3
-# Of more methods than this, the page begins with one sentence about all of them.
+# With more methods than this, the page begins with one sentence about all of them.
 _FEW = 3
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a page is about.
+    """The content of a page.
 
     Attributes:
         title: the heading.
@@ -39,7 +39,7 @@ class Content:
         groups: {run folder: method or variant}, of ``runs``.
         rows: ``report.run_rows`` of ``runs``.
         curves: accuracy–pruned curves.
-        outdated: runs whose curve is of other weights than they have now.
+        outdated: runs whose curve was measured with weights that they no longer have.
         left_out: {folder or file: why it could not be read}.
         home: the folder of the page.
     """
@@ -80,7 +80,7 @@ def render(content: Content) -> str:
         estimate=pruned.percent,
         area=pruned.area,
         setting=_setting,
-        # "95 %" and "n = 3" are not to be torn apart at the end of a line.
+        # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
     )
     environment.globals.update(bounds=words.bounds, markers=drawing.MARKERS)
@@ -130,12 +130,12 @@ def render(content: Content) -> str:
 
 
 def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
-    """What was dropped when, over the seeds of one method, or None when nothing ever was.
+    """The shares of filters that the seeds of one method dropped; None if nothing was dropped.
 
     Returns:
         ``events``: [(cycle, epoch)] of the drops; ``rows``: per layer ``name``, ``filters`` and
-        ``shares``, for each event (mean, lowest, highest) share of the layer's filters dropped over the
-        runs that have the event. The last row is all layers together.
+        ``shares``, which has for each event the mean, lowest and highest share of the layer's filters
+        dropped, over the runs that have the event. The last row is all layers together.
     """
     drops = [
         {
@@ -218,7 +218,7 @@ def _remarks(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _settings(series: Sequence[Series]) -> dict[str, Any]:
-    """Settings all methods share, and those that belong to a method or differ, {key: [value of each]}."""
+    """``shared``: the settings that all methods share; ``differing``: {key: [value of each method]}."""
     configs = [each.runs[0].config for each in series]
     keys = [
         key
@@ -254,7 +254,7 @@ def _setting(value: object) -> str:
 
 
 def _environments(runs: Sequence[RunRecord], home: Path) -> dict[str, list[tuple[str, str]]]:
-    """{key: [(value, which runs)]}: one value where all runs agree."""
+    """{key: [(value, names of its runs)]}; one value without names if all runs agree."""
     found: dict[str, list[tuple[str, str]]] = {}
     for key in runs[0].environment:
         if key in ("version", "command"):
@@ -269,6 +269,6 @@ def _environments(runs: Sequence[RunRecord], home: Path) -> dict[str, list[tuple
 
 
 def near(folder: Path, home: Path) -> str:
-    """``folder`` as seen from the report; its name alone when it lies elsewhere."""
+    """The path of ``folder`` below ``home``; its name alone if it lies elsewhere."""
     folder, home = folder.resolve(), home.resolve()
     return folder.relative_to(home).as_posix() if folder.is_relative_to(home) else folder.name

@@ -1,4 +1,4 @@
-"""Statistics of differences that are paired over seeds: intervals, tests, and how many seeds it takes."""
+"""Statistics of differences that are paired over seeds: intervals, tests, and how many seeds they need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 LEVEL = 0.05
 _POWER = 0.8
 _RESAMPLES = 9999
-# Beyond this many the noncentral t is the normal distribution to far below one seed in a hundred.
+# Beyond this many seeds the noncentral t and the normal distribution differ by far less than 1 %.
 _MANY = 10_000
 
 
@@ -27,8 +27,8 @@ class Paired:
     """Differences other − baseline over the seeds both have, with the paired t test of their mean.
 
     ``low`` and ``high`` are the 95 % t interval: None for a single seed, and where all differences are
-    equal, for then there is no spread to go by. ``p`` is two-sided and None for a single seed; it is the t
-    test's, or the sign test's where all differences are equal.
+    equal, because then there is no spread to estimate it from. ``p`` is two-sided and None for a single
+    seed; it is the t test's, or the sign test's where all differences are equal.
     """
 
     differences: Mapping[int, float]
@@ -81,11 +81,11 @@ def paired(baseline: Mapping[int, float], other: Mapping[int, float]) -> Paired:
     if deviation is None:
         return Paired(differences, mean, None, None, None)
     largest = max(abs(values[seed]) for values in (baseline, other) for seed in seeds)
-    # Differences of equal size differ in their last digits: 0.83 − 0.82 is not 0.82 − 0.81.
+    # Differences that should be equal differ in their last digits: 0.83 − 0.82 is not 0.82 − 0.81.
     if deviation <= 1e-12 * largest:
         signs = [difference > 0 for difference in differences.values() if difference != 0]
         return Paired(differences, mean, None, None, sign_test(sum(signs), len(signs) - sum(signs)))
-    # scipy.stats.t at a quarter of its import time.
+    # These do what scipy.stats.t does, at a quarter of its import time.
     from scipy.special import stdtr, stdtrit
 
     n = len(seeds)
@@ -111,15 +111,16 @@ def sign_test(gains: int, losses: int) -> float:
     """Two-sided p value of ``gains`` against ``losses``, ties left out; 1 where there is neither."""
     if gains + losses == 0:
         return 1.0
-    from scipy.special import bdtr  # scipy.stats.binomtest at a quarter of its import time
+    from scipy.special import bdtr  # as scipy.stats.binomtest, at a quarter of its import time
 
     return min(1.0, 2 * float(bdtr(min(gains, losses), gains + losses, 0.5)))
 
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the mean of ``values``, bias-corrected and accelerated, always the same.
+    """95 % bootstrap interval of the mean of ``values``, bias-corrected and accelerated, with a fixed seed.
 
-    By percentiles where that correction is not defined. None for fewer than three values, or equal ones.
+    Where that correction is not defined, it is a percentile interval. None for fewer than three values, or
+    equal ones.
     """
     if len(values) < 3 or _equal(values):
         return None
@@ -161,7 +162,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def seeds_needed(differences: Sequence[float]) -> int | None:
-    """The smallest number of paired seeds that shows a difference such as this with 80 % power.
+    """The smallest number of paired seeds that would show such a difference with 80 % power.
 
     By the two-sided paired t test at 5 %, if the true mean and standard deviation were those of
     ``differences``. None for fewer than two, for a mean of 0, and for equal differences.
@@ -173,7 +174,7 @@ def seeds_needed(differences: Sequence[float]) -> int | None:
         return None
     from scipy.special import ndtri
 
-    # The normal distribution asks for fewer than the t distribution does.
+    # By the normal distribution fewer seeds are needed than by the t distribution.
     fewest = math.ceil(((float(ndtri(1 - LEVEL / 2)) + float(ndtri(_POWER))) / size) ** 2)
     if fewest > _MANY:
         return fewest

@@ -1,7 +1,7 @@
-"""Where the runs of a study lie on disk, and which of them are done. No PyTorch.
+"""Where the runs of a study lie on disk, and which of them are done. Imports no PyTorch.
 
-A run is looked up by its settings, in the ``config.yaml`` of every run folder there is; the name of a
-folder is for people. So nothing is run again because a name would be another today.
+A run is found by its settings, which the ``config.yaml`` of each run folder holds; the name of a folder is
+only for people. So no run is trained again because its folder would get another name today.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from regrow.study.variants import variant_names
 STUDY_FILE = "study.yaml"
 STUDY_RECORD = "study.json"
 _LONGEST = 120
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is there
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is there
 _VERSION = 1
 
 
@@ -50,14 +50,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are compared with each other, and have a report of their own.
+    """Runs that are compared with each other, in their own report.
 
     Attributes:
         folder: for the report; the runs' folders are in it.
         jobs: by seed, then method, the baseline first.
-        variants: what to call each job's method, by its folder.
-        baseline: the one of these that the others are compared with.
-        title: model and data, and what tells the comparison from others of the study.
+        variants: {run folder: name of the job's method}.
+        baseline: the name of the method that the others are compared with.
+        title: model and data, and the settings that tell the comparison from others of the study.
     """
 
     folder: Path
@@ -78,22 +78,22 @@ class _Found:
 
 @dataclass
 class _Disk:
-    """What is in a study's folder already: runs by key, and the folders that hold each comparison."""
+    """The runs that are in a study's folder already, by key, and the run folders that cannot be read."""
 
     runs: dict[str, _Found] = field(default_factory=dict)
     unreadable: list[Path] = field(default_factory=list)
 
 
 def plan(study: Study, folder: Path) -> tuple[list[Comparison], list[Path]]:
-    """Where each run of ``study`` lies, or is to lie, below ``folder``; nothing is written.
+    """Find the folder of each run of ``study`` below ``folder``, or choose one; nothing is written.
 
-    A run that is there keeps its folder. A new one goes to ``COMPARISON/METHOD-seedN``, where the
-    comparison is called after model and data and the method after itself, both followed by the settings
-    that tell them from others in the study or in the folder. Whatever has a name keeps it: further seeds
-    of a method are called like the ones that are there.
+    An existing run keeps its folder. A new run goes to ``COMPARISON/METHOD-seedN``. The first part is
+    named after model and data, the second after the method, and both end with the settings that tell them
+    from others in the study or in the folder. Names that are in use stay: further seeds of a method are
+    named like its existing seeds.
 
     Returns:
-        The comparisons, and run folders that could not be read and are left alone.
+        The comparisons, and the run folders that could not be read and are left as they are.
     """
     disk = _scan(folder)
     wanted: dict[str, list[Wanted]] = {}
@@ -123,8 +123,8 @@ def jobs_of(comparisons: Iterable[Comparison]) -> list[Job]:
 def check_folder(study: Study, folder: Path) -> None:
     """Raise ``ValueError`` unless ``folder`` is empty, not there, or belongs to ``study``.
 
-    It belongs to a study of the same name, when the copy of the study's file in it and this one want at
-    least one run in common.
+    It belongs to ``study`` if the study in it has the same name, and its copy of the study's file has at
+    least one run in common with ``study``.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another --out.")
@@ -142,12 +142,12 @@ def check_folder(study: Study, folder: Path) -> None:
     if there.isdisjoint(run_key(each.config) for each in study.runs):
         raise ValueError(
             f"{folder} holds another study: no run of it is in this one. Choose another --out, or give this "
-            "one a name of its own."
+            "study another name."
         )
 
 
 def claim(study: Study, folder: Path, comparisons: Sequence[Comparison]) -> None:
-    """Write down that ``folder`` belongs to ``study``: its file, and which runs it wants."""
+    """Record that ``folder`` belongs to ``study``: write the study's file and the list of its runs."""
     about = {
         "version": _VERSION,
         "name": study.name,
@@ -200,7 +200,7 @@ def _scan(folder: Path) -> _Disk:
 
 
 def _homes(folder: Path, wanted: dict[str, list[Wanted]], disk: _Disk) -> dict[str, Path]:
-    """The folder of each comparison: where one of its runs is already, or a new one by its settings."""
+    """The folder of each comparison: the one that holds a run of it, or a new one named by its settings."""
     homes: dict[str, Path] = {}
     others = dict(disk.runs)
     for key, runs in wanted.items():
@@ -208,7 +208,7 @@ def _homes(folder: Path, wanted: dict[str, list[Wanted]], disk: _Disk) -> dict[s
             found = others.pop(run_key(run.config), None)
             if found is not None:
                 homes.setdefault(key, found.folder.parent)
-    for found in others.values():  # of methods and seeds that the study does not want any more
+    for found in others.values():  # runs of methods and seeds that the study no longer has
         key = run_key(_comparison_of(found.config))
         if key in wanted and found.folder.parent not in homes.values():
             homes.setdefault(key, found.folder.parent)
@@ -240,7 +240,7 @@ def _comparison_of(config: RunConfig) -> RunConfig:
 
 
 def _names(home: Path, runs: Sequence[Wanted], disk: _Disk) -> list[str]:
-    """A folder name for each run of one comparison; not of use for those that have a folder."""
+    """A folder name for each run of one comparison; an empty name for runs that have a folder."""
     there = {found.folder.name: found.config for found in disk.runs.values() if found.folder.parent == home}
     stems: dict[str, str] = {}  # by variant
     for name, config in there.items():
@@ -252,7 +252,7 @@ def _names(home: Path, runs: Sequence[Wanted], disk: _Disk) -> list[str]:
         by_method.setdefault(config.method, []).append(_own(config))
     keys = {method: differing(settings) for method, settings in by_method.items()}
     taken_stems = {stem.lower() for stem in stems.values()}
-    # Names with a dot are what a process leaves that is killed before it has written the settings.
+    # A process that is killed before it has written the settings leaves only names with a dot.
     taken = {path.name.lower() for path in _entries(home) if path.is_file() or any(path.glob("[!.]*"))}
     names = []
     for run in runs:
@@ -291,7 +291,7 @@ def _named(first: str, settings: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def _free(name: str, taken: set[str]) -> str:
-    """``name``, or the first of ``name-2``, ``name-3`` … not ``taken`` (in small letters); it is then."""
+    """``name``, or the first of ``name-2``, ``name-3`` … not in ``taken`` (lower case); adds it there."""
     free, number = name, 1
     while free.lower() in taken:
         number += 1

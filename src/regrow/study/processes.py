@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, without torch."""
+"""Which of a run's processes this process is. Imports no PyTorch."""
 
 from __future__ import annotations
 

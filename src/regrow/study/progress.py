@@ -10,7 +10,7 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A context that shows a bar on standard error while it is open, if that is a terminal."""
+    """A context that shows a bar while it is open, if standard error is a terminal."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)

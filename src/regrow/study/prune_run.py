@@ -1,4 +1,4 @@
-"""``regrow prune``: a trained network from a folder or a library, made smaller and written down."""
+"""``regrow prune``: make a trained network from a folder or a library smaller, and write it to files."""
 
 from __future__ import annotations
 
@@ -45,16 +45,17 @@ def run_prune(
 ) -> dict[str, Any]:
     """Prune a network, print what that changed, and write pruned.safetensors and prune.json.
 
-    Validation pictures decide; the test pictures are looked at before and after, once, where there are any.
+    Validation pictures decide; if there are test pictures, accuracy on them is measured once before and once
+    after.
 
     Args:
         network: a run folder, or a name of torchvision's or timm's.
-        out: folder for the files, made if it is not there.
-        targets: of ``prune``, one of which is not None.
+        out: folder for the files, made if missing.
+        targets: the targets of ``prune``; one of them is not None.
         criterion, scope, coupled, round_to, floor, exclude, compensate: as ``prune``.
-        weights, data, image_size: for a name, as ``by_name``.
+        weights, data, image_size: for a network by name, as ``by_name``.
         data_dir, device: as ``from_run`` or ``by_name``.
-        threads: CPU threads; None leaves them.
+        threads: CPU threads; None leaves their number as it is.
         onnx: write pruned.onnx as well.
 
     Returns:
@@ -63,7 +64,7 @@ def run_prune(
 
     Raises:
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
-            written then, except that a network that cannot become ONNX is written as safetensors.
+            written then, except the safetensors file of a network that cannot be exported as ONNX.
     """
     check_target(targets)
     if out.exists() and not out.is_dir():
@@ -73,8 +74,8 @@ def run_prune(
     trained = _find(network, weights, data, data_dir, image_size, device)
     if compensate and trained.calibration is None:
         raise ValueError(
-            "to make up for the filters that go, pictures are needed: pass --data (and --data-dir), or do "
-            "without by --no-compensate."
+            "compensation for the removed filters needs pictures: pass --data (and --data-dir), or switch it "
+            "off with --no-compensate."
         )
     if targets.get("max_drop") is not None and trained.validation is None:
         raise ValueError(
@@ -126,7 +127,7 @@ def _find(
     if records.config_path(folder).exists():
         given = {"--data": data, "--image-size": image_size}
         if unwanted := [flag for flag, value in given.items() if value is not None]:
-            raise ValueError(f"{network} is a run folder, which says so itself: leave {unwanted[0]} out.")
+            raise ValueError(f"{network} is a run folder, which has that setting: leave {unwanted[0]} out.")
         return from_run(folder, device=device, data_dir=data_dir)
     if folder.is_dir():
         raise ValueError(f"{network} is not a run folder: it has no config.yaml.")
@@ -136,7 +137,7 @@ def _find(
 
 
 def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> list[str]:
-    # The report last: a folder that has it has all that it speaks of.
+    # The report is written last: a folder that has it has all files that it describes.
     (out / REPORT_FILE).unlink(missing_ok=True)
     save(trained.model, out / WEIGHTS_FILE)
     written = [WEIGHTS_FILE]
@@ -148,7 +149,7 @@ def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> l
 
 
 class _Bar:
-    """What ``prune`` is doing, on standard error, if that is a terminal."""
+    """A bar that shows what ``prune`` is doing, if standard error is a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""What ``prune`` did, as tables for the terminal, from its report alone."""
+"""Tables for the terminal that show the report of ``prune``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def prune_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Filters layer by layer, and what the network costs and is worth, before and after.
+    """The filters of each layer, and the network's cost and accuracy, before and after.
 
     Args:
         report: what ``regrow.prune`` returned, or prune.json.
@@ -62,7 +62,7 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def share(pair: Mapping[str, float]) -> str:
-    """How much is left: "48 %"."""
+    """The share that is left: "48 %"."""
     return f"{100 * pair['after'] / pair['before']:.3g} %" if pair["before"] else "—"
 
 

@@ -53,9 +53,9 @@ class Curve:
 
     @property
     def half_means(self) -> dict[int, float] | None:
-        """Each seed's mean accuracy over the fractions from 0 to 50 %, or None if an end is not there.
+        """Each seed's mean accuracy over the fractions from 0 to 50 %; None if 0 or 50 % was not measured.
 
-        The plain mean of the points, as the published margins are, so their spacing counts.
+        It is the plain mean of the points, as in the published margins, so their spacing counts.
         """
         if not {0, _HALF} <= set(self.fractions):
             return None
@@ -66,7 +66,7 @@ class Curve:
     def areas(self) -> dict[int, float] | None:
         """Each seed's area under the whole curve by the trapezoid rule; None for a single point.
 
-        Accuracy times fraction: of a perfect curve from 0 to 0.9 it is 0.9.
+        The unit is accuracy times fraction: a perfect curve from 0 to 0.9 has 0.9.
         """
         if len(self.fractions) < 2:
             return None
@@ -110,7 +110,7 @@ class CurveSet:
     def margin(self, method: str, reading: str, over: str | None = None) -> Paired | None:
         """The mean over 0–50 % of ``method`` minus that of ``over`` (the baseline), in percentage points.
 
-        Paired over the seeds both have; None without any, or of a method with itself.
+        It is paired over the seeds that both have; None if there are none, or for a method with itself.
         """
         mine, others = self.curve(method, reading), self.curve(over or self.baseline, reading)
         if mine is None or others is None or mine is others:
@@ -127,9 +127,9 @@ class Measured:
     """The curve records of some runs.
 
     Attributes:
-        records: those of the weights that the run has now, with their run.
-        outdated: the runs with records of weights they no longer have: they were trained again since.
-        broken: the files that cannot be read, and why.
+        records: (run, record) for the records of the weights that the run has now.
+        outdated: the runs with records of other weights, because they were trained again since.
+        broken: {file that cannot be read: why}.
     """
 
     records: list[tuple[RunRecord, dict[str, Any]]]
@@ -138,7 +138,7 @@ class Measured:
 
 
 def read_measured(runs: Sequence[RunRecord]) -> Measured:
-    """Every curve record in the folders of ``runs``; one that is malformed is named, not raised."""
+    """Read every curve record in the folders of ``runs``; a malformed one is listed, and raises nothing."""
     measured = Measured([], [], {})
     for run in runs:
         found = []
@@ -148,7 +148,7 @@ def read_measured(runs: Sequence[RunRecord]) -> Measured:
             except ValueError as error:
                 measured.broken[path] = str(error)
         weights = weights_hash(run.folder) if found else None
-        # Weights that were deleted to save room have not changed.
+        # Weights that were deleted to save room count as unchanged.
         current = [record for record in found if weights in (None, record["weights"])]
         measured.records.extend((run, record) for record in current)
         if len(current) < len(found):
@@ -164,9 +164,9 @@ def curve_sets(
     fractions: Collection[float] | None = None,
     readings: Collection[str] | None = None,
 ) -> list[CurveSet]:
-    """The curve records in the folders of ``runs``, together by split, criterion and scope.
+    """The curve records in the folders of ``runs``, grouped by split, criterion and scope.
 
-    As :func:`sets_of`, of all records.
+    This is :func:`sets_of` for all records in the folders.
 
     Raises:
         ValueError: a record that is malformed.
@@ -185,15 +185,15 @@ def sets_of(
     fractions: Collection[float] | None = None,
     readings: Collection[str] | None = None,
 ) -> list[CurveSet]:
-    """The records of ``measured``, together by split, criterion and scope.
+    """The records of ``measured``, grouped by split, criterion and scope.
 
     A curve has the fractions that all runs of its reading have, so that means compare like with like.
 
     Args:
         measured: of comparable runs (see ``compare.check_comparable``).
-        baseline: the method that margins are taken over; the first method where no run has it.
-        variants: {run's folder: name} to tell variants of a method apart by. Default: the method.
-        fractions, readings: only these. Default: all.
+        baseline: the method that margins are taken over; the first method if no run has it.
+        variants: {run's folder: name of its variant}. Default: the method.
+        fractions, readings: the ones to keep. Default: all.
     """
     found: dict[tuple[str, str, str], list[_Record]] = {}
     for run, record in measured.records:
@@ -266,7 +266,7 @@ def to_dict(curves: CurveSet) -> dict[str, Any]:
 
 
 def tables(curves: CurveSet) -> list[Table]:
-    """For the terminal: accuracy by fraction, and the curves in one number each with their margins.
+    """Tables for the terminal: accuracy by fraction, and one number for each curve with its margin.
 
     80 columns wide at most with the usual names. Of more than ten fractions every second (third, …) is shown.
     """
@@ -305,7 +305,7 @@ def tables(curves: CurveSet) -> list[Table]:
 
 
 def heading(curves: CurveSet) -> str:
-    """What the numbers of ``curves`` are, in a line."""
+    """A line that says what the numbers of ``curves`` are."""
     which = "in each layer" if curves.scope == "layer" else "over the whole network"
     return f"{curves.split} accuracy, %, with the filters of lowest {curves.criterion} {which} cut"
 

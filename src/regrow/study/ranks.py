@@ -19,7 +19,7 @@ _CPU = torch.device("cpu")
 
 
 class Ranks:
-    """This process's place among those of a run, and what they tell each other.
+    """This process's place among the processes of a run, and the messages between them.
 
     Attributes:
         rank: of this process, from 0.
@@ -32,24 +32,24 @@ class Ranks:
         self.count = 1 if group is None else dist.get_world_size(group)
 
     def first(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns, or raises, in the first process; JSON-able, the others get it too."""
+        """Do ``work`` in the first process; all processes get its result (JSON-able), or its error."""
         return first_decides(work, self._group, _CPU)
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """``work`` in the first process, then in the others: a download is made once."""
+        """Do ``work`` in the first process, then in the others, so that a download is made once."""
         done: list[T] = []
         self.first(lambda: done.append(work()))
         return done[0] if done else work()
 
     def share(self, data: bytes | None) -> bytes | None:
-        """``data`` of the first process, which may be None, in all of them."""
+        """Give all processes the ``data`` of the first, which may be None."""
         if self._group is None:
             return data
         there = self.first(lambda: data is not None)
         return share(data, self._group, _CPU) if there else None
 
     def gather(self, data: bytes) -> list[bytes]:
-        """``data`` of every process, in their order, in all of them."""
+        """Give all processes the ``data`` of every process, in the order of their ranks."""
         if self._group is None:
             return [data]
         sizes = [torch.zeros((), dtype=torch.int64) for _ in range(self.count)]
@@ -62,7 +62,7 @@ class Ranks:
         return [part[: int(size)].cpu().numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of ``tensor`` over all processes, in its place."""
+        """Replace ``tensor`` by its sum over all processes, and return it."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
         return tensor
@@ -78,7 +78,7 @@ class Ranks:
     def copy_from_first(self, model: nn.Module) -> None:
         """Give ``model`` the first process's parameters and buffers.
 
-        Running statistics are of what each process saw, until the first one's are taken.
+        Each process has running statistics of its own pictures until it gets those of the first.
         """
         if self._group is not None:
             copy_from_first([*model.parameters(), *model.buffers()], self._group)
@@ -86,16 +86,17 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes of this run, by the variables that ``torchrun`` sets; one process without them.
+    """Join the processes of this run, which ``torchrun`` names in variables; one process without them.
 
-    They find each other on entry, over gloo, and nccl between GPUs. What refers to the group, such as a
-    DDP wrapper, must be gone on exit.
+    The processes connect on entry, over gloo, and over nccl between GPUs. Objects that refer to the group,
+    such as a DDP wrapper, must be gone on exit.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return
-    # Imported once a group is there, its default arguments would hold the group for good: its threads
-    # would run on while the interpreter ends, which now and then aborts the process. DDP imports it.
+    # DDP imports this module. If that happened once a group is there, the module's default arguments would
+    # hold the group for good, and the group's threads would run on while the interpreter ends, which now
+    # and then aborts the process.
     import torch.distributed.nn
 
     if torch.cuda.is_available():
@@ -110,7 +111,7 @@ def joined() -> Iterator[Ranks]:
 
 
 def device_here(name: str) -> str:
-    """``name`` of a device for this process: of several processes each takes the GPU of its number."""
+    """The device ``name`` for this process: each of several processes takes the GPU of its number."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and name in ("auto", "cuda") and torch.cuda.is_available():
         return f"cuda:{_local_rank()}"

@@ -1,21 +1,21 @@
-"""What a run leaves on disk: versioned YAML, JSON and JSON lines, without torch.
+"""The files that a run writes: versioned YAML, JSON and JSON lines. Imports no PyTorch.
 
 A **run folder** is one training run (one method, one seed):
 
 - ``config.yaml``: every setting, enough to repeat the run;
 - ``environment.json``: versions, processor, device, the command;
-- ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1, ``flops`` those of its
-  training steps (None when they cannot be counted);
+- ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1, ``flops`` are the
+  floating-point operations of its training steps (None when they cannot be counted);
 - ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
   happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
 - ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
-  killed and went on;
+  stopped and resumed;
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
 A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
 
-Version 1 had no ``flops``, ``train_flops`` and ``resumed``: they are read as None.
+Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ENVIRONMENT: _Kinds = {
     "device": _TEXT,
     "command": _TEXT,
 }
-# What a diverging run cannot give as a number is None.
+# A diverging run has NaN or infinity for some of these, which are recorded as None.
 _EPOCH: _Kinds = {
     "epoch": _INTEGER,
     "phase": _TEXT,
@@ -140,7 +140,7 @@ def curve_path(folder: str | Path, split: str, criterion: str, scope: str) -> Pa
 
 
 def curve_paths(folder: str | Path) -> list[Path]:
-    """The curve records that are there, by name."""
+    """The paths of the curve records in ``folder``, sorted by name."""
     return sorted(Path(folder).glob("curve-*.json"))
 
 
@@ -209,7 +209,7 @@ def append_line(path: str | Path, data: Mapping[str, Any]) -> None:
 
 
 def write_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON-lines file, as ``append_line`` would line by line, whole or not at all; none removes it.
+    """Write ``lines`` as a JSON-lines file, whole or not at all; without any line the file is removed.
 
     Raises:
         ValueError: a value that JSON cannot hold.
@@ -224,7 +224,7 @@ def write_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; none when the file is not there.
 
-    A last line without a line end is what a killed run leaves, and is dropped.
+    A last line without a line end, which a killed run leaves, is dropped.
 
     Raises:
         ValueError: any other line that is not a JSON object, named by file and line number.
@@ -275,7 +275,7 @@ class RunRecord:
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether the run in ``folder`` has written its result, which it does last."""
+    """Whether the run in ``folder`` has written its result, which is its last file."""
     return result_path(folder).exists()
 
 
@@ -371,7 +371,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        # A tenth of the time where libyaml is there, as in the wheels of PyYAML.
+        # libyaml, which is in the wheels of PyYAML, takes a tenth of the time.
         data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
@@ -391,7 +391,7 @@ def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
 
 
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
-    """``data`` when it is a mapping of a known version with the keys and types of ``kinds``."""
+    """Return ``data`` if it is a mapping of a known version with the keys and types of ``kinds``."""
     if isinstance(data, dict):
         data = data | {key: None for key in _ADDED if key in kinds and key not in data}
     return _check_keys(data, {"version": _INTEGER, **kinds}, where)
@@ -404,7 +404,7 @@ def _check_keys(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
         if key not in data:
             raise ValueError(f"{where} has no {key!r}.")
         value = data[key]
-        # A newer version may have other keys and types, so it is the first thing to be looked at.
+        # A newer version may have other keys and types, so the version is checked first.
         if key == "version" and isinstance(value, int) and value > VERSION:
             raise ValueError(
                 f"{where} was written by a newer regrow (record version {value}, this one knows {VERSION}): "
@@ -420,7 +420,7 @@ def _check_keys(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
 
 
 def _checked(run: RunRecord) -> RunRecord:
-    """``run`` when its files agree: epochs in order, and events about filters that exist."""
+    """Return ``run`` if its files agree: epochs in order, and events about filters that exist."""
     path, number = epochs_path(run.folder), 0
     for line, epoch in enumerate(run.epochs, start=1):
         if epoch["epoch"] <= number:
@@ -438,7 +438,7 @@ def _checked(run: RunRecord) -> RunRecord:
                 raise ValueError(f"{where}: 'filters' must give a list of indices for {layer!r}.")
             if sizes is not None and any(index >= sizes.get(layer, 0) for index in indices):
                 raise ValueError(
-                    f"{where}: {layer!r} has {sizes.get(layer, 0)} filters by result.json, which leaves no "
+                    f"{where}: {layer!r} has {sizes.get(layer, 0)} filters by result.json, so there is no "
                     f"filter {max(indices)}."
                 )
     return run

@@ -32,8 +32,8 @@ def write_report(
         path: the page, ending in ``.html``.
         title: the page's heading.
         baseline: the method, or the name of the variant, that the others are compared with.
-        variants: {run's folder: name}: what to group the run by and show. Default: its method.
-        left_out: {folder: why}: runs that could not be read, to be named on the page.
+        variants: {run's folder: name to group and show the run by}. Default: its method.
+        left_out: {folder of a run that could not be read: why}, to be named on the page.
 
     Returns:
         ``path``.
@@ -163,7 +163,7 @@ def _at_equal_compute(summary: MethodSummary) -> dict[str, Any]:
 
 
 def _csv(runs: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]]) -> str:
-    """One table; ``level`` tells a run's row from a method's."""
+    """One table, in which the column ``level`` tells the rows of runs from those of methods."""
     keys = list(dict.fromkeys(key for row in [*runs, *methods] for key in row if key != "seeds"))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""What Batch Bridgeout is compared with: dropout behind every activation, plain or targeted."""
+"""The rivals of Batch Bridgeout: dropout behind every activation, plain or targeted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def targeted_dropout(x: Tensor, p: float, target_fraction: float) -> Tensor:
     """Dropout among the ``target_fraction`` of each sample's activations that are smallest in magnitude.
 
     The rival of Batch Bridgeout's experiments (arXiv 2009.10893): an activation that is dropped becomes
-    0, one that is targeted and not dropped is divided by 1 − p, the others stay as they are. Of equal
-    magnitudes at the limit all are targeted.
+    0, one that is targeted and not dropped is divided by 1 − p, the others stay as they are. All activations
+    whose magnitude equals the limit are targeted.
 
     Args:
         x: [samples, ...].
@@ -55,11 +55,11 @@ def add_dropout(model: nn.Module, p: float, target_fraction: float = 1.0) -> lis
     Masks are drawn from PyTorch's global generator.
 
     Args:
-        model: any module whose activations are modules; wrappers are looked through.
+        model: any module whose activations are modules; it may be in a wrapper such as DDP.
         p, target_fraction: see ``targeted_dropout``; with a target_fraction of 1 it is plain dropout.
 
     Returns:
-        Handles; ``handle.remove()`` takes the dropout behind one activation off again.
+        Handles; ``handle.remove()`` removes the dropout behind one activation.
 
     Raises:
         ValueError: an argument out of range, or a model without activation modules.

@@ -1,4 +1,4 @@
-"""A run's folder when the run begins: whose it is, and what is left of an earlier try."""
+"""Prepare a run's folder: check which run it holds, and resume what an earlier process left."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpo
 from regrow.study.config import RunConfig
 from regrow.study.identity import check_same_run, resolved
 
-# What a run must have in common with its earlier part to end bit for bit as if it had not been stopped.
+# A resumed run ends bit for bit as if it had not been stopped only if these are as in its earlier part.
 _ALIKE = ("torch", "processor", "device", "threads", "processes")
 
 
@@ -41,10 +41,10 @@ def check_folder(config: RunConfig, folder: Path) -> bool:
 
 
 def check_not_foreign(folder: Path) -> None:
-    """Raise ``ValueError`` if ``folder`` holds anything, and no run."""
+    """Raise ``ValueError`` if ``folder`` holds something other than a run."""
     if not folder.exists() or records.config_path(folder).exists():
         return
-    # Names with a dot are what a process leaves that is killed before it has written the settings.
+    # A process that is killed before it has written the settings leaves only names with a dot.
     if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not a run folder: choose another --out.")
 
@@ -52,20 +52,20 @@ def check_not_foreign(folder: Path) -> None:
 def begin(
     config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool
 ) -> tuple[bytes | None, int]:
-    """Make ``folder``, which is locked, ready to train in: as new, or as at its last checkpoint.
+    """Make the locked ``folder`` ready for training, from the beginning or from its last checkpoint.
 
     Args:
         environment: of this process, as ``records.environment`` gives it.
-        rerun: begin anew, whatever is there.
+        rerun: start from the beginning, even if the folder holds a run.
 
     Returns:
-        The checkpoint to go on from, for ``from_bytes``, None at the beginning; and how often the run
+        The checkpoint to resume from, for ``from_bytes``, or None at the beginning; and how often the run
         has been resumed, this time included.
 
     Warns:
         UserWarning: a checkpoint is damaged, or the run was begun on another machine or version.
     """
-    for path in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+    for path in folder.glob(".*.tmp"):  # left by a process that was killed while it wrote
         path.unlink(missing_ok=True)
     last_good_path(folder).unlink(missing_ok=True)
     unfinished = not rerun and records.config_path(folder).exists()
@@ -92,7 +92,7 @@ def begin(
 
 
 def _resumed(folder: Path, state: dict[str, Any]) -> int:
-    """How often the run was resumed before: also after the checkpoint, if that can still be read."""
+    """How often the run was resumed before; times after the checkpoint count if they can still be read."""
     before = int(state["environment"]["resumed"])
     with suppress(OSError, ValueError, KeyError):
         before = max(before, int(json.loads(records.environment_path(folder).read_bytes())["resumed"]))
@@ -100,7 +100,7 @@ def _resumed(folder: Path, state: dict[str, Any]) -> int:
 
 
 def _clear(folder: Path) -> None:
-    # The result first: without it the folder is an unfinished run, whatever else is still there.
+    # Remove the result first: without it the folder is an unfinished run, whatever else it still holds.
     for path in (
         records.result_path(folder),
         records.epochs_path(folder),
@@ -119,10 +119,10 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say of an error in writing what it means for the run.
+    """Turn an error in writing, raised in the block, into one that says what it means for the run.
 
     Raises:
-        OSError: what was raised in the block, in one line.
+        OSError: the error, in one line.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""When to cut, when to restore, and how fast to learn meanwhile. Plain numbers; no PyTorch."""
+"""When RePr cuts and restores filters, and the learning rate of every step. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cycle:
-    """RePr's schedule in epochs: ``cycles`` times ``full`` epochs and ``sub`` epochs without some filters."""
+    """RePr's schedule: ``cycles`` times ``full`` epochs, then ``sub`` epochs without some of the filters."""
 
     full: int
     sub: int
@@ -32,11 +32,11 @@ class Cycle:
 def place_cycle(
     epochs: int, *, full: int | None = None, sub: int | None = None, cycles: int | None = None
 ) -> Cycle:
-    """Place RePr's cycles in ``epochs``, for whichever lengths are not given.
+    """Place RePr's cycles in ``epochs``, and choose the lengths that are not given.
 
     About 30 % of the epochs stay for annealing after the last restore. The rest is divided into three
-    cycles, fewer if it is short, and each two to one into full and sub, as in the paper (S1 = 20,
-    S2 = 10, N = 3).
+    cycles, fewer if it is short, and each cycle two to one into full and sub, as in the paper
+    (arXiv 1811.07275: S1 = 20, S2 = 10, N = 3).
     """
     room = epochs - max(1, math.ceil(0.3 * epochs))
     if full is not None and sub is not None:

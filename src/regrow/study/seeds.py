@@ -1,4 +1,4 @@
-"""Lists as people type them, on a command line or in a study file."""
+"""Parse the lists that people type on a command line or in a study file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ MOST_RUNS = 10_000
 
 
 def parse_seeds(text: str, where: str = "--seeds") -> list[int]:
-    """``"0,1,2"``, ``"0-4"`` or a mixture, in the order given.
+    """Parse ``"0,1,2"``, ``"0-4"`` or a mixture into seeds, in the order given.
 
     Args:
-        text: what was typed.
-        where: what to call it in an error.
+        text: the seeds.
+        where: the name of the option or key, for error messages.
 
     Raises:
-        ValueError: anything else, a seed given twice, or more than 10,000.
+        ValueError: any other text, a seed given twice, or more than 10,000.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -36,7 +36,7 @@ def parse_seeds(text: str, where: str = "--seeds") -> list[int]:
 
 
 def seeds_of(value: object, where: str = "seeds") -> list[int]:
-    """Seeds as a YAML file has them: ``3``, ``"0-4"``, ``[0, 1, 2]`` or a list of such, in that order.
+    """Read seeds from a YAML value: ``3``, ``"0-4"``, ``[0, 1, 2]`` or a list of such, in that order.
 
     Raises:
         ValueError: as ``parse_seeds``, or an empty list.
@@ -50,10 +50,10 @@ def seeds_of(value: object, where: str = "seeds") -> list[int]:
 
 
 def parse_methods(text: str) -> list[str]:
-    """``"standard,repr"`` as a list, the baseline first; other names of a method are replaced.
+    """Parse ``"standard,repr"`` into a list, the baseline first; aliases of a method are replaced.
 
     Raises:
-        ValueError: nothing, or a method given twice.
+        ValueError: no method, or one given twice.
     """
     names = [part.strip() for part in text.split(",") if part.strip()]
     methods = [METHOD_ALIASES.get(name, name) for name in names]

@@ -1,4 +1,4 @@
-"""Everything that a run's next step depends on, as plain data and back."""
+"""Save everything that a run's next step depends on as plain data, and load it again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def state_of(
     scaler: torch.amp.GradScaler,
     repr_: RePr | None,
 ) -> dict[str, Any]:
-    """The state of what trains, for ``load_state``; the random generators are ``random_state``'s."""
+    """The state of the objects that train, for ``load_state``; ``random_state`` has the random generators."""
     return {
         "model": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),
@@ -39,7 +39,7 @@ def load_state(
     scaler: torch.amp.GradScaler,
     repr_: RePr | None,
 ) -> None:
-    """Go on where ``state_of`` was called, with all of them built anew from the same settings."""
+    """Load what ``state_of`` returned into objects that were built from the same settings."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
@@ -52,7 +52,7 @@ def load_state(
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: PyTorch's on the CPU and all GPUs, NumPy's, Python's."""
-    # Not that anything here draws from it: a model of the user's may.
+    # regrow itself draws nothing from NumPy's global generator, but a user's model may.
     name, key, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
@@ -63,7 +63,7 @@ def random_state() -> dict[str, Any]:
 
 
 def load_random_state(state: dict[str, Any]) -> None:
-    """Go on drawing where ``random_state`` was called."""
+    """Set every generator to the state that ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""Where the named data sets are: bundled, on disk, or downloaded."""
+"""Find the named data sets: bundled, on disk, or downloaded."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class DataNotFound(ValueError):
 
 
 def default_folder() -> Path:
-    """Where data is looked for and downloaded to: ``$REGROW_DATA``, else ``./data``."""
+    """The folder to look for data in and to download it to: ``$REGROW_DATA``, else ``./data``."""
     return Path(os.environ.get("REGROW_DATA") or "data")
 
 
 def digits() -> Source:
-    """The 1,797 digits of 8×8 pixels that scikit-learn brings along, 0..16 scaled to 0..255."""
+    """The 1,797 digits of 8×8 pixels that come with scikit-learn, 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -52,14 +52,14 @@ def digits() -> Source:
 
 
 def fashion_mnist(folder: Path) -> Source:
-    """Fashion-MNIST from ``folder``, Debian's package, or downloaded into ``folder``, in that order.
+    """Fashion-MNIST from ``folder``, from Debian's package, or downloaded into ``folder``, in that order.
 
     In ``folder`` the four idx files, plain or .gz, may lie directly, in ``fashion-mnist``, or where
     torchvision puts them, ``FashionMNIST/raw``.
 
     Raises:
-        DataNotFound: they are nowhere, and the download failed.
-        ValueError: a file is damaged; it names the file.
+        DataNotFound: the files are in none of these places, and the download failed.
+        ValueError: a file is damaged; the message names it.
     """
     places = [folder, folder / "fashion-mnist", folder / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
     found = _first_complete(places)
@@ -75,7 +75,7 @@ def fashion_mnist(folder: Path) -> Source:
             ) from error
         if found is None:
             raise DataNotFound(
-                f"{folder / 'FashionMNIST'} is incomplete: remove it, and it is downloaded anew."
+                f"{folder / 'FashionMNIST'} is incomplete: remove it, and it is downloaded again."
             )
     return Source(
         train=_idx_images(found["train-images-idx3-ubyte"], found["train-labels-idx1-ubyte"]),
@@ -85,14 +85,14 @@ def fashion_mnist(folder: Path) -> Source:
 
 
 def cifar(name: str, folder: Path) -> Source:
-    """``cifar10`` or ``cifar100`` as torchvision lays it out in ``folder``, else downloaded into it.
+    """``cifar10`` or ``cifar100``, from ``folder`` in torchvision's layout, else downloaded into it.
 
-    The archive in ``folder`` is enough: it is unpacked. torchvision compares every file with the
+    An archive in ``folder`` is unpacked. torchvision compares every file with the
     authors' checksum before it reads one.
 
     Raises:
-        DataNotFound: it is not there, and the download failed.
-        ValueError: what is there is damaged.
+        DataNotFound: the data is not there, and the download failed.
+        ValueError: the data is damaged.
     """
     from torchvision import datasets
 
@@ -118,7 +118,7 @@ def cifar(name: str, folder: Path) -> Source:
     except RuntimeError as error:
         raise ValueError(
             f"{folder / kind.base_folder} is damaged or incomplete: remove it, and it is "
-            f"unpacked from {archive} or downloaded anew."
+            f"unpacked from {archive} or downloaded again."
         ) from error
     return Source(
         train=_channels_last_images(train.data, train.targets),
@@ -134,7 +134,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     a big-endian 32-bit number, then the values.
 
     Raises:
-        ValueError: it is cut short, too long, or something else; it names the file.
+        ValueError: the file is cut short, too long, or another kind of file; the message names it.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -142,7 +142,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again.") from error
     start = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise ValueError(f"{path} is no idx file of bytes in {dimensions} dimensions: fetch it again.")
+        raise ValueError(f"{path} is not an idx file of bytes in {dimensions} dimensions: fetch it again.")
     sizes = [int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4)]
     expected = start + int(np.prod(sizes, dtype=np.int64))
     if len(content) != expected:
@@ -199,7 +199,7 @@ def _fetch(folder: Path, name: str, get: Callable[[Path], None]) -> None:
         try:
             os.replace(Path(temporary) / name, folder / name)
         except OSError:
-            if not (folder / name).is_dir():  # if it is: another process was first
+            if not (folder / name).is_dir():  # if it is there, another process was first
                 raise
 
 

@@ -15,9 +15,9 @@ _ORDER, _NOISE = 0, 1
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
     """A shuffled order of ``labels`` (int64 [n]) in which classes are spread evenly: int64 [n].
 
-    Any stretch of it holds each class in proportion, to within one picture or so: the share of a
-    class that came before a place is as even as whole pictures allow (Sainte-Laguë's rule). So cutting
-    it anywhere gives stratified parts, and a smaller part is contained in a larger one.
+    Any stretch of it holds each class in proportion, to within one picture or so, because the pictures of
+    a class are spaced as evenly as whole pictures allow (Sainte-Laguë's rule). So cutting it anywhere
+    gives stratified parts, and a larger part from the start contains a smaller one.
     """
     shuffled = np.random.default_rng([seed, _ORDER]).permutation(len(labels))
     classes = labels.numpy()[shuffled]
@@ -29,7 +29,7 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """Indices of one part of each of ``sizes``, and of the rest last; fixed by ``seed``.
+    """Indices of one part for each of ``sizes``, then of the rest; ``seed`` fixes them.
 
     Raises:
         ValueError: the sizes leave no rest.
@@ -42,7 +42,7 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
 def noisy_labels(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
     """``labels`` (int64 [n]) with round(share · n) of them replaced by another class, uniformly.
 
-    A larger share replaces the same labels, and more.
+    A larger share replaces the same labels and some more.
 
     Raises:
         ValueError: ``share`` is outside [0, 1), or there is no other class.
@@ -63,7 +63,7 @@ def noisy_labels(labels: Tensor, share: float, classes: int, seed: int) -> Tenso
 def channel_statistics(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of ``pixels`` (uint8 [n, channels, h, w]), in 0..1 units.
 
-    A channel without variation has the deviation 1, so that it can be divided by.
+    A channel without variation gets the deviation 1, so that dividing by it is possible.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []

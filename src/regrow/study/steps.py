@@ -1,4 +1,4 @@
-"""One pass over pictures: training, and measuring."""
+"""One pass over the pictures, for training or for measuring accuracy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from regrow.study.feeding import Batches
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 
-# How many steps a NaN may go unseen: looking at a loss makes a GPU wait for it.
+# Losses are checked every 16 steps, because reading a loss makes a GPU wait.
 _LOOK_EVERY = 16
 
 
 class BadLoss(Exception):
-    """A loss was not finite: its value, the step of the epoch from 1, and the learning rate there."""
+    """A loss was not finite. It holds the loss, its step in the epoch (from 1) and its learning rate."""
 
     def __init__(self, loss: float, step: int, rate: float) -> None:
         self.loss, self.step, self.rate = loss, step, rate
@@ -35,12 +35,12 @@ def train_epoch(
     ranks: Ranks,
     progress: Progress,
 ) -> tuple[float, float]:
-    """One pass over ``batches``; the scheduler steps with every batch. Returns mean loss and accuracy.
+    """Train one epoch on ``batches``; the scheduler steps with every batch. Returns mean loss and accuracy.
 
     Args:
         model: in its DDP wrapper, if there are several processes.
         epoch: its number, which fixes order and augmentation.
-        dtype: what autocast computes in; float32 for none.
+        dtype: the type that autocast computes in; with float32 autocast is off.
 
     Raises:
         BadLoss: a loss is not finite, in every process.
@@ -94,8 +94,8 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks | None = None) -> 
     """Mean cross-entropy ``loss`` and ``accuracy`` (0 to 1) of ``model`` in eval mode, in float32.
 
     Args:
-        batches: without shuffling; with ``ranks``, of each its part.
-        ranks: those that measure together, on equal weights.
+        batches: without shuffling; with ``ranks``, the part of this process.
+        ranks: the processes that measure together; their weights must be equal.
     """
     model.eval()
     loss, correct, seen = 0.0, 0, 0
@@ -112,5 +112,5 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks | None = None) -> 
 
 
 def state_of_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of everything in ``state_dict()``, on the CPU, as safetensors takes them."""
+    """Contiguous copies of everything in ``state_dict()``, on the CPU, as safetensors needs them."""
     return {name: tensor.detach().clone().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A study's file: a grid of runs, read, checked and expanded. No PyTorch."""
+"""Read and check a study's file, and expand it into a grid of runs. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regrow.suggest import nearest
 
 _KEYS = ("name", "methods", "models", "data", "seeds", "settings")
 _METHODS: tuple[str, ...] = get_args(RunConfig.model_fields["method"].annotation)
-# What has a key of its own at the top of the file.
+# Settings that have their own key at the top of the file.
 _ELSEWHERE = {"method": "methods", "model": "models", "data": "data", "seed": "seeds"}
 _SHARED = [key for key in RunConfig.model_fields if key not in _ELSEWHERE]
 
@@ -31,7 +31,7 @@ _Options = dict[str, dict[str, Any]]
 class Wanted:
     """One run of a study.
 
-    ``comparison`` is equal for the runs that are compared with each other: what they share.
+    ``comparison`` holds the settings that all runs of one comparison share.
     """
 
     config: RunConfig
@@ -56,7 +56,7 @@ def read_study(path: Path, name: str | None = None) -> Study:
 
     Raises:
         ValueError: the file is not there, is not YAML, or does not describe a study; the message names
-            the key, and the nearest one that there is.
+            the key, and the nearest known one.
     """
     try:
         text = path.read_bytes()
@@ -73,7 +73,7 @@ def read_study(path: Path, name: str | None = None) -> Study:
 
 
 class _NoKeyTwice(yaml.SafeLoader):
-    """YAML, but a key that stands twice in one mapping is an error, where YAML takes the last."""
+    """Loads YAML, but refuses a key that stands twice in one mapping, where YAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -91,7 +91,7 @@ def _name(content: object, default: str) -> str:
     assert isinstance(content, dict)
     name = content.get("name", default)
     if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.+-]*", name):
-        raise ValueError(f"name is what the folder is called: letters, digits, . _ + and -, got {name!r}.")
+        raise ValueError(f"name must be a folder name of letters, digits, . _ + and -, got {name!r}.")
     return name
 
 
@@ -147,7 +147,7 @@ def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
 
 
 def _runs(shared: list[dict[str, Any]], methods: _Options, seeds: list[int]) -> Iterator[RunConfig]:
-    """The runs of one comparison, none twice: settings that a method has no use for do not make two."""
+    """The runs of one comparison, each once: settings that a method does not use make no further run."""
     variants = [
         {**each, **own, "method": method}
         for method, options in methods.items()
@@ -207,7 +207,7 @@ def _check_settings(settings: object, where: str) -> None:
             raise ValueError(f"{where}: unknown setting {key!r}{nearest(str(key), _SHARED)}")
         values = _values(key, value)
         if key in WHERE and isinstance(value, list):
-            raise ValueError(f"{where}: {key} says where a run runs, not what it is: it cannot vary.")
+            raise ValueError(f"{where}: {key} only says where a run is trained, so it cannot vary.")
         if not values:
             raise ValueError(f"{where}: {key} is an empty list: give it a value, or leave it out.")
         for place, each in enumerate(values):
@@ -221,7 +221,7 @@ def _check_own(method: str, own: Mapping[str, Any]) -> None:
         if key not in allowed:
             raise ValueError(
                 f"methods: {method}: {key!r} must be the same for all methods of a comparison: write it "
-                f"under settings. What {method} may have for itself: {', '.join(sorted(allowed))}."
+                f"under settings. Settings that {method} may have for itself: {', '.join(sorted(allowed))}."
             )
 
 

@@ -1,4 +1,4 @@
-"""Records as TensorBoard event files, for those who look at curves there. No PyTorch, nothing is sent."""
+"""Write records as TensorBoard event files. Imports no PyTorch, and sends nothing anywhere."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def write_tensorboard(
 ) -> list[Path]:
     """Write one event file per run, below ``folder``, for ``tensorboard --logdir``; older ones are replaced.
 
-    Scalars are by epoch, test accuracy and whole costs are at the last one, and the settings are there as
-    hyperparameters. Records hold no dates: the first epoch begins at 0 on TensorBoard's clock, so that its
+    The files hold scalars for each epoch, test accuracy and total costs at the last epoch, and the settings
+    as hyperparameters. Records hold no dates: the first epoch begins at 0 on TensorBoard's clock, so that its
     relative time is training time.
 
     Args:
-        runs: as ``gather`` gives them; unfinished ones have the epochs that are there.
-        folder: each run has a folder of its own name in it.
-        variants: {run's folder: name}: what to call the run's method. Default: its method.
+        runs: as ``gather`` gives them; of unfinished runs, the recorded epochs are written.
+        folder: each run gets a folder in it, named after the run's folder.
+        variants: {run's folder: name to give the run's method}. Default: its method.
 
     Returns:
         The files.
@@ -67,7 +67,7 @@ def write_tensorboard(
 
 
 def _named(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    """A folder name for each run: its own, numbered where another has it already."""
+    """A folder name for each run: that of its folder, numbered if another run has the same."""
     named: dict[str, RunRecord] = {}
     for run in runs:
         own = name = run.folder.resolve().name

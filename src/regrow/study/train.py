@@ -1,4 +1,4 @@
-"""The reference loop: one run, from its settings to a run folder, whatever interrupts it."""
+"""The reference loop: train one run from its settings to a run folder, in spite of interruptions."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Diverged(ArithmeticError):
-    """The loss became NaN or infinite; the message says where, and where the last good state lies."""
+    """The loss became NaN or infinite; the message says where, and where the last good weights lie."""
 
 
 def train(config: RunConfig, folder: Path, *, rerun: bool = False, progress: Progress | None = None) -> bool:
-    """Train one network as ``config`` says and leave a run folder.
+    """Train one network as ``config`` says and write a run folder.
 
-    Started by ``torchrun`` in several processes, they train it together (see docs/resume.md).
+    Processes that ``torchrun`` starts train the network together (see docs/resume.md).
 
     Args:
         config: the settings.
-        folder: made if it is not there. A finished run of the same settings is left as it is; an
-            unfinished one goes on from its last checkpoint, and ends as if it had not been stopped.
-        rerun: begin anew, and replace the run that the folder holds.
-        progress: where to show how far it is; None shows nothing.
+        folder: made if missing. A finished run of the same settings is left as it is; an unfinished one
+            resumes from its last checkpoint, and ends as if it had not been stopped.
+        rerun: start from the beginning, and replace the run that the folder holds.
+        progress: the bar that shows how far the run is; None shows nothing.
 
     Returns:
-        Whether anything was run.
+        Whether anything was trained.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the model, or a folder that holds
@@ -93,7 +93,7 @@ def _train(config: RunConfig, folder: Path, rerun: bool, progress: Progress | No
         def start() -> bool:
             with writing(folder):
                 held.enter_context(locked(folder))
-            # Another process may have finished it while this one was getting ready.
+            # Another process may have finished the run while this one was getting ready.
             return _is_done(config, folder, rerun)
 
         if ranks.first(start):
@@ -123,13 +123,13 @@ def _is_done(config: RunConfig, folder: Path, rerun: bool) -> bool:
         check_not_foreign(folder)
         return False
     if done := check_folder(config, folder):
-        remove_checkpoints(folder)  # of a process that was killed after it had written the result
+        remove_checkpoints(folder)  # left by a process that was killed after it had written the result
     return done
 
 
 @dataclass
 class _Parts:
-    """What a run trains with."""
+    """The objects that a run trains with."""
 
     model: nn.Module
     wrapped: nn.Module
@@ -156,13 +156,13 @@ def _set_up(config: RunConfig, splits: Splits, device: torch.device, ranks: Rank
     train_batches = Batches(
         splits.train, batch_size=config.batch_size, augmentation=config.augmentation, seed=config.seed, **feed
     )
-    # The same weights' noise in every process, as if one saw the whole batch.
+    # Every process draws the same noise on the weights, as if one process saw the whole batch.
     add_noise(model, config)
     optimizer = make_optimizer(model, config)
     wrapped = ranks.wrapped(model)
     repr_ = make_repr(wrapped, optimizer, config, torch.zeros(1, channels, *splits.size, device=device))
     if ranks.rank > 0:
-        # Dropout's masks are of pictures, and every process has others.
+        # Dropout draws a mask per picture, and every process has other pictures: each needs other draws.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, ranks.rank]).generate_state(1)[0]))
     return _Parts(
         model=model,
@@ -213,7 +213,7 @@ def _run(
         if repr_ is not None:
             alive -= sum(int((~mask).sum()) for mask in repr_.keep.values())
         rate = run.optimizer.param_groups[0]["lr"]
-        # Each drop takes other filters, so each sub phase has a count of its own.
+        # Each drop takes other filters, so FLOPs are counted anew for each sub phase.
         if counted is None or counted[0] != len(done["events"]):
             images = run.calibration[0].contiguous(memory_format=torch.channels_last)
             labels = torch.zeros(len(images), dtype=torch.long, device=images.device)

@@ -1,4 +1,4 @@
-"""Trained networks to work on, with the pictures that go with them: from a run folder, or by name."""
+"""Load trained networks, with the pictures that go with them, from a run folder or by name."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _SIDE = 224
 
 
 class Loader:
-    """Pictures in evaluation batches, as often as they are asked for."""
+    """Pictures in evaluation batches, which can be iterated over any number of times."""
 
     def __init__(self, images: Images, **feed: Any) -> None:
         self._batches = Batches(images, batch_size=_BATCH, shuffle=False, **feed)
         self._pictures = len(images)
 
     def __len__(self) -> int:
-        """How many pictures."""
+        """The number of pictures (not of batches)."""
         return self._pictures
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -45,11 +45,12 @@ class Trained:
     """A trained network, on its device.
 
     Attributes:
-        example: one picture's worth of zeros.
+        example: a batch of one picture, all zeros.
         calibration: training pictures without augmentation and labels; None without data.
-        validation, test: pictures with labels; None without data, or where the network has other classes.
-        source: JSON-able: where it comes from.
-        seed: of its run; 0 for a network by name.
+        validation, test: pictures with labels; None without data, or if the network has another number of
+            classes.
+        source: where the network comes from, JSON-able.
+        seed: the seed of its run; 0 for a network by name.
     """
 
     model: nn.Module
@@ -62,15 +63,15 @@ class Trained:
 
 
 def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = None) -> Trained:
-    """The network of a finished run.
+    """Load the network of a finished run.
 
     Args:
         folder: the run folder.
-        device, data_dir: in place of the run's own.
+        device, data_dir: to use instead of the run's own.
 
     Raises:
-        ValueError: not the folder of a finished run, weights that are not there or do not fit, data that is
-            not there.
+        ValueError: ``folder`` is not that of a finished run, its weights are missing or do not fit, or its
+            data is missing.
     """
     run = records.read_run(folder)
     if run.result is None:
@@ -78,7 +79,7 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
     changed = {} if data_dir is None else {"data_dir": data_dir}
     config = make_config({**run.config, **changed})
     splits = load_splits(config)
-    with torch.random.fork_rng(devices=[]):  # its first weights, soon replaced, are drawn
+    with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
     weights = records.weights_path(folder)
     try:
@@ -103,20 +104,20 @@ def by_name(
     image_size: int | None = None,
     device: str | None = None,
 ) -> Trained:
-    """A network of torchvision or timm with its published weights.
+    """Load a network of torchvision or timm with its published weights.
 
     Args:
-        name: as ``build_model`` takes it, but none of the house's families.
+        name: as ``build_model`` takes it, but not one of regrow's own families.
         weights: ``default`` (the library's best), a name of the library's (torchvision: IMAGENET1K_V1, timm:
             the tag behind the dot), or ``none`` for random ones.
-        data: pictures to calibrate and judge on, normalised as the weights want them; None for none. Where
-            the network has another number of classes, they calibrate only.
+        data: pictures for calibration and for measuring accuracy, normalised as the weights need it; None
+            for no pictures. If the network has another number of classes, they are for calibration only.
         data_dir, image_size: as ``load_data`` takes them; without data, ``image_size`` is the side of
             the pictures (default: the one of the weights).
-        device: default: a GPU if there is one, else the CPU.
+        device: where to put the network (default: a GPU if there is one, else the CPU).
 
     Raises:
-        ValueError: an unknown name, weights that are unknown or cannot be downloaded, data that is not there.
+        ValueError: an unknown name, weights that are unknown or cannot be downloaded, or missing data.
     """
     if name in MODEL_FAMILIES:
         raise ValueError(f"{name} has no published weights: train one, and give its run folder.")

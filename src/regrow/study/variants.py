@@ -1,4 +1,4 @@
-"""Variants of one method in a comparison, such as RePr with two fractions, and what to call them."""
+"""Names for variants of one method in a comparison, such as RePr with two fractions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def variant_names(settings: Mapping[Key, Mapping[str, Any]]) -> dict[Key, str]:
-    """What to group each run of a comparison by, and to show.
+    """The name to group each run of a comparison by, and to show.
 
     Args:
         settings: of every run, as in its ``config.yaml``.
 
     Returns:
-        For each run the method, or, where runs of a method differ in settings that are the method's own,
-        the method's label with those that differ: ``"RePr, fraction 0.2"``.
+        For each run the method, or, if runs of a method differ in settings that are the method's own, the
+        method's label with the settings that differ: ``"RePr, fraction 0.2"``.
     """
     names: dict[Key, str] = {}
     for method in dict.fromkeys(each["method"] for each in settings.values()):

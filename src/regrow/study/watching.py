@@ -1,4 +1,4 @@
-"""What a launcher tells while it works, and where a run's process writes to. No PyTorch."""
+"""The interface by which a launcher reports progress, and a run's log file. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOGS = "logs"
 
 
 class Watch(Protocol):
-    """Is told how far a launcher is."""
+    """An object that a launcher informs of its progress."""
 
     def started(self, job: Job) -> None:
         """``job`` runs from now on."""
@@ -20,7 +20,7 @@ class Watch(Protocol):
         """``job`` has ended; ``error`` says why, if it failed."""
 
     def tick(self) -> None:
-        """Called several times a second, to look how far the runs are."""
+        """Called several times a second, so that the watch can read how far the runs are."""
 
 
 def log_path(folder: Path) -> Path:

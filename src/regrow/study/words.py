@@ -1,4 +1,4 @@
-"""Numbers and names as people read them: in the terminal, in the page, in a sentence."""
+"""Write numbers and names the way people read them, in the terminal, in the page and in sentences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 def label(method: str) -> str:
-    """The name of ``method`` as people write it; a variant's name is that already."""
+    """The name of ``method`` as people write it; a variant's name is returned unchanged."""
     return _LABELS.get(method, method)
 
 

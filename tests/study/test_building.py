@@ -1,0 +1,241 @@
+"""What a run trains with: data, net, noise, RePr, optimizer and rates as its settings say."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from regrow.noise.layers import bridgeout_state
+from regrow.study.building import (
+    add_noise,
+    build,
+    device_of,
+    load_splits,
+    make_optimizer,
+    make_repr,
+    make_scheduler,
+)
+from regrow.study.config import RunConfig, make_config
+from regrow.study.data import Splits
+from regrow.study.images import Images
+
+
+def config(**settings: Any) -> RunConfig:
+    return make_config({"data": "digits", "threads": 1, **settings})
+
+
+def splits(classes: int = 10, channels: int = 1, side: int = 8) -> Splits:
+    images = Images(torch.zeros(1, channels, side, side, dtype=torch.uint8), torch.tensor([0]))
+    names = tuple(map(str, range(classes)))
+    return Splits(images, images, images, names, (0.5,) * channels, (0.5,) * channels)
+
+
+def test_the_pictures_follow_the_settings() -> None:
+    plain = load_splits(config(train_size=50))
+    assert len(plain.train) == 50
+    # 1,797 digits: a fifth each for validation and test.
+    assert (len(plain.validation), len(plain.test)) == (359, 359)
+    noisy = load_splits(config(train_size=50, label_noise=0.2))
+    assert torch.equal(noisy.train.pixels, plain.train.pixels)
+    assert int((noisy.train.labels != plain.train.labels).sum()) == 10
+    small = load_splits(config(train_size=50, image_size=4, split_seed=1))
+    assert small.size == (4, 4)
+    other = load_splits(config(train_size=50, split_seed=1))
+    assert not torch.equal(other.train.pixels, plain.train.pixels)
+    with pytest.raises(ValueError, match="train_size 2000 is too large: 1079 pictures"):
+        load_splits(config(train_size=2000))
+
+
+def test_the_folder_of_the_data_is_the_one_in_the_settings(tmp_path) -> None:
+    with pytest.raises(ValueError, match="pass --data-dir FOLDER"):
+        load_splits(config(data="folder", image_size=8))
+    with pytest.raises(ValueError, match="missing is not a folder"):
+        load_splits(config(data="folder", image_size=8, data_dir=str(tmp_path / "missing")))
+
+
+def test_the_net_follows_the_settings_and_the_data() -> None:
+    settings = config(model="convnet", depth=2, width=3, batch_norm=False, pooling="avg")
+    model = build(settings, splits(classes=7, channels=2))
+    # 2·3·9 + 3, 3·3·9 + 3 and 3·7 + 7 weights.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 57 + 84 + 28
+    kinds = [type(module) for module in model.modules()]
+    assert (kinds.count(nn.AvgPool2d), kinds.count(nn.MaxPool2d), kinds.count(nn.BatchNorm2d)) == (1, 0, 0)
+    with pytest.raises(ValueError, match="unknown model 'convnett'"):
+        build(config(model="convnett"), splits())
+
+
+def test_first_weights_come_from_the_global_generator() -> None:
+    nets = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        nets.append(build(config(width=2), splits()).state_dict()["features.0.conv.weight"])
+    assert torch.equal(nets[0], nets[1])
+    assert not torch.equal(nets[0], nets[2])
+
+
+@pytest.mark.parametrize(("method", "targeted"), [("bridgeout", 1.0), ("targeted-bridgeout", 0.6)])
+def test_the_noise_of_bridgeout(method: str, targeted: float) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    add_noise(model, config(method=method, p=0.2, q=1.2, target_fraction=0.6, seed=5))
+    settings = bridgeout_state(model)["settings"]
+    assert {key: settings[key] for key in ("p", "q", "target_fraction", "seed", "linear")} == {
+        "p": 0.2, "q": 1.2, "target_fraction": targeted, "seed": 5, "linear": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "noisy"), [("dropout", [0, 1, 2, 3]), ("targeted-dropout", [0, 1])])
+def test_the_noise_of_dropout(method: str, noisy: list[int]) -> None:
+    model = nn.Sequential(nn.ReLU())
+    add_noise(model, config(method=method, p=0.5, target_fraction=0.5))
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(200, 4)
+    dropped = model.train()(x)
+    # Dropped to 0, or divided by 1 − p; among the smaller half only, when targeted.
+    for place in range(4):
+        value = float(x[0, place])
+        expected = {0.0, 2 * value} if place in noisy else {value}
+        assert set(dropped[:, place].tolist()) == expected
+    assert torch.equal(model.eval()(x), x)
+
+
+@pytest.mark.parametrize("method", ["standard", "repr"])
+def test_methods_without_noise(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    add_noise(model, config(method=method, p=0.9))
+    x = torch.rand(4, 1, 3, 3)
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_repr_follows_the_settings() -> None:
+    settings = config(
+        method="repr", depth=4, width=4, epochs=4, full=2, sub=1, cycles=1, fraction=0.5, scope="layer",
+        criterion="l2", exclude=["features.3"],
+    )  # fmt: skip
+    model = build(settings, splits())
+    with torch.no_grad():  # a layer of small filters, which would all go if the layers were ranked together
+        model.features[1].conv.weight.mul_(torch.tensor([1e-3, 2e-3, 1e-3, 2e-3]).view(4, 1, 1, 1))
+        model.features[2].conv.weight[:2] *= 10
+    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
+    assert set(cycle.left_out) == {
+        "features.0.conv",
+        "features.3.conv",
+    }  # the first one, and the excluded one
+    assert cycle.step() is None
+    drop = cycle.step()
+    assert (drop.kind, drop.filters) == ("drop", {"features.1.conv": [0, 2], "features.2.conv": [2, 3]})
+    assert cycle.step().kind == "restore"
+    assert [cycle.step() for _ in range(4)] == [None] * 4  # one cycle
+
+
+@pytest.mark.parametrize(("consumers", "moved"), [("zero", False), ("init", True)])
+def test_what_reads_a_restored_filter_follows_the_settings(consumers: str, moved: bool) -> None:
+    settings = config(
+        method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, exclude=["features.2"], consumers=consumers
+    )
+    model = build(settings, splits())
+    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
+    dropped = cycle.step().filters["features.1.conv"]
+    cycle.step()
+    assert bool(model.features[2].conv.weight[:, dropped].any()) == moved
+
+
+def test_the_choices_of_chance_follow_the_seed() -> None:
+    chosen = []
+    for seed in (1, 1, 2):
+        settings = config(
+            method="repr", width=16, epochs=4, full=1, sub=1, cycles=1, criterion="random", seed=seed
+        )
+        model = build(settings, splits())
+        cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
+        chosen.append(cycle.step().filters)
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_the_sub_phase_is_compact_or_masked_as_the_settings_say(compact: bool) -> None:
+    settings = config(method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, compact=compact)
+    model = build(settings, splits())
+    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
+    cycle.step()
+    assert (cycle.state_dict()["sub_phase"]["plan"] is not None) == compact
+
+
+def test_the_first_convolution_takes_part_when_it_is_asked_to() -> None:
+    settings = config(
+        method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, fraction=0.75, floor=0.5, skip_first=False
+    )
+    model = build(settings, splits())
+    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
+    with pytest.warns(UserWarning, match="floor"):
+        drop = cycle.step()
+    # Half of each layer stays, where 75 % were to go.
+    assert {name: len(filters) for name, filters in drop.filters.items()} == dict.fromkeys(
+        (f"features.{place}.conv" for place in range(3)), 2
+    )
+
+
+def test_other_methods_have_no_cycle() -> None:
+    model = build(config(width=2), splits())
+    for method in ("standard", "bridgeout", "dropout"):
+        settings = config(method=method)
+        assert make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8)) is None
+
+
+def test_optimizers() -> None:
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    sgd = make_optimizer(model, config(momentum=0.8, weight_decay=0.01))
+    (group,) = sgd.param_groups
+    assert type(sgd) is torch.optim.SGD
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (
+        0.1,
+        0.8,
+        True,
+        0.01,
+    )
+    assert [id(each) for each in group["params"]] == [id(model.weight)]
+    (group,) = make_optimizer(model, config(momentum=0, lr=0.3)).param_groups
+    assert (group["lr"], group["nesterov"]) == (0.3, False)  # SGD refuses Nesterov without momentum
+    for name, kind in (("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        optimizer = make_optimizer(model, config(optimizer=name, weight_decay=0.02))
+        assert type(optimizer) is kind
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (0.002, 0.02)
+
+
+def rates(settings: RunConfig, steps: int) -> list[float]:
+    """The rate of each step of a run, and the one after it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], settings.rate)
+    scheduler = make_scheduler(optimizer, settings, steps)
+    found = [optimizer.param_groups[0]["lr"]]
+    for _ in range(settings.epochs * steps):
+        optimizer.step()
+        scheduler.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_the_rate_of_every_step() -> None:
+    # One cycle of 1 + 1 epochs in 4: held for 2 epochs of 5 steps, then half a cosine over 10 steps.
+    held = rates(config(epochs=4, lr=0.4, full=1, sub=1, cycles=1), 5)
+    assert held[:11] == [0.4] * 11
+    assert (held[15], held[20]) == (pytest.approx(0.2), pytest.approx(0))
+    stepped = rates(config(epochs=4, lr=0.4, schedule="step"), 5)
+    assert [stepped[place] for place in (9, 10, 14, 15)] == pytest.approx([0.4, 0.04, 0.04, 0.004])
+    # The shortest cycle is of two epochs: with a single one, standard training holds its rate to the end.
+    assert rates(config(epochs=1, lr=0.4), 5)[:5] == [0.4] * 5
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_of("cpu") == torch.device("cpu")
+    for there, expected in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert device_of("auto") == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", ""])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"device '{name}' cannot be used here \(.+\)\. Write --device cpu\."
+    ):
+        device_of(name)
