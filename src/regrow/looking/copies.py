@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from regrow.log import first_line
 from regrow.looking.calls import mapped
 from regrow.torch_private import lazy_copy
+
+_CONTAINERS = (dict, set, OrderedDict)
 
 
 class NotCopied(ValueError):
@@ -39,6 +42,10 @@ def copied(
         if type(parameter) is nn.Parameter:
             trained = parameter.requires_grad if requires_grad is None else requires_grad
             memo[id(parameter)] = nn.Parameter(renew(parameter).detach(), trained)
+    for module in model.modules():
+        # A module has a dozen empty containers, each of which deepcopy would take apart and rebuild.
+        empty = [value for value in vars(module).values() if type(value) in _CONTAINERS and not value]
+        memo.update({id(value): type(value)() for value in empty})
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # the user's own __deepcopy__ may raise anything

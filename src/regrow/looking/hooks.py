@@ -39,8 +39,13 @@ def hooked(
     and leaves the block as it was raised: the model's own ``except Exception`` does not see it, and no
     caller takes it for an error of the model.
     """
-    with instead((module, _between(name, module, after, before)) for name, module in layers):
+    ahead, behind = carrying(before or _nothing), carrying(after or _nothing)
+    with instead((module, _between(name, module, ahead, behind)) for name, module in layers):
         yield
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 @contextmanager
@@ -72,7 +77,6 @@ class _Carried(BaseException):
 def carrying(callback: Callable[..., Any]) -> Callable[..., Any]:
     """``callback``, whose errors leave the block of ``instead`` that it is called in."""
 
-    @functools.wraps(callback)
     def guarded(*args: Any) -> Any:
         try:
             return callback(*args)
@@ -83,24 +87,16 @@ def carrying(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _between(
-    name: str,
-    module: nn.Module,
-    after: Callable[..., Any] | None,
-    before: Callable[..., Any] | None,
+    name: str, module: nn.Module, ahead: Callable[..., Any], behind: Callable[..., Any]
 ) -> Callable[..., Any]:
     inner = module.forward
-    ahead = None if before is None else carrying(before)
-    behind = None if after is None else carrying(after)
 
     def forward(*inputs: Any, **named: Any) -> Any:
-        if ahead is not None and (changed := ahead(name, module, inputs)) is not None:
-            inputs = changed
+        changed = ahead(name, module, inputs)
+        inputs = inputs if changed is None else changed
         output = inner(*inputs, **named)
-        if behind is not None and isinstance(output, Tensor):
-            changed = behind(name, module, inputs, output)
-            if changed is not None:
-                return changed
-        return output
+        changed = behind(name, module, inputs, output) if isinstance(output, Tensor) else None
+        return output if changed is None else changed
 
     return forward
 
