@@ -42,7 +42,7 @@ PARTS = ("structure", "drop", "restore")
 REMARK = (
     "With channels last a net born that small is no faster on two cores, for PyTorch's batch norm takes",
     "several times as long at widths that are not a multiple of 16 (its threads wait for each other);",
-    "RePr's sub phase computes such norms in another way (`regrow/repr/batch_norm.py`), and so takes less than",
+    "RePr's sub phase computes such norms differently (`regrow/repr/batch_norm.py`), and so takes less than",
     "that *limit*.",
 )
 

@@ -1,8 +1,8 @@
-"""Some channels of a tensor taken out, or put at their places among zeros: each the other's derivative.
+"""Take some channels of a tensor, or place them among zeros: each is the other's derivative.
 
-PyTorch's own ``index_select`` and ``index_copy`` do the same; behind them these keep the memory format,
-and take the quicker kernel where channels are innermost. Their derivatives write once instead of adding
-row by row. A compiler makes its own kernels, and gets PyTorch's operations.
+PyTorch's ``index_select`` and ``index_copy`` compute the same. These functions keep the memory format and
+choose the quicker kernel where channels are innermost; their derivatives write once instead of adding row by
+row. A compiler makes its own kernels, so it gets PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
 
 
 def _plainly() -> bool:
-    """Whether no derivative is asked for. A trace must come out the same with and without gradients."""
+    """Whether no derivative is needed. A trace must come out the same with and without gradients."""
     return not torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
@@ -148,10 +148,10 @@ def _empty(tensor: Tensor, dim: int, length: int) -> Tensor:
 
 
 def _inner(tensor: Tensor, out: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
-    """Both with their dimensions as those of ``tensor`` lie in memory, and where ``dim`` is among them.
+    """Views of both with the dimensions in the order in which ``tensor`` lies in memory, and ``dim`` there.
 
-    What a derivative of its own returns must be no view, or the activation behind it could not work in
-    place: so results are made whole, and written through a view.
+    An autograd function must not return a view, or the activation behind it could not work in place: so
+    results are written through a view of a whole tensor.
     """
     if channels_last(tensor):
         return tensor.movedim(1, -1), out.movedim(1, -1), _moved(dim, tensor)
@@ -159,6 +159,6 @@ def _inner(tensor: Tensor, out: Tensor, dim: int) -> tuple[Tensor, Tensor, int]:
 
 
 def _moved(dim: int, tensor: Tensor) -> int:
-    """Where ``dim`` is once dim 1 has been moved to the end."""
+    """The position of ``dim`` after dim 1 was moved to the end."""
     dim %= tensor.dim()
     return tensor.dim() - 1 if dim == 1 else max(dim - 1, 0)

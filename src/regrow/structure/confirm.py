@@ -1,4 +1,4 @@
-"""Forward passes that confirm which layers read which channels, or take a claim back."""
+"""Forward passes that confirm the readers of each convolution, or take a claim back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _DRAWN = 1 << 18
 
 
 def rule_out(model: nn.Module, readers: Mapping[str, Readers]) -> None:
-    """Take back what the layers themselves contradict: those that serve others too, and norms without a
-    weight to silence a channel by."""
+    """Take back claims that the layers themselves contradict: about layers that share their parameters, and
+    about norms that have no weight to silence a channel by."""
     tied = tied_modules(model)
     modules = dict(model.named_modules())
     for found in readers.values():
@@ -33,7 +33,7 @@ def rule_out(model: nn.Module, readers: Mapping[str, Readers]) -> None:
 
 
 def _revives(norm: Any) -> bool:
-    """Whether a norm turns a channel of 0 into something else and has no weight to prevent it."""
+    """Whether a norm turns a channel of 0 into other numbers and has no weight to prevent it."""
     return not per_channel(norm) and norm.weight is None
 
 
@@ -43,7 +43,7 @@ def _lose(found: Readers, norm: str) -> None:
 
 
 def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
-    """Take back whatever forward passes on ``probe`` (which is changed for good) contradict."""
+    """Take back the claims that forward passes contradict. They run on ``probe``, whose weights change."""
     generator = torch.Generator().manual_seed(0)
     unsettle(probe, generator)
     convs = convolutions(probe)
@@ -63,7 +63,7 @@ def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers
         lost = [(name, reader) for name, reader in loud if reader in readers[name].norms]
         if not lost:
             break
-        for name, norm in lost:  # without it other readers may see something: look again
+        for name, norm in lost:  # an unsilenced norm may be heard by other readers: check again
             _lose(readers[name], norm)
     for name, found in readers.items():
         found.noisy = [consumer for consumer in found.consumers if (name, consumer) in loud]

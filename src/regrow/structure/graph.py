@@ -138,16 +138,16 @@ def _walk(
 
 @functools.lru_cache(maxsize=64)
 def _places(filters: int) -> list[Any]:
-    """Where the channels of a convolution begin; not to be changed."""
+    """The places where the channels of a convolution begin, shared by all callers: do not change them."""
     return pruning_places(filters)
 
 
 def _visits(
     stack: list[tuple[Any, list[Any]]], filters: int, patience: _Patience
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """What is on ``stack``, to which the caller adds, each channel of each node once."""
+    """The entries of ``stack``, to which the caller adds, with each channel of each node once."""
     visited: dict[int, set[Any]] = {}
-    whole: set[int] = set()  # nodes that saw all channels first, which most do, and mostly nothing else
+    whole: set[int] = set()  # nodes that saw all channels first; most nodes see them once and nothing else
     left = patience.steps * filters
     places = _places(filters)
     while stack:
@@ -159,7 +159,7 @@ def _visits(
             yield node, places
             continue
         seen = visited.setdefault(id(node), set(places) if id(node) in whole else set())
-        # Channel by channel: the ways through splits and sums are more than can be walked one by one.
+        # Channel by channel: there are too many ways through splits and sums to walk each of them.
         fresh = list(dict.fromkeys(indices))
         if seen:
             fresh = [index for index in fresh if index not in seen]
@@ -220,7 +220,7 @@ def _weighs(target: Any, names: Mapping[nn.Module, str]) -> bool:
 
 
 def _reach(readers: Readers, target: Any, mapped: list[Any], names: Mapping[nn.Module, str]) -> bool:
-    """Note that the channels reach ``target``; whether they go on behind it."""
+    """Note that the channels reach ``target``; returns whether they continue behind it."""
     if isinstance(target, Norm | Consumer | nn.PReLU):
         _note(readers.reached, target, mapped, names)
     if isinstance(target, Norm) and not per_channel(target):

@@ -1,4 +1,4 @@
-"""What reads the channels of a convolution, and how to silence a channel for all of them."""
+"""The readers of a convolution's channels, and how to silence a channel for all of them."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from regrow.torch_private import own_buffers, own_parameters
 
 @dataclass
 class Reads:
-    """That a layer reads channels of a convolution: pairs of a filter and an index into the layer."""
+    """Channels of a convolution that one layer reads: pairs of a filter and an index into the layer."""
 
     filters: Sequence[int]
     indices: Sequence[int]
 
     def add(self, filters: Sequence[int], indices: Sequence[int]) -> None:
-        """More such pairs."""
+        """Append more pairs."""
         self.filters, self.indices = [*self.filters, *filters], [*self.indices, *indices]
 
     def of(self, dropped: Iterable[int]) -> list[int]:
         """The layer's indices that carry the filters in ``dropped``."""
-        if isinstance(self.filters, range) and self.filters is self.indices:  # most are, and quicker told so
+        if isinstance(self.filters, range) and self.filters is self.indices:  # the usual case, done quickly
             return sorted(set(dropped).intersection(self.filters))
         return list(compress(self.indices, map(set(dropped).__contains__, self.filters)))
 
 
 @dataclass
 class Readers:
-    """What reads the channels of one convolution.
+    """The readers of one convolution's channels.
 
     Attributes:
-        norms: the normalisation layers that see these channels alone, before any sum. With them a
-            silenced channel stays silent.
+        norms: the normalisation layers that read these channels alone, before any sum. They must be silenced
+            with a channel.
         consumers: the convolutions and linear layers that read the channels; an index is an input
             channel of the layer.
         mixed: empty, or why zeroing the consumers' columns would not hide a channel from the rest of the
             network (it is added to other channels, it leaves as output, an activation turns 0 into
-            something else, …).
+            another number, …).
         norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
             statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
         output: the channels leave the network with no weights behind them, as a classifier's do.
-        unsilenced: empty, or the name of a norm that sees the channels and cannot be silenced for them
-            alone (it serves other channels too, it has no weight to be set to 0, …).
-        noisy: those of ``consumers`` that a silenced channel reaches as something else than 0.
-        reached: the layers that the channels reach, sums included, up to those that multiply them by
-            weights of their own. The graph's proposal: nothing has confirmed it.
-        blocked: empty, or why the channels cannot be left out of the tensors on the way (the same).
+        unsilenced: empty, or the name of a norm that reads the channels and cannot be silenced for them
+            alone (it serves other channels too, it has no weight to set to 0, …).
+        noisy: the ``consumers`` that a silenced channel reaches as another number than 0.
+        reached: the layers that the channels reach, sums included, up to layers that multiply them by
+            weights. This is the graph's proposal, which no pass has confirmed.
+        blocked: empty, or why the channels cannot leave the tensors on the way (a proposal too).
     """
 
     norms: dict[str, Reads] = field(default_factory=dict)
@@ -83,15 +83,15 @@ def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
 def silence(model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]) -> None:
     """Make the filters ``dropped`` of convolutions, {name: indices}, emit exactly 0, in train and eval mode.
 
-    Their rows and biases become 0, and weight, bias and running mean of the norms behind them: a row of
-    zeros alone leaves the norm's bias, and the channel emits a constant (RePr §4).
+    Their rows and biases become 0, and the weight, bias and running mean of the norms behind them: behind a
+    row of zeros alone the channel would emit the norm's bias (RePr, arXiv 1811.07275, §4).
     """
     for module, indices in _silent_rows(model, readers, dropped):
         zero_channels(module, indices)
 
 
 def zero_channels(module: nn.Module, indices: Tensor) -> None:
-    """Set weight, bias and running mean of a layer to 0 at ``indices``, of them that there are."""
+    """Set the weight, bias and running mean of a layer, as far as it has them, to 0 at ``indices``."""
     for tensor in (*affine(module), getattr(module, "running_mean", None)):
         if isinstance(tensor, Tensor):
             tensor.index_fill_(0, indices.to(tensor.device), 0)
@@ -121,13 +121,13 @@ def _silent_rows(
 
 
 def per_channel_tensors(norm: nn.Module) -> dict[str, Tensor]:
-    """Weight, bias, running mean and variance of a norm, those of them that there are."""
+    """Weight, bias, running mean and variance of a norm, as far as it has them."""
     keys = ("weight", "bias", "running_mean", "running_var")
     own = own_parameters(norm) | own_buffers(norm)
     return {key: tensor for key in keys if (tensor := own.get(key)) is not None}
 
 
 def affine(module: nn.Module) -> list[nn.Parameter]:
-    """Weight and bias, those of them that there are."""
+    """Weight and bias of a layer, as far as it has them."""
     both = (own_parameters(module).get("weight"), own_parameters(module).get("bias"))
     return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]

@@ -1,9 +1,9 @@
-"""Channels behind a sum that no filter is left to write to, and the norms that would make something of them.
+"""Norms behind sums: channels that no filter writes to any more are silenced there.
 
-A norm turns a channel of zeros into its bias. Right behind a convolution ``silence`` prevents that; behind a
-sum the norm serves several convolutions, and can be silenced in a channel once all of them have lost it. Left
-alone such a channel is worse than wasted: its variance is 0, so the norm multiplies gradients by 1/√eps, and
-where a network normalises ahead of its convolutions, a few of them in a row leave nothing but rounding.
+A norm turns a channel of zeros into its bias. Right behind a convolution ``silence`` prevents that; a norm
+behind a sum serves several convolutions, and can be silenced in a channel once all of them have lost it. A
+channel without writers does harm: its variance is 0, so the norm multiplies gradients by 1/√eps, and a few
+such norms in a row leave nothing but rounding.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def norms_without_writers(
 
     Args:
         model: it is only read.
-        readers: what ``read_structure`` says of it. What it says of ``reached`` is confirmed here, by passes
-            in which all that the other filters compute is noise.
+        readers: the result of ``read_structure``. Its ``reached`` is confirmed here, by passes in which the
+            other filters' outputs are noise.
         gone: the removed filters, {convolution: indices}.
     """
     found = _proposed(model, readers, gone)
@@ -50,13 +50,13 @@ def norms_without_writers(
 
 @torch.no_grad()
 def silence_norms(model: nn.Module, channels: Channels) -> None:
-    """Have norms make 0 of the ``channels`` that carry nothing, in train and eval mode."""
+    """Have norms return 0 in ``channels``, which carry nothing, in train and eval mode."""
     for name, those in channels.items():
         zero_channels(model.get_submodule(name), index_tensor(those))
 
 
 def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
-    """What the graph says: channels that removed filters reach, and no others."""
+    """The graph's proposal: channels that removed filters reach, and no others."""
     modules = dict(model.named_modules())
     lost: dict[str, set[int]] = {}
     for name, indices in gone.items():

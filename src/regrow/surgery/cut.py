@@ -1,4 +1,4 @@
-"""Cut filters out for good: smaller parameters, buffers and optimizer, and a record of what was done."""
+"""Filters cut out for good: smaller parameters, buffers and optimizer slots, and a record of the cut."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def cut(
 ) -> dict[str, Any]:
     """Remove dropped filters from ``model`` for good, in place.
 
-    The smaller network computes what ``remove_filters`` would leave, in train and eval mode, and stays
-    equal to it (its dropped filters held dead) in training. Parameters and buffers become smaller,
-    module attributes (``out_channels``, ``num_features``, …) tell the truth, ``state_dict()`` keys stay.
-    Where a channel is added to others that are still alive, the layer computes its kept filters alone
-    and puts them at their places among zeros. Parameters are new objects: take them from
-    ``model.parameters()`` again for anything that holds them, other than ``optimizer``.
+    In train and eval mode the smaller network computes the same as the network that ``remove_filters`` leaves;
+    it stays equal in training, if that network's dropped filters are held dead. Parameters and buffers become
+    smaller, module attributes (``out_channels``, ``num_features``, …) follow, ``state_dict()`` keys stay.
+    Where a channel is added to others that are still alive, the layer computes its kept filters alone and
+    places them among zeros. Parameters are new objects: whatever holds the old ones, except ``optimizer``, must
+    take them from ``model.parameters()`` again.
 
     Args:
         model: any module with convolutions, not one inside DataParallel or DistributedDataParallel.
@@ -61,20 +61,19 @@ def cut(
             A model that was cut before is cut again: masks are of the filters that it has left.
         example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords; one
             picture is enough.
-        optimizer: its groups and what it remembers of the parameters become smaller too.
+        optimizer: its groups get the new parameters, and its slots become smaller too.
 
     Returns:
-        JSON-able record: version; plan (``CutPlan.from_dict`` reads it); dropped {name: filters that
-        went}; layers {name: filters before and after}; parameters before and after; masked {name: why its
-        dropped filters are held at 0 instead}. After a second cut plan and dropped stand for both, and
-        count the filters of the uncut model.
+        JSON-able record: version; plan (``CutPlan.from_dict`` reads it); dropped {name: removed filters};
+        layers {name: filters before and after}; parameters before and after; masked {name: why its dropped
+        filters are held at 0 instead}. After a second cut, plan and dropped describe both cuts, with indices
+        of the uncut model.
 
     Raises:
-        ValueError: the model has no convolution or is wrapped for data-parallel training, sharded, or
-            under Bridgeout; ``keep`` does not fit; a layer in it shares its weight with another, is not
-            reached, or is the network's output; ``example_inputs`` do not fit; which layers run depends
-            on the data; the optimizer remembers something of another shape than its parameter.
-            Nothing is changed.
+        ValueError: the model is in a state that refuses cuts (``marks.REFUSED``) or has no convolution;
+            ``keep`` does not fit; a layer in it shares its weight with another, is not reached, or is the
+            network's output; ``example_inputs`` do not fit; the data decide which layers run; a slot of the
+            optimizer has another shape than its parameter. Nothing is changed.
     """
     check(model, "cut")
     model = unwrap(model)
@@ -85,7 +84,7 @@ def cut(
     before, parameters = filter_counts(model), _count(model)
     whole, keep, readers = model, check_keep(model, keep), None
     if is_cut(model):
-        # What a cut leaves picks and places channels by index: it is planned anew, from the uncut model.
+        # A cut model picks and places channels by index: both cuts are planned from the uncut model.
         widen(whole := copy.deepcopy(model))
         readers = read_structure(whole, example_inputs)
         keep = keep_of_uncut(model, keep, readers)
@@ -114,12 +113,12 @@ def cut(
 def keep_of_uncut(
     model: nn.Module, keep: Mapping[str, Tensor], readers: Mapping[str, Readers]
 ) -> dict[str, Tensor]:
-    """Keep masks of a model that was cut before, over the filters that it had before that.
+    """Keep masks of a model that was cut before, over the filters that it had before the first cut.
 
     Args:
         model: as it is now.
-        keep: {name: BoolTensor[filters]} of the filters it has left. Layers not named keep those.
-        readers: what ``read_structure`` says of the uncut model.
+        keep: {name: BoolTensor[filters]} of its present filters. Layers not named keep all of them.
+        readers: the result of ``read_structure`` for the uncut model.
 
     Returns:
         {name: BoolTensor[filters before the first cut]}; layers that were not cut are listed if ``keep``
@@ -135,7 +134,7 @@ def keep_of_uncut(
                 found[name] = mask
         elif mask is not None or not unremovable(readers, name):
             alive = torch.zeros(left["shapes"]["weight"][0], dtype=torch.bool)
-            # A layer that is spread goes on counting all its filters.
+            # A spread layer still counts all its filters.
             alive[rows] = True if mask is None else mask[rows] if len(mask) == len(alive) else mask
             found[name] = alive
     return found
@@ -143,7 +142,7 @@ def keep_of_uncut(
 
 def filter_counts(model: nn.Module) -> dict[str, int]:
     """{name: how many filters a convolution holds}, after cuts too."""
-    # The weight itself: one that is spread has more rows while the layer computes.
+    # The parameter itself: a spread layer computes with more rows.
     return {
         name: conv.out_channels if (weight := own_parameters(conv).get("weight")) is None else len(weight)
         for name, conv in convolutions(model).items()
@@ -155,7 +154,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _check_slots(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ``ValueError`` if the optimizer remembers what cannot be cut as its parameter is."""
+    """Raise ``ValueError`` if a slot of the optimizer cannot be cut as its parameter is."""
     for name, parameter in model.named_parameters():
         for key, slot in optimizer.state.get(parameter, {}).items():
             plain = not isinstance(slot, list | tuple | dict)
@@ -173,7 +172,7 @@ def _fits(slot: Tensor, parameter: Tensor) -> bool:
 
 
 def _repoint(optimizer: torch.optim.Optimizer, replaced: Sequence[Replaced]) -> None:
-    """Have ``optimizer`` step the new parameters, with what it remembers of the old ones."""
+    """Have ``optimizer`` step the new parameters, with the slots of the old ones."""
     by_old = {one.old: one for one in replaced}
     for group in optimizer.param_groups:
         group["params"][:] = [by_old[p].new if p in by_old else p for p in group["params"]]

@@ -1,4 +1,4 @@
-"""From how far the filters of each convolution leave, to what that leaves of every layer."""
+"""Drafts of plans: from how far the filters of each convolution leave, to what remains of every layer."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torch import Tensor, nn
 from regrow.indexing import index_tensor
 from regrow.modules import Convolution, Norm, per_channel, tied_modules
 from regrow.structure.flows import Flows
-from regrow.surgery.plan import CutPlan
+from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.surgery.removal import Removal
 from regrow.surgery.verify import Probe
 from regrow.torch_private import own_parameters
 
-# How far the filters of a convolution leave: held at 0; placed among zeros, right behind it or behind its
-# norm; out of the tensors behind it too.
+# How far the dropped filters of a convolution leave: they are held at 0; or the kept ones are computed alone,
+# and placed among zeros right behind the convolution, or behind its norm; or their channels leave the tensors
+# behind it too.
 MASKED, PLACED, PLACED_BEHIND_NORM, OUT = range(4)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan, and which channels it leaves in the tensors that arrive at a layer."""
+    """A plan, and {layer: BoolTensor[channels]}: the channels present in the tensor that arrives there."""
 
     plan: CutPlan
     present: dict[str, Tensor]
 
 
 class Drafting:
-    """What is known of a model's layers, and the plans that follow from it.
+    """Drafts the plans of a removal, from the readers and from what a probe shows.
 
     Attributes:
         convolutions: those that run, in that order.
@@ -57,16 +58,16 @@ class Drafting:
         self._written = self._flows.arriving(every)
 
     def want_everything(self) -> None:
-        """Pick no channels: let every layer read all that it does now."""
+        """Pick no channels: let every layer read all channels that it reads now."""
         self._wanted = {name: torch.ones_like(wanted) for name, wanted in self._wanted.items()}
 
     def _alive_filters(self, name: str) -> Tensor:
         alive = torch.ones(self.convolutions[name].out_channels, dtype=torch.bool)
         alive[index_tensor(self._removal.gone.get(name, []))] = False
         if not alive.any():
-            raise ValueError(
-                f"no filter of {name!r} would be left: those in keep read removed channels only. Keep one of "
-                "them that reads a channel that is kept."
+            raise NoPlan(
+                f"no filter of {name!r} would be left: the filters in keep read removed channels only. Keep "
+                "a filter that reads a kept channel."
             )
         return alive
 
@@ -75,7 +76,7 @@ class Drafting:
         return weight is not None and name not in self._tied
 
     def _wanted_channels(self, name: str) -> Tensor:
-        """The input channels that a layer needs in the tensor that arrives, whatever the others do."""
+        """BoolTensor: the input channels that a layer needs in the arriving tensor."""
         module = self._modules[name]
         where = self._flows.channels[name]
         width = where.stop - where.start
@@ -97,8 +98,8 @@ class Drafting:
     def _settle(self, levels: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Which filters each convolution emits, and which channels then arrive at each reader.
 
-        A channel that a reader wants is emitted by everyone who adds to it, and one that is emitted
-        arrives everywhere it leads to.
+        All writers of a channel emit it if one of its readers needs it, and an emitted channel arrives at all
+        of its readers.
         """
         flows = self._flows
         alive = torch.cat(list(self._alive.values()))
@@ -171,7 +172,7 @@ class Drafting:
         emitted: Tensor,
         present: Mapping[str, Tensor],
     ) -> str:
-        """The part of one convolution; returns the norm that places its output, if one does."""
+        """Plan the rows of one convolution; returns the norm that places its output, or an empty name."""
         computed = emitted & self._alive[name]
         if level == MASKED:
             if not self._alive[name].all():

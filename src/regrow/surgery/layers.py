@@ -1,4 +1,4 @@
-"""How a model comes to hold no more than a plan leaves of it, and how it gets its former shapes back."""
+"""A plan applied to a model: smaller parameters and buffers; and the way back to the former shapes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ _CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that another stands for now: smaller, with ``kept`` of it in some dimensions, or, before
-    a second cut, as large again as it was, with its values at ``kept``."""
+    """A parameter ``old`` and its replacement ``new``.
+
+    After a cut ``new`` holds the indices ``kept`` of ``old`` in each dimension. Before a second cut it is as
+    large again as before the first, and holds the values of ``old`` at the indices ``kept``.
+    """
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Sequence[int]]
 
     def of(self, slot: Tensor) -> Tensor:
-        """What stands for ``slot``, which has the old parameter's shape, or 1 in some of its dimensions."""
+        """The replacement of ``slot``, a tensor of the old parameter's shape, or of 1 in some dimensions."""
         kept = {dim: at for dim, at in self.kept.items() if slot.shape[dim] == self.old.shape[dim]}
         if all(self.new.shape[dim] <= self.old.shape[dim] for dim in kept):
             return sliced(slot, kept)
@@ -81,9 +84,9 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def widen(model: nn.Module) -> list[Replaced]:
-    """Undo the shapes of all cuts of ``model``, in place: what was cut away is there again, and 0.
+    """Give ``model`` the shapes that it had before its first cut, in place; removed weights are 0.
 
-    It computes what it did before. Statistics of channels that were cut away are those of a new norm.
+    It computes the same as before. Removed channels get the running statistics of a new norm.
     """
     replaced = []
     for module in unwrap(model).modules():
@@ -94,7 +97,7 @@ def widen(model: nn.Module) -> list[Replaced]:
 
 
 def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int] | Tensor]) -> Tensor:
-    """``tensor`` with the ``kept`` indices of each dimension named, in its own memory format."""
+    """``tensor`` with the indices ``kept`` of each dimension named there, in the same memory format."""
     last = channels_last(tensor)
     for dim, indices in kept.items():
         tensor = tensor.index_select(dim, index_tensor(indices, tensor.device))
@@ -102,7 +105,7 @@ def sliced(tensor: Tensor, kept: Mapping[int, Sequence[int] | Tensor]) -> Tensor
 
 
 def layers(model: nn.Module, plan: CutPlan) -> list[Layer]:
-    """What ``plan`` leaves of each layer it names, from shapes alone.
+    """What remains of each layer that ``plan`` names; only shapes are read.
 
     Raises:
         ValueError: the plan does not fit the model.
@@ -113,11 +116,11 @@ def layers(model: nn.Module, plan: CutPlan) -> list[Layer]:
 
 @dataclass
 class Layer:
-    """What is to be left of one layer.
+    """What remains of one layer.
 
     Attributes:
-        kept: parameter or buffer → dimension → the indices that stay.
-        numbers: attribute (``out_channels``, …) → what it will say.
+        kept: parameter or buffer → dimension → the indices that remain.
+        numbers: attribute (``out_channels``, …) → its value after the cut.
         placed, picked: as in the plan.
         spread: (width, positions): the parameters' places in dim 0 while the layer computes.
     """
@@ -131,7 +134,7 @@ class Layer:
     spread: tuple[int, list[int]] | None
 
     def cut(self) -> list[Replaced]:
-        """Leave it so, in place; returns which smaller parameters stand for which."""
+        """Cut the layer, in place; returns the parameters that were replaced."""
         module, replaced = self.module, []
         own = own_parameters(module) | own_buffers(module)
         before = vars(module).get("_regrow_left", {"kept": {}, "shapes": {}, "numbers": {}})
@@ -167,7 +170,7 @@ class Layer:
 def _composed(
     before: Mapping[int, Sequence[int]], then: Mapping[int, Sequence[int]]
 ) -> dict[int, Sequence[int]]:
-    """What is left, per dimension, of what was left before."""
+    """The remaining indices of each dimension after two cuts, counted before the first."""
     return dict(before) | {
         dim: [before[dim][i] for i in at] if dim in before else at for dim, at in then.items()
     }
@@ -278,7 +281,7 @@ def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
 
 
 def _parameter(old: nn.Parameter, change: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """A parameter with the values and the gradient of ``old``, changed, and all else as it was."""
+    """A copy of ``old`` whose values and gradient ``change`` has changed."""
     new = nn.Parameter(change(old.detach()), requires_grad=old.requires_grad)
     vars(new).update(vars(old))
     if old.grad is not None:

@@ -11,24 +11,27 @@ class PlanUnfit(ValueError):
     """A plan names layers, channels or shapes that a model does not have."""
 
 
+class NoPlan(ValueError):
+    """No cut of a model can be confirmed."""
+
+
 @dataclass(frozen=True)
 class CutPlan:
-    """What a cut leaves of each layer: what narrowing computes with for a while and surgery makes permanent.
+    """What a cut leaves of each layer. Narrowing applies it for a while, surgery for good.
 
-    Layers go by qualified name; one that is not named stays whole. Indices are ascending.
+    Keys are qualified names; a layer that is not named stays whole. Indices are ascending.
 
     Attributes:
-        rows: convolution → the filters it goes on computing (rows of its weight).
-        columns: convolution or linear layer → the input channels it goes on reading (dim 1 of its
-            weight).
-        channels: norm or PReLU → the channels that stay of its parameters and statistics.
-        groups: grouped convolution → its new number of groups; those of the rows that stay.
-        placed: layer → (width, positions): its output, narrow, is put at these channels of a tensor of
-            zeros that is that wide.
-        picked: layer → the channels it reads of the input that arrives.
-        spread: norm or convolution → the channels whose weight and bias stay, where the layer computes
-            with all that ``channels`` leaves and the others' are 0.
-        masked: convolution → why it goes on computing its dropped filters, which are held at 0.
+        rows: convolution → the filters that it still computes (rows of its weight).
+        columns: convolution or linear layer → the input channels that it still reads (dim 1 of its weight).
+        channels: norm or PReLU → the channels that remain of its parameters and statistics.
+        groups: grouped convolution → its new number of groups.
+        placed: layer → (width, positions): its narrow output is put at these channels of a tensor of zeros,
+            ``width`` wide.
+        picked: layer → the channels that it reads of the arriving input.
+        spread: norm or convolution → the channels whose weight and bias remain; the layer computes with all
+            channels, and the weights of the others are 0.
+        masked: convolution → why it still computes its dropped filters, which are held at 0.
     """
 
     rows: dict[str, list[int]] = field(default_factory=dict)
@@ -41,7 +44,7 @@ class CutPlan:
     masked: dict[str, str] = field(default_factory=dict)
 
     def layers(self) -> list[str]:
-        """The layers of which it leaves something else than they are."""
+        """The layers that the plan changes."""
         parts = (self.rows, self.columns, self.channels, self.groups, self.placed, self.picked, self.spread)
         return list(dict.fromkeys(name for part in parts for name in part))
 

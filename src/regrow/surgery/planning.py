@@ -1,9 +1,9 @@
 """How filters leave a network, for good or for a while, layer by layer, and never with a wrong result.
 
-Two things are always right, whatever comes behind a layer: to compute the kept filters alone and put them
-at their places among zeros, and to pick, of an input, the channels that are not zero. Where the graph
-says who reads a channel and who adds to it, both fall away: the channel leaves the tensors in between.
-Each step that goes beyond masks is taken only if forward passes on a copy confirm it.
+Two steps are right whatever follows a layer: the layer computes its kept filters alone and places them among
+zeros, and the next layer picks the channels of its input that are not zero. Where the graph knows all readers
+and all writers of a channel, neither step is needed: the channel leaves the tensors in between. Each step
+beyond masks is taken only if forward passes on a copy confirm it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from regrow.structure.read import propose_structure
 from regrow.structure.readers import Readers
 from regrow.surgery.draft import MASKED, OUT, PLACED, PLACED_BEHIND_NORM, Drafting
 from regrow.surgery.layers import is_cut
-from regrow.surgery.plan import CutPlan
+from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.surgery.removal import Removal, dropped_filters, plan_removal
 from regrow.surgery.verify import Probe
 
@@ -42,18 +42,17 @@ def plan_cut(
         model: any module; it is only read. Wrappers are looked through.
         keep: {name: BoolTensor[filters]}, True = alive.
         example_inputs: as for ``read_structure``.
-        readers: what ``read_structure`` says of the model, where that is known already.
-        followers: rows of grouped convolutions that read removed channels only go with them, as in
-            ``remove_filters``; without, they go on computing what their norms make of 0, and only norms
-            behind sums go along.
+        readers: the result of ``read_structure``, where it is known already.
+        followers: whether rows of grouped convolutions that read removed channels only are removed too, as
+            in ``remove_filters``; otherwise they stay, and only norms behind sums lose channels.
 
     Returns:
         A plan whose network equals the masked one, confirmed on a copy in eval and train mode, with random
         parameters where the model's own would hide a mistake.
 
     Raises:
-        ValueError: as ``remove_filters``; the model has been cut before; which layers run depends on the
-            data; no filter of a layer would be left.
+        ValueError: as ``remove_filters``, and NoPlan: the model has been cut before, the data decide which
+            layers run, no filter of a layer would be left, or two passes never compute the same.
     """
     return plan_removal_and_cut(model, keep, example_inputs, readers=readers, followers=followers).plan
 
@@ -74,10 +73,10 @@ def plan_removal_and_cut(
     readers: Mapping[str, Readers] | None = None,
     followers: bool = True,
 ) -> Planned:
-    """``plan_cut``, and the removal that the plan stands for; with ``plan_cut``'s arguments and errors."""
+    """``plan_cut`` with the same arguments and errors; returns the removal too."""
     model = unwrap(model)
     if is_cut(model):
-        raise ValueError("the model has been cut before, and a plan fits uncut models only.")
+        raise NoPlan("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
         return Planned(Removal({}, {}, {}), CutPlan())
     proposal = None
@@ -91,7 +90,7 @@ def plan_removal_and_cut(
     for quick in (True, False):
         probe = Probe(model, removal, example_inputs, quick=quick)
         if proposal is not None and not probe.confirms_removal:
-            # The graph is wrong about these filters: passes check everything that it says.
+            # The graph is wrong about these filters, so passes check all of its claims.
             removal = plan_removal(model, keep, example_inputs, proposal.confirmed(), followers=followers)
             proposal = None
             probe = Probe(model, removal, example_inputs, quick=quick)
@@ -104,29 +103,29 @@ def plan_removal_and_cut(
 
 
 class _Search:
-    """The best plan that a probe confirms."""
+    """Looks for the plan that leaves least and is confirmed by a probe."""
 
     def __init__(self, removal: Removal, probe: Probe, drafting: Drafting) -> None:
         self._removal, self._probe, self._drafting = removal, probe, drafting
         self._wishes = {name: self._wish(name) for name in drafting.convolutions}
 
     def wished(self) -> CutPlan | None:
-        """The plan in which every filter leaves as far as the graph knows a way, if it is confirmed."""
+        """The plan in which every filter leaves as far as the graph allows; None if the probe refutes it."""
         draft = self._drafting.draft(self._wishes)
         return draft.plan if self._probe.refutes(draft.plan, draft.present) is None else None
 
     def plan(self) -> CutPlan:
-        """The best that is confirmed, where ``wished`` is not.
+        """The best confirmed plan, for a model whose ``wished`` plan is refuted.
 
         Raises:
-            ValueError: not even masks are confirmed: the model never computes the same twice.
+            NoPlan: not even masks are confirmed, because the model never computes the same twice.
         """
         convs, wishes = self._drafting.convolutions, self._wishes
         levels = dict.fromkeys(convs, MASKED)
         if self._refuted(levels) is not None:  # a channel that is zero in eval mode only, say
             self._drafting.want_everything()
             if self._refuted(levels) is not None:
-                raise ValueError(
+                raise NoPlan(
                     "the model does not compute the same twice from the same input and the same random seed, "
                     "or its numbers overflow, so no cut can be confirmed. Does its forward method keep "
                     "something from call to call?"
@@ -150,7 +149,7 @@ class _Search:
         return OUT if sure else PLACED_BEHIND_NORM
 
     def _raise(self, levels: dict[str, int], names: list[str], level: int) -> None:
-        """Raise as many of ``names``, which are in order of execution, to ``level`` as the probe confirms."""
+        """Raise as many of ``names``, in order of execution, to ``level`` as the probe confirms."""
         ran = self._refuted(levels | dict.fromkeys(names, level))
         while ran is not None:
             for guess in self._guesses(ran, names, level):
@@ -167,7 +166,7 @@ class _Search:
         levels.update(dict.fromkeys(names, level))
 
     def _guesses(self, ran: list[str], names: list[str], level: int) -> Iterator[set[str]]:
-        """Those of ``names`` that may be to blame for a difference which shows after the layers ``ran``."""
+        """Layers among ``names`` that may cause a difference which showed after the layers ``ran``."""
         last = ran[-1:]
         behind = [conv for conv, reached in self._drafting.reached.items() if set(last) & set(reached)]
         recent = [name for name in dict.fromkeys(reversed(ran)) if name in names]

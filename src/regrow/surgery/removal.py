@@ -1,4 +1,4 @@
-"""Filters set to zero, and filters gone: two readings of "pruned" that keep every parameter's shape."""
+"""Filters set to zero, and filters removed: two readings of "pruned" that keep every parameter's shape."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _VERSION = 1
 def zero_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Any]:
     """Set the rows and biases of dropped filters to 0, in place, and nothing else.
 
-    Batch norm stays as it is, so a dropped channel goes on emitting the constant that its norm makes of
-    0 (Batch Bridgeout's way of pruning; METHODS, "Three readings").
+    Batch norms stay as they are, so a dropped channel emits the constant that its norm makes of 0. Batch
+    Bridgeout prunes in this way (arXiv 2009.10893).
 
     Returns:
         JSON-able record: version, reading, dropped {name: indices of the filters}.
 
     Raises:
-        ValueError: ``keep`` does not fit, or names a layer whose rows are not its own.
+        ValueError: ``keep`` does not fit, or names a layer that has no weight of its own.
     """
     model = unwrap(model)
     dropped = dropped_filters(model, keep)
@@ -41,15 +41,15 @@ def zero_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Any]
 
 
 def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inputs: Any) -> dict[str, Any]:
-    """Make dropped filters emit exactly 0 behind their norms too, in place: they are gone.
+    """Make dropped filters emit exactly 0, behind their norms too, in place.
 
-    A row of a grouped convolution that reads dropped channels only (a depthwise one, say) goes with
-    them, as it does in a smaller network, and so does the channel of a norm behind a sum to which
-    dropped filters alone are added. Parameters keep their shapes.
+    A row of a grouped (for instance depthwise) convolution that reads dropped channels only is silenced with
+    them, as it is absent from a smaller network. So is a channel of a norm behind a sum, if dropped filters
+    alone are added up in it. Parameters keep their shapes.
 
     Returns:
         JSON-able record: version, reading, dropped {name: indices}, followers {name: rows of grouped
-        convolutions that went along}, silenced {name: channels of norms behind sums that did}.
+        convolutions silenced with them}, silenced {name: channels of norms behind sums silenced with them}.
 
     Raises:
         ValueError: as ``zero_filters``; the model cannot be traced; a layer in ``keep`` is not reached, is
@@ -63,10 +63,10 @@ def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inpu
 
 @dataclass(frozen=True)
 class Removal:
-    """Filters to remove, and what goes along: {name: indices} each.
+    """Filters to remove, and the rows and channels that are removed with them: {name: indices} each.
 
     Attributes:
-        readers: what reads the channels of every convolution of the model.
+        readers: the readers of every convolution of the model.
         followers: rows of grouped convolutions that read removed channels only.
         silenced: channels of norms behind sums that removed filters alone write to.
     """
@@ -78,13 +78,13 @@ class Removal:
 
     @functools.cached_property
     def gone(self) -> dict[str, list[int]]:
-        """The filters that go, {name: indices}."""
+        """All filters that are removed, followers included: {name: indices}."""
         names = [*self.dropped, *(name for name in self.followers if name not in self.dropped)]
         return {name: sorted({*self.dropped.get(name, ()), *self.followers.get(name, ())}) for name in names}
 
     @functools.cached_property
     def norms(self) -> dict[str, Tensor]:
-        """Norm → its channels that see removed filters, and nothing else, before any sum: int64."""
+        """Norm → int64, its channels that read removed filters alone, before any sum."""
         norms: dict[str, list[int]] = {}
         for name, gone in self.gone.items():
             for norm, reads in self.readers[name].norms.items():
@@ -93,8 +93,11 @@ class Removal:
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:
-        """Silence it in ``model``, the user's own module or a copy of it; the rows of the convolutions in
-        ``keep_rows``, which somebody else silences, stay."""
+        """Silence the removed filters in ``model``, the user's own module or a copy of it.
+
+        Args:
+            keep_rows: convolutions whose rows keep their values, because the caller silences their output.
+        """
         modules = dict(model.named_modules())
         for name, filters in self.gone.items():
             if name not in keep_rows:
@@ -104,7 +107,7 @@ class Removal:
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:
-        """What was done, JSON-able."""
+        """The JSON-able record of the removal."""
         return {
             "version": _VERSION,
             "reading": reading,
@@ -115,7 +118,7 @@ class Removal:
 
 
 def dropped_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """{name: indices of the filters to drop}, layers that lose none left out; ``ValueError`` as above."""
+    """{name: indices of the filters to drop}, without layers that lose none. Raises as ``zero_filters``."""
     masks = check_keep(model, keep)
     dropped = {name: (~mask).nonzero().flatten().tolist() for name, mask in masks.items() if not mask.all()}
     borrowed = _borrowed(model)
@@ -126,7 +129,7 @@ def dropped_filters(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, l
 
 
 def _borrowed(model: nn.Module) -> dict[str, str]:
-    """The convolutions whose rows cannot be set for them alone: {name: reason}."""
+    """The convolutions that have no weight of their own: {name: reason}."""
     tied = tied_modules(model)
     reasons = {
         name: borrowed_weight(conv) or ("it shares its weight with another layer" if name in tied else "")
@@ -144,12 +147,12 @@ def plan_removal(
     followers: bool = True,
     norms: bool = True,
 ) -> Removal:
-    """What ``remove_filters`` would do to ``model``; it is only read, and refused as there.
+    """What ``remove_filters`` would do to ``model``, which is only read. Raises as ``remove_filters``.
 
     Args:
-        readers: what ``read_structure`` says of the model, where that is known already.
-        followers: whether rows that read removed filters only go along.
-        norms: whether to look for norms that do, which can take forward passes.
+        readers: the result of ``read_structure``, where it is known already.
+        followers: whether rows that read removed filters only are removed too.
+        norms: whether to look for channels of norms behind sums, which can take forward passes.
     """
     dropped = dropped_filters(model, keep)
     if not dropped:

@@ -15,7 +15,7 @@ from regrow.torch_private import own_buffers
 
 
 class Small(nn.Module):
-    """In front of a cut layer's own class: reads some channels of its input, places its output by index."""
+    """In front of a cut layer's own class: picks channels of the input, and places the output's channels."""
 
     _regrow_picked: Tensor | None
     _regrow_placed: Tensor | None
@@ -39,14 +39,14 @@ class Small(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         super()._apply(*args, **kwargs)
-        # to_empty() leaves a buffer without values, and the indices are in no file to load them from.
+        # to_empty() leaves buffers without values, and no file holds the indices.
         device = next((tensor.device for tensor in own_buffers(self).values() if tensor is not None), None)
         if device is not None:
             self._index(device)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made on the fly: pickle finds it through the layer's own.
+        # The class is made at run time: pickle finds it by the layer's own class.
         return _rebuild, self._regrow_plain, self.__getstate__()
 
 
@@ -66,7 +66,7 @@ def _rebuild(plain: type[nn.Module], spread: tuple[str, ...]) -> nn.Module:
 
 
 def _spread(name: str) -> property:
-    """A parameter as the layer computes with it: what is left, among zeros."""
+    """A parameter that the layer sees at its full size: the remaining values among zeros."""
 
     def get(self: Small) -> Tensor:
         index, width = cast(Tensor, self._regrow_spread), cast(int, self._regrow_widths[1])

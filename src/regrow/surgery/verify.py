@@ -20,12 +20,8 @@ from regrow.marks import strip
 from regrow.modules import Norm, channel_dim, channel_layers, is_stock
 from regrow.surgery.evidence import Look, Refuted, Seen, close, compare, scale_of, see
 from regrow.surgery.layers import apply_plan
-from regrow.surgery.plan import CutPlan, PlanUnfit
+from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.removal import Removal
-
-
-class DataDependent(ValueError):
-    """Which layers of a model run depends on the data, so nothing tells who reads the filters."""
 
 
 class Probe:
@@ -53,7 +49,7 @@ class Probe:
                 weights are then not copied. A confirmed plan is right; a refuted one may be right too.
 
         Raises:
-            DataDependent: which layers run depends on the data.
+            NoPlan: which layers run depends on the data.
             PassFailed: the model fails on ``example_inputs``.
             NotCopied: the model cannot be copied.
         """
@@ -73,7 +69,7 @@ class Probe:
         for other in others:
             if other != ran:
                 some = ", ".join(repr(name) for name in sorted(other ^ ran)[:3])
-                raise DataDependent(
+                raise NoPlan(
                     f"which layers run depends on the data ({some}): nothing tells which layers read the "
                     "filters. Cut the parts that always run, each as a model of its own."
                 )
