@@ -48,12 +48,12 @@ def cut(
 ) -> dict[str, Any]:
     """Remove dropped filters from ``model`` for good, in place.
 
-    In train and eval mode the smaller network computes the same as the network that ``remove_filters`` leaves;
-    it stays equal in training, if that network's dropped filters are held dead. Parameters and buffers become
-    smaller, module attributes (``out_channels``, ``num_features``, …) follow, ``state_dict()`` keys stay.
-    Where a channel is added to others that are still alive, the layer computes its kept filters alone and
-    places them among zeros. Parameters are new objects: whatever holds the old ones, except ``optimizer``, must
-    take them from ``model.parameters()`` again.
+    In train and eval mode the smaller network computes the same as the one that ``remove_filters`` leaves,
+    and stays equal to it in training while the dropped filters there are held dead. Parameters and buffers
+    become smaller, module attributes (``out_channels``, ``num_features``, …) follow, ``state_dict()`` keys
+    stay. Where a channel is added to others that are still alive, the layer computes its kept filters alone
+    and places them among zeros. Parameters are new objects: whatever holds the old ones, except
+    ``optimizer``, must take them from ``model.parameters()`` again.
 
     Args:
         model: any module with convolutions, not one inside DataParallel or DistributedDataParallel.
