@@ -36,7 +36,7 @@ from regrow.looking.dropout import NoDropout
 from regrow.looking.noise import unsettle
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import cut
-from regrow.surgery.layers import kept_by, sliced
+from regrow.surgery.layers import layers, sliced
 from regrow.surgery.plan import CutPlan
 from regrow.surgery.removal import plan_removal, unremovable
 
@@ -45,6 +45,16 @@ TOLERANCE = 1e-4
 IN_DOUBLE = 1e-8
 DRAWS, MARGIN = 3, 10  # the differences found are about as large as the network's own movement
 LARGEST = 200_000_000  # weights of a timm model; all models of torchvision are run
+
+
+def kept_by(model: nn.Module, plan: CutPlan) -> dict[nn.Parameter, Mapping[int, Sequence[int]]]:
+    """The parameters that ``plan`` makes smaller, each with the indices it keeps of each dimension."""
+    return {
+        dict(layer.module.named_parameters(recurse=False))[key]: kept
+        for layer in layers(model, plan)
+        for key, kept in layer.kept.items()
+        if key in dict(layer.module.named_parameters(recurse=False))
+    }
 
 
 def torchvision_names(kind: str) -> list[str]:

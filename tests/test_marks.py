@@ -437,6 +437,36 @@ def test_the_table_names_known_states_and_operations():
     assert states_of(net()) == {}
 
 
+@pytest.mark.parametrize(
+    ("layer", "name", "put"),
+    [
+        ("conv1", "bias", lambda layer: prune.random_unstructured(layer, "bias", 0.5)),
+        ("norm2", "weight", lambda layer: prune.l1_unstructured(layer, "weight", 2)),
+        ("head", "weight", lambda layer: prune.ln_structured(layer, "weight", 0.5, n=2, dim=1)),
+        ("conv2", "weight", lambda layer: prune.identity(layer, "weight")),
+    ],
+)
+def test_masks_on_any_tensor_of_any_layer_are_seen_and_their_removal_ends_the_state(layer, name, put):
+    model = net()
+    put(model.get_submodule(layer))
+    model(X)
+    assert states_of(model) == {"pruning masks": layer}
+    with pytest.raises(ValueError, match=rf"\(see '{layer}'\). Call torch.nn.utils.prune.remove"):
+        regrow.prune(model, fraction=0.3, example_inputs=X[:1], compensate=False)
+    prune.remove(model.get_submodule(layer), name)
+    assert states_of(model) == {}
+    regrow.prune(model, fraction=0.3, example_inputs=X[:1], compensate=False)
+
+
+def test_spectral_norm_by_hooks_is_seen():
+    model = net()
+    torch.nn.utils.spectral_norm(model.conv2)
+    model(X)
+    assert states_of(model) == {"weight hooks": "conv2"}
+    torch.nn.utils.remove_spectral_norm(model.conv2)
+    assert states_of(model) == {}
+
+
 @pytest.mark.parametrize("case", ["narrowed", "masked", "in a cycle", "bridgeout", "placed", "folded"])
 def test_a_mark_is_seen_from_the_whole_and_from_a_part(case):
     state, enter = CASES[case]

@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from regrow.modules import unwrap
-from regrow.torch_private import compiled_from, is_compiled_in_place, own_parameters
+from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffers, own_parameters
 
 OPERATIONS = (
     *("RePr", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
@@ -192,7 +192,7 @@ def borrowed_weight(layer: nn.Module) -> str:
     if parametrize.is_parametrized(layer, "weight"):
         state = "parametrized"
     else:
-        state = "pruning masks" if prune.is_pruned(layer) else "weight hooks"
+        state = "pruning masks" if _computed_by_hooks(layer, True) else "weight hooks"
     return f"its weight is computed from other parameters ({_WEIGHT_ENDS[state]} ends that)"
 
 
@@ -200,9 +200,18 @@ def _is_parallel(module: nn.Module) -> bool:
     return isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
 
 
-def _computes_weight(module: nn.Module) -> bool:
-    """Whether a hook sets the weight of ``module`` before each pass, as a plain tensor."""
-    return isinstance(vars(module).get("weight"), Tensor) and not parametrize.is_parametrized(module)
+def _computed_by_hooks(module: nn.Module, masks: bool) -> bool:
+    """Whether a hook sets the weight or bias of ``module``, as a plain tensor, before each pass.
+
+    Args:
+        masks: whether to look for masks of ``torch.nn.utils.prune``, or for other hooks.
+    """
+    computed = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and own_parameters(module).keys() & {f"{name}_orig", f"{name}_g"}
+    ]
+    return any((f"{name}_mask" in own_buffers(module)) is masks for name in computed)
 
 
 def _has_inference_tensors(module: nn.Module) -> bool:
@@ -222,8 +231,8 @@ _SIGNS: dict[str, Callable[[nn.Module], bool]] = {
     "sharded": is_sharded,
     "compiled": lambda module: compiled_from(module) is not None or is_compiled_in_place(module),
     "parametrized": parametrize.is_parametrized,
-    "pruning masks": lambda module: _computes_weight(module) and prune.is_pruned(module),
-    "weight hooks": lambda module: _computes_weight(module) and not prune.is_pruned(module),
+    "pruning masks": lambda module: _computed_by_hooks(module, True),
+    "weight hooks": lambda module: _computed_by_hooks(module, False),
     "inference tensors": _has_inference_tensors,
     "lazy": _is_lazy,
 }

@@ -16,8 +16,6 @@ from regrow.looking.noise import unsettle
 from regrow.modules import Norm, channel_dim, channel_dims, per_channel, tied_modules
 from regrow.structure.readers import Readers, column_mask, silence
 
-_DRAWN = 1 << 18
-
 
 def rule_out(model: nn.Module, readers: Mapping[str, Readers]) -> None:
     """Take back claims that the layers themselves contradict: about layers that share their parameters, and

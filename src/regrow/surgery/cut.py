@@ -21,8 +21,6 @@ from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import unremovable
 from regrow.torch_private import own_parameters
 
-__all__ = ["apply_plan", "cut", "filter_counts", "keep_of_uncut"]
-
 _VERSION = 1
 
 

@@ -42,20 +42,6 @@ class Replaced:
         return _among(slot, shape, kept, 0)
 
 
-def kept_by(model: nn.Module, plan: CutPlan) -> dict[nn.Parameter, Mapping[int, Sequence[int]]]:
-    """The parameters that ``plan`` makes smaller, each with the indices it keeps of each dimension.
-
-    Raises:
-        ValueError: the plan does not fit the model.
-    """
-    return {
-        own_parameters(layer.module)[key]: kept
-        for layer in layers(unwrap(model), plan)
-        for key, kept in layer.kept.items()
-        if key in own_parameters(layer.module)
-    }
-
-
 def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
     """Leave of ``model`` what ``plan`` says, in place: smaller parameters and buffers, for good.
 

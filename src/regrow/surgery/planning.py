@@ -25,8 +25,6 @@ from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.surgery.removal import Removal, dropped_filters, plan_removal
 from regrow.surgery.verify import Probe
 
-__all__ = ["CutPlan", "plan_cut", "plan_removal_and_cut"]
-
 
 def plan_cut(
     model: nn.Module,
