@@ -6,6 +6,7 @@ import gc
 import json
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from regrow.marks import OPERATIONS, REFUSED, STATES, check, states_of, strip
 from regrow.modules import unwrap
 from regrow.surgery.removal import remove_filters
 
+DOCS = Path(__file__).parents[1] / "docs"
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 KEEP = {"conv2": torch.tensor([True, False, True, True, False, True])}
 
@@ -435,6 +437,18 @@ def test_the_table_names_known_states_and_operations():
     assert REFUSED.keys() == STATES.keys() == {state for state, _ in CASES.values()}
     assert all(refused <= {*OPERATIONS} for refused in REFUSED.values())
     assert states_of(net()) == {}
+
+
+def test_the_page_for_users_has_the_same_table():
+    lines = (DOCS / "own-loop.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ") and line.count(" | ") == 2]
+    shown = {row[0].removeprefix("| "): (row[1], row[2].removesuffix(" |")) for row in rows[1:]}
+    for state, refused in REFUSED.items():
+        says, operations = shown.pop(state)
+        assert says == STATES[state][0]
+        named = {operation for operation in OPERATIONS if f"`{operation}`" in operations}
+        assert (set(OPERATIONS) - named if operations.startswith("all but") else named) == refused
+    assert not shown
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,13 @@ BatchNorm: Any = getattr(
     nn.modules.batchnorm, "_BatchNorm", nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 )
 ConvNd: Any = getattr(
-    nn.modules.conv,
-    "_ConvNd",
+    nn.modules.conv, "_ConvNd",
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-)
+)  # fmt: skip
 DropoutNd: Any = getattr(
-    nn.modules.dropout,
-    "_DropoutNd",
+    nn.modules.dropout, "_DropoutNd",
     nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.AlphaDropout | nn.FeatureAlphaDropout,
-)
+)  # fmt: skip
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:

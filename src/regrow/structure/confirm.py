@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,11 @@ def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers
     for name in readers:
         order = torch.randperm(convs[name].out_channels, generator=generator).tolist()
         some[name], rest[name] = order[: max(1, len(order) // 2)], order[max(1, len(order) // 2) :]
-    restore = _restorer(probe)
+    saved = [(tensor, tensor.clone()) for tensor in [*probe.parameters(), *probe.buffers()]]
+
+    def restore() -> None:
+        for tensor, values in saved:
+            tensor.copy_(values)
 
     while True:
         loud = set()
@@ -76,17 +80,6 @@ def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers
             break
         if moved and group is not hidden:
             readers[group[0]].mixed = "forward passes did not confirm which layers read it"
-
-
-def _restorer(probe: nn.Module) -> Callable[[], None]:
-    """A function that gives parameters and buffers the values that they have now."""
-    saved = [(tensor, tensor.clone()) for tensor in [*probe.parameters(), *probe.buffers()]]
-
-    def restore() -> None:
-        for tensor, values in saved:
-            tensor.copy_(values)
-
-    return restore
 
 
 def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:

@@ -240,18 +240,18 @@ class Probe:
             return False
         given = self._look.samples[name]
         dim = channel_dim(module, given)
-        groups = getattr(module, "groups", 1)
-        read, filters = given.shape[dim] // groups, len(module.weight)
-        halves = {"rows": list(range(0, filters, 2))} if rows else {"columns": list(range(0, read, 2))}
-        picked = None if rows else halves["columns"]
-        plan = CutPlan(**{part: {"layer": indices} for part, indices in halves.items()})  # type: ignore[arg-type]
+        groups, filters = getattr(module, "groups", 1), len(module.weight)
+        read = given.shape[dim] // groups
+        kept, picked = list(range(0, filters, 2)), list(range(0, read, 2))
         if groups > 1:
             stay = range(0, groups, 2)
-            halves = {"rows": [i for i in range(filters) if i // (filters // groups) in stay]}
+            kept = [i for i in range(filters) if i // (filters // groups) in stay]
             picked = [i for i in range(given.shape[dim]) if i // read in stay]
-            plan = CutPlan(rows={"layer": halves["rows"]}, groups={"layer": len(stay)})
+            plan = CutPlan(rows={"layer": kept}, groups={"layer": len(stay)})
+        else:
+            plan = CutPlan(rows={"layer": kept}) if rows else CutPlan(columns={"layer": picked})
         narrow = given
-        if picked is not None:
+        if groups > 1 or not rows:
             index = index_tensor(picked, given.device)
             narrow = given.index_select(dim, index)
             given = torch.zeros_like(given).index_copy(dim, index, narrow)
@@ -265,11 +265,11 @@ class Probe:
             return False
         if not isinstance(whole, Tensor) or not isinstance(part, Tensor):
             return False
-        if "rows" in halves:
+        if groups > 1 or rows:
             at = channel_dim(module, whole)
             if not 0 <= at < whole.dim() or whole.shape[at] != filters:
                 return False
-            whole = whole.index_select(at, index_tensor(halves["rows"], whole.device))
+            whole = whole.index_select(at, index_tensor(kept, whole.device))
         return close(whole, part, self._tolerance, scale_of(whole))
 
     def _find_dead(self, example: Any) -> tuple[dict[str, Tensor], list[set[str]]]:
