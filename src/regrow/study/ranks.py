@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from regrow.modules import device_of
 from regrow.repr.ranks import copy_from_first, first_decides, share
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class Ranks:
         """``model`` in DDP when there are several processes; itself when there is one."""
         if self._group is None:
             return model
-        device = next(model.parameters()).device
+        device = device_of(model)
         devices = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=devices)
 

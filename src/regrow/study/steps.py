@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from regrow.modules import device_of
 from regrow.study.feeding import Batches
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
@@ -46,7 +47,7 @@ def train_epoch(
         BadLoss: a loss is not finite, in every process.
     """
     model.train()
-    device, steps = next(model.parameters()).device, len(batches)
+    device, steps = device_of(model), len(batches)
     losses = torch.zeros(steps, device=device)
     sizes = torch.tensor([batches.size_of(step) for step in range(steps)], dtype=torch.float32)
     rates = []
