@@ -60,13 +60,9 @@ def take_block(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> T
         weight: [rows, columns, *kernel], or [rows] where ``columns`` is None.
         rows, columns: [kept] int64 each, no entry twice; None keeps all.
     """
-    if rows is not None and weight.dim() == 1:
-        return weight.index_select(0, rows)
-    if columns is None:
-        return weight if rows is None else take(weight, rows, 0)
-    if rows is None or torch.compiler.is_compiling():
-        return take(weight if rows is None else take(weight, rows, 0), columns, 1)
-    return cast(Tensor, _TakeBlock.apply(weight, rows, columns))
+    if rows is not None:
+        weight = weight.index_select(0, rows) if weight.dim() == 1 else take(weight, rows, 0)
+    return weight if columns is None else take(weight, columns, 1)
 
 
 def channels_last(tensor: Tensor) -> bool:
@@ -98,20 +94,6 @@ class _Place(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         return take(gradient, index, ctx.dim), None, None, None
-
-
-class _TakeBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        ctx.shape = weight.shape
-        return _taken(_taken(weight, rows, 0), columns, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rows, columns = ctx.saved_tensors
-        wide = place(gradient, columns, 1, ctx.shape[1])
-        return place(wide, rows, 0, ctx.shape[0]), None, None
 
 
 def _taken(tensor: Tensor, index: Tensor, dim: int) -> Tensor:

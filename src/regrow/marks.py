@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +117,12 @@ def states_of(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, _, mark in marks_on(inner):
         found.setdefault(mark.state(), name)
+    # The wrappers around the user's own module have no name there.
+    modules = [*inner.named_modules(), *(("", module) for module in model.modules())]
     for state, shows in _SIGNS.items():
-        where = [name for name, module in inner.named_modules() if shows(module)]
+        where = [name for name, module in modules if shows(module)]
         if where:
             found[state] = where[0]
-    found |= dict.fromkeys(_states_of_wrappers(model), "")
     if torch.is_inference_mode_enabled():
         found["inference mode"] = ""
     return {state: found[state] for state in STATES if state in found}
@@ -236,11 +237,3 @@ _SIGNS: dict[str, Callable[[nn.Module], bool]] = {
     "inference tensors": _has_inference_tensors,
     "lazy": _is_lazy,
 }
-
-
-def _states_of_wrappers(model: nn.Module) -> list[str]:
-    found = []
-    while model is not (inner := unwrap(model)):
-        found.append("data parallel" if _is_parallel(model) else "compiled")
-        model = compiled_from(model) or cast(nn.Module, getattr(model, "module", inner))
-    return found
