@@ -103,7 +103,7 @@ def test_what_cannot_be_planned_is_masked_and_the_event_says_so():
     fit(model, optimizer)
     (note,) = cycle.step().notes
     assert note.startswith(
-        "all dropped filters are computed and held at 0, for no plan could be made: the model cannot be "
+        "all dropped filters are computed and held at 0, because no plan could be made: the model cannot be "
         "copied: O"
     )
     fit(model, optimizer)

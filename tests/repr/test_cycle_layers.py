@@ -42,7 +42,7 @@ def test_the_first_convolution_is_the_first_to_run_and_not_the_first_registered(
 
     cycle = repr_on(Backwards())
     assert set(cycle.keep) == {"middle", "last"}
-    assert cycle.left_out == {"stem": "the first convolution (skip_first=False takes it in)"}
+    assert cycle.left_out == {"stem": "the first convolution (skip_first=False includes it)"}
     assert set(repr_on(Backwards(), skip_first=False).keep) == {"stem", "middle", "last"}
 
 

@@ -1,1 +1,1 @@
-"""How much a filter is worth keeping, and which filters go by that."""
+"""Scores of filters, and the choice of the filters to keep by their scores."""

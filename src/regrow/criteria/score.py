@@ -1,9 +1,9 @@
-"""Criteria: how much a filter is worth keeping. One pure function each; ``score`` by name."""
+"""Criteria that score filters, each a pure function of a weight; ``score`` finds them by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from regrow.suggest import nearest
 
 
 def overlap(weight: Tensor) -> Tensor:
-    """How much each filter points along the others of its layer (RePr, eq. 1–2).
+    """The overlap of each filter with the other filters of its layer (RePr, arXiv 1811.07275, eq. 1–2).
 
-    ``O[f] = Σ_j |Ŵ Ŵᵀ − I|[f, j] / J`` with the rows of ``Ŵ`` scaled to unit length. High = redundant.
-    A zero row has no direction: its overlap is 0, and it adds nothing to the others'.
+    ``O[f] = Σ_j |Ŵ Ŵᵀ − I|[f, j] / J``, where ``Ŵ`` has J rows of unit length. High = redundant.
+    A row of zeros has overlap 0, and adds nothing to the overlap of the other rows.
 
     Args:
         weight: [filters, channels, *kernel] of an ungrouped convolution.
@@ -34,13 +34,13 @@ def overlap(weight: Tensor) -> Tensor:
 
 
 def ortho(weight: Tensor) -> Tensor:
-    """The negative overlap: high = points where no other filter does (RePr, eq. 2). Tensor[filters]."""
+    """The negative overlap (RePr, eq. 2): high = no other filter has a similar direction. Tensor[filters]."""
     return -overlap(weight)
 
 
 def ortho_corrected(weight: Tensor) -> Tensor:
-    """``ortho`` in units of what chance gives: two random unit vectors of dimension D have
-    E|cos| ≈ sqrt(2 / (π D)), so plain overlap blames layers with short filters. Tensor[filters]."""
+    """``ortho`` divided by the |cos| that random unit vectors of dimension D have on average, about
+    sqrt(2 / (π D)): without this, filters with few weights score lower. Tensor[filters]."""
     return ortho(weight) / math.sqrt(2 / (math.pi * rows(weight).shape[1]))
 
 
@@ -54,17 +54,12 @@ def l2(weight: Tensor) -> Tensor:
     return rows(weight.detach()).float().norm(dim=1)
 
 
-WEIGHT_CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
-    "ortho": ortho,
-    "ortho-corrected": ortho_corrected,
-    "l1": l1,
-    "l2": l2,
-}
+WEIGHT_CRITERIA = {"ortho": ortho, "ortho-corrected": ortho_corrected, "l1": l1, "l2": l2}
 CRITERIA = (*WEIGHT_CRITERIA, "random")
 
 
 def check_criterion(criterion: str) -> None:
-    """Raise ``ValueError`` with the nearest names unless ``criterion`` is one of ``CRITERIA``."""
+    """Raise ``ValueError``, with similar names, if ``criterion`` is not in ``CRITERIA``."""
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}{nearest(str(criterion), CRITERIA)}")
 
@@ -76,12 +71,12 @@ def score(
 
     Args:
         model: any module with convolutions; it is only read.
-        criterion: ``"ortho"`` (the paper's), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``.
-        exclude: qualified names of convolutions, or of containers of them, to leave out.
-        seed: for ``"random"``: the same seed gives the same scores.
+        criterion: ``"ortho"`` (RePr's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``.
+        exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
+        seed: for ``"random"``; the same seed gives the same scores.
 
     Returns:
-        {qualified name: Tensor[filters]} on the weights' device.
+        {qualified name: Tensor[filters]} on the device of the weights.
 
     Raises:
         ValueError: unknown criterion or layer name, no convolution left, NaN or infinite weights,

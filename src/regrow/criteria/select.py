@@ -1,4 +1,4 @@
-"""From scores to keep masks: which filters go, at which fraction, ranked over what."""
+"""Keep masks from scores: rank the filters, and drop a fraction of them."""
 
 from __future__ import annotations
 
@@ -39,34 +39,31 @@ def select(
     floor: float = 0.1,
     exclude: Iterable[str] = (),
 ) -> dict[str, Tensor]:
-    """Keep masks that drop the lowest scores.
+    """Keep masks that drop the filters with the lowest scores.
 
     Args:
         scores: {name: Tensor[filters]}, higher = keep, as ``score`` gives them.
         fraction: share of the ranked filters to drop, rounded to a whole number of filters.
         scope: ``"global"`` ranks all filters of all layers together (RePr §3), ``"layer"`` drops the
             same share of each layer.
-        floor: share of each layer that stays alive whatever the ranking says, rounded up; never less
-            than one filter.
-        exclude: names left out of the ranking: their filters are neither dropped nor counted.
+        floor: share of each layer that stays alive whatever its scores are, rounded up to at least one
+            filter.
+        exclude: names of layers that are not ranked: their filters are neither dropped nor counted.
 
     Returns:
-        {name: BoolTensor[filters]} on the CPU for every ranked layer, True = alive. Equal scores fall in
-        order of layer and index, so the result is the same on every machine and rank.
+        {name: BoolTensor[filters]} on the CPU for every ranked layer, True = alive. Of filters with equal
+        scores the first in order of layer and index is dropped first, on every machine and rank.
 
     Raises:
         ValueError: arguments out of range, unknown names, nothing left to rank, NaN scores.
 
     Warns:
-        UserWarning: the floor leaves fewer filters to drop than ``fraction`` asks for; those are dropped.
+        UserWarning: the floor leaves fewer filters to drop than ``fraction`` asks for, so fewer are dropped.
     """
     check_selection(fraction, scope, floor)
     out = excluded(exclude, scores)
-    ranked = {
-        name: torch.as_tensor(values).detach().double().cpu()
-        for name, values in scores.items()
-        if name not in out
-    }
+    given = {name: torch.as_tensor(values) for name, values in scores.items() if name not in out}
+    ranked = {name: values.detach().double().cpu() for name, values in given.items()}
     if not ranked:
         raise ValueError("no layer is left to select from: exclude fewer layers.")
     for name, values in ranked.items():
@@ -75,22 +72,24 @@ def select(
         if values.isnan().any():
             raise ValueError(f"scores[{name!r}] holds NaN: look for NaN weights in that layer.")
 
-    room = {name: len(values) - _protected(len(values), floor) for name, values in ranked.items()}
+    sizes = {name: len(values) for name, values in ranked.items()}
+    # 0.07 · 100 is 7.000000000000001 in binary: without the 1e-9 an eighth filter would be protected.
+    room = {name: size - max(1, math.ceil(floor * size - 1e-9)) for name, size in sizes.items()}
     if scope == "layer":
-        wanted = {name: _rounded(fraction * len(values)) for name, values in ranked.items()}
+        wanted = {name: _rounded(fraction * size) for name, size in sizes.items()}
         counts = {name: min(wanted[name], room[name]) for name in ranked}
         keep = {name: _without_lowest(values, counts[name]) for name, values in ranked.items()}
         asked, got = sum(wanted.values()), sum(counts.values())
     else:
-        asked = _rounded(fraction * sum(len(values) for values in ranked.values()))
+        asked = _rounded(fraction * sum(sizes.values()))
         got = min(asked, sum(room.values()))
-        # The best filters of each layer, as many as the floor asks for, are out of the ranking's reach:
-        # the same filters a greedy walk from the lowest score would spare.
+        # The best filters of each layer, as many as the floor asks for, cannot be dropped. A greedy walk from
+        # the lowest score upwards would spare the same filters.
         spared = torch.cat([_without_lowest(values, room[name]) for name, values in ranked.items()])
         order = torch.cat(list(ranked.values())).argsort(stable=True)
         flat = torch.ones(len(order), dtype=torch.bool)
         flat[order[~spared[order]][:got]] = False
-        keep = dict(zip(ranked, flat.split([len(values) for values in ranked.values()]), strict=True))
+        keep = dict(zip(ranked, flat.split(list(sizes.values())), strict=True))
     if got < asked:
         warnings.warn(
             f"floor={floor} leaves {got} of the {asked} filters to drop that fraction={fraction} asks for: "
@@ -98,11 +97,6 @@ def select(
             stacklevel=2,
         )
     return keep
-
-
-def _protected(filters: int, floor: float) -> int:
-    # 0.07 · 100 is 7.000000000000001 in binary: without the slack an eighth filter would be protected.
-    return max(1, math.ceil(floor * filters - 1e-9))
 
 
 def _rounded(count: float) -> int:

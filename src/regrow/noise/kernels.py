@@ -1,4 +1,4 @@
-"""Batch Bridgeout weight by weight: as PyTorch runs it, or compiled into one pass over memory."""
+"""Batch Bridgeout's arithmetic on a vector of weights, as PyTorch operations or compiled into one kernel."""
 
 from __future__ import annotations
 
@@ -9,37 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The least size of a weight in the derivative's denominator: far below any that matters to the output.
+# The smallest |w| in the derivative's denominator; smaller weights do not matter to the output.
 _SMALLEST = 1e-6
 # 2^32 divided by the golden ratio, and a multiplier of "lowbias32" (Chris Wellons, 2018), modulo 2^32.
 SPACING, _MULTIPLIER = 0x9E3779B9 - 2**32, 0xD35A2D97 - 2**32
-# A compiler plans for about as many weights as it sees first: with few, for one thread.
+# The compiler optimises for the number of weights that it sees first; for few weights it uses one thread.
 _TYPICAL = 2**20
 
 
 def spaced(count: int, device: torch.device) -> Tensor:
-    """What ``scrambled`` makes random numbers of: [count] int32, far from each other (modulo 2^32)."""
+    """The ``numbers`` for ``scrambled``: [count] int32, evenly spaced by ``SPACING`` (modulo 2^32)."""
     return torch.arange(count, dtype=torch.int32, device=device).mul_(SPACING)
 
 
 def scrambled(numbers: Tensor, start: Tensor, key: Tensor) -> Tensor:
-    """Random numbers, all 2^32 values equally likely, out of numbers that differ.
+    """Random numbers [n] int32, all 2^32 values equally likely, from distinct numbers.
 
-    A hash of x = ``numbers`` + ``start`` (modulo 2^32): x·(2x + ``key``), which is a permutation for an odd
-    key (Rivest et al., "The RC6 Block Cipher", 1998, with key 1), then the high bits folded onto the low
-    ones and multiplied. Good in its high bits, which is what comparing reads.
+    The numbers are a hash of x = ``numbers`` + ``start`` (modulo 2^32): x·(2x + ``key``), which is a
+    permutation for an odd key (Rivest et al., "The RC6 Block Cipher", 1998, with key 1); then the high bits
+    are folded onto the low bits, and the result is multiplied. Its high bits, which a comparison reads, are
+    well mixed.
 
     Args:
-        numbers: [n] int32, of ``spaced``.
-        start: [] int32.
-        key: [] int32, odd.
-
-    Returns:
-        [n] int32.
+        numbers: [n] int32, from ``spaced``.
+        start, key: [] int32 each, ``key`` odd.
     """
     scrambled = numbers + start
     scrambled *= torch.add(key, scrambled, alpha=2)
-    # PyTorch shifts copies of the sign in: they are masked away.
+    # PyTorch's shift fills the high bits with copies of the sign, which the mask removes.
     scrambled ^= (scrambled >> 15).bitwise_and_(2**17 - 1)
     scrambled *= _MULTIPLIER
     return scrambled
@@ -62,22 +59,21 @@ def noisy(
     Args:
         weight, out: [n]. Below 32 bits the arithmetic is done in float32.
         numbers, start, key: see ``scrambled``.
-        last_kept: [] int32; m is 1 where what ``scrambled`` makes is at most this.
-        scale: 1/(1−p), [].
-        q: [].
-        three_quarters: that q/2 is 3/4, the published setting.
+        last_kept: [] int32; m is 1 where a weight's random number is at most ``last_kept``.
+        scale, q: [] each; ``scale`` is 1/(1−p).
+        three_quarters: whether q/2 is 3/4, the published setting.
         chosen: [n] bool, the weights to perturb; None for all.
     """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     amplitude = weight.abs()
-    if three_quarters:  # two square roots take a tenth of the time of a power
+    if three_quarters:  # two square roots take a tenth of the time of pow_
         amplitude.sqrt_().mul_(amplitude.sqrt())
     else:
         amplitude.pow_(q / 2)
     if chosen is not None:
         amplitude *= chosen
     kept = scrambled(numbers, start, key).le_(last_kept)
-    # For m = 0 this is exactly −1: with q = 2 the weight is then exactly 0, a dropped connection.
+    # For m = 0 the factor is exactly −1: with q = 2 the weight becomes exactly 0, a dropped connection.
     factor = kept.to(weight.dtype).mul_(scale).sub_(1)
     torch.addcmul(weight, amplitude, factor, out=out)
 
@@ -85,7 +81,7 @@ def noisy(
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: Tensor, out: Tensor) -> None:
     """Write ``gradient`` · ∂w̃/∂w to ``out``, all [n], where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    # At w = 0 the bound meets a noise of 0.
+    # At w = 0 the bounded reciprocal is multiplied by a noise of 0.
     inverse = weight.reciprocal().clamp_(-1 / _SMALLEST, 1 / _SMALLEST)
     relative = (noisy - weight).mul_(inverse).mul_(q / 2)
     torch.addcmul(gradient, gradient, relative, out=out)
@@ -97,12 +93,12 @@ def _noisy_at_once(weight: Tensor, *given: Any) -> None:
 
 @functools.cache
 def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """``noisy``, which numbers the weights itself, and ``scaled``, each as one kernel of any length."""
+    """``noisy``, without its argument ``numbers``, and ``scaled``, compiled for vectors of any length."""
     return torch.compile(_noisy_at_once, dynamic=True), torch.compile(scaled, dynamic=True)
 
 
 def check_compiler(weight: Tensor, three_quarters: bool, targeted: bool) -> None:
-    """Compile for weights like ``weight``, or raise ``RuntimeError`` that says what is missing."""
+    """Compile for weights like ``weight``, or raise a ``RuntimeError`` that says what is missing."""
     ones, out = weight.new_ones(_TYPICAL), weight.new_empty(_TYPICAL)
     number, factor = torch.tensor(1, dtype=torch.int32), torch.tensor(1.0, dtype=torch.float64)
     chosen = weight.new_ones(_TYPICAL, dtype=torch.bool) if targeted else None
@@ -112,7 +108,7 @@ def check_compiler(weight: Tensor, three_quarters: bool, targeted: bool) -> None
             perturb(ones, number, number, number, factor, factor, three_quarters, chosen, out)
             scale(ones, ones, ones, factor, out)
     except Exception as error:
-        # The first line names the cause; PyTorch's own advice on debugging its compiler follows it.
+        # The first line names the cause; the other lines are advice on debugging PyTorch's compiler.
         cause = str(error).strip().partition("\n")[0]
         raise RuntimeError(
             f"compiled=True: PyTorch cannot compile on this machine ({cause}). It needs a C++ compiler and "

@@ -1,4 +1,4 @@
-"""Batch Bridgeout on a model: noise on the weights of its layers while it trains."""
+"""Batch Bridgeout (arXiv 2009.10893) on the layers of a model that trains."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from regrow.noise.perturbation import check_noise, perturbed, pool
 from regrow.torch_private import own_parameters
 
 _STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
-# 1 drew its random numbers from PyTorch's generator.
-_VERSION = 2
+_VERSION = 2  # version 1 drew its random numbers from PyTorch's generator
 
 
 def add_bridgeout(
@@ -35,34 +34,32 @@ def add_bridgeout(
     seed: int = 0,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Train ``model`` with Batch Bridgeout (arXiv 2009.10893): ``bridgeout`` on the weights it reads.
+    """Add Batch Bridgeout's noise (arXiv 2009.10893) to the weights of ``model`` in train mode.
 
-    A layer in train mode computes with w̃, one in eval mode with w, exactly. Every forward pass of
-    ``model`` that trains makes one draw, from ``seed``, the number of the pass and the parameter: layers
-    that share a weight, a layer that runs twice and a checkpointed part that is computed again see the
-    same w̃. Parameters, ``state_dict()`` keys and ``isinstance`` stay as they are. Every process of a
-    distributed run makes the same draws; give each its own ``seed`` to have them differ. Until
-    ``remove_bridgeout`` the model cannot be pickled as a whole; its ``state_dict()`` can be saved as ever.
+    A layer in train mode computes with w̃ (see ``bridgeout``), a layer in eval mode exactly with w. In each
+    forward pass in train mode, each parameter gets one draw, which depends on ``seed``, the number of the
+    pass and the parameter. So layers that share a weight, a layer that runs twice, and a checkpointed part
+    that is computed again see the same w̃. Parameters, ``state_dict()`` keys and ``isinstance`` do not change.
+    All processes of a distributed run make the same draws; give each its own ``seed`` for different draws.
+    Until ``remove_bridgeout`` the model cannot be pickled as a whole, but its ``state_dict()`` can be saved.
 
     Args:
-        model: any module with Conv1d, Conv2d or Conv3d layers; wrappers are looked through. It must be
-            the module that training calls, for its calls mark the passes.
+        model: any module with Conv1d, Conv2d or Conv3d layers, in its wrappers or without. It must be the
+            module that training calls, because its calls mark the passes.
         p, q, target_fraction: see ``bridgeout``.
-        linear: perturb the linear layers as well (not those inside an attention layer, which reads
-            their weights itself).
-        exclude: qualified names of layers, or of containers of them, to leave alone.
-        seed: same seed, same model: same noise.
-        compiled: compute the noise in one pass over memory, compiled by ``torch.compile`` on the spot (a
-            few seconds, the first time on a machine). It takes half of the time, and for large layers
-            that shows. The draws are the same, w̃ and gradients are up to rounding, so it is no part of
-            ``settings``.
+        linear: perturb linear layers too, except inside attention layers, which read those weights directly.
+        exclude: qualified names of layers, or of containers of layers, to leave alone.
+        seed: for an equal model, the same seed gives the same noise.
+        compiled: compute the noise with a kernel from ``torch.compile``, in half the time, which matters for
+            large layers. The first compilation on a machine takes a few seconds. The same weights are
+            dropped; w̃ and gradients are equal up to rounding, so ``settings`` does not contain ``compiled``.
 
     Returns:
-        A JSON-able record: ``version``, ``layers`` (the names of those perturbed) and ``settings``.
+        A JSON-able record: ``version``, ``layers`` (the names of the perturbed layers) and ``settings``.
 
     Raises:
         ValueError: an argument out of range, an unknown name, no layer left, a layer that has Bridgeout
-            already, or one whose weight is not a plain real parameter. Nothing is changed.
+            already, or a layer whose weight is not a plain real parameter. Nothing is changed.
         RuntimeError: ``compiled``, and PyTorch finds no compiler. Nothing is changed.
     """
     check_noise(p, q, target_fraction)
@@ -77,33 +74,32 @@ def add_bridgeout(
         "linear": bool(linear), "exclude": exclude, "seed": seed,
     }  # fmt: skip
     if compiled:
-        for like in {
-            (layer.weight.device, layer.weight.dtype): layer.weight for layer in layers.values()
-        }.values():
+        weights = [layer.weight for layer in layers.values()]
+        for like in {(weight.device, weight.dtype): weight for weight in weights}.values():
             check_compiler(like, q == 1.5, target_fraction < 1)
     passes = Passes(model, settings)
     model._bridgeout_passes = passes  # type: ignore[assignment]
     keys: dict[int, int] = {}
     for layer in layers.values():
-        # By parameter, not by layer: layers that share a weight share its draw.
+        # One key per parameter, so that layers which share a weight share its draw.
         layer._bridgeout = _Noise(passes, keys.setdefault(id(layer.weight), len(keys)), bool(compiled))
         layer.__class__ = _bridged(type(layer))  # type: ignore[arg-type]
     return {"version": _VERSION, "layers": list(layers), "settings": settings}
 
 
 def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None) -> None:
-    """Undo ``add_bridgeout``: the layers are of their own classes again, and the hooks are gone.
+    """Undo ``add_bridgeout``: give the layers their own classes again, and remove the hooks.
 
     Args:
         model: the module that was given to ``add_bridgeout``.
-        calibration: batches of a few hundred unlabelled images, as in ``compensate``. Pass them once
-            training is over: the batch norms have recorded the statistics of noisy weights, and the
-            network without noise is better with its own (``reestimate_norms``). Without batch norms, or
-            without ``calibration``, nothing is re-estimated.
+        calibration: batches of a few hundred unlabelled images, as in ``compensate``. Give them at the end
+            of training: the batch norms have recorded statistics under noise, and the network without
+            noise is more accurate with statistics of its own (``reestimate_norms``). Without batch norms or
+            without ``calibration`` nothing is re-estimated.
 
     Raises:
-        ValueError: ``model`` is not one that was given to ``add_bridgeout``, a layer has been
-            parametrized since, or as ``reestimate_norms``. Nothing is changed.
+        ValueError: ``model`` was not given to ``add_bridgeout``, a layer has been parametrized since, or an
+            error of ``reestimate_norms``. Nothing is changed.
     """
     check(model, "remove_bridgeout")
     model = unwrap(model)
@@ -114,13 +110,9 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
         if isinstance(layer, _Bridged) and layer._bridgeout.passes is passes
     }
     for name, layer in layers.items():
-        if "_plain" not in vars(type(layer)):
-            raise ValueError(
-                f"{name!r} was parametrized after Bridgeout was added: call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it first."
-            )
+        _plain_class(layer, repr(name))
     if calibration is not None and running_norms(model):
-        reestimate_norms(model, calibration)  # in evaluation mode, in which a layer reads w itself
+        reestimate_norms(model, calibration)  # runs the layers in eval mode, so with w instead of w̃
     for layer in layers.values():
         layer._bridgeout.undo(layer)
     passes.undo(model)
@@ -128,21 +120,21 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
 
 
 def bridgeout_state(model: nn.Module) -> dict[str, Any]:
-    """What ``load_bridgeout_state`` needs to go on with the same noise: JSON-able, beside the weights.
+    """JSON-able data from which ``load_bridgeout_state`` continues the noise; save it with the weights.
 
     Raises:
-        ValueError: ``model`` is not one that was given to ``add_bridgeout``.
+        ValueError: ``model`` was not given to ``add_bridgeout``.
     """
     passes = _passes(unwrap(model))
     return {"version": _VERSION, "settings": dict(passes.settings), "passes": int(passes.number)}
 
 
 def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Go on where ``bridgeout_state`` was taken; ``add_bridgeout`` first, with the same settings.
+    """Continue the noise from ``bridgeout_state``, after ``add_bridgeout`` with the same settings.
 
     Raises:
-        ValueError: not such a state, of another version or other settings, or ``model`` is not one that
-            was given to ``add_bridgeout``. Nothing is changed.
+        ValueError: ``state`` is incomplete, of another version or has other settings, or ``model`` was not
+            given to ``add_bridgeout``. Nothing is changed.
     """
     passes = _passes(unwrap(model))
     if missing := {"version", "settings", "passes"} - set(state):
@@ -160,31 +152,33 @@ def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 class _Noise(Mark):
-    """What one layer with Bridgeout knows: its share of the noise, and w̃ while its forward method runs."""
+    """The mark on a layer with Bridgeout; ``noisy`` is w̃ while the layer's forward method runs."""
 
     def __init__(self, passes: Passes, key: int, compiled: bool) -> None:
-        self.passes = passes
-        self.key = key
-        self.compiled = compiled
+        self.passes, self.key, self.compiled = passes, key, compiled
         self.noisy: Tensor | None = None
 
     def state(self) -> str:
-        """See ``Mark``."""
         return "bridgeout"
 
     def undo(self, module: nn.Module) -> None:
-        """Give the layer its own class again. ``ValueError`` if another class stands in front of it."""
-        if "_plain" not in vars(type(module)):
-            raise ValueError(
-                "a layer was parametrized after Bridgeout was added: call "
-                "torch.nn.utils.parametrize.remove_parametrizations on it first."
-            )
-        module.__class__ = cast(Any, type(module))._plain
+        """Give the layer its own class again."""
+        module.__class__ = _plain_class(module, "a layer")
         del module._bridgeout
 
 
+def _plain_class(layer: nn.Module, name: str) -> Any:
+    """The class before ``add_bridgeout``; ``ValueError`` if another class was put in front since."""
+    if "_plain" not in vars(type(layer)):
+        raise ValueError(
+            f"{name} was parametrized after Bridgeout was added: call "
+            "torch.nn.utils.parametrize.remove_parametrizations on it first."
+        )
+    return cast(Any, type(layer))._plain
+
+
 class _Bridged(nn.Module):
-    """In front of a layer's own class: its forward method reads w̃ where it says ``self.weight``."""
+    """A class put in front of a layer's class, so that ``self.weight`` in its forward method is w̃."""
 
     _bridgeout: _Noise
     _plain: type[nn.Module]
@@ -192,7 +186,7 @@ class _Bridged(nn.Module):
     @property
     def weight(self) -> Tensor:
         noisy = self._bridgeout.noisy
-        # Else nn.Module's own lookup, which the property stands in front of.
+        # This property hides the parameter, which nn.Module.__getattr__ still finds.
         return cast(Tensor, nn.Module.__getattr__(self, "weight")) if noisy is None else noisy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,23 +195,14 @@ class _Bridged(nn.Module):
         weight = own_parameters(self).get("weight")
         if weight is None:
             raise ValueError(
-                "the weight of a layer with Bridgeout is no parameter any more (a parametrization): call "
-                "remove_bridgeout, and add it again without that layer."
+                "the weight of a layer with Bridgeout is no parameter any more, because the layer was "
+                "parametrized: call remove_bridgeout, and then add_bridgeout without that layer."
             )
         noise = self._bridgeout
         given = noise.passes.settings
-        number = noise.passes.current()
-        noise.noisy = perturbed(
-            weight,
-            given["p"],
-            given["q"],
-            given["target_fraction"],
-            given["seed"] % 2**63,
-            noise.key,
-            number,
-            noise.compiled,
-            _reads_alone(self),
-        )
+        strength = given["p"], given["q"], given["target_fraction"]
+        draw = given["seed"] % 2**63, noise.key, noise.passes.current()
+        noise.noisy = perturbed(weight, *strength, *draw, noise.compiled, _reads_alone(self))
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -225,9 +210,9 @@ class _Bridged(nn.Module):
 
 
 def _reads_alone(layer: _Bridged) -> bool:
-    """Whether nothing but one convolution or linear product can read w̃ in ``layer``."""
+    """Whether only one convolution or linear product reads w̃ in ``layer``."""
     return (
-        # As add_bridgeout made it: no class in front, and the class behind it PyTorch's own.
+        # No class was put in front since add_bridgeout, and the layer's own class is PyTorch's.
         vars(type(layer)).get("_plain") in _STOCK
         and "_conv_forward" not in vars(layer)
         and not torch.compiler.is_compiling()
@@ -240,15 +225,14 @@ def _bridged(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def _passes(model: nn.Module) -> Passes:
-    if "_bridgeout_passes" not in vars(model):
+    passes = vars(model).get("_bridgeout_passes")
+    if not isinstance(passes, Passes):
         raise ValueError("this model has no Bridgeout: pass the one that was given to add_bridgeout.")
-    passes = model._bridgeout_passes
-    assert isinstance(passes, Passes)
     return passes
 
 
 def _layers(model: nn.Module, linear: bool, exclude: list[str]) -> dict[str, Any]:
-    """The layers to perturb by qualified name, checked."""
+    """The layers to perturb, by qualified name; ``ValueError`` if one of them cannot have Bridgeout."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *([nn.Linear] if linear else []))
     every: dict[str, Any] = {
         name: layer
@@ -259,25 +243,21 @@ def _layers(model: nn.Module, linear: bool, exclude: list[str]) -> dict[str, Any
     layers = {name: layer for name, layer in every.items() if name not in left_out}
     if not layers:
         raise ValueError(
-            f"no layer is left to perturb: the model has {len(every)}, {len(left_out)} are excluded. Exclude "
+            f"no layer is left to perturb: of {len(every)} layers {len(left_out)} are excluded. Exclude "
             "fewer layers, or pass a model with Conv1d, Conv2d or Conv3d layers, or with linear layers and "
             "linear=True."
         )
     for name, layer in layers.items():
         weight = own_parameters(layer).get("weight")
         if weight is None:
-            raise ValueError(
-                f"{name!r} cannot have Bridgeout: {borrowed_weight(layer)} Or leave the layer out with "
-                f"exclude=[{name!r}]."
-            )
-        if is_spread(layer):
-            raise ValueError(
-                f"{name!r} was cut and holds filters at 0 beside its weight: leave it out with "
-                f"exclude=[{name!r}]."
-            )
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"the weight of {name!r} is {weight.dtype}, and Bridgeout needs real floating-point numbers: "
-                f"leave the layer out with exclude=[{name!r}]."
-            )
+            reason = borrowed_weight(layer)
+        elif is_spread(layer):
+            reason = "it was cut, and computes with its weight among zeros"
+        elif not weight.is_floating_point():
+            reason = f"its weight is {weight.dtype}, and the noise needs real floating-point numbers"
+        else:
+            continue
+        raise ValueError(
+            f"{name!r} cannot have Bridgeout: {reason}. You can leave it out by exclude=[{name!r}]."
+        )
     return layers

@@ -1,4 +1,4 @@
-"""Which forward pass of a model a layer runs in, while it is computed again in a backward pass too."""
+"""The number of the forward pass that a layer runs in, also when a backward pass computes it again."""
 
 from __future__ import annotations
 
@@ -11,59 +11,55 @@ from torch import Tensor, nn
 from regrow.marks import Mark
 from regrow.torch_private import backward_node, made_as, nodes_made
 
-# How many forward passes may wait for their backward pass while checkpointed parts are computed again.
+# The number of forward passes that may wait for their backward pass, for models with checkpointed parts.
 _PENDING = 64
 
 
 class Passes(Mark):
-    """Numbers the forward passes of ``model`` that draw noise, from 1; all its layers share this object.
+    """Counts the forward passes of ``model`` that draw noise, from 1; all its layers share this object.
 
     Args:
-        model: its calls are the passes.
-        settings: of the noise, as ``bridgeout_state`` gives them.
+        model: the module whose calls are the passes.
+        settings: the settings of the noise, as in ``bridgeout_state``.
     """
 
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         self.settings = settings
-        # A tensor: torch.compile would compile again for every value of a plain number.
+        # torch.compile would compile again for every value of a plain number, and not for a tensor.
         self.number = torch.zeros((), dtype=torch.int64, device="cpu")
         self._running = self._drawn = False
-        # (number of autograd nodes made when a pass ended, number of the pass), oldest first.
+        # (number of autograd nodes at the end of a pass, number of the pass), oldest first.
         self._ends: deque[tuple[int, int]] = deque(maxlen=_PENDING)
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end),
-        ]
+        self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
 
     def state(self) -> str:
-        """See ``Mark``."""
         return "bridgeout"
 
     def undo(self, module: nn.Module) -> None:
-        """Take the hooks off the model, and this object."""
+        """Take the hooks and this object off the model."""
         for handle in self._handles:
             handle.remove()
         del module._bridgeout_passes
 
     def current(self) -> Tensor:
-        """The number of the pass that what runs now belongs to, [] int64.
+        """The number of the forward pass that is running or is computed again, [] int64.
 
         Raises:
-            ValueError: no pass is running, nor the backward pass of one.
+            ValueError: neither a forward pass nor a backward pass is running.
         """
         if (node := backward_node()) is not None:
-            # A checkpointed part is computed again. The node that asked for it was made in its own pass,
-            # and later passes may have run since.
+            # A checkpointed part is computed again. Later passes may have run since its own pass, but its
+            # autograd node was made before its own pass ended.
             made = made_as(node)
             ended = next((number for end, number in self._ends if made < end), None)
             return self.number if ended is None else torch.tensor(ended, device="cpu")
         if not self._running:
             raise ValueError(
                 "a layer with Bridgeout ran in train mode outside a call of the model given to "
-                "add_bridgeout, whose calls mark the passes. Call that model, or add Bridgeout to the part "
-                "that is called."
+                "add_bridgeout, whose calls mark the passes. Call that model, or add Bridgeout to the module "
+                "that you call."
             )
-        # Counted at the first draw, so that evaluating in between leaves the noise of training as it is.
+        # A pass counts at its first draw, so passes in eval mode do not change the noise of training.
         if not self._drawn:
             self.number.add_(1)
             self._drawn = True

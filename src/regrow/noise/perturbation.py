@@ -1,4 +1,4 @@
-"""Batch Bridgeout's arithmetic: noise on a weight, scaled by a power of the weight's own size."""
+"""Batch Bridgeout's noise on one weight tensor (arXiv 2009.10893)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from regrow.filters import rows
 from regrow.noise import kernels
 from regrow.noise.pool import Pool
 
-# Weights worked on at a time on a CPU: what is in between stays in the cores' caches.
-_PART = 2**18
-# Positions are counted in 32 bits.
-_MOST = 2**30
-# A step's perturbed weights are as large as those of the step before.
-pool = Pool()
+_PART = 2**18  # weights per part on a CPU: the intermediate results of a part fit into the cores' caches
+_MOST = 2**30  # weights per part otherwise: positions are 32-bit numbers
+pool = Pool()  # for w̃ and its gradients, which have the same sizes in every step
 
 
 def bridgeout(
@@ -39,17 +36,17 @@ def bridgeout(
     Args:
         weight: [filters, ...], real floating point. Below 32 bits the arithmetic is done in float32.
         p: probability that a weight's m is 0, 0 ≤ p < 1. With p = 0 the result equals ``weight``.
-        q: the norm of the penalty that the noise amounts to, above 0.
-        target_fraction: share of each filter's weights that is perturbed, those smallest in magnitude,
-            rounded to a whole number of weights; equal magnitudes are taken in order of position.
-        generator: one number is drawn from it (without it, from PyTorch's global generator of the
-            CPU); that number decides the whole draw.
+        q: the norm of the penalty that the noise is equivalent to, above 0.
+        target_fraction: share of each filter's weights that is perturbed: the smallest in magnitude, rounded
+            to a whole number of weights. Of equal magnitudes the first are taken.
+        generator: supplies one number, which decides the whole draw; None takes PyTorch's global generator
+            of the CPU.
 
     Returns:
-        A new tensor like ``weight``, differentiable in it once.
+        A new tensor like ``weight``, which can be differentiated once.
 
     Raises:
-        ValueError: p, q or target_fraction out of range, or a weight that is not as described.
+        ValueError: p, q or target_fraction out of range, or ``weight`` is a scalar or has another type.
     """
     check_noise(p, q, target_fraction)
     if not weight.is_floating_point() or weight.dim() == 0:
@@ -78,7 +75,7 @@ def check_noise(p: float, q: float, target_fraction: float) -> None:
         )
 
 
-# An operator of its own, so that torch.compile calls it as it is.
+# A custom operator, so that torch.compile calls it and does not trace into it.
 @torch.library.custom_op("regrow::bridgeout", mutates_args=())
 def perturbed(
     weight: Tensor,
@@ -91,19 +88,22 @@ def perturbed(
     compiled: bool,
     alone: bool,  # noqa: ARG001 (_remember reads it)
 ) -> Tensor:
-    """``bridgeout``, with the draw decided by (``seed``, ``layer``, ``number``) and nothing else.
+    """``bridgeout`` with a draw that depends only on ``seed``, ``layer``, ``number`` and the memory layout.
 
-    ``number`` [] is an integer in a tensor: torch.compile would compile again for every plain number.
-    Which weights are dropped depends neither on the device nor on ``compiled``, but on how the weight
-    lies in memory. ``alone``: what reads w̃ is one of PyTorch's own convolutions or linear layers and
-    nothing else, so its gradient is nobody else's and may be overwritten.
+    The device and ``compiled`` have no influence on which weights are dropped.
+
+    Args:
+        number: [] an integer in a tensor, because torch.compile compiles again for every plain number.
+        alone: whether a single convolution or linear layer of PyTorch reads w̃ and nothing else does. Then
+            nothing else reads the gradient of w̃ either, and the backward pass may overwrite it.
     """
     if p == 0 or weight.numel() == 0:
         return weight.clone()
     noisy = pool.empty_like(weight)
     chosen = None if target_fraction == 1 else _in_memory(_smallest(weight, target_fraction), noisy)
-    start, key = _stream(f"{seed} {layer} {int(number)}")
-    # Of the 2^32 numbers from -2^31 on, 1 - p are kept.
+    digest = hashlib.blake2b(f"{seed} {layer} {int(number)}".encode(), digest_size=8).digest()
+    start, key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
+    # A weight is kept if its random number is among the lowest 1 - p of all 2^32 values.
     kept = max(1, round((1 - p) * 2**32))
     given = (_int32(kept - 2**31 - 1), _scalar(1 / (1 - p)), _scalar(q), q == 1.5)
     weights, outs = _in_memory(weight, noisy), _in_memory(noisy, noisy)
@@ -127,17 +127,12 @@ def _(weight: Tensor, *_: Any) -> Tensor:
 
 
 def smallest(weight: Tensor, fraction: float) -> Tensor:
-    """The ``fraction`` of each filter's weights that is smallest in magnitude.
+    """The ``fraction`` of each filter's weights that is smallest in magnitude, BoolTensor like ``weight``.
 
-    Args:
-        weight: [filters, ...].
-        fraction: rounded to a whole number of weights per filter.
-
-    Returns:
-        BoolTensor like ``weight``. Of equal magnitudes the first in order of position are taken.
+    ``fraction`` is rounded to a whole number of weights per filter. Of equal magnitudes the first are taken.
     """
     sizes = rows(weight).abs()
-    # 0.29 · 50 is 14.499999999999998 in binary: without the slack a half would be rounded down.
+    # 0.29 · 50 is 14.499999999999998 in binary: without the 1e-9 a half would be rounded down.
     count = math.floor(fraction * sizes.shape[1] + 0.5 + 1e-9)
     if count == 0:
         return torch.zeros_like(weight, dtype=torch.bool)
@@ -148,7 +143,7 @@ def smallest(weight: Tensor, fraction: float) -> Tensor:
 
 
 def _smallest(weight: Tensor, fraction: float) -> Tensor:
-    """``smallest``, a few filters at a time on a CPU, laid out in memory as ``weight`` is."""
+    """``smallest`` in the memory layout of ``weight``; on a CPU a few filters at a time."""
     chosen = torch.empty_like(weight, dtype=torch.bool)
     filters = max(1, _part(weight, False) * len(weight) // weight.numel())
     for few, out in zip(weight.split(filters), chosen.split(filters), strict=True):
@@ -157,25 +152,19 @@ def _smallest(weight: Tensor, fraction: float) -> Tensor:
 
 
 def _part(weight: Tensor, compiled: bool) -> int:
-    # Elsewhere than on a CPU a pass over all of the weights is one kernel, and more would be slower.
+    # On a GPU, and compiled, one kernel processes all weights, and several kernels would be slower.
     return min(weight.numel(), _PART if weight.is_cpu and not compiled else _MOST)
 
 
 def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` as a vector, in the order in which the elements of ``like``, which is dense, lie."""
+    """``tensor`` as a vector, in the memory order of the elements of ``like``, a dense tensor."""
     if tensor.stride() != like.stride():
         tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _stream(draw: str) -> tuple[int, int]:
-    """``start`` and ``key`` of ``kernels.scrambled``, for one draw."""
-    digest = hashlib.blake2b(draw.encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
-
-
 def _int32(number: int) -> Tensor:
-    """``number`` modulo 2^32, as the int32 of the same bits."""
+    """``number`` modulo 2^32, as an int32 tensor with the same bits."""
     return torch.tensor((number + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cpu")
 
 
@@ -185,7 +174,7 @@ def _scalar(number: float) -> Tensor:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     weight, _, ctx.q, *_, ctx.compiled, ctx.alone = inputs
-    # The convolution keeps w̃ anyway, and the parameter lives on: nothing extra is held.
+    # This needs no extra memory: the convolution saves w̃ too, and the parameter exists anyway.
     ctx.save_for_backward(weight, output)
 
 
@@ -203,7 +192,7 @@ perturbed.register_autograd(_gradient, setup_context=_remember)
 @torch.library.custom_op("regrow::bridgeout_gradient", mutates_args=())
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: bool) -> Tensor:
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
-    # Like the weight, and not like the gradient: only such a one becomes ``.grad`` without a copy.
+    # autograd uses a tensor with the layout of the weight as ``.grad`` without a copy.
     out = pool.empty_like(weight)
     _scale(gradient, weight, noisy, q, compiled, out)
     return out

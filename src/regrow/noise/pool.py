@@ -1,4 +1,4 @@
-"""Memory that is used again: for large tensors that are made and dropped in every training step."""
+"""A memory pool for large tensors that every training step makes and drops."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import weakref
 import torch
 from torch import Tensor
 
-# Smaller tensors come from memory that the C library keeps at hand anyway.
+# The C library itself keeps the memory of smaller tensors for later use.
 _LEAST = 2**20
 
 
 class Pool:
-    """Tensors on the CPU, out of memory that goes back to the pool when nothing uses it any more.
+    """Makes tensors on the CPU whose memory returns to the pool when nothing uses it any more.
 
-    The C library gives large blocks back to the system as soon as they are free, and the system clears
-    every page before it hands them out again: a third of the time that Bridgeout takes.
+    The C library returns large free blocks to the system, and the system clears every page before it hands
+    the block out again, which took a third of Bridgeout's time.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Pool:
         free = self._free.setdefault(size, [])
         memory = free.pop() if free else torch.empty(size, dtype=torch.uint8)
         lease = memory.numpy()
-        # The tensor and all that share its storage keep the array alive, and nothing else does.
+        # Only the tensors that share the storage keep the array alive.
         weakref.finalize(lease, free.append, memory).atexit = False
         storage = torch.from_numpy(lease).untyped_storage()
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, dense.shape, dense.stride())
 
     def clear(self) -> None:
-        """Give back what is not in use; what is goes back to the system once it is free."""
+        """Give unused memory back to the system; memory in use goes back there once it is free."""
         self._free = {}

@@ -1,4 +1,4 @@
-"""RePr: cut the filters that overlap most, train on without them, regrow them orthogonally; repeat."""
+"""RePr: drop the filters that overlap most, train without them, restore them with orthogonal rows; repeat."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from regrow.surgery.removal import plan_removal
 from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
 
 _VERSION = 1
-# Below a tenth of the highest rate a cut or a restart has too little left to heal with.
+# At less than this share of the highest learning rate, a network heals too slowly after a drop or restore.
 _LOW_RATE = 0.1
 
 
 @dataclass(frozen=True)
 class Event:
-    """What ``RePr.step`` did.
+    """A drop or restore that ``RePr.step`` carried out.
 
     Attributes:
         kind: ``"drop"`` or ``"restore"``.
-        step: how often ``step`` had been called, this call included.
+        step: the number of calls of ``step``, this one included.
         cycle: number of the cycle, from 1.
-        filters: {qualified name: indices of the filters}, layers without any left out.
-        least_covered: on restore, the layers whose null space was too small for the rows needed, so that
-            directions the existing rows cover least were taken.
-        notes: anything that could not be done as asked, one sentence each.
+        filters: {qualified name: indices of the filters}, without the layers that have no such filter.
+        least_covered: on restore, the layers whose null space was too small for the new rows, which then
+            took the directions that the existing rows cover least.
+        notes: one sentence for each thing that could not be done as asked.
     """
 
     kind: str
@@ -60,39 +60,37 @@ class Event:
 
 
 class RePr:
-    """Retrain and prune, in your own loop (RePr, arXiv 1811.07275, §3).
+    """Drop and restore filters while you train a model in your own loop (RePr, arXiv 1811.07275, §3).
 
-    Call ``step()`` once per epoch, or once per batch: ``full`` and ``sub`` count whatever you call it
-    for. After ``full`` steps the filters that score lowest are dropped: they emit exactly 0 and stay
-    dead under any optimizer. After ``sub`` more they are restored with new directions. That happens
-    ``cycles`` times; afterwards ``step()`` does nothing. Hold the learning rate up until the last
-    restore: filters cut or regrown at a rate near 0 cannot heal.
+    Call ``step()`` once per epoch, or once per batch: ``full`` and ``sub`` count these calls. After ``full``
+    calls the filters with the lowest scores are dropped: they emit exactly 0, and no optimizer moves them.
+    After ``sub`` more calls they are restored with new directions. After ``cycles`` cycles ``step()`` does
+    nothing. Keep the learning rate high until the last restore: near a rate of 0 the network cannot heal.
 
     Args:
-        model: any module; DDP and ``torch.compile`` wrappers are looked through. Grouped and depthwise
-            convolutions are left alone (``left_out`` says which and why). Of a DDP wrapper's processes
-            the first decides for all, and each change leaves them with the same weights and buffers, bit
-            for bit: give the wrapper, and call ``step`` in every process.
-        optimizer: the one that trains ``model``.
+        model: any module, also in a DDP or ``torch.compile`` wrapper. Grouped and depthwise convolutions are
+            left alone; ``left_out`` names every convolution that is left alone, and why. With DDP, give the
+            wrapper and call ``step`` in every process: the first process decides for all, and after each
+            drop and restore all processes have its weights and buffers, bit for bit.
+        optimizer: the optimizer that trains ``model``.
         fraction: share of the ranked filters to drop, 0 ≤ fraction < 1.
         full, sub: lengths of the two phases of a cycle, in calls of ``step``.
-        cycles: how often to drop and restore.
-        criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``,
-            ``"random"``.
-        consumers: what the layers that read a restored channel do with it. ``"keep"``: the weights they
-            had when it was dropped. ``"zero"``: weights of 0, so that the network's output does not move
-            at the restore. ``"init"``: freshly drawn weights.
-        compact: in the sub phase, leave dropped filters out of the arithmetic (``narrow``): quicker, and the
-            same up to rounding. ``torch.compile`` compiles anew after a drop. Where it cannot be done
-            safely, and for a model in ``nn.DataParallel``, dropped filters are computed and held at 0, as
-            with False; the event's notes say so.
+        cycles: the number of cycles.
+        criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``, ``"random"``.
+        consumers: the weights by which other layers read a restored channel. ``"keep"``: the weights from
+            before the drop. ``"zero"``: 0, so that the restore does not change the network's output.
+            ``"init"``: newly drawn weights.
+        compact: leave dropped filters out of the computation in the sub phase (``narrow``), which is faster
+            and gives the same results up to rounding. ``torch.compile`` compiles again after a drop. Where
+            no plan for this can be confirmed, and in ``nn.DataParallel``, dropped filters are computed and
+            held at 0, as with False, and the event's notes say so.
         scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
         floor: share of every layer that always stays alive.
-        exclude: qualified names of convolutions, or of containers of them, to leave alone.
-        skip_first: leave out the first convolution the input reaches, as the authors advise.
-        seed: same seed, same weights: same choices.
-        example_inputs: what ``model`` takes (a tensor, a tuple of arguments, a dict of keywords); one
-            picture is enough. Needed to see which norms and layers read which channels.
+        exclude: qualified names of convolutions, or of containers of convolutions, to leave alone.
+        skip_first: leave out the first convolution that the input reaches, as the authors advise.
+        seed: with equal weights, the same seed gives the same choices.
+        example_inputs: an input of ``model`` (a tensor, a tuple of arguments, a dict of keywords); one
+            picture is enough. RePr traces the model with it to find the norms and layers that read a channel.
 
     Raises:
         ValueError: an argument out of range, an unknown name, no convolution left, an optimizer that
@@ -162,7 +160,8 @@ class RePr:
                     readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
         self._replicated = isinstance(model, nn.DataParallel)
         self._compact = compact
-        self._example_inputs = _detached(example_inputs)
+        # Clones: a view, such as x[:1], would keep the whole batch in memory.
+        self._example_inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -171,30 +170,25 @@ class RePr:
             self._conv(name)._regrow_cycle = _InCycle(self)
 
     def _check_held(self) -> None:
-        # A bias that another optimizer moves would revive a dropped filter.
+        # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        first = {name: [0] for name in self._layers}
-        needed = {
-            id(parameter)
-            for parameter, _ in silent_entries(self._model, self._layers, first)
-            if parameter.requires_grad
-        }
+        entries = silent_entries(self._model, self._layers, {name: [0] for name in self._layers})
+        needed = {id(parameter) for parameter, _ in entries if parameter.requires_grad}
         missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
         if missing:
             raise ValueError(
                 f"the optimizer does not hold {', '.join(map(repr, missing[:3]))}"
                 + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
                 + ". Build it from all of this model's parameters, after the model has been moved to its "
-                "device; or name the layers it leaves alone in exclude=, or freeze them."
+                "device; or list in exclude= the layers that it does not train, or freeze them."
             )
 
     def _find_left_out(self, exclude: list[str], skip_first: bool) -> dict[str, str]:
         every = convolutions(self._model)
         reasons = dict.fromkeys(sorted(excluded(exclude, every)), "excluded by name")
         if skip_first and self._readers:
-            reasons.setdefault(
-                next(iter(self._readers)), "the first convolution (skip_first=False takes it in)"
-            )
+            first = next(iter(self._readers))
+            reasons.setdefault(first, "the first convolution (skip_first=False includes it)")
         for name, reason in left_out(self._model).items():
             reasons.setdefault(name, reason)
         for name in every:
@@ -228,17 +222,19 @@ class RePr:
     @property
     def keep(self) -> dict[str, Tensor]:
         """{qualified name: BoolTensor[filters]} of the layers RePr works on, True = alive."""
-        masks = {}
-        for name in self._layers:
-            masks[name] = torch.ones(self._conv(name).out_channels, dtype=torch.bool)
-            masks[name][self._sub.dropped.get(name, []) if self._sub else []] = False
-        return masks
+        dropped = self._sub.dropped if self._sub else {}
+        return {name: self._mask(name, dropped.get(name, [])) for name in self._layers}
+
+    def _mask(self, name: str, dropped: list[int]) -> Tensor:
+        mask = torch.ones(self._conv(name).out_channels, dtype=torch.bool)
+        mask[dropped] = False
+        return mask
 
     def step(self) -> Event | None:
-        """Count one epoch (or batch), and drop or restore filters when it is time.
+        """Count one epoch (or batch), and drop or restore filters when their time has come.
 
         Returns:
-            What was done, or None.
+            The drop or restore, if there was one.
 
         Raises:
             ValueError: NaN or infinite weights at a drop or restore; nothing is changed or counted.
@@ -266,11 +262,11 @@ class RePr:
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
-        self._sub = self._sub_phase(decided["dropped"], decided["silenced"], plan)
+        self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
         return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
 
     def _choose(self, cycle: int) -> dict[str, Any]:
-        """What to drop, and how to compute without it: JSON-able."""
+        """The filters to drop and a plan to compute without them, as plain JSON-able data."""
         settings = self._settings
         seed = _seed(settings["seed"], cycle, 0)
         scores = score(self._model, settings["criterion"], exclude=self.left_out, seed=seed)
@@ -297,7 +293,7 @@ class RePr:
         self._warn_if_rate_is_low("restored")
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
         least_covered, notes = sub.restore(generator)
-        # A decomposition need not come out the same on every processor, and rows must not drift apart.
+        # Processors may round the decomposition differently, and the processes need equal rows.
         self._copy_from_first()
         self._sub = None
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
@@ -313,29 +309,36 @@ class RePr:
     def _plan(
         self, dropped: Mapping[str, list[int]]
     ) -> tuple[CutPlan | None, dict[str, list[int]], list[str]]:
-        """How to compute without ``dropped``, the channels of norms behind sums that go along, and notes on
-        the layers that go on computing what is dropped."""
+        """A plan to compute without ``dropped``, the channels of norms behind sums that fall silent too, and
+        notes on the layers that go on computing their dropped filters."""
         if not dropped:
             return None, {}, []
-        keep = {name: torch.ones(self._conv(name).out_channels, dtype=torch.bool) for name in dropped}
-        for name, indices in dropped.items():
-            keep[name][indices] = False
+        keep = {name: self._mask(name, indices) for name, indices in dropped.items()}
         device = device_of(self._model)
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
         notes = []
         if self._replicated and self._compact:
             notes = [
-                "all dropped filters are computed and held at 0, for nn.DataParallel copies the model for "
+                "all dropped filters are computed and held at 0, because nn.DataParallel copies the model in "
                 "every pass: use DistributedDataParallel."
             ]
         elif self._compact:
             try:
-                return self._compact_plan(keep, inputs)
+                planned = plan_removal_and_cut(
+                    self._model, keep, inputs, readers=self._readers, followers=False
+                )
+                check_plan(self._model, planned.plan)
             except ValueError as error:  # the model cannot be copied or run, or no cut of it can be confirmed
                 notes = [
-                    "all dropped filters are computed and held at 0, for no plan could be made: "
+                    "all dropped filters are computed and held at 0, because no plan could be made: "
                     f"{first_line(error)}"
                 ]
+            else:
+                notes = [
+                    f"{name}: its dropped filters are computed and held at 0, because {why}."
+                    for name, why in planned.plan.masked.items()
+                ]
+                return planned.plan, dict(planned.removal.silenced), notes
         try:
             removal = plan_removal(self._model, keep, inputs, self._readers, followers=False)
         except ValueError as error:
@@ -343,31 +346,12 @@ class RePr:
             return None, {}, notes
         return None, dict(removal.silenced), notes
 
-    def _compact_plan(
-        self, keep: Mapping[str, Tensor], inputs: Any
-    ) -> tuple[CutPlan, dict[str, list[int]], list[str]]:
-        planned = plan_removal_and_cut(self._model, keep, inputs, readers=self._readers, followers=False)
-        check_plan(self._model, planned.plan)
-        notes = [
-            f"{name}: its dropped filters are computed and held at 0, because {why}."
-            for name, why in planned.plan.masked.items()
-        ]
-        return planned.plan, dict(planned.removal.silenced), notes
-
-    def _sub_phase(
-        self,
-        dropped: Mapping[str, list[int]],
-        silenced: Mapping[str, list[int]],
-        plan: CutPlan | None,
-        memory: Any = None,
-    ) -> SubPhase:
-        consumers = self._settings["consumers"]
-        return SubPhase(
-            self._model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced
-        )
+    def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
+        model, consumers = self._model, self._settings["consumers"]
+        return SubPhase(model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on exactly: tensors, numbers, strings and lists of them."""
+        """All that RePr needs to continue exactly: tensors, numbers, strings and lists of these."""
         return {
             "version": _VERSION,
             "settings": dict(self._settings),
@@ -377,14 +361,14 @@ class RePr:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, in the middle of a sub phase too.
+        """Continue from where ``state_dict`` was taken, even in the middle of a sub phase.
 
-        Load the model's and the optimizer's own states as well, before or after. ``compact`` may differ
-        from where the state was taken; what follows is then the same up to rounding, not bit for bit.
+        Load the states of the model and the optimizer too, before or after. If ``compact`` is not the same as
+        in the saved run, training continues equal up to rounding, and not bit for bit.
 
         Raises:
-            ValueError: the state is of a newer version, of other settings or of another model. Nothing is
-                changed.
+            ValueError: the state is of another version, has other settings or does not fit the model.
+                Nothing is changed.
         """
         self._check_not_removed()
         missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
@@ -409,7 +393,7 @@ class RePr:
             silenced = sub.get("silenced", {})
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan"):
-                # Not planned anew: another plan would round differently.
+                # A new plan could round differently.
                 plan = CutPlan.from_dict(sub["plan"])
                 check_plan(self._model, plan)
             else:
@@ -418,13 +402,13 @@ class RePr:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
-        self._sub = self._sub_phase(sub["dropped"], silenced, plan, sub) if sub else None
+        self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def remove(self) -> None:
-        """Take every hook off: a plain module and optimizer again.
+        """Take all of RePr's hooks off the model and the optimizer.
 
-        Filters that are dropped at this moment stay at 0. Nothing holds them there any more, but behind
-        a ReLU no gradient reaches them: remove RePr in a full phase, or cut them out.
+        Filters that are dropped at this moment stay at 0. Nothing holds them there any more, but no gradient
+        reaches them through a ReLU: remove RePr in a full phase, or cut these filters.
         """
         if self._sub is not None:
             self._sub.release()
@@ -447,47 +431,42 @@ class RePr:
         if rate < _LOW_RATE * self._highest_rate * (1 - 1e-6):
             warnings.warn(
                 f"filters are {what} at a learning rate of {rate:.3g}, far below the highest "
-                f"so far ({self._highest_rate:.3g}): the network may not heal. Hold the rate until the last "
-                "restore, and anneal after it.",
+                f"so far ({self._highest_rate:.3g}): the network may not heal. Keep the rate high until the "
+                "last restore, and lower it after that.",
                 stacklevel=4,
             )
 
 
 class _InCycle(Mark):
-    """On the layers that a cycle works on; it says nothing once the cycle is done, removed or lost."""
+    """The mark on the layers that a cycle works on; its state is empty if the cycle is done or deleted."""
 
     travels = False
 
     def __init__(self, cycle: RePr) -> None:
         self._cycle = weakref.ref(cycle)
 
-    @property
-    def cycle(self) -> RePr | None:
-        """The cycle; None where nobody holds it any more."""
-        return self._cycle()
-
     def state(self) -> str:
-        """See ``Mark``."""
-        return "in a cycle" if self.cycle is not None and self.cycle.phase != "done" else ""
+        cycle = self._cycle()
+        return "in a cycle" if cycle is not None and cycle.phase != "done" else ""
 
     def undo(self, module: nn.Module) -> None:
         """End the cycle for all its layers."""
-        if self.cycle is not None:
-            self.cycle.remove()
+        if (cycle := self._cycle()) is not None:
+            cycle.remove()
         vars(module).pop("_regrow_cycle", None)
 
 
 def release(model: nn.Module) -> dict[str, Any]:
-    """Take every RePr off ``model``, in place, as ``cycle.remove()`` does; the cycle object is not needed.
+    """Take every RePr off ``model``, in place, as ``cycle.remove()`` does, without the cycle object.
 
-    For a training loop that broke off: in the sub phase it leaves layers that compute without their dropped
-    filters, and an optimizer that holds them at 0. Filters that are dropped at this moment stay at 0.
+    Use it after a training loop that broke off: in a sub phase, layers still compute without their dropped
+    filters, and the optimizer holds these at 0. Filters that are dropped at this moment stay at 0.
 
     Args:
-        model: any module; wrappers are looked through. It may have no RePr: then nothing is done.
+        model: any module, in its wrappers or without. Without a RePr on it, nothing is done.
 
     Returns:
-        JSON-able record: version; dropped {qualified name: indices of the filters that are at 0}.
+        A JSON-able record: version; dropped {qualified name: indices of the filters that are at 0}.
     """
     model = unwrap(model)
     dropped = {name: indices for phase in phases_on(model) for name, indices in phase.dropped.items()}
@@ -500,10 +479,5 @@ def release(model: nn.Module) -> dict[str, Any]:
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:
-    # Derived, not drawn from a running generator: what a cycle does depends on nothing that came before.
+    # Not drawn from a running generator, so a cycle's choices do not depend on earlier draws.
     return (seed * 1_000_003 + cycle * 2 + part) % 2**63
-
-
-def _detached(example_inputs: Any) -> Any:
-    # A view, such as x[:1], would keep the whole batch in memory.
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example_inputs)

@@ -1,4 +1,4 @@
-"""Hold dropped filters dead, whatever the optimizer does."""
+"""Hold dropped filters at 0 while an optimizer trains the model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Entries = Sequence[tuple[nn.Parameter, Tensor]]
 
 
 class Hold:
-    """Keeps rows of parameters at exactly 0 from now until ``release``.
+    """Keeps rows of parameters at exactly 0 until ``release``.
 
-    After every optimizer step the rows are set to 0 again: momentum, weight decay and Adam's running
-    averages revive a row whose gradient alone is masked. The gradient is masked too, so that a dead
-    row has no part in gradient clipping or in any statistic of the gradients.
+    Masking the gradient is not enough: momentum, weight decay and Adam's running averages still move a row.
+    So a hook sets the rows to 0 after every optimizer step. The gradient is masked as well, which keeps dead
+    rows out of gradient clipping and of all statistics of the gradients.
 
     Args:
-        entries: (parameter, Tensor of row indices) pairs; the rows are expected to be 0 already.
-        optimizer: the one that steps the parameters; its ``step`` method is not replaced.
+        entries: (parameter, Tensor of row indices) pairs; the caller has set the rows to 0.
+        optimizer: the optimizer of the parameters; its ``step`` method is not replaced.
     """
 
     def __init__(self, entries: Entries, optimizer: torch.optim.Optimizer) -> None:
         self._entries = list(entries)
-        # What accumulated before the hooks were there would reach the next step, and gradient clipping.
+        # Gradients accumulated before this call would reach gradient clipping and the next step.
         for parameter, rows in entries:
             if parameter.grad is not None:
                 parameter.grad.index_fill_(0, rows, 0)
@@ -38,7 +38,7 @@ class Hold:
             parameter.index_fill_(0, rows, 0)
 
     def release(self) -> None:
-        """Let the rows move again; they are 0 until something writes them."""
+        """Remove the hooks; the rows stay 0 until something writes to them."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -1,4 +1,4 @@
-"""Compute as if dropped filters were not there, for a while: parameters keep their shape and identity."""
+"""Leave dropped filters out of a model's computation for a while, and keep all its parameters as they are."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from regrow.torch_private import own_buffers, own_parameters
 
 
 def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
-    """Leave what ``plan`` cuts out of the arithmetic of ``model``, until ``release``.
+    """Make ``model`` compute without the filters and channels that ``plan`` cuts, until ``release``.
 
-    The layers in the plan compute with slices of their parameters, taken anew in every forward pass.
-    The parameters keep shape and identity: optimizers, schedulers, averaged copies, ``state_dict()`` and
-    DDP see no change, and what is left out gets gradients of 0. Running statistics are read and written
-    at the channels kept. A copy made meanwhile (``copy.deepcopy``, pickle) is not narrowed.
+    In every forward pass the layers in the plan take slices of their parameters and compute with them. The
+    parameters keep their shape and identity: optimizers, schedulers, averaged copies, ``state_dict()`` and
+    DDP see no change, and the entries left out get gradients of 0. Running statistics are read and written at
+    the kept channels. A copy of a narrowed model (``copy.deepcopy``, pickle) is not narrowed.
 
     Args:
-        model: the module the plan was made for; wrappers are looked through. Bridgeout may be on it:
-            the noise is drawn for whole weights, and sliced with them.
+        model: the module that the plan was made for, in its wrappers or without. With Bridgeout on it, the
+            noise is drawn for whole weights and sliced with them.
         plan: from ``plan_cut``.
 
     Returns:
-        What ends it: call ``release()``, or use it as a context manager.
+        An object that ends the narrowing: call its ``release()``, or use it as a context manager.
 
     Raises:
-        ValueError: the plan does not fit the model, a layer is narrowed already or has a forward method
-            put on the object itself, or the model is sharded (FSDP) or replicated (``nn.DataParallel``).
-            Nothing is changed.
+        ValueError: the plan does not fit the model, a layer is narrowed already or has a replaced forward
+            method, or the model is sharded (FSDP) or in ``nn.DataParallel``. Nothing is changed.
     """
     if isinstance(model, nn.DataParallel):
         raise ValueError("the replicas of nn.DataParallel cannot be narrowed: use DistributedDataParallel.")
@@ -46,7 +45,7 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
     found = check_plan(model, plan)
     for layer in found:
         if isinstance(layer.module, _Narrowed):
-            raise ValueError(f"{layer.name!r} is narrowed already: release that first.")
+            raise ValueError(f"{layer.name!r} is narrowed already: release it first.")
     for layer in found:
         slices, wide = _slices(layer), cast(Any, type(layer.module))
         layer.module._narrow = slices
@@ -55,18 +54,18 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
 
 
 class Narrowing:
-    """That layers of a model are narrowed; see ``narrow``."""
+    """The narrowed layers of a model; see ``narrow``."""
 
     def __init__(self, layers: Sequence[_Narrowed]) -> None:
         self._layers = list(layers)
 
     def release(self) -> None:
-        """Compute with whole parameters again; harmless when called twice."""
+        """Make the layers compute with whole parameters again; a second call does nothing."""
         for layer in self._layers:
             if _in_front(layer):
                 layer.__class__ = layer._wide  # type: ignore[assignment]
                 del layer._narrow
-            else:  # the class that was put in front stays, and ours steps aside
+            else:  # another class was put in front of _Narrowed and stays; None switches ours off
                 layer._narrow = None
         self._layers = []
 
@@ -78,21 +77,21 @@ class Narrowing:
 
 
 def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
-    """What ``plan`` leaves of the layers it names; ``ValueError`` where ``narrow`` could not follow it."""
+    """The layers in ``plan`` with the parts that stay; ``ValueError`` if ``narrow`` cannot carry it out."""
     check_whole(model, "narrow")
     found = layers(model, plan)
     for layer in found:
         if "forward" in vars(layer.module):
             raise ValueError(
-                f"the forward method of {layer.name!r} has been replaced, which no class of ours can reach: "
-                "wrap the whole model instead."
+                f"the forward method of {layer.name!r} has been replaced on the layer itself, and regrow "
+                "cannot narrow such a layer: wrap the whole model instead."
             )
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """The rows and columns that stay of one tensor (None: all of them), and where the rows go among zeros."""
+    """The rows and columns of one tensor that stay (None: all), and the rows' places among rows of zeros."""
 
     rows: Tensor | None
     columns: Tensor | None = None
@@ -105,20 +104,17 @@ class _Slice:
 
 @dataclass(eq=False)
 class _Slices:
-    """What one layer computes with: tensors and numbers in place of its own, and where channels go.
-
-    ``live`` holds the tensors while the layer's forward method runs: slices of one pass.
-    """
+    """The slices and sizes that one layer computes with in place of its own tensors and numbers."""
 
     tensors: Mapping[str, _Slice]
     numbers: Mapping[str, int]
-    picked: Tensor | None
-    placed: tuple[int, Tensor] | None
-    live: dict[str, Tensor] | None = None
+    picked: Tensor | None  # the input channels that the layer takes
+    placed: tuple[int, Tensor] | None  # the output's width, and the places of its channels among zeros
+    live: dict[str, Tensor] | None = None  # the tensors sliced so far, while the forward method runs
 
 
 class _Narrowed(nn.Module):
-    """In front of a layer's own class: its forward method reads slices where it says ``self.weight``."""
+    """A class put in front of a layer's class, so that ``self.weight`` in its forward method is a slice."""
 
     _narrow: _Slices | None
     _wide: type[nn.Module]
@@ -130,7 +126,7 @@ class _Narrowed(nn.Module):
         if not _in_front(self):
             raise ValueError(
                 f"{type(self).__name__}: a layer that computes without its dropped filters has got another "
-                "class (by Bridgeout, or a parametrization). Do that before or after, not meanwhile."
+                "class. Add Bridgeout or a parametrization before the drop, or after the restore."
             )
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
@@ -143,7 +139,7 @@ class _Narrowed(nn.Module):
             if self.training:
                 for name, statistic in slices.live.items():
                     if name in own_buffers(self):
-                        # Through .data, as a norm writes them: a graph that holds the buffer stays valid.
+                        # A norm too writes through .data: a graph that holds the buffer stays valid.
                         buffer, channels = own_buffers(self)[name], slices.tensors[name].rows
                         cast(Tensor, buffer).data.index_copy_(0, cast(Tensor, channels), statistic)
         finally:
@@ -154,7 +150,7 @@ class _Narrowed(nn.Module):
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy outlives the phase, and nothing would release it: it is a plain layer.
+        # Nothing would release a narrowed copy, so the copy is a plain layer.
         reduced = super().__reduce_ex__(protocol)
         if not _in_front(self):
             return reduced
@@ -173,7 +169,7 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 
 
 def _in_front(layer: _Narrowed) -> bool:
-    """Whether nothing has been put in front of the class that ``narrow`` gave the layer."""
+    """Whether the layer still has the class that ``narrow`` gave it, and no other class in front."""
     return type(layer).__bases__[0] is _Narrowed
 
 
@@ -186,8 +182,8 @@ def _narrowed(wide: type[nn.Module], tensors: tuple[str, ...], numbers: tuple[st
 
 
 def _tensor(wide: type[nn.Module], name: str) -> property:
-    """A parameter or buffer: the whole one, and its slice while the forward method runs."""
-    # Bridgeout's layers have such a property of their own: w̃ first, then the slice.
+    """A property for a parameter or buffer: the whole tensor, and its slice in the forward method."""
+    # Bridgeout's layers have such a property already, and its value w̃ is sliced.
     inherited = getattr(wide, name, None)
     whole = inherited.fget if isinstance(inherited, property) else None
 
@@ -217,7 +213,7 @@ def _number(name: str) -> property:
 
 
 def _slices(layer: Layer) -> _Slices:
-    """What a layer is to compute with, on the device where it is."""
+    """The slices and sizes for ``layer``, with indices on the layer's device."""
     own = {**own_parameters(layer.module), **own_buffers(layer.module)}
     device = next((tensor.device for tensor in own.values() if tensor is not None), torch.device("cpu"))
 
@@ -227,11 +223,9 @@ def _slices(layer: Layer) -> _Slices:
     def at(places: tuple[int, list[int]] | None) -> tuple[int, Tensor] | None:
         return None if places is None else (places[0], index_tensor(places[1], device))
 
-    spread = at(layer.spread)
+    spread, parameters = at(layer.spread), own_parameters(layer.module)
     tensors = {
-        key: _Slice(
-            index(kept.get(0)), index(kept.get(1)), spread if key in own_parameters(layer.module) else None
-        )
+        key: _Slice(index(kept.get(0)), index(kept.get(1)), spread if key in parameters else None)
         for key, kept in layer.kept.items()
     }
     return _Slices(tensors, layer.numbers, index(layer.picked), at(layer.placed))

@@ -1,4 +1,4 @@
-"""Processes that train one network together, and go by what the first of them says."""
+"""Decisions shared by the processes that train one network: the first process decides for all."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from regrow.torch_private import compiled_from
 
 
 def group_of(model: nn.Module) -> Any:
-    """The process group that ``model`` is trained in: its DDP wrapper's, None without one.
+    """The process group of the DDP wrapper around ``model``; None without a wrapper or with one process.
 
-    The wrapper is what says that processes train one network. That a group is up does not: they may
-    train a network each, and only one of them might ask here, which would wait for the others for good.
+    Only the wrapper shows that processes train one network. In a default process group each process may train
+    a network of its own, and a process that waited here for the others could wait forever.
     """
     while not isinstance(model, nn.parallel.DistributedDataParallel):
         inner = compiled_from(model)
@@ -28,16 +28,16 @@ def group_of(model: nn.Module) -> Any:
 
 
 def first_decides(decide: Callable[[], Any], group: Any, device: torch.device) -> Any:
-    """What ``decide`` returns in the first process of ``group``, in all of them.
+    """Call ``decide`` in the first process of ``group``, and return its result in all processes.
 
     Args:
-        decide: called in the first process only; returns what JSON can hold.
-        group: a process group; with None, ``decide`` is simply called.
-        device: where the group can send tensors from.
+        decide: returns data that JSON can hold.
+        group: a process group; with None, this process alone calls ``decide``.
+        device: the device from which the group can send tensors.
 
     Raises:
-        ValueError, OSError, ArithmeticError, RuntimeError: what ``decide`` raised, in all processes;
-            what is none of the first three becomes the last in the others.
+        ValueError, OSError, ArithmeticError, RuntimeError: the error that ``decide`` raised, in all
+            processes. An error of any other class is raised as RuntimeError in the other processes.
     """
     if group is None:
         return decide()
@@ -57,16 +57,11 @@ def first_decides(decide: Callable[[], Any], group: Any, device: torch.device) -
     return decided
 
 
-_ERRORS: dict[str, type[Exception]] = {
-    "ValueError": ValueError,
-    "OSError": OSError,
-    "ArithmeticError": ArithmeticError,
-    "RuntimeError": RuntimeError,
-}
+_ERRORS = {kind.__name__: kind for kind in (ValueError, OSError, ArithmeticError, RuntimeError)}
 
 
 def share(data: bytes | None, group: Any, device: torch.device) -> bytes:
-    """``data`` of the first process of ``group``, in all of them; what the others pass is not looked at."""
+    """Send ``data`` of the first process of ``group`` to all processes; the others' ``data`` is ignored."""
     source = dist.get_global_rank(group, 0)
     first = dist.get_rank(group) == 0
     size = torch.tensor(len(data or b"") if first else 0, device=device)
@@ -83,7 +78,7 @@ def copy_from_first(tensors: list[Tensor], group: Any) -> None:
     """Give ``tensors`` the values they have in the first process of ``group``, bit for bit."""
     source = dist.get_global_rank(group, 0)
     for tensor in tensors:
-        # Sent as they lie in memory only if that is without gaps, which channels_last is not.
+        # A tensor that is not contiguous, such as one in channels_last, is sent as a contiguous copy.
         sent = tensor.detach().contiguous()
         dist.broadcast(sent, source, group)
         if sent.data_ptr() != tensor.data_ptr():

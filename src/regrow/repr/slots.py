@@ -1,25 +1,24 @@
-"""What an optimizer remembers of entries that got new values: forget it, without a first step too long."""
+"""Clear the optimizer state of entries that got new values, so that their next step has a usual length."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# Running averages of squares (Adam and its kin, RMSprop, Adagrad, Adadelta, Adamax): at 0 they would
-# make the first step after a restart many times too long. Rprop's step size: at 0 there is no step.
+# At 0, a running average of squares (Adam and its variants, RMSprop, Adagrad, Adadelta, Adamax) makes the
+# next step many times too long, and with a step size of 0 Rprop hardly moves the entry.
 _MAGNITUDES = {"exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "acc_delta", "step_size"}
 
 
 @torch.no_grad()
 def refresh_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, fresh: Tensor) -> None:
-    """Clear every slot of ``parameter``'s entries marked in ``fresh``.
+    """Clear the optimizer state of those entries of ``parameter`` that ``fresh`` marks.
 
-    Signed slots (momentum, Adam's first moment) become 0. Running averages of squares and
-    step sizes become the mean over the parameter's other entries. Slots of another shape than the
-    parameter are left alone.
+    Momentum and Adam's first moment become 0. Running averages of squares and step sizes become their mean
+    over the parameter's other entries. State of another shape than the parameter does not change.
 
     Args:
-        optimizer: may not know the parameter, or have no state for it yet: then nothing is done.
+        optimizer: if it has no state for the parameter, nothing is done.
         parameter: [rows, *rest].
         fresh: BoolTensor over the leading dimensions of ``parameter``.
     """

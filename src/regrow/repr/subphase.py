@@ -1,10 +1,10 @@
-"""The sub phase of a RePr cycle: filters dropped and held dead, then restored with new directions."""
+"""The sub phase of a RePr cycle: filters are dropped, held at 0, and restored with new directions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ CONSUMERS = ("keep", "zero", "init")
 
 
 class _Held(Mark):
-    """On the layers that a sub phase works on, so that the phase can be ended where the cycle is lost."""
+    """The mark on the layers of a sub phase, which can end the phase without the cycle object."""
 
     travels = False
 
@@ -39,7 +39,6 @@ class _Held(Mark):
         self.phase = phase
 
     def state(self) -> str:
-        """See ``Mark``."""
         return "masked" if self.phase.plan is None else "narrowed"
 
     def undo(self, module: nn.Module) -> None:  # noqa: ARG002
@@ -48,25 +47,25 @@ class _Held(Mark):
 
 
 def phases_on(model: nn.Module) -> list[SubPhase]:
-    """The sub phases that ``model`` is in: more than one only if several cycles train its parts."""
+    """The running sub phases of ``model``; there are several if several cycles train parts of it."""
     return list(dict.fromkeys(mark.phase for *_, mark in marks_on(model) if isinstance(mark, _Held)))
 
 
 class SubPhase:
-    """Holds ``dropped`` filters of ``model`` dead from its construction until ``restore`` or ``release``.
+    """Drops filters of ``model`` at its construction, and holds them at 0 until ``restore`` or ``release``.
 
     Args:
-        model: the user's own module, no wrapper.
-        optimizer: the one that trains it.
-        readers: {qualified name: what reads its channels}, of every layer in ``dropped``.
+        model: the user's own module, not a wrapper.
+        optimizer: the optimizer that trains ``model``.
+        readers: {qualified name: readers of the layer's channels}, for every layer in ``dropped``.
         dropped: {qualified name: indices of the filters}.
-        consumers: what their consumers do after the restore, one of ``CONSUMERS``.
-        memory: ``old_rows`` and ``old_columns`` of an earlier ``state``; without it they are taken from
-            the model as it is.
-        plan: how the layers compute without the dropped filters while they are dead; without it they
-            compute with them, at 0. From ``plan_cut``, for ``dropped``.
-        silenced: {norm: channels} behind sums that dropped filters alone write to, as ``Removal`` has them:
-            held at 0 too, and given their values back.
+        consumers: the weights of the consumers after the restore, one of ``CONSUMERS``.
+        memory: an earlier ``state``, from which the values before the drop are taken; None takes the values
+            from the model.
+        plan: a plan from ``plan_cut`` by which the layers compute without the dropped filters; with None
+            the dropped filters are computed and held at 0.
+        silenced: {norm: channels}: the channels of norms behind sums to which only dropped filters write, as
+            in ``Removal``. They are held at 0 too, and get their old values back at the restore.
 
     Raises:
         ValueError: the plan does not fit the model (see ``narrow``). Nothing is changed.
@@ -92,21 +91,19 @@ class SubPhase:
         self._consumers = consumers
         self.dropped = {name: list(indices) for name, indices in dropped.items()}
         self._silenced = {name: list(channels) for name, channels in silenced.items()}
-        columns = private_columns(model, readers, self.dropped)
         if memory is not None:
             self._old_rows = _copy(memory["old_rows"])
             self._old_columns = _copy(memory["old_columns"])
             self._old_norms = _copy(memory.get("old_norms", {}))
         else:
-            self._old_rows = {name: self._weight(name)[i].clone() for name, i in self.dropped.items()}
-            self._old_columns = {}
-            if consumers == "keep":
-                self._old_columns = {name: weight[mask].clone() for name, weight, mask in columns}
-            self._old_norms = {key: tensor[i].clone() for key, tensor, i in self._silenced_entries()}
+            columns = private_columns(model, readers, self.dropped) if consumers == "keep" else []
+            self._old_rows = {name: self._weight(name)[i] for name, i in self.dropped.items()}
+            self._old_columns = {name: weight[mask] for name, weight, mask in columns}
+            self._old_norms = {key: tensor[i] for key, tensor, i in self._silenced_entries()}
         silence(model, readers, self.dropped)
         silence_norms(model, self._silenced)
         if memory is None:
-            self._forget(self._dead_entries())
+            self._forget()
         self._hold = Hold(self._dead_entries(), optimizer)
         names = {*self.dropped, *self._silenced, *(plan.layers() if plan is not None else ())}
         names.update(norm for name in self.dropped for norm in readers[name].norms)
@@ -115,7 +112,7 @@ class SubPhase:
             module._regrow_held = _Held(self)  # type: ignore[assignment]
 
     def state(self) -> dict[str, Any]:
-        """What ``memory`` takes, with ``dropped`` beside it: tensors, numbers and strings only."""
+        """The state to save, which ``memory`` takes: tensors, numbers and strings only."""
         return {
             "dropped": {name: list(indices) for name, indices in self.dropped.items()},
             "old_rows": _copy(self._old_rows),
@@ -126,7 +123,7 @@ class SubPhase:
         }
 
     def release(self) -> None:
-        """Stop holding the filters, and compute with them again; they stay at 0 until they are written."""
+        """Stop holding the filters, and compute with them again; they stay 0 until something writes them."""
         if self._narrowing is not None:
             self._narrowing.release()
         self._hold.release()
@@ -135,14 +132,14 @@ class SubPhase:
 
     @torch.no_grad()
     def restore(self, generator: torch.Generator) -> tuple[list[str], list[str]]:
-        """Regrow the dropped filters (RePr §3, step 5 of METHODS: new rows, fresh norms, cleared slots).
+        """Restore the dropped filters with new rows, reset norms and a cleared optimizer state (RePr §3).
 
         Returns:
             The layers whose null space was too small for orthogonal rows, and notes on layers whose
             consumers could not be treated as asked.
         """
         self.release()
-        # The consumers first: restored rows must be orthogonal to the kept rows as they will be.
+        # Columns before rows: a column changes the kept rows to which the new rows must be orthogonal.
         columns = private_columns(self._model, self._readers, self.dropped)
         for consumer, parameter, mask in columns:
             self._set_columns(consumer, parameter, mask, generator)
@@ -157,17 +154,18 @@ class SubPhase:
             if fallback:
                 least_covered.append(name)
             self._wake_norms(name, indices)
-            if note := self._note(name):
-                notes.append(note)
+            readers = self._readers[name]
+            if readers.mixed and self._consumers == "zero" and not readers.norm_first:
+                notes.append(f"{name}: the output moves at this restore, because {readers.mixed}.")
+            if readers.mixed and self._consumers == "init":
+                notes.append(f"{name}: its consumers keep their weights, because {readers.mixed}.")
         for key, tensor, channels in self._silenced_entries():
             tensor[channels] = self._old_norms[key].to(tensor)
-        self._forget(self._dead_entries(), columns)
+        self._forget(columns)
         return least_covered, notes
 
     def _weight(self, layer: str) -> Tensor:
-        weight = self._model.get_submodule(layer).weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return cast(Tensor, self._model.get_submodule(layer).weight).detach()
 
     def _set_columns(self, name: str, weight: Tensor, mask: Tensor, generator: torch.Generator) -> None:
         if self._consumers == "zero":
@@ -175,14 +173,14 @@ class SubPhase:
         elif self._consumers == "keep":
             weight[mask] = self._old_columns[name].to(weight)
         else:
-            bound = weight[0].numel() ** -0.5  # PyTorch's own initialisation of both kinds of layer
+            bound = weight[0].numel() ** -0.5  # as PyTorch initialises convolutions and linear layers
             drawn = torch.rand(weight[mask].shape, generator=generator) * 2 - 1
             weight[mask] = (drawn * bound).to(weight)
 
     def _wake_norms(self, name: str, indices: list[int]) -> None:
-        """Norms behind restored filters: weight 1, bias 0, running statistics 0 and 1."""
+        """Reset the norms behind restored filters: weight 1, bias 0, running mean 0 and variance 1."""
         readers = self._readers[name]
-        # Where a channel is added to others no column can hide it, but a norm weight of 0 before the sum can.
+        # No column can hide a channel that is added to others, but a norm weight of 0 before the sum can.
         hide = self._consumers == "zero" and bool(readers.mixed) and readers.norm_first
         for norm_name, reads in readers.norms.items():
             norm: Any = self._model.get_submodule(norm_name)
@@ -195,15 +193,6 @@ class SubPhase:
                 if tensor is not None:
                     tensor[reads.of(indices)] = value
 
-    def _note(self, name: str) -> str:
-        """What could not be done as asked with the channels of ``name``, or nothing."""
-        readers = self._readers[name]
-        if readers.mixed and self._consumers == "zero" and not readers.norm_first:
-            return f"{name}: the output moves at this restore, because {readers.mixed}."
-        if readers.mixed and self._consumers == "init":
-            return f"{name}: its consumers keep their weights, because {readers.mixed}."
-        return ""
-
     def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
         entries = silent_entries(self._model, self._readers, self.dropped)
         for name, channels in self._silenced.items():
@@ -212,25 +201,21 @@ class SubPhase:
         return entries
 
     def _silenced_entries(self) -> list[tuple[str, Tensor, Tensor]]:
-        """What norms behind sums hold of their channels that are silent: (key, tensor, indices)."""
+        """The tensors of the norms in ``silenced``: (key, tensor, indices of the silent channels)."""
         return [
             (f"{name}.{key}", tensor.detach(), index_tensor(channels, tensor.device))
             for name, channels in self._silenced.items()
             for key, tensor in per_channel_tensors(self._model.get_submodule(name)).items()
         ]
 
-    def _forget(
-        self,
-        entries: list[tuple[nn.Parameter, Tensor]],
-        columns: list[tuple[str, nn.Parameter, Tensor]] | None = None,
-    ) -> None:
-        """Clear the optimizer's memory of rows, and of the consumers' columns."""
+    def _forget(self, columns: Sequence[tuple[str, nn.Parameter, Tensor]] = ()) -> None:
+        """Clear the optimizer's state of the dead rows, and of the consumers' columns."""
         fresh: dict[nn.Parameter, Tensor] = {}
-        for parameter, indices in entries:
+        for parameter, indices in self._dead_entries():
             shape = parameter.shape[:2]
             mask = fresh.setdefault(parameter, torch.zeros(shape, dtype=torch.bool, device=parameter.device))
             mask[indices] = True
-        for _, parameter, mask in columns or ():
+        for _, parameter, mask in columns:
             fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
         for parameter, mask in fresh.items():
             refresh_slots(self._optimizer, parameter, mask)
@@ -239,9 +224,9 @@ class SubPhase:
 def private_columns(
     model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, list[int]]
 ) -> list[tuple[str, nn.Parameter, Tensor]]:
-    """What reads dropped filters and nothing else: (consumer, weight, BoolTensor[rows, columns]).
+    """The weights that read only dropped filters: (consumer, weight, BoolTensor[rows, columns]).
 
-    Rows that are dropped themselves are left out: they get wholly new values.
+    The masks leave out dropped rows of the consumers, which get new values in all columns.
     """
     masks: dict[str, Tensor] = {}
     for name, indices in dropped.items():
@@ -259,7 +244,7 @@ def private_columns(
 def check_memory(
     model: nn.Module, readers: Mapping[str, Readers], consumers: str, state: Mapping[str, Any]
 ) -> None:
-    """Raise ``ValueError`` naming the layer unless ``state``, from ``SubPhase.state``, fits ``model``."""
+    """Raise a ``ValueError`` with the layer's name if ``state`` of a ``SubPhase`` does not fit ``model``."""
     for name, indices in state["dropped"].items():
         if name not in readers:
             raise ValueError(f"the state names {name!r}, which this RePr does not work on.")
@@ -271,9 +256,7 @@ def check_memory(
     for name, channels in state.get("silenced", {}).items():
         tensors = per_channel_tensors(modules[name]) if name in modules else {}
         old = {key: state.get("old_norms", {}).get(f"{name}.{key}") for key in tensors}
-        fits = tensors and all(
-            value is not None and value.shape == (len(channels),) for value in old.values()
-        )
+        fits = tensors and all(v is not None and v.shape == (len(channels),) for v in old.values())
         if not fits or max(channels) >= min(map(len, tensors.values())):
             raise ValueError(f"the state does not fit {name!r}, a norm whose channels it names.")
     if consumers == "keep":
@@ -281,8 +264,8 @@ def check_memory(
         shapes = {name: weight[mask].shape for name, weight, mask in columns}
         if other := shapes.items() ^ {name: old.shape for name, old in state["old_columns"].items()}.items():
             raise ValueError(
-                f"the state was saved where other channels were read by {min(other)[0]!r}: load it into a "
-                "model of the same structure."
+                f"the state was saved from a model in which other channels were read by {min(other)[0]!r}: "
+                "load it into a model of the same structure."
             )
 
 
