@@ -15,6 +15,8 @@ from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.log import first_line, gave_up
+from regrow.looking.calls import PassFailed
+from regrow.looking.copies import NotCopied
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
 from regrow.repr.narrow import check_plan
@@ -23,7 +25,7 @@ from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
-from regrow.surgery.plan import CutPlan
+from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal
 from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
@@ -328,7 +330,7 @@ class RePr:
                     self._model, keep, inputs, readers=self._readers, followers=False
                 )
                 check_plan(self._model, planned.plan)
-            except ValueError as error:  # the model cannot be copied or run, or no cut of it can be confirmed
+            except (NoPlan, PlanUnfit, NotCopied, PassFailed) as error:
                 notes = [
                     "all dropped filters are computed and held at 0, because no plan could be made: "
                     f"{first_line(error)}"
@@ -341,7 +343,7 @@ class RePr:
                 return planned.plan, dict(planned.removal.silenced), notes
         try:
             removal = plan_removal(self._model, keep, inputs, self._readers, followers=False)
-        except ValueError as error:
+        except (NotCopied, PassFailed) as error:
             gave_up("silencing norms behind sums", error)
             return None, {}, notes
         return None, dict(removal.silenced), notes

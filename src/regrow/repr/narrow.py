@@ -15,7 +15,7 @@ from regrow.marks import check_whole
 from regrow.modules import channel_dim, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.surgery.layers import Layer, layers
-from regrow.surgery.plan import CutPlan
+from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
 
 
@@ -82,7 +82,7 @@ def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
     found = layers(model, plan)
     for layer in found:
         if "forward" in vars(layer.module):
-            raise ValueError(
+            raise NoPlan(
                 f"the forward method of {layer.name!r} has been replaced on the layer itself, and regrow "
                 "cannot narrow such a layer: wrap the whole model instead."
             )
