@@ -22,17 +22,17 @@ app = typer.Typer(
 )
 
 
-def _option(help: str, *names: str, panel: str | None = None, show_default: bool = True) -> Any:
+def _opt(help: str, *names: str, panel: str | None = None, show_default: bool = True) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show_default)
 
 
-_run = partial(_option, panel="Run")
-_where = partial(_option, panel="Where runs run")
-_comparison = partial(_option, panel="Comparison")
-_target = partial(_option, panel="Target (one)")
-_filters = partial(_option, panel="Which filters")
-_network = partial(_option, panel="Network")
-_output = partial(_option, panel="Output")
+_run = partial(_opt, panel="Run")
+_where = partial(_opt, panel="Where runs run")
+_comparison = partial(_opt, panel="Comparison")
+_target = partial(_opt, panel="Target (one)")
+_which = partial(_opt, panel="Which filters")
+_network = partial(_opt, panel="Network")
+_output = partial(_opt, panel="Output")
 
 _RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random, …"
 Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
@@ -75,7 +75,7 @@ def _flag(name: str) -> inspect.Parameter:
         shown = ("on" if field.default else "off") if field.annotation is bool else field.default
         help += f" (default: {shown})"
     kind: Any = list[str] if name == "exclude" else field.annotation
-    annotation = Annotated[kind | None, _option(help, *names, panel=str(panel), show_default=False)]
+    annotation = Annotated[kind | None, _opt(help, *names, panel=str(panel), show_default=False)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -121,7 +121,6 @@ def compare(
 
     pairs = [(method, seed) for seed in parse_seeds(seeds) for method in parse_methods(methods)]
     shared = {**(read_settings(config) if config else {}), **settings}
-    shared = {key: value for key, value in shared.items() if key not in ("method", "seed")}
     configs = [make_config({**shared, "method": method, "seed": seed}) for method, seed in pairs]
     from regrow.study.launch import local, run_comparison
 
@@ -133,9 +132,9 @@ def compare(
 def study(
     file: Annotated[Path, typer.Argument(help="YAML file: methods, seeds, models, data, settings.")],
     out: Annotated[
-        Path | None, _option("Folder to write to (default: runs/NAME of the study).", "--out")
+        Path | None, _opt("Folder to write to (default: runs/NAME of the study).", "--out")
     ] = None,
-    dry_run: Annotated[bool, _option("Show what is done and what would run, and stop.", "--dry-run")] = False,
+    dry_run: Annotated[bool, _opt("Show what is done and what would run, and stop.", "--dry-run")] = False,
     jobs: Jobs = None,
     launcher: Annotated[str, _where("Where runs run: local processes, or ray.")] = "local",
     address: Annotated[
@@ -163,12 +162,10 @@ def study(
 @app.command()
 def report(
     folders: Folders,
-    out: Annotated[
-        Path | None, _option("The page to write (default: report.html in the first folder).")
-    ] = None,
-    baseline: Annotated[str, _option("The method that the others are compared with.")] = "standard",
+    out: Annotated[Path | None, _opt("The page to write (default: report.html in the first folder).")] = None,
+    baseline: Annotated[str, _opt("The method that the others are compared with.")] = "standard",
     tensorboard: Annotated[
-        Path | None, _option("Folder to write the records to as TensorBoard event files, too.")
+        Path | None, _opt("Folder to write the records to as TensorBoard event files, too.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about finished runs: numbers, curves, which filter was off when."""
@@ -193,23 +190,21 @@ def report(
 @app.command()
 def curve(
     folders: Folders,
-    criterion: Annotated[str, _option(_RANKING)] = "l2",
+    criterion: Annotated[str, _opt(_RANKING)] = "l2",
     scope: Annotated[
-        str, _option("layer cuts the same share of every layer, global ranks all together.")
+        str, _opt("layer cuts the same share of every layer, global ranks all together.")
     ] = "layer",
     fractions: Annotated[
-        str, _option("Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
+        str, _opt("Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
     ] = "0-90",
     readings: Annotated[
-        str, _option("The meanings of a cut to measure, with commas between.")
+        str, _opt("The meanings of a cut to measure, with commas between.")
     ] = "zeroed,removed,compensated",
-    split: Annotated[
-        str, _option("Pictures to measure on: test, or validation to choose settings.")
-    ] = "test",
+    split: Annotated[str, _opt("Pictures to measure on: test, or validation to choose settings.")] = "test",
     out: Annotated[
-        Path | None, _option("Folder for curve.json, curve.svg and curve.png (default: the folder given).")
+        Path | None, _opt("Folder for curve.json, curve.svg and curve.png (default: the folder given).")
     ] = None,
-    rerun: Annotated[bool, _option("Measure existing points again.", "--rerun")] = False,
+    rerun: Annotated[bool, _opt("Measure existing points again.", "--rerun")] = False,
 ) -> None:
     """Cut more and more filters of trained networks, without fine-tuning, and measure their accuracy.
 
@@ -234,28 +229,26 @@ def prune(
     latency: Annotated[
         float | None, _target("Share of the time for one picture to leave, measured here.")
     ] = None,
-    criterion: Annotated[str, _filters(_RANKING)] = "l2",
+    criterion: Annotated[str, _which(_RANKING)] = "l2",
     scope: Annotated[
         str,
-        _filters(
+        _which(
             "layer cuts the same share of every layer, global ranks all filters together, isomorphic "
             "those in layers of one kind."
         ),
     ] = "layer",
     coupled: Annotated[
         str | None,
-        _filters(
+        _which(
             "Remove filters that are added together jointly or individually (default: jointly; for "
             "--latency the faster of the two)"
         ),
     ] = None,
-    round_to: Annotated[int, _filters("Make every width a multiple of this.")] = 1,
-    floor: Annotated[float, _filters("Share of each layer that stays.")] = 0.1,
-    exclude: Annotated[
-        list[str] | None, _filters("Layer to leave alone; may be given several times.")
-    ] = None,
+    round_to: Annotated[int, _which("Make every width a multiple of this.")] = 1,
+    floor: Annotated[float, _which("Share of each layer that stays.")] = 0.1,
+    exclude: Annotated[list[str] | None, _which("Layer to leave alone; may be given several times.")] = None,
     compensate: Annotated[
-        bool, _filters("Make up for removed filters with 512 training pictures, without labels.")
+        bool, _which("Make up for removed filters with 512 training pictures, without labels.")
     ] = True,
     weights: Annotated[
         str, _network("Weights of a network by name: default, none (random), or IMAGENET1K_V1, …")
