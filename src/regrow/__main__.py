@@ -5,11 +5,9 @@ import sys
 
 
 def main() -> None:
-    """Hand over to the command line, or say what to install where the study extra is missing."""
-    missing = [
-        name for name in ("typer", "rich", "pydantic", "yaml") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    """Run the command line, or say what to install if the study extra is missing."""
+    needed = ("typer", "rich", "pydantic", "yaml")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         sys.exit(f"regrow: the command needs {', '.join(missing)}: pip install 'regrow[study]'")
     from regrow.cli import main as run
 

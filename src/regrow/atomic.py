@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Write files so that a reader finds either the whole new file or the old one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name to write to; it takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary path to write to; that file replaces ``path`` when the block ends without an error.
 
-    After an error the old file, if there was one, is as it was, and nothing else is left behind.
+    After an error the old file, if there was one, is unchanged, and no other file is left behind.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -21,17 +21,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name!r} to.")
-    # A folder of its own, in the same one: a writer may put more than one file there, and all of it goes.
+    # In a folder beside path: a writer may put more files there, and all of them are removed with it.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors writes for the owner's eyes alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        temporary.chmod(mode)  # safetensors makes its files readable to their owner only
+        _replace(temporary, path)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -40,29 +37,28 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     A process that is killed meanwhile may leave a file named ``.{name}.{pid}.tmp`` beside it.
 
     Raises:
-        OSError: it cannot be written. The old file, if there was one, is as it was.
+        OSError: it cannot be written. The old file, if there was one, is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        _replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names of the files in ``folder``: a rename is in none of the files."""
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, and wait until the disk has the content and the new name."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # some systems open no folders
+        folder = os.open(path.parent, os.O_RDONLY)  # the name is stored in the folder, not in the file
+    except PermissionError:  # some systems do not open folders
         return
     try:
-        os.fsync(descriptor)
+        os.fsync(folder)
     finally:
-        os.close(descriptor)
+        os.close(folder)

@@ -6,8 +6,9 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -20,24 +21,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", rich_help_panel="Run")]
-Rerun = Annotated[bool, typer.Option("--rerun", help="Train finished runs again.", rich_help_panel="Run")]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file of settings; flags override it.", rich_help_panel="Run"),
-]
+
+def _opt(help: str, *names: str, panel: str | None = None, show_default: bool = True) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=show_default)
+
+
+_run = partial(_opt, panel="Run")
+_where = partial(_opt, panel="Where runs run")
+_comparison = partial(_opt, panel="Comparison")
+_target = partial(_opt, panel="Target (one)")
+_which = partial(_opt, panel="Which filters")
+_network = partial(_opt, panel="Network")
+_output = partial(_opt, panel="Output")
+
+_RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random, …"
+Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
+Out = Annotated[Path, _run("Folder to write to.", "--out")]
+Rerun = Annotated[bool, _run("Train finished runs again.", "--rerun")]
+ConfigFile = Annotated[Path | None, _run("YAML file of settings; flags override it.", "--config")]
 Jobs = Annotated[
     int | None,
-    typer.Option(
-        "--jobs",
-        help="Runs to train at a time; they share the CPUs evenly (default: one per CPU).",
-        rich_help_panel="Where runs run",
-    ),
+    _where("Runs to train at a time; they share the CPUs evenly (default: one per CPU).", "--jobs"),
 ]
 
 
 def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for every setting in ``RunConfig``; it receives those given as ``settings``."""
+    """Give a command one flag per setting in ``RunConfig``; it receives the flags given as ``settings``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(command, eval_str=True).parameters.values()
@@ -66,10 +75,8 @@ def _flag(name: str) -> inspect.Parameter:
         shown = ("on" if field.default else "off") if field.annotation is bool else field.default
         help += f" (default: {shown})"
     kind: Any = list[str] if name == "exclude" else field.annotation
-    option = typer.Option(*names, help=help, rich_help_panel=str(panel), show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    annotation = Annotated[kind | None, _opt(help, *names, panel=str(panel), show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 @app.command()
@@ -100,15 +107,8 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
 def compare(
     out: Out,
     settings: dict[str, Any],
-    methods: Annotated[
-        str, typer.Option(help="Methods to compare, the baseline first.", rich_help_panel="Comparison")
-    ] = "standard,repr",
-    seeds: Annotated[
-        str,
-        typer.Option(
-            help="Seeds, such as 0,1,2 or 0-4; each method trains with each.", rich_help_panel="Comparison"
-        ),
-    ] = "0-2",
+    methods: Annotated[str, _comparison("Methods to compare, the baseline first.")] = "standard,repr",
+    seeds: Annotated[str, _comparison("Seeds, such as 0,1,2 or 0-4; each method trains with each.")] = "0-2",
     config: ConfigFile = None,
     rerun: Rerun = False,
     jobs: Jobs = None,
@@ -121,7 +121,6 @@ def compare(
 
     pairs = [(method, seed) for seed in parse_seeds(seeds) for method in parse_methods(methods)]
     shared = {**(read_settings(config) if config else {}), **settings}
-    shared = {key: value for key, value in shared.items() if key not in ("method", "seed")}
     configs = [make_config({**shared, "method": method, "seed": seed}) for method, seed in pairs]
     from regrow.study.launch import local, run_comparison
 
@@ -133,32 +132,18 @@ def compare(
 def study(
     file: Annotated[Path, typer.Argument(help="YAML file: methods, seeds, models, data, settings.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write to (default: runs/NAME of the study).")
+        Path | None, _opt("Folder to write to (default: runs/NAME of the study).", "--out")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what is done and what would run, and stop.")
-    ] = False,
+    dry_run: Annotated[bool, _opt("Show what is done and what would run, and stop.", "--dry-run")] = False,
     jobs: Jobs = None,
-    launcher: Annotated[
-        str, typer.Option(help="Where runs run: local processes, or ray.", rich_help_panel="Where runs run")
-    ] = "local",
+    launcher: Annotated[str, _where("Where runs run: local processes, or ray.")] = "local",
     address: Annotated[
         str | None,
-        typer.Option(
-            help="Address of the Ray cluster: auto, host:port or ray://host:port (default: start one here).",
-            rich_help_panel="Where runs run",
-        ),
+        _where("Address of the Ray cluster: auto, host:port or ray://host:port (default: start one here)."),
     ] = None,
-    cpus_per_run: Annotated[
-        int | None,
-        typer.Option(help="CPUs of the cluster for each run (default: 1).", rich_help_panel="Where runs run"),
-    ] = None,
+    cpus_per_run: Annotated[int | None, _where("CPUs of the cluster for each run (default: 1).")] = None,
     gpus_per_run: Annotated[
-        float | None,
-        typer.Option(
-            help="GPUs of the cluster for each run; 0.5 lets two share one (default: 0).",
-            rich_help_panel="Where runs run",
-        ),
+        float | None, _where("GPUs of the cluster for each run; 0.5 lets two share one (default: 0).")
     ] = None,
 ) -> None:
     """Train the runs of a study's file that are not done, and write a report for every comparison in it.
@@ -176,13 +161,11 @@ def study(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The page to write (default: report.html in the first folder).")
-    ] = None,
-    baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "standard",
+    folders: Folders,
+    out: Annotated[Path | None, _opt("The page to write (default: report.html in the first folder).")] = None,
+    baseline: Annotated[str, _opt("The method that the others are compared with.")] = "standard",
     tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder to write the records to as TensorBoard event files, too.")
+        Path | None, _opt("Folder to write the records to as TensorBoard event files, too.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about finished runs: numbers, curves, which filter was off when."""
@@ -194,13 +177,8 @@ def report(
     for why in left_out.values():
         typer.secho(f"regrow: left out: {why}", fg="yellow", err=True)
     variants = variant_names({run.folder: run.config for run in runs})
-    page = write_report(
-        runs,
-        out or folders[0] / "report.html",
-        baseline=baseline,
-        variants=variants,
-        left_out=left_out,
-    )
+    page = out or folders[0] / "report.html"
+    page = write_report(runs, page, baseline=baseline, variants=variants, left_out=left_out)
     typer.echo(f"report: {page}")
     if tensorboard is not None:
         from regrow.study.tensorboard import write_tensorboard
@@ -211,27 +189,22 @@ def report(
 
 @app.command()
 def curve(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")],
-    criterion: Annotated[
-        str, typer.Option(help="How to rank the filters; the lowest go first: l2, l1, ortho, random, …")
-    ] = "l2",
+    folders: Folders,
+    criterion: Annotated[str, _opt(_RANKING)] = "l2",
     scope: Annotated[
-        str, typer.Option(help="layer cuts the same share of every layer, global ranks all together.")
+        str, _opt("layer cuts the same share of every layer, global ranks all together.")
     ] = "layer",
     fractions: Annotated[
-        str, typer.Option(help="Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
+        str, _opt("Filters to cut, per cent: 0-90 (every 10), 0-95:5 (every 5), or 0,25,50.")
     ] = "0-90",
     readings: Annotated[
-        str, typer.Option(help="The meanings of a cut to measure, with commas between.")
+        str, _opt("The meanings of a cut to measure, with commas between.")
     ] = "zeroed,removed,compensated",
-    split: Annotated[
-        str, typer.Option(help="Pictures to measure on: test, or validation to choose settings.")
-    ] = "test",
+    split: Annotated[str, _opt("Pictures to measure on: test, or validation to choose settings.")] = "test",
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for curve.json, curve.svg and curve.png (default: the folder given)."),
+        Path | None, _opt("Folder for curve.json, curve.svg and curve.png (default: the folder given).")
     ] = None,
-    rerun: Annotated[bool, typer.Option("--rerun", help="Measure existing points again.")] = False,
+    rerun: Annotated[bool, _opt("Measure existing points again.", "--rerun")] = False,
 ) -> None:
     """Cut more and more filters of trained networks, without fine-tuning, and measure their accuracy.
 
@@ -239,116 +212,55 @@ def curve(
     """
     from regrow.study.fractions import parse_fractions, parse_readings
 
-    wanted = parse_fractions(fractions), parse_readings(readings)
+    wanted: dict[str, Any] = {"fractions": parse_fractions(fractions), "readings": parse_readings(readings)}
     from regrow.study.measure import run_curves
 
-    run_curves(
-        folders,
-        fractions=wanted[0],
-        readings=wanted[1],
-        criterion=criterion,
-        scope=scope,
-        split=split,
-        out=out,
-        rerun=rerun,
-    )
+    run_curves(folders, **wanted, criterion=criterion, scope=scope, split=split, out=out, rerun=rerun)
 
 
 @app.command()
 def prune(
-    network: Annotated[
-        str,
-        typer.Argument(help="Run folder, or the name of a torchvision or timm network.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write to.", rich_help_panel="Output")],
-    fraction: Annotated[
-        float | None,
-        typer.Option(help="Share of the filters to remove: 0.5.", rich_help_panel="Target (one)"),
-    ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(help="Points of validation accuracy it may lose: 1.", rich_help_panel="Target (one)"),
-    ] = None,
-    macs: Annotated[
-        float | None,
-        typer.Option(help="Share of the multiply-accumulates to leave: 0.5.", rich_help_panel="Target (one)"),
-    ] = None,
-    params: Annotated[
-        float | None, typer.Option(help="Share of the parameters to leave.", rich_help_panel="Target (one)")
-    ] = None,
+    network: Annotated[str, typer.Argument(help="Run folder, or the name of a torchvision or timm network.")],
+    out: Annotated[Path, _output("Folder to write to.", "--out")],
+    fraction: Annotated[float | None, _target("Share of the filters to remove: 0.5.")] = None,
+    max_drop: Annotated[float | None, _target("Points of validation accuracy it may lose: 1.")] = None,
+    macs: Annotated[float | None, _target("Share of the multiply-accumulates to leave: 0.5.")] = None,
+    params: Annotated[float | None, _target("Share of the parameters to leave.")] = None,
     latency: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the time for one picture to leave, measured here.", rich_help_panel="Target (one)"
-        ),
+        float | None, _target("Share of the time for one picture to leave, measured here.")
     ] = None,
-    criterion: Annotated[
-        str,
-        typer.Option(
-            help="How to rank the filters; the lowest go first: l2, l1, ortho, random, …",
-            rich_help_panel="Which filters",
-        ),
-    ] = "l2",
+    criterion: Annotated[str, _which(_RANKING)] = "l2",
     scope: Annotated[
         str,
-        typer.Option(
-            help="layer cuts the same share of every layer, global ranks all filters together, isomorphic "
-            "those in layers of one kind.",
-            rich_help_panel="Which filters",
+        _which(
+            "layer cuts the same share of every layer, global ranks all filters together, isomorphic "
+            "those in layers of one kind."
         ),
     ] = "layer",
     coupled: Annotated[
         str | None,
-        typer.Option(
-            help="Remove filters that are added together jointly or individually (default: jointly; for "
-            "--latency the faster of the two)",
-            rich_help_panel="Which filters",
+        _which(
+            "Remove filters that are added together jointly or individually (default: jointly; for "
+            "--latency the faster of the two)"
         ),
     ] = None,
-    round_to: Annotated[
-        int, typer.Option(help="Make every width a multiple of this.", rich_help_panel="Which filters")
-    ] = 1,
-    floor: Annotated[
-        float, typer.Option(help="Share of each layer that stays.", rich_help_panel="Which filters")
-    ] = 0.1,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layer to leave alone; may be given several times.", rich_help_panel="Which filters"
-        ),
-    ] = None,
+    round_to: Annotated[int, _which("Make every width a multiple of this.")] = 1,
+    floor: Annotated[float, _which("Share of each layer that stays.")] = 0.1,
+    exclude: Annotated[list[str] | None, _which("Layer to leave alone; may be given several times.")] = None,
     compensate: Annotated[
-        bool,
-        typer.Option(
-            help="Make up for removed filters with 512 training pictures, without labels.",
-            rich_help_panel="Which filters",
-        ),
+        bool, _which("Make up for removed filters with 512 training pictures, without labels.")
     ] = True,
     weights: Annotated[
-        str,
-        typer.Option(
-            help="Weights of a network by name: default, none (random), or IMAGENET1K_V1, …",
-            rich_help_panel="Network",
-        ),
+        str, _network("Weights of a network by name: default, none (random), or IMAGENET1K_V1, …")
     ] = "default",
     data: Annotated[
-        str | None,
-        typer.Option(
-            help="Pictures for a network by name: folder, cifar10, … (a run has its own).",
-            rich_help_panel="Network",
-        ),
+        str | None, _network("Pictures for a network by name: folder, cifar10, … (a run has its own).")
     ] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="Where the data lies.", rich_help_panel="Network")
-    ] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the pictures in pixels.", rich_help_panel="Network")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, … (default: the run's).", rich_help_panel="Network")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel="Network")] = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX too.", rich_help_panel="Output")] = False,
+    data_dir: Annotated[str | None, _network("Where the data lies.")] = None,
+    image_size: Annotated[int | None, _network("Side of the pictures in pixels.")] = None,
+    device: Annotated[str | None, _network("cpu, cuda, … (default: the run's).")] = None,
+    threads: Annotated[int | None, _network("CPU threads.")] = None,
+    onnx: Annotated[bool, _output("Write ONNX too.", "--onnx")] = False,
 ) -> None:
     """Make a trained network smaller for good, by a fraction or within a budget, without training.
 
@@ -378,21 +290,13 @@ def prune(
     )
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    # Python's own format shows a place in the source, which does not help a person who types a command.
-    del category, filename, lineno, file, line
+def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
+    """Show only the message: a place in the source does not help a person who types a command."""
     typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
 
 
 def main() -> None:
-    """Run the command; an error that the user can correct becomes one line on stderr, and exit code 1."""
+    """Run the command. An error that the user can correct ends it with one line on stderr and exit code 1."""
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)

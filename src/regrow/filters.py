@@ -1,4 +1,4 @@
-"""What a filter is: row i of a convolution's weight, found by the layer's qualified name."""
+"""Filters: filter i of a convolution is row i of its weight. A layer is known by its qualified name."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from regrow.torch_private import own_parameters
 
 
 def rows(weight: Tensor) -> Tensor:
-    """``weight`` [filters, channels, *kernel] as a matrix [filters, channels · kernel]."""
+    """Return ``weight`` [filters, channels, *kernel] as a matrix [filters, channels · kernel]."""
     return weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """``matrix`` [n, D] with every row scaled to length 1; a row of zeros stays one."""
+    """Return ``matrix`` [n, D] with every row scaled to length 1; a row of zeros stays a row of zeros."""
     # Scaling by the largest entry first keeps the squares of very small or very large rows in range.
     largest = matrix.abs().amax(1, keepdim=True)
     return nn.functional.normalize(matrix / torch.where(largest > 0, largest, 1), dim=1)
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
-    """Every Conv1d, Conv2d and Conv3d of ``model`` by qualified name, in order of registration."""
-    return {
-        name: module
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, CONVOLUTION_CLASSES)
-    }
+    """Return every Conv1d, Conv2d and Conv3d of ``model`` by qualified name, in order of registration."""
+    modules = unwrap(model).named_modules()
+    return {name: module for name, module in modules if isinstance(module, CONVOLUTION_CLASSES)}
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """The convolutions whose filters are not comparable or not ours to change: {name: reason}."""
+    """Return the convolutions whose filters cannot be compared or must not be changed: {name: reason}."""
     seen: dict[int, str] = {}
     reasons: dict[str, str] = {}
     for name, conv in convolutions(model).items():
@@ -43,7 +40,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
         if weight is None:
             reasons[name] = borrowed_weight(conv)
         elif isinstance(weight, nn.parameter.UninitializedParameter):
-            reasons[name] = "its weight is not there before a first forward pass (a lazy layer)"
+            reasons[name] = "it has no weight before a first forward pass (a lazy layer)"
         elif conv.groups > 1:
             reasons[name] = "grouped: its filters read different channels, so their overlap means nothing"
         elif conv.out_channels < 2:
@@ -59,24 +56,23 @@ def left_out(model: nn.Module) -> dict[str, str]:
 
 
 def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolution]:
-    """The convolutions whose filters can be scored, cut and regrown, without those in ``exclude``.
+    """Return the convolutions whose filters can be scored, cut and regrown, except those in ``exclude``.
 
     Args:
         model: any module; wrappers are looked through.
-        exclude: qualified names of convolutions to leave alone. The name of a container leaves out
-            every convolution inside it.
+        exclude: names of convolutions to leave alone, or of containers of such convolutions.
 
     Raises:
-        ValueError: a name in ``exclude`` matches no convolution, none is left, or the model is sharded
-            (FSDP): its filters are spread over processes.
+        ValueError: a name in ``exclude`` matches no convolution, no convolution is left, or the model is
+            sharded (FSDP): its filters are spread over processes.
     """
     check_whole(model, "score")
     every = convolutions(model)
-    unknown = left_out(model)
+    unusable = left_out(model)
     dropped = excluded(exclude, every)
-    found = {name: conv for name, conv in every.items() if name not in dropped and name not in unknown}
+    found = {name: conv for name, conv in every.items() if name not in dropped and name not in unusable}
     if not found:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in unknown.items() if name not in dropped)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items() if name not in dropped)
         raise ValueError(
             f"no convolution is left to work on: the model has {len(every)}, {len(dropped)} are excluded"
             + (f", and these cannot be used: {reasons}" if reasons else "")
@@ -87,10 +83,10 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
 
 
 def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Those of ``names`` that are in ``exclude`` (one name or several), or inside a container that is.
+    """Return the ``names`` that ``exclude`` (one name or several) lists, or that lie in a container it lists.
 
     Raises:
-        ValueError: an entry of ``exclude`` matches none; the nearest names are suggested.
+        ValueError: an entry of ``exclude`` matches no name; the message suggests the nearest names.
     """
     names = list(names)
     found: set[str] = set()
@@ -106,7 +102,7 @@ def check_finite(convs: Mapping[str, Convolution]) -> None:
     """Raise ``ValueError`` naming the first layer that holds NaN or infinite weights."""
     for name, conv in convs.items():
         weight = conv.weight.detach()
-        # A sum is quicker than a test of each number, and only numbers have one that is finite.
+        # A finite sum proves that every weight is finite, and is quicker than a test of each weight.
         if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
             raise ValueError(
                 f"{name!r} holds NaN or infinite weights, so its filters have no score. Go back to the last "
@@ -115,13 +111,11 @@ def check_finite(convs: Mapping[str, Convolution]) -> None:
 
 
 def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``keep`` checked against ``model``: known names, boolean masks of the right length, one filter alive.
-
-    Returns:
-        {name: BoolTensor[filters]} on the CPU.
+    """Return ``keep`` as {name: BoolTensor[filters]} on the CPU, checked against ``model``.
 
     Raises:
-        ValueError: with the name of the layer, what is wrong and what it should be.
+        ValueError: no convolution has the name, the mask is not boolean or has the wrong length, or it
+            keeps no filter. The message names the layer, the error and what the mask should be.
     """
     convs = convolutions(model)
     checked = {}

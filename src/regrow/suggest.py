@@ -1,4 +1,4 @@
-"""What a mistyped name was probably meant to be. No PyTorch here: the command line uses it too."""
+"""Suggestions for mistyped names. This module does not import PyTorch: the command line uses it too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: what ``word`` was probably meant to be, and what there is."""
+    """Return the end of an error message: the known names nearest to ``word``, or a list of what is known."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     if close:

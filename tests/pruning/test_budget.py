@@ -90,16 +90,21 @@ def test_a_latency_that_was_met_by_chance_is_looked_at_again(model, monkeypatch,
         assert count_parameters(met.trial.model) == looks[-1] < looks[-2]
         assert looks[-2] in looks[:-2]
     else:
-        with pytest.raises(ValueError, match="not when looked at again"):
+        with pytest.raises(ValueError, match="not when measured again"):
             search(model).run("latency", 0.6)
 
 
 @pytest.mark.parametrize(
     ("kind", "limit", "settings", "message"),
     [
-        ("params", 0.1, {"floor": 0.5}, r"the best is 3\d\.\d% of the parameters"),
-        ("macs", 0.1, {"floor": 0.5}, r"the best is 28\.5% of the multiply-accumulates.*ask for macs=0\.29"),
-        ("max_drop", 0.0, {}, r"of \d+ of 22 filters .* costs \d+\.\d\d points"),
+        ("params", 0.1, {"floor": 0.5}, r"the best cut leaves 3\d\.\d% of the parameters"),
+        (
+            "macs",
+            0.1,
+            {"floor": 0.5},
+            r"best cut leaves 28\.5% of the multiply-accumulates.*ask for macs=0\.29",
+        ),
+        ("max_drop", 0.0, {}, r"removes \d+ of 22 filters .* costs \d+\.\d\d points"),
         ("macs", 0.5, {"round_to": 16}, "no filter to remove"),
         ("max_drop", 50, {"round_to": 16}, "no filter to remove"),
     ],

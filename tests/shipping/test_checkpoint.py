@@ -347,15 +347,15 @@ def cut_of(module):
 
 
 HOSTILE = {
-    "version newer": (described_as("version", 2), "of version 2, and this regrow reads version 1"),
-    "version true": (described_as("version", True), "names no version"),
-    "version zero": (described_as("version", 0), "names no version"),
-    "no version": (without("version"), "names no version"),
+    "version newer": (described_as("version", 2), "has version 2, and this regrow reads version 1"),
+    "version true": (described_as("version", True), "has no version number"),
+    "version zero": (described_as("version", 0), "has no version number"),
+    "no version": (without("version"), "has no version number"),
     "no cuts": (without("cuts"), "has the keys"),
     "more keys": (described_as("run", "rm"), "has the keys"),
     "no metadata": (no_metadata, "holds no cuts"),
-    "cuts a dict": (described_as("cuts", {}), "no list of modules"),
-    "a cut a string": (described_as("cuts", ["x"]), "no list of modules"),
+    "cuts a dict": (described_as("cuts", {}), "not a list of modules"),
+    "a cut a string": (described_as("cuts", ["x"]), "not a list of modules"),
     "shared a list": (described_as("shared", []), "shared tensors"),
     "shared with nothing": (described_as("shared", {"conv1.weight2": "conv9.weight"}), "shared tensors"),
     "shared and stored": (described_as("shared", {"conv1.weight": "conv2.weight"}), "shared tensors"),

@@ -112,7 +112,7 @@ def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp
         ([run, "--fraction", 0.5, "--macs", 0.5, *out], "got fraction and macs"),
         ([run, "--fraction", 0.5, "--out", tmp_path / "file"], "is a file"),
         ([run, "--fraction", 0.5, "--data", "digits", *out], "leave --data out"),
-        ([run, "--params", 0.01, "--floor", 0.5, *out], "params=0.01 cannot be met: the best is"),
+        ([run, "--params", 0.01, "--floor", 0.5, *out], "params=0.01 cannot be met: the best cut leaves"),
         ([run, "--fraction", 0.5, "--criterion", "l3", *out], "did you mean 'l2'"),
         ([tmp_path / "empty", "--fraction", 0.5, *out], "not a run folder"),
         (["vgg", "--fraction", 0.5, *out], "give its run folder"),

@@ -1,1 +1,1 @@
-"""What makes up for removed filters, on unlabelled images."""
+"""Compensate for removed filters with unlabelled images."""

@@ -1,4 +1,4 @@
-"""The three readings of "pruned", and what makes up for removed filters without labels or training."""
+"""The three readings of "pruned", and the compensation of removed filters without labels or training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
-from regrow.compensation.norms import reestimate_norms, running_norms
+from regrow.compensation.norms import has_statistics, reestimate_norms, running_norms
 from regrow.looking.calls import evaluating
 from regrow.looking.copies import copied
 from regrow.looking.hooks import hooked
@@ -20,7 +20,7 @@ from regrow.structure.norms import own_norms
 from regrow.structure.readers import Readers
 from regrow.suggest import nearest
 from regrow.surgery.removal import plan_removal, remove_filters, zero_filters
-from regrow.torch_private import BatchNorm, ConvNd, own_parameters
+from regrow.torch_private import ConvNd, own_parameters
 
 READINGS = ("zeroed", "removed", "compensated")
 _VERSION = 1
@@ -34,21 +34,18 @@ def read_as(
     example_inputs: Any,
     calibration: Iterable[Any] | None = None,
 ) -> dict[str, Any]:
-    """Turn ``model``, in place, into one reading of "these filters are pruned".
+    """Turn ``model``, in place, into one reading of "these filters are pruned"; return a JSON-able record.
 
     Args:
         model: any trained module; wrappers are looked through.
         keep: {qualified name: BoolTensor[filters]}, True = alive.
-        reading: ``"zeroed"`` (``zero_filters``, what Batch Bridgeout's curves show), ``"removed"``
-            (``remove_filters``, what a smaller network computes) or ``"compensated"`` (``compensate``).
-        example_inputs: what ``model`` takes; one picture is enough.
+        reading: ``"zeroed"`` calls ``zero_filters`` (the reading in Batch Bridgeout's curves), ``"removed"``
+            calls ``remove_filters`` (what a smaller network computes), ``"compensated"`` ``compensate``.
+        example_inputs: inputs of ``model``; one picture is enough.
         calibration: batches of images for ``"compensated"``; the other two need none.
 
-    Returns:
-        The record of the function called.
-
     Raises:
-        ValueError: an unknown reading, no calibration where it is needed, or as the function called.
+        ValueError: the reading is unknown, calibration is missing, or the function called raises the error.
     """
     if reading not in READINGS:
         raise ValueError(f"unknown reading {reading!r}{nearest(str(reading), READINGS)}")
@@ -80,37 +77,36 @@ def compensate(
 
     First the mean activation of every removed channel, as its consumers see it (behind norm, activation,
     pooling, residual sum, gate), is folded into the consumers' biases; then batch-norm statistics are
-    re-estimated with the biases in place. The mean is taken over images and positions while all other
-    channels are as in the original network. Of a channel that is constant nothing is lost, where no
-    padding is: at a padded border part of the kernel reads zeros instead of the channel, so no single
-    bias is exact both there and in the interior. The bias taken is the one with the smallest mean
-    squared error over all positions.
+    re-estimated with these biases. The mean is over images and positions, while all other channels are as
+    in the original network. A constant channel is replaced exactly, except at a padded border, where part
+    of the kernel reads zeros instead of the channel: no bias is exact both there and in the interior. The
+    bias is the one with the smallest mean squared error over all positions.
 
-    A layer without a bias takes the fold in the running mean of the batch norm directly behind it; if
-    there is none, nothing is added and the record names the layer (batch norms further on still make up
-    for part of it). No parameter is added or renamed.
+    If a layer has no bias, the running mean of the batch norm directly behind it takes the fold. If it has
+    no such norm either, nothing is added and the record names the layer (batch norms further on still make
+    up for part of the loss). No parameter is added or renamed.
 
     Args:
         model: any trained module, in any mode; wrappers are looked through. It must not have been cut.
         keep: {qualified name: BoolTensor[filters]}, True = alive.
         calibration: batches: a tensor, a tuple or list whose first item is the input (labels are
             ignored), or a dict of keywords. A few hundred images in all are enough, 64 or more a batch;
-            all that it yields is used, twice. Batches are moved to the model's device. Under data
-            parallelism give every rank the same.
-        example_inputs: what ``model`` takes; one picture is enough.
+            every batch is used, twice, on the model's device. Under data parallelism give every rank the
+            same batches.
+        example_inputs: inputs of ``model``; one picture is enough.
         fold: whether to fold the means.
         reestimate: whether to re-estimate the batch norms (``reestimate_norms``).
-        readers: what ``structure.read_structure`` says of the model, where that is known already: it takes
-            most of the time for few images.
+        readers: the result of ``structure.read_structure`` for the model, if you have it: reading the
+            structure takes most of the time when there are few images.
 
     Returns:
-        JSON-able record: that of ``remove_filters``, and folded [layers that took a mean], unfolded
-        {layer: why it could not}, norms [re-estimated], images (how many were read). With nothing to drop
-        the model stays as it is.
+        JSON-able record: the record of ``remove_filters``, and folded [layers that took a mean], unfolded
+        {layer: why it could not}, norms [re-estimated norms], images (how many were read). If ``keep`` drops
+        no filter, the model stays as it is.
 
     Raises:
         ValueError: as ``remove_filters``; ``calibration`` is empty, does not fit the model or yields NaN.
-            Nothing is changed then.
+            The model is unchanged then.
     """
     check(model, "compensate")
     model = unwrap(model)
@@ -119,7 +115,7 @@ def compensate(
     record = removal.record("compensated") | {"folded": [], "unfolded": {}, "norms": [], "images": 0}
     if not removal.gone:
         return record
-    if isinstance(calibration, Iterator):  # it yields once, and there are two passes
+    if isinstance(calibration, Iterator):  # an iterator yields its batches once; they are needed twice
         calibration = list(calibration)
     cut = copied(model)
     removal.apply(cut)
@@ -146,21 +142,21 @@ def compensate(
 def _mean_shifts(
     model: nn.Module, cut: nn.Module, gone: Mapping[str, list[int]], calibration: Iterable[Any]
 ) -> tuple[dict[str, Tensor], int]:
-    """What the outputs of each layer lack on average because removed channels reach it no more.
+    """Return by how much each layer's outputs fall, on average, when no removed channel reaches the layer.
 
-    Each layer of ``cut`` hands on the output it has in ``model``, so that the next one lacks the removed
-    channels and nothing else. (Letting it hand on its own, corrected output gives lower accuracy: the
-    later biases then make up for what earlier layers have lost for good.)
+    Each layer of ``cut`` passes on the output that it has in ``model``, so that the next layer lacks only
+    the removed channels. (Passing on the corrected output gives lower accuracy: later biases then make up
+    for what earlier layers have lost for good.)
 
     Returns:
-        {name: Tensor[outputs]} for the layers that lack something, and the number of images.
+        {name: Tensor[outputs]} for the layers whose outputs change, and the number of images.
     """
     originals: dict[str, list[Tensor]] = {}
     totals: dict[str, Tensor] = {}
     positions: Counter[str] = Counter()
 
     def remember(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        # A copy, because the activation behind it may work in place.
+        # Store a copy, because the activation behind the layer may work in place.
         originals.setdefault(name, []).append(output.clone())
 
     def replace(name: str, module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -170,19 +166,14 @@ def _mean_shifts(
         alive[gone.get(name, [])] = False
         original, output = original.movedim(dim, -1), output.movedim(dim, -1)
         lack = torch.where(alive, original.float() - output.float(), 0).reshape(-1, len(alive))
-        # Summed on the CPU in double precision, which not every device has.
+        # Not every device has double precision: the sum is on the CPU.
         total = lack.mean(0).cpu().double() * len(lack)
         totals[name] = totals[name] + total if name in totals else total
         positions[name] += len(lack)
         return torch.where(alive, original, output).movedim(-1, dim)
 
     images = 0
-    with (
-        evaluating(model),
-        evaluating(cut),
-        hooked(_weighted(model), remember),
-        hooked(_weighted(cut), replace),
-    ):
+    with evaluating(model), evaluating(cut), hooked(_layers(model), remember), hooked(_layers(cut), replace):
         for inputs in inputs_of(model, calibration):
             images += forward(model, inputs)
             forward(cut, inputs)
@@ -193,25 +184,19 @@ def _mean_shifts(
     return shifts, images
 
 
-def _weighted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The convolutions, transposed ones too, and linear layers."""
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, ConvNd | nn.Linear)
-    ]
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the convolutions, transposed ones too, and the linear layers."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, ConvNd | nn.Linear)]
 
 
 def _running(model: nn.Module, norms: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The layers whose own norms are all batch norms with running statistics, and these norms."""
-    running = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.running_mean is not None
-    }
+    """Return the entries of ``norms`` that list only batch norms with running statistics."""
+    running = {name for name, module in model.named_modules() if has_statistics(module)}
     return {name: own for name, own in norms.items() if running.issuperset(own)}
 
 
 def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, list[str]]) -> dict[str, str]:
-    """Add ``shifts`` to the outputs of the layers; {layer: reason} where that is not possible."""
+    """Add ``shifts`` to the outputs of the layers; return {layer: why its output cannot be shifted}."""
     holders = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
     unfolded = {}
     for name, shift in shifts.items():
@@ -223,5 +208,5 @@ def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, l
                 mean: Any = model.get_submodule(norm).running_mean
                 mean.sub_(shift.to(mean))
         else:
-            unfolded[name] = "it has no bias of its own, and no batch norm of its own directly behind it"
+            unfolded[name] = "it has no unshared bias, and no batch norm directly behind that serves it alone"
     return unfolded

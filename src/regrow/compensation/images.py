@@ -1,4 +1,4 @@
-"""Passes over unlabelled images in evaluation mode."""
+"""Forward passes over unlabelled images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,10 @@ def check_calibration(calibration: Any) -> None:
 
 
 def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
-    """What ``model`` takes of each batch, on its device.
-
-    Args:
-        calibration: batches: a tensor, a tuple or list whose first item is the input (the rest, labels,
-            is ignored), or a dict of keywords.
+    """Yield the inputs in each batch of ``calibration`` (see ``compensate``), on the device of ``model``.
 
     Raises:
-        ValueError: there is no batch, or it is of another kind.
+        ValueError: there is no batch, or a batch is of an unknown kind.
     """
     device = device_of(model)
     empty = True
@@ -46,30 +42,30 @@ def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
         empty = False
     if empty:
         raise ValueError(
-            "calibration yields no batch: pass a few hundred images, and no iterator that is used up."
+            "calibration yields no batch: pass a few hundred images, not an iterator that was used before."
         )
 
 
 def forward(model: nn.Module, inputs: Any) -> int:
-    """One forward pass; the number of images in it. ``ValueError`` if it fails."""
+    """Run one forward pass and return the number of images; ``PassFailed``, a ``ValueError``, if it fails."""
     try:
         call(model, inputs)
     except PassFailed as error:
         raise PassFailed(
-            f"the model's forward pass fails on a calibration batch: {error.__cause__}. Pass what the model "
-            "takes, in batches of several images."
+            f"the model's forward pass fails on a calibration batch: {error.__cause__}. Pass inputs that the "
+            "model takes, in batches of several images."
         ) from error.__cause__
     return count_images(inputs)
 
 
 def count_images(inputs: Any) -> int:
-    """The length of the first tensor in ``inputs``; 0 where there is none."""
+    """Return the length of the first tensor in ``inputs``; 0 if there is no tensor."""
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 0)
 
 
 def check_finite_results(name: str, *tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` if what the images gave in layer ``name`` is NaN or infinite."""
+    """Raise ``ValueError`` if ``tensors``, which the images gave for layer ``name``, hold NaN or infinity."""
     if not all(tensor.isfinite().all() for tensor in tensors if tensor is not None):
         raise ValueError(
             f"the calibration images give NaN or infinite values in {name!r}: check the images and the model."

@@ -1,4 +1,4 @@
-"""Batch-norm statistics taken anew from unlabelled images."""
+"""Re-estimate batch-norm statistics from unlabelled images."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _VERSION = 1
 def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, Any]:
     """Replace the running statistics of batch norms by their mean over ``calibration``, in place.
 
-    For a network whose activations have changed since they were recorded: filters were removed, or it
-    was trained with noise on its weights. Batch norms alone are in train mode meanwhile (dropout is
-    off); each batch counts by its number of values. A channel that does not vary at all gets variance 1.
-    Batch norms without running statistics, or with momentum 0 (frozen), are left alone, and so are
-    those the images do not reach.
+    Use it if a network's activations have changed since the statistics were recorded: filters were
+    removed, or the network was trained with noise on its weights. Only batch norms are in train mode
+    meanwhile (dropout is off). Each batch is weighted by its number of values. A constant channel gets
+    variance 1. Batch norms that have no running statistics, have momentum 0 (frozen) or are not reached by
+    the images stay as they are.
 
     Args:
         model: any module, in any mode; wrappers are looked through.
@@ -37,8 +37,8 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
         JSON-able record: version, norms [qualified names], images.
 
     Raises:
-        ValueError: no such batch norm; ``calibration`` is empty, does not fit the model or yields NaN.
-            Nothing is changed then.
+        ValueError: there is no batch norm to re-estimate, or ``calibration`` is empty, does not fit the model
+            or yields NaN. The model is unchanged then.
     """
     check(model, "reestimate_norms")
     model = unwrap(model)
@@ -50,7 +50,7 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
         )
     check_calibration(calibration)
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    saved = {name: [buffer.clone() for buffer in _buffers(norm)] for name, norm in norms.items()}
+    saved = {name: [buffer.clone() for buffer in norm.buffers(recurse=False)] for name, norm in norms.items()}
     values: Counter[str] = Counter()
 
     def weigh(name: str, norm: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -58,7 +58,7 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
         values[name] += count
         norm.momentum = count / values[name]  # makes the running statistics a weighted mean
 
-    done = False
+    measured: list[str] = []
     try:
         with evaluating(model), hooked(list(norms.items()), before=weigh):
             for norm in norms.values():
@@ -68,27 +68,25 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
         reached = [name for name in norms if values[name]]
         for name in reached:
             check_finite_results(name, norms[name].running_mean, norms[name].running_var)
-        done = True
+        measured = reached
     finally:
         for name, norm in norms.items():
             norm.momentum = momenta[name]
-            if not done or not values[name]:
-                for buffer, old in zip(_buffers(norm), saved[name], strict=True):
+            if name not in measured:
+                for buffer, old in zip(norm.buffers(recurse=False), saved[name], strict=True):
                     buffer.copy_(old)
-    for name in reached:
+    for name in measured:
         variance: Any = norms[name].running_var
         variance[variance == 0] = 1
-    return {"version": _VERSION, "norms": reached, "images": images}
+    return {"version": _VERSION, "norms": measured, "images": images}
 
 
 def running_norms(model: nn.Module) -> dict[str, Any]:
-    """The batch norms whose running statistics are there and not frozen."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and module.running_mean is not None and module.momentum != 0
-    }
+    """Return the batch norms that have running statistics and are not frozen (momentum 0)."""
+    norms: dict[str, Any] = {name: layer for name, layer in model.named_modules() if has_statistics(layer)}
+    return {name: norm for name, norm in norms.items() if norm.momentum != 0}
 
 
-def _buffers(norm: nn.Module) -> list[Tensor]:
-    return list(norm.buffers(recurse=False))
+def has_statistics(module: nn.Module) -> bool:
+    """Return whether ``module`` is a batch norm with running statistics."""
+    return isinstance(module, BatchNorm) and module.running_mean is not None

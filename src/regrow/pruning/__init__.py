@@ -1,1 +1,1 @@
-"""One call that makes a trained network smaller, within a budget."""
+"""Make a trained network smaller, within a budget, in one call."""

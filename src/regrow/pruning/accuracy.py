@@ -14,14 +14,14 @@ from regrow.modules import device_of, unwrap
 
 @torch.no_grad()
 def top1(model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
-    """Share of the pictures whose highest logit is their label's, and how many pictures there were.
+    """Return the share of pictures whose highest logit is that of their label, and the number of pictures.
 
     Args:
         model: inputs → logits [n, classes], in any mode; it is run in evaluation mode.
         batches: pairs of inputs and labels [n], as a DataLoader yields them.
 
     Raises:
-        ValueError: batches or outputs of another kind, or no batch.
+        ValueError: a batch or an output is of another kind, or there is no batch.
     """
     model = unwrap(model)
     device = device_of(model)
@@ -29,9 +29,7 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
     with evaluating(model):
         for batch in batches:
             if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-                raise ValueError(
-                    "a validation batch is a pair of inputs and labels, as a DataLoader yields it."
-                )
+                raise ValueError("a validation batch is a pair of inputs and labels, as from a DataLoader.")
             inputs, labels = batch
             logits = model(inputs.to(device))
             if not isinstance(logits, Tensor) or logits.shape[:1] != labels.shape or logits.dim() != 2:

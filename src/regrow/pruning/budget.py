@@ -1,4 +1,4 @@
-"""Which cut meets a budget: measured on small copies, not guessed."""
+"""Search for the cut that meets a budget. The search measures each cut on a small copy of the network."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from regrow.pruning.trials import Bench, Trial
 
 Timing = list[dict[str, Any]]
 _UNITS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "latency"}
-# How far below a budget a network may end up, as a share of what the dense one costs.
+# How far below the budget the result may be, as a share of the cost of the dense network.
 _CLOSE = {"macs": 0.005, "params": 0.005, "latency": 0.02, "max_drop": 0.0}
-# How many fractions there are to choose from, at most; never more than there are filters.
+# A search chooses from at most this many fractions, and from fewer fractions than there are filters.
 _RUNGS = {"macs": 1000, "params": 1000, "latency": 250, "max_drop": 125}
-# Of networks that were within a budget when it was searched for, and are not when looked at again.
+# How many rungs, from the one found, are cut and measured again until one is still within the budget.
 _TRIES = 5
 
 
 def check_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
-    """The one of ``prune``'s targets that is given: (kind, value).
+    """Return the target of ``prune`` that is given, as (kind, value).
 
     Raises:
-        ValueError: there is not exactly one, or it is out of range.
+        ValueError: not exactly one target is given, or it is out of range.
     """
     given = {kind: value for kind, value in targets.items() if value is not None}
     if len(given) != 1:
@@ -59,7 +59,7 @@ def check_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Met:
-    """The network that meets a budget, what it reached, and its passes timed if the budget was latency."""
+    """The cut that meets a budget, the value it reached, and its timing if the budget was latency."""
 
     trial: Trial
     reached: float
@@ -68,14 +68,14 @@ class Met:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search for a budget needs.
+    """A search for a cut within a budget.
 
     Attributes:
         model: the dense network.
-        example_inputs: for MACs and latency.
+        example_inputs: inputs of the passes that count MACs or measure latency.
         bench: makes small copies of ``model``.
-        choose: fraction → keep masks; those of a larger fraction drop what a smaller one drops.
-        filters: how many there are to choose from.
+        choose: fraction → keep masks; a larger fraction drops all filters that a smaller one drops.
+        filters: the number of filters to choose from.
         validation, accuracy: for ``max_drop``: batches, and the dense network's accuracy on them.
         tell: called as ``prune``'s ``progress``.
     """
@@ -90,21 +90,21 @@ class Search:
     tell: Callable[[float, str], object]
 
     def run(self, kind: str, limit: float) -> Met:
-        """The smallest cut whose ``kind`` is at most ``limit``; for ``max_drop`` the largest.
+        """Return the smallest cut whose ``kind`` is at most ``limit``; for ``max_drop`` the largest such cut.
 
         Raises:
-            ValueError: there is none; the message says how near one gets.
+            ValueError: no cut meets the limit; the message gives the best value found.
         """
-        rungs = min(_RUNGS[kind], self.filters - 1)
-        # The first rung is the one that is farthest from the limit: for a drop, the largest cut.
-        fraction = (
-            (lambda r: (rungs + 1 - r) / (rungs + 1)) if kind == "max_drop" else lambda r: r / (rungs + 1)
-        )
+        rungs = self._rungs(kind)
         looks = 2 * math.ceil(math.log2(rungs + 1)) + 2
         known: dict[int, float] = {}
 
+        def choose(rung: int) -> dict[str, Tensor]:
+            # The value falls from rung to rung: for a drop, the first rung is the largest cut.
+            return self.choose((rungs + 1 - rung if kind == "max_drop" else rung) / (rungs + 1))
+
         def value(rung: int) -> float:
-            keep = self.choose(fraction(rung))
+            keep = choose(rung)
             count = removed(keep)
             if count not in known:
                 share = 0.1 + 0.7 * min(1.0, len(known) / looks)
@@ -112,43 +112,42 @@ class Search:
                 known[count] = self._value(kind, keep)
             return known[count]
 
-        start = math.inf if kind == "max_drop" else 1.0
-        close, guess = _CLOSE[kind], None
+        start, guess = math.inf if kind == "max_drop" else 1.0, None
         if kind in ("macs", "params"):
-            self.tell(0.1, "guessing how many filters go")
-
-            def estimated(rung: int) -> float:
-                return self.bench.estimate(self.choose(fraction(rung)))[kind]
-
-            guess, _ = first_within(estimated, rungs, limit, start=1.0, close=close)
-        rung, found = first_within(value, rungs, limit, start=start, close=close, guess=guess)
-        if found > limit or not removed(self.choose(fraction(rung))):
+            self.tell(0.1, "estimating how many filters to remove")
+            guess = self._guess(kind, limit)
+        rung, reached = first_within(value, rungs, limit, start=start, close=_CLOSE[kind], guess=guess)
+        if reached > limit or not removed(choose(rung)):
             raise ValueError(self._refusal(kind, limit, known))
-        reached = found
         for further in range(rung, min(rung + _TRIES, rungs + 1)):
             self.tell(0.8, "cutting")
-            trial = self.bench.cut(self.choose(fraction(further)), compensated=True)
+            trial = self.bench.cut(choose(further), compensated=True)
             if not trial.gone:
                 break
             reached, timing = self._look(kind, trial.model)
             if reached <= limit:
                 return Met(trial, reached, timing)
         raise ValueError(
-            f"{kind}={limit} was met while searching and not when looked at again ({reached:.3g}): the "
-            "measurement varies too much. Quiet the machine, or ask for a little less."
+            f"{kind}={limit} was met in the search, but not when measured again ({reached:.3g}): the "
+            "measurements vary too much. Stop other work on this machine, or ask for a little less."
         )
 
     def latency_at(self, macs: float) -> float:
-        """The share of its latency that the network takes when cut to this share of its MACs, about."""
-        rungs = min(_RUNGS["macs"], self.filters - 1)
-        rung, _ = first_within(
-            lambda rung: self.bench.estimate(self.choose(rung / (rungs + 1)))["macs"],
-            rungs,
-            macs,
-            start=1.0,
-            close=_CLOSE["macs"],
-        )
-        return self._value("latency", self.choose(rung / (rungs + 1)))
+        """Return the share of its latency that the network has when cut to the share ``macs`` of its MACs."""
+        fraction = self._guess("macs", macs) / (self._rungs("macs") + 1)
+        return self._value("latency", self.choose(fraction))
+
+    def _guess(self, kind: str, limit: float) -> int:
+        """Return the first rung at which the estimated ``kind``, MACs or parameters, is within ``limit``."""
+        rungs = self._rungs(kind)
+
+        def estimated(rung: int) -> float:
+            return self.bench.estimate(self.choose(rung / (rungs + 1)))[kind]
+
+        return first_within(estimated, rungs, limit, start=1.0, close=_CLOSE[kind])[0]
+
+    def _rungs(self, kind: str) -> int:
+        return min(_RUNGS[kind], self.filters - 1)
 
     def _value(self, kind: str, keep: Mapping[str, Tensor]) -> float:
         if not removed(keep):
@@ -159,7 +158,7 @@ class Search:
 
     def _look(self, kind: str, small: nn.Module) -> tuple[float, Timing | None]:
         if kind == "max_drop":
-            # Rounded, because 100 · (0.92 - 0.91) is a little more than 1.
+            # Round, because 100 · (0.92 - 0.91) is a little more than 1.
             return round(100 * (self.accuracy - top1(small, self.validation)[0]), 9), None
         if kind == "latency":
             timing = measure_latency([self.model, small], self.example_inputs)
@@ -179,18 +178,18 @@ class Search:
         if kind == "max_drop":
             count = min(tried, key=lambda count: (tried[count], count))
             return (
-                f"max_drop={limit:g} cannot be met: the best cut tried, of {count} of {self.filters} filters "
-                f"({count / self.filters:.1%}), costs {tried[count]:.2f} points. Allow that many, calibrate "
-                "with more images, or try another criterion or scope."
+                f"max_drop={limit:g} cannot be met: the best cut tried removes {count} of {self.filters} "
+                f"filters ({count / self.filters:.1%}) and costs {tried[count]:.2f} points. Allow that many, "
+                "calibrate with more images, or try another criterion or scope."
             )
         least = min(tried.values())
         return (
-            f"{kind}={limit:g} cannot be met: the best is {least:.1%} of the {_UNITS[kind]}, with as much "
-            "removed as floor, round_to and exclude allow. Lower the floor, exclude fewer layers, or ask for "
-            f"{kind}={math.ceil(100 * least) / 100:g}."
+            f"{kind}={limit:g} cannot be met: the best cut leaves {least:.1%} of the {_UNITS[kind]}, and "
+            "floor, round_to and exclude allow no larger cut. Lower the floor, exclude fewer layers, or ask "
+            f"for {kind}={math.ceil(100 * least) / 100:g}."
         )
 
 
 def removed(keep: Mapping[str, Tensor]) -> int:
-    """How many filters ``keep`` drops."""
+    """Return how many filters ``keep`` drops."""
     return sum(int((~mask).sum()) for mask in keep.values())

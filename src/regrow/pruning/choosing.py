@@ -1,4 +1,4 @@
-"""Which filters ``prune`` drops: over what they are ranked, which fall together, and to what widths."""
+"""Choose the filters that ``prune`` drops: rank them, drop coupled ones together, round the widths."""
 
 from __future__ import annotations
 
@@ -28,12 +28,9 @@ class Choice:
     """How filters are chosen.
 
     Attributes:
-        scope: ``"layer"`` drops the same share of each layer, ``"global"`` ranks all filters together,
-            ``"isomorphic"`` those of each family of layers (Fang et al. 2024) together.
-        floor: share of each layer that stays, as ``select`` takes it.
-        round_to: the number of filters kept in a layer is a multiple of it.
-        families: the layers that are ranked together where the scope is ``"isomorphic"``.
-        units: filters that fall together or not at all.
+        scope, floor, round_to: as ``prune`` takes them.
+        families: the layers that are ranked together if the scope is ``"isomorphic"``.
+        units: groups of filters that are dropped together or not at all.
     """
 
     scope: str = "layer"
@@ -51,17 +48,17 @@ def check_choice(scope: str, floor: float, round_to: int, coupled: str) -> None:
     check_selection(0, "global", floor)
     if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
         raise ValueError(
-            f"round_to is what the widths are multiples of, a whole number from 1, got {round_to!r}. For "
-            "multiples of 8 write round_to=8."
+            f"round_to is a whole number from 1 that divides every width, got {round_to!r}. For multiples "
+            "of 8 write round_to=8."
         )
 
 
 def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dict[str, Tensor]:
-    """Keep masks that drop about ``fraction`` of the filters.
+    """Return keep masks that drop about ``fraction`` of the filters.
 
-    Counts are rounded to the nearest multiple of ``round_to`` (a half goes up), but to no less than one
-    multiple, and up where the floor or a unit asks for more. A layer that has fewer filters than that is
-    left whole. Of a larger fraction the filters of a smaller one are a part.
+    The count that a layer keeps is rounded to the nearest multiple of ``round_to`` (a half goes up), but to
+    no less than ``round_to``, and up if the floor or a unit asks for more. A layer with fewer filters than
+    that stays whole. A larger fraction drops all filters that a smaller one drops.
 
     Args:
         scores: {name: Tensor[filters]}, higher = keep.
@@ -100,11 +97,11 @@ def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dic
 
 
 def families_of(model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]) -> list[list[str]]:
-    """The layers ``names`` in groups of the same surroundings, whatever their widths.
+    """Return the layers ``names`` in families of similar layers, whatever their widths.
 
-    Two convolutions belong together if they have the same class, kernel, stride and dilation, the same
-    kinds of norms behind them, and kinds of layers that read their channels, and if both or neither are
-    mixed with other channels on the way there (a residual sum). A simple form of the isomorphic groups of
+    Two convolutions are similar if they have the same class, kernel, stride and dilation, the same kinds of
+    norms behind them, the same kinds of layers that read their channels, and if both or neither are mixed
+    with other channels on the way there (a residual sum). This is a simple form of the isomorphic groups of
     Fang et al. 2024.
     """
     found: defaultdict[Any, list[str]] = defaultdict(list)
@@ -116,7 +113,7 @@ def families_of(model: nn.Module, readers: Mapping[str, Readers], names: Iterabl
 
 
 def merged(families: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[list[str]]:
-    """``families``, where those that have filters of one unit are made one."""
+    """Return ``families``, with all families merged whose layers have filters in the same unit."""
     number = {name: at for at, family in enumerate(families) for name in family}
     linked = [(number[next(iter(unit))], number[name]) for unit in units for name in unit]
     ends = torch.tensor(linked, dtype=torch.int64).view(-1, 2)
@@ -130,7 +127,7 @@ def merged(families: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[lis
 def coupled_filters(
     model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]
 ) -> list[dict[str, list[int]]]:
-    """``Flows.coupled``, of the filters of the layers ``names`` only."""
+    """Return the units of ``Flows.coupled``, reduced to the filters of the layers ``names``."""
     wanted = set(names)
     units = (
         {name: indices for name, indices in unit.items() if name in wanted}
@@ -142,18 +139,18 @@ def coupled_filters(
 def renumbered(
     units: Iterable[Unit], left: Mapping[str, Tensor], scores: Mapping[str, Tensor]
 ) -> list[dict[str, list[int]]]:
-    """``units`` of an uncut model as units of the filters that cuts have left of it.
+    """Return the ``units`` of an uncut model in the numbering of the filters that are left after its cuts.
 
     Args:
-        left: layer → BoolTensor[filters before the first cut], True = left; layers not listed: all.
-        scores: {name: Tensor[filters]} of the filters that each layer counts now.
+        left: layer → BoolTensor[filters before the first cut], True = left. A layer not listed has them all.
+        scores: {name: Tensor[filters]} for the filters that each layer has now.
     """
     found = []
     for unit in units:
         now: dict[str, list[int]] = {}
         for name, indices in unit.items():
             mask = left.get(name)
-            # A layer that holds some at zero goes on counting all its filters.
+            # A layer that holds filters at zero still numbers all its filters.
             if mask is not None and len(scores[name]) < len(mask):
                 indices = [int(mask[:i].sum()) for i in indices if mask[i]]
             if indices:
@@ -170,7 +167,7 @@ def _kind(module: Any) -> tuple[Any, ...]:
 
 
 def _unit_numbers(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> Tensor:
-    """The number of each filter's unit, layer after layer; a filter by itself is one too."""
+    """Return the number of each filter's unit, layer after layer; an uncoupled filter is a unit by itself."""
     starts, count = {}, 0
     for name, values in scores.items():
         starts[name] = count
@@ -183,7 +180,7 @@ def _unit_numbers(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> Tensor
 
 
 def _unit_means(flat: Tensor, numbers: Tensor) -> Tensor:
-    """Of the scores ``flat`` the mean of each unit in place of its filters' own."""
+    """Return the scores ``flat``, each replaced by the mean score of the filter's unit."""
     sums = torch.zeros_like(flat).index_add(0, numbers, flat)
     return (sums / torch.bincount(numbers, minlength=len(flat)))[numbers]
 
@@ -198,7 +195,7 @@ def _up(count: int, multiple: int) -> int:
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` highest; equal ones fall in order, as in ``select``."""
+    """Return a mask of the ``count`` highest scores. Equal scores are dropped in order, as in ``select``."""
     keep = torch.ones(len(scores), dtype=torch.bool)
     keep[scores.argsort(stable=True)[: max(0, len(scores) - count)]] = False
     return keep

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, latency on this machine, memory."""
+"""Measure what a network costs: parameters, multiply-accumulates, latency on this machine, memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SECONDS = 1.5
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters; one that several layers share counts once."""
+    """Count the numbers in all parameters; a parameter that several layers share counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Multiply-accumulates of one pass over ``example_inputs``, the whole batch, in evaluation mode.
+    """Count the multiply-accumulates of one pass over the whole batch ``example_inputs``, in evaluation mode.
 
-    PyTorch's own count (``torch.utils.flop_counter``), halved: convolutions, linear layers, matrix products
-    and attention, wherever they are called. Norms, activations and additions are not counted.
+    This is PyTorch's own count (``torch.utils.flop_counter``), halved: convolutions, linear layers, matrix
+    products and attention, called as layers or as functions. Norms, activations and additions do not count.
     """
     model = unwrap(model)
     with evaluating(model), FlopCounterMode(display=False) as counter:
@@ -41,20 +41,20 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 
 def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[dict[str, Any]]:
-    """How long a pass over ``example_inputs`` takes on this machine, for each of ``models``.
+    """Measure how long a pass over ``example_inputs`` takes on this machine, for each of ``models``.
 
-    Evaluation mode, ``torch.inference_mode``, three passes each to warm up. The models take turns, so that
-    a machine that slows down does so for all of them. 5 to 200 passes each, as fit into about 1.5 seconds.
+    The passes run in evaluation mode under ``torch.inference_mode``, after three passes each to warm up. The
+    models take turns, so that a slowdown of the machine affects all of them. Each model runs 5 to 200
+    passes, as many as fit into about 1.5 seconds for all models together.
 
     Returns:
-        For each model JSON-able: median, lowest and highest of the passes in seconds, and passes.
+        A JSON-able dict per model: median, lowest and highest time of a pass in seconds, number of passes.
     """
     models = [unwrap(model) for model in models]
     times: list[list[float]] = [[] for _ in models]
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, torch.inference_mode():
         for model in models:
             stack.enter_context(evaluating(model))
-        stack.enter_context(torch.inference_mode())
         warm = [_seconds(model, example_inputs) for _ in range(_WARM_UP) for model in models]
         least, most = _PASSES
         passes = min(most, max(least, int(_SECONDS / max(sum(warm[-len(models) :]), 1e-9))))
@@ -62,12 +62,7 @@ def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[di
             for model, taken in zip(models, times, strict=True):
                 taken.append(_seconds(model, example_inputs))
     return [
-        {
-            "median": statistics.median(taken),
-            "lowest": min(taken),
-            "highest": max(taken),
-            "passes": passes,
-        }
+        {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken), "passes": passes}
         for taken in times
     ]
 
@@ -87,18 +82,18 @@ def _wait(device: torch.device) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; what several layers share counts once."""
+    """Count the bytes of all parameters and buffers; a tensor that several layers share counts once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @torch.no_grad()
 def activation_bytes(model: nn.Module, example_inputs: Any) -> int:
-    """Most bytes that tensors made in a pass over ``example_inputs`` take up at one time, in evaluation mode
-    without gradients.
+    """Return the most bytes that the tensors made in a pass over ``example_inputs`` hold at one time.
 
-    Counted from the tensors that PyTorch's operations return, until they are freed: the same on every
-    machine. Not counted: the weights, the inputs, and what an operation needs inside.
+    The pass runs in evaluation mode without gradients. A tensor that a PyTorch operation returns counts
+    until it is freed, so the number is the same on every machine. Weights, inputs and the workspaces inside
+    operations are not counted.
     """
     model = unwrap(model)
     inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
@@ -108,7 +103,7 @@ def activation_bytes(model: nn.Module, example_inputs: Any) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Follows the memory of the tensors made while it is entered, except that of ``known`` ones."""
+    """Counts the bytes of tensors made inside the ``with`` block, but not the memory of ``known`` tensors."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()

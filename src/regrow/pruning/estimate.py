@@ -1,4 +1,4 @@
-"""What a cut would leave of a network's size, from what reads its channels alone: quick, and nearly right."""
+"""Estimate a network's size after a cut, from its structure alone: quick, and nearly right."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from regrow.structure.readers import Readers
 
 
 class Estimate:
-    """The size of a network after cuts that were not made.
+    """Estimates the size of a network after a cut, without making the cut.
 
-    Of a layer stays the share of its filters that are kept, times that of the channels which still arrive.
-    What cannot be cut after all, and what reads a channel where the graph does not see it, is not known
-    here: measure the cut network before you rely on it.
+    The estimate multiplies a layer's size by the share of its filters that are kept, and by the share of its
+    channels that still arrive. It does not know which filters a cut can only hold at zero, nor which readers
+    the graph does not show: measure the cut network before you rely on a number.
 
     Args:
         model: an uncut network; it is only read.
         example_inputs: as ``read_structure`` takes them.
-        readers: what ``read_structure`` says of the model.
+        readers: the result of ``read_structure`` for the model.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
@@ -51,12 +51,12 @@ class Estimate:
         }
 
     def of(self, gone: Mapping[str, Sequence[int]]) -> dict[str, float]:
-        """``macs`` and ``params`` without the filters ``gone``: {name: indices}."""
+        """Return ``macs`` and ``params`` of the network without the filters ``gone``, {name: indices}."""
         rows: defaultdict[str, float] = defaultdict(lambda: 1.0)
         rows.update({name: 1 - len(indices) / self._filters[name] for name, indices in gone.items()})
         reads: defaultdict[str, float] = defaultdict(lambda: 1.0)
         reads.update(self._shares(gone))
-        # A grouped layer's filters go with the channels that they read.
+        # A grouped layer loses filters along with the channels that they read: count the loss once.
         reads.update(dict.fromkeys(self._grouped, 1.0))
         totals: dict[str, float] = dict(self._others)
         totals["macs"] += sum(macs * rows[name] * reads[name] for name, macs in self._macs.items())
@@ -68,7 +68,7 @@ class Estimate:
         return totals
 
     def _shares(self, gone: Mapping[str, Sequence[int]]) -> dict[str, float]:
-        """{layer: of the channels that come from filters, the share that still has one}."""
+        """Return {layer: of its channels that filters reach, the share that filters not ``gone`` reach}."""
         followed = self._flows.arriving(self._flows.emitted_without({}))
         present = self._flows.arriving(self._flows.emitted_without(gone))
         counts = {
@@ -79,7 +79,7 @@ class Estimate:
 
 
 def _layer_macs(model: nn.Module, example_inputs: Any, layers: Mapping[str, Any]) -> dict[str, int]:
-    """Multiply-accumulates of each layer in one pass, all its calls together."""
+    """Return the multiply-accumulates of each layer in one pass, summed over its calls."""
     found: defaultdict[str, int] = defaultdict(int)
 
     def counting(name: str, layer: Any, _inputs: Any, output: Tensor) -> None:

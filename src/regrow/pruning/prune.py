@@ -1,4 +1,4 @@
-"""One call for the engineer: rank filters, choose, cut for good and compensate, within a budget."""
+"""Rank filters, choose some, cut them for good and compensate, within a budget, in one call."""
 
 from __future__ import annotations
 
@@ -16,18 +16,9 @@ from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, left_out
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
+from regrow.pruning import choosing
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import Search, check_target, removed
-from regrow.pruning.choosing import (
-    COUPLED,
-    Choice,
-    check_choice,
-    choose,
-    coupled_filters,
-    families_of,
-    merged,
-    renumbered,
-)
 from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, measure_latency, weight_bytes
 from regrow.pruning.trials import Bench, become, uncut
 from regrow.structure.read import read_structure
@@ -63,66 +54,66 @@ def prune(
 ) -> dict[str, Any]:
     """Make a trained network smaller in one call, in place: score, choose, cut for good, compensate.
 
-    Exactly one target is given. With a budget, the smallest cut that meets it is searched for (the largest
-    one for ``max_drop``), on copies; ``model`` changes once, at the end, or not at all. It is not trained.
+    Give exactly one target. For a budget, ``prune`` searches on copies for the smallest cut that meets it
+    (for ``max_drop``, the largest). ``model`` changes once, at the end, or not at all. It is not trained.
 
     Args:
         model: any trained module with convolutions, cut before or not, not inside a data-parallel wrapper.
             Its parameters become new, smaller ones: build optimizers afterwards.
-        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords. MACs,
-            latency and memory are those of a pass over it.
+        example_inputs: the inputs of ``model``: a tensor, a tuple of arguments or a dict of keywords. MACs,
+            latency and memory are measured in a pass over it.
         fraction: target: share of the ranked filters to remove, 0 ≤ fraction < 1.
         max_drop: target: remove as many as cost at most this many points of accuracy on ``validation``
             (1.0: from 92.3 % to no less than 91.3 %).
-        macs, params, latency: target: share of what it is now, 0 < share < 1. Latency is the median of
-            repeated passes on this machine, the dense network in turn with the smaller one.
+        macs, params, latency: target: share of the present value to leave, 0 < share < 1. Latency is the
+            median of repeated passes on this machine; the dense and the smaller network take turns.
         calibration: batches of images to compensate with, as ``compensate`` takes them; labels are
-            ignored. The first 512 images are used: shuffle, or see to it that they are of all kinds.
+            ignored. The first 512 images are used: they must be of all kinds, so shuffle.
         validation: batches of (inputs, labels [n]), to report accuracy, and for ``max_drop``.
         criterion: as ``score`` takes it.
         scope: ``"layer"`` removes the same share of each layer, ``"global"`` ranks all filters together,
             ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
-        coupled: filters that are added into the same channel of a residual stream go ``"jointly"``, by their
-            mean score, so that the channel leaves the stream, or ``"individually"``, each layer computing
-            its kept ones only. None: jointly; for ``latency`` whichever of the two is faster here at the
-            same number of multiply-accumulates.
-        round_to: layers keep a multiple of this many filters, where they have as many.
+        coupled: filters that are added into the same channel of a residual stream are dropped
+            ``"jointly"``, by their mean score, so that the channel leaves the stream, or
+            ``"individually"``, so that each layer computes only the filters it keeps. None: jointly; for
+            ``latency`` the way that is faster here at the same number of multiply-accumulates.
+        round_to: a layer keeps a multiple of this many filters; a layer with fewer filters stays whole.
         floor: share of each layer that stays.
         exclude: names of convolutions, or of containers of them, to leave alone.
         compensate: False removes the filters without making up for them, and needs no images.
         seed: for the criterion ``"random"``.
-        progress: called with how far it is, 0 to 1, and with what it does now.
+        progress: called with the share done, 0 to 1, and the name of the present step.
 
     Returns:
-        JSON-able report: version; target {kind, value, reached}; the settings; filters and fraction that
-        went; layers {name: filters before and after}; dropped {name: indices}; left_out and masked {name:
-        why}; parameters, macs, latency (seconds: median, lowest, highest), memory (bytes of weights, and of
-        activations at their peak), accuracy (0 to 1; None without ``validation``), each before and after;
-        compensation (what ``compensate`` did, or None).
+        JSON-able report: version; target {kind, value, reached}; settings, device and threads; filters
+        (before and after) and fraction removed; layers {name: filters before and after}; dropped {name:
+        indices}; left_out and masked {name: why}; parameters, macs, latency (seconds: median, lowest,
+        highest), memory (bytes of weights, peak bytes of activations), accuracy (0 to 1; None without
+        ``validation``), each before and after; compensation (what ``compensate`` did, or None).
 
     Raises:
-        ValueError: not exactly one target, an argument that is unknown, missing or out of range; a model
-            that cannot be cut; images that do not fit; a budget that cannot be met: the message says how
-            near one gets. Nothing is changed.
+        ValueError: not exactly one target is given; an argument is unknown, missing or out of range; the
+            model cannot be cut; the images do not fit; the budget cannot be met (the message gives the best
+            value found). The model is unchanged then.
 
     Warns:
-        UserWarning: ``floor`` and ``round_to`` leave less to remove than ``fraction`` asks for.
+        UserWarning: ``floor``, ``round_to`` or ``coupled`` leave less to remove than ``fraction`` asks for.
     """
     kind, value = check_target(
         {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
     )
     check_criterion(criterion)
-    check_choice(scope, floor, round_to, coupled or COUPLED[0])
+    choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
     check(model, "prune")
     if compensate and calibration is None:
         raise ValueError(
-            "to make up for the filters that go, prune needs calibration=: a loader of images (labels are "
-            "ignored), or [x] for one batch. To do without, write compensate=False."
+            "to make up for removed filters, prune needs calibration=: a loader of images (labels are "
+            "ignored), or [x] for one batch. To prune without it, write compensate=False."
         )
     if kind == "max_drop" and validation is None:
         raise ValueError("max_drop needs validation=: a loader of (inputs, labels) to measure accuracy on.")
     user = unwrap(model)
-    tell = progress or _silent
+    tell = progress or (lambda _share, _step: None)
     tell(0.0, "reading the structure")
     whole = uncut(user)
     readers = read_structure(whole, example_inputs)
@@ -131,34 +122,34 @@ def prune(
     names = [exclude] if isinstance(exclude, str) else list(exclude)
     scores = score(base, criterion, exclude=[*names, *fixed], seed=seed)
 
-    def choosing(way: str) -> Callable[[float], dict[str, Tensor]]:
-        units = coupled_filters(whole, readers, scores) if way == "jointly" else []
-        units = renumbered(units, keep_of_uncut(base, {}, readers), scores)
-        choice = Choice(scope, floor, round_to, merged(families_of(whole, readers, scores), units), units)
-        return functools.partial(choose, scores, choice=choice)
+    def chooser(way: str) -> Callable[[float], dict[str, Tensor]]:
+        units = choosing.coupled_filters(whole, readers, scores) if way == "jointly" else []
+        units = choosing.renumbered(units, keep_of_uncut(base, {}, readers), scores)
+        families = choosing.merged(choosing.families_of(whole, readers, scores), units)
+        choice = choosing.Choice(scope, floor, round_to, families, units)
+        return functools.partial(choosing.choose, scores, choice=choice)
 
     images = _first_images(base, calibration) if compensate and calibration is not None else None
-    if isinstance(validation, Iterator):  # it yields once, and there are several passes
+    if isinstance(validation, Iterator):  # an iterator yields its batches once; they are needed again
         validation = list(validation)
     accuracy, pictures = top1(base, validation) if validation is not None else (None, None)
     bench = Bench(base, example_inputs, readers, images)
 
     def searching(way: str) -> Search:
-        labelled = validation or ()
-        filters = _count(scores)
-        return Search(base, example_inputs, bench, choosing(way), filters, labelled, accuracy or 0.0, tell)
+        filters, labelled = _count(scores), validation or ()
+        return Search(base, example_inputs, bench, chooser(way), filters, labelled, accuracy or 0.0, tell)
 
     if coupled is None and kind == "latency":
         tell(0.1, "comparing two ways to cut")
-        coupled = min(COUPLED, key=lambda way: searching(way).latency_at(value))
-    coupled = coupled or COUPLED[0]
+        coupled = min(choosing.COUPLED, key=lambda way: searching(way).latency_at(value))
+    coupled = coupled or choosing.COUPLED[0]
     timing = None
     if kind == "fraction":
         tell(0.1, "cutting")
-        keep = choosing(coupled)(value)
+        keep = chooser(coupled)(value)
         trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
-        # Rounding to whole filters alone is half a filter a layer at most.
-        if reached * _count(keep) < value * _count(keep) - 0.5 * len(keep) - 1e-9:
+        # Rounding to whole filters alone costs at most half a filter per layer.
+        if removed(keep) < value * _count(keep) - 0.5 * len(keep) - 1e-9:
             warnings.warn(
                 f"fewer filters are removed than fraction={value:g} asks for: {removed(keep)} of "
                 f"{_count(keep)} ({reached:.1%}), because of floor={floor}, round_to={round_to} or "
@@ -211,12 +202,8 @@ def prune(
     return report
 
 
-def _silent(_share: float, _what: str) -> None:
-    pass
-
-
 def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
-    """The first batches, of 512 images in all or a little more. Errors as ``compensate``."""
+    """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``."""
     check_calibration(calibration)
     batches, images = [], 0
     for inputs in inputs_of(model, calibration):

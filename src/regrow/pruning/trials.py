@@ -1,10 +1,10 @@
-"""A network with some filters gone: small copies to measure, and how the original becomes one of them."""
+"""Make small copies of a network to measure, and turn the original into one of them."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ class Trial:
 
     Attributes:
         model: the copy.
-        keep: {name: BoolTensor[filters]}, True = alive, of the filters that the model has.
-        plan: what was left of each layer, for the model as it was before its first cut.
-        gone: {name: indices of the filters that went}, followers too, of those that the model has.
-        compensation: the record of ``compensate``, or None.
+        keep: {name: BoolTensor[filters]}, True = alive, over the filters of the model.
+        plan: what is left of each layer, for the model as it was before its first cut.
+        gone: {name: indices of removed filters}, followers too, in the numbering of the model.
+        compensation: part of the record of ``compensate``, or None.
     """
 
     model: nn.Module
@@ -44,57 +44,46 @@ class Bench:
     """Makes copies of one model, in evaluation mode, with filters removed.
 
     Args:
-        model: the network as it is, cut before or not; it is only read.
+        model: the network, cut before or not; it is only read.
         example_inputs: as ``read_structure`` takes them.
-        readers: what ``read_structure`` says of ``uncut(model)``.
-        images: batches to compensate with; None does not compensate.
+        readers: the result of ``read_structure`` for ``uncut(model)``.
+        images: batches to compensate with; None for no compensation.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: Any,
-        readers: Mapping[str, Readers],
-        images: Sequence[Any] | None,
+        self, model: nn.Module, example_inputs: Any, readers: Mapping[str, Readers], images: list[Any] | None
     ) -> None:
         self._model, self._example, self._readers, self._images = model, example_inputs, readers, images
         self._whole = uncut(model)
         self._left = keep_of_uncut(model, {}, readers)
-        # The plan of the last cut: what a search ends with it has often looked at just before.
+        # The masks and plan of the last cut: a search often ends with the cut that it tried last.
         self._planned: tuple[dict[str, Tensor], CutPlan] | None = None
 
     def masked(self, keep: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Any] | None]:
-        """A copy of the full size that computes what the cut and compensated network does; the record."""
+        """Return a copy of full size with the values of the cut network, and the record of ``compensate``."""
         model = copy.deepcopy(self._whole).eval()
         keep = self._keep(keep)
         if self._images is not None:
-            record = compensate(
-                model, keep, self._images, example_inputs=self._example, readers=self._readers
-            )
-            return model, {key: record[key] for key in ("folded", "unfolded", "norms", "images")}
+            done = compensate(model, keep, self._images, example_inputs=self._example, readers=self._readers)
+            return model, {key: done[key] for key in ("folded", "unfolded", "norms", "images")}
         with torch.no_grad():
             plan_removal(model, keep, self._example, self._readers).apply(model)
         return model, None
 
     def cut(self, keep: Mapping[str, Tensor], *, compensated: bool) -> Trial:
-        """A small copy; one that is not compensated has the right sizes only."""
+        """Return a small copy. Without ``compensated``, only its sizes are right, not its values."""
         if all(mask.all() for mask in keep.values()):
             nothing = {"folded": [], "unfolded": {}, "norms": [], "images": 0} if self._images else None
             return Trial(copy.deepcopy(self._model).eval(), keep, CutPlan(), {}, nothing)
         whole = self._keep(keep)
         plan = self._plan(whole)
-        record = None
-        if compensated:
-            model, record = self.masked(keep)
-        else:
-            model = copy.deepcopy(self._whole).eval()
-        gone = self._removed(whole)
-        if gone:
+        model, record = self.masked(keep) if compensated else (copy.deepcopy(self._whole).eval(), None)
+        if gone := self._removed(whole):
             apply_plan(model, plan)
         return Trial(model, keep, plan, self._gone(gone), record)
 
     def estimate(self, keep: Mapping[str, Tensor]) -> dict[str, float]:
-        """About what share of its ``macs`` and ``params`` the model would have left, without a cut."""
+        """Estimate which share of its ``macs`` and ``params`` a cut would leave, without making it."""
         before = self._estimate.of(self._removed(self._keep({})))
         after = self._estimate.of(self._removed(self._keep(keep)))
         return {kind: after[kind] / before[kind] for kind in after}
@@ -107,27 +96,23 @@ class Bench:
         return plan_removal(self._whole, whole, self._example, self._readers, norms=False).gone
 
     def _plan(self, whole: dict[str, Tensor]) -> CutPlan:
-        if self._planned is not None:
-            before, plan = self._planned
-            if whole.keys() == before.keys() and all(
-                torch.equal(whole[name], before[name]) for name in whole
-            ):
-                return plan
-        plan = plan_cut(self._whole, whole, self._example, readers=self._readers)
-        self._planned = whole, plan
+        before, plan = self._planned or ({}, CutPlan())
+        if whole.keys() != before.keys() or not all(torch.equal(whole[name], before[name]) for name in whole):
+            plan = plan_cut(self._whole, whole, self._example, readers=self._readers)
+            self._planned = whole, plan
         return plan
 
     def _keep(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``keep``, of the filters that the model has, as masks of those that it had before its first cut."""
+        """Return ``keep``, over the filters of the model, as masks over the filters before its first cut."""
         return keep_of_uncut(self._model, keep, self._readers)
 
     def _gone(self, gone: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """Of the filters ``gone`` since the first cut those that the model has, by their indices in it."""
+        """Translate ``gone`` from the uncut numbering to that of the model, without filters cut earlier."""
         found = {}
         for name, indices in gone.items():
             if (left := self._left.get(name)) is not None:
                 layer: Any = self._model.get_submodule(name)
-                spread = layer.out_channels == len(left)  # it goes on counting all its filters
+                spread = layer.out_channels == len(left)  # the layer still numbers filters held at zero
                 indices = [i if spread else int(left[:i].sum()) for i in indices if left[i]]
             if indices:
                 found[name] = indices
@@ -135,7 +120,7 @@ class Bench:
 
 
 def uncut(model: nn.Module) -> nn.Module:
-    """``model``, or a copy of it in the shapes it had before its first cut, which computes the same."""
+    """Return ``model``, or, if it was cut, a copy in its uncut shapes that computes the same."""
     if is_cut(model):
         widen(model := copy.deepcopy(model))
     return model
@@ -143,7 +128,7 @@ def uncut(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def become(model: nn.Module, trial: Trial) -> None:
-    """Cut ``model``, the one that ``trial`` is of, in place, and give it the trial's values."""
+    """Cut ``model``, of which ``trial`` holds a cut copy, in place, and copy the trial's values into it."""
     if not trial.gone:
         return
     widen(model)

@@ -1,1 +1,1 @@
-"""A finished network as a file: safetensors, ONNX, norms folded."""
+"""Ship a finished network: store it as safetensors, fold its norms, export it to ONNX."""

@@ -1,4 +1,4 @@
-"""A cut model as one safetensors file: its weights, and the cuts that made it small. Never pickle."""
+"""Store a cut model in one safetensors file: its weights, and the cuts that made it small. No pickle."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _CUTS = "_regrow_cuts"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model``'s weights and its cuts to one safetensors file, for ``load``.
 
-    Everything in ``state_dict()`` is stored, tensors that share memory once; metadata (JSON, versioned)
-    says which filters and channels the cuts left. A model that was never cut is stored just as well.
+    The file holds everything in ``state_dict()``, tensors that share memory once. Its metadata (JSON,
+    versioned) says which filters and channels the cuts left. A model that was never cut can be saved too.
 
     Args:
-        model: any module; wrappers are looked through, so the file carries no prefixes of theirs.
+        model: any module; wrappers are looked through, so names in the file carry no prefix of a wrapper.
         path: of the file. It is replaced in one step: a reader finds the old file or the new one.
 
     Raises:
-        ValueError: ``state_dict()`` holds what safetensors cannot (a sparse or quantized tensor, a layer
-            without weights yet, something that is no tensor), or a part of the model was cut by itself and
-            the model around it too, or its norms are folded. Nothing is written then.
+        ValueError: ``state_dict()`` holds an entry that safetensors cannot store (a sparse or quantized
+            tensor, a layer without weights yet, an object that is not a tensor), the model and a part of
+            it were both cut, or its norms are folded. Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     check(model, "save")
@@ -57,24 +57,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Cut a freshly built ``model`` as the saved one was, in place, and give it the stored weights.
+    """Cut a freshly built ``model`` as the saved one was, in place, load the stored weights, and return it.
 
-    Values are copied into the model's own tensors: device and memory format are the model's. Parameters
-    that were tied when saved are tied again. Everything is tried on a copy first; a file that does not
-    fit leaves the model as it was.
+    The values are copied into the model's tensors, which keep their device and memory format. Parameters
+    that were tied when saved are tied again. All steps are tried on a copy first: a file that does not fit
+    leaves the model as it was.
 
     Args:
-        model: built as the saved one was before its first cut, and of the same precision; or cut by the
-            same cuts already. Build optimizers and data-parallel wrappers afterwards: a cut makes new
-            parameters.
+        model: built as the saved one was before its first cut, in the same precision; or already cut by the
+            same cuts. Build optimizers and data-parallel wrappers afterwards: a cut makes new parameters.
         path: of a file that ``save`` wrote.
 
-    Returns:
-        ``model``.
-
     Raises:
-        ValueError: the file is damaged, not one of ``save``'s or of a newer version, or does not fit the
-            model: the message says where.
+        ValueError: the file is damaged, was not written by ``save``, has a newer version, or does not fit
+            the model; the message says where.
         FileNotFoundError: there is no such file.
     """
     check(model, "load")
@@ -83,7 +79,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     present = _cuts(inner)
     if present and present != stored.cuts:
         raise ValueError(
-            f"the model has been cut before, and not as the one in {path}: build it afresh, then load."
+            f"the model has been cut before, and not as the one in {path} was: build it afresh, then load."
         )
     cuts = [] if present else stored.cuts
     if cuts:
@@ -100,25 +96,25 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 class _Stored:
-    """What a file holds, its metadata checked for form; whether it fits a model is seen on a copy.
+    """The content of a file with well-formed metadata. ``load`` tries on a copy whether it fits a model.
 
     Attributes:
         cuts: [{module: qualified name of the module cut, plan: CutPlan.to_dict()}], oldest first.
-        tensors: by name.
-        shared: {name: the name in ``tensors`` under which what it shares memory with is stored}.
+        tensors: {name: stored tensor}.
+        shared: {name of a tensor that is not stored: name in ``tensors`` that it shares memory with}.
     """
 
     def __init__(self, metadata: str, tensors: Mapping[str, Tensor]) -> None:
         try:
             found = json.loads(metadata)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"its metadata is no JSON ({error})") from error
+            raise ValueError(f"its metadata is not JSON ({error})") from error
         version = found.get("version") if isinstance(found, dict) else None
         if type(version) is not int or version < 1:
-            raise ValueError("its metadata names no version")
+            raise ValueError("its metadata has no version number")
         if version > _VERSION:
             raise ValueError(
-                f"it is of version {version}, and this regrow reads version {_VERSION}: install a newer one"
+                f"it has version {version}, and this regrow reads version {_VERSION}: install a newer regrow"
             )
         if found.keys() != {"version", "cuts", "shared"}:
             raise ValueError(f"its metadata has the keys {sorted(found)}, not cuts, shared and version")
@@ -126,25 +122,17 @@ class _Stored:
         self.shared: dict[str, str] = found["shared"]
         self.tensors = tensors
         if not isinstance(self.cuts, list) or not all(map(_is_cut, self.cuts)):
-            raise ValueError("its cuts are no list of modules with their plans")
+            raise ValueError("its cuts are not a list of modules with their plans")
         if not isinstance(self.shared, dict) or not all(
             name not in tensors and isinstance(home, str) and home in tensors
             for name, home in self.shared.items()
         ):
-            raise ValueError("what it says of shared tensors does not match the tensors stored")
-
-    def values(self) -> dict[str, Tensor]:
-        """All tensors by name, shared ones under every name."""
-        return {**self.tensors, **{name: self.tensors[home] for name, home in self.shared.items()}}
+            raise ValueError("its list of shared tensors does not match the stored tensors")
 
 
 def _is_cut(cut: Any) -> bool:
-    return (
-        isinstance(cut, dict)
-        and cut.keys() == {"module", "plan"}
-        and isinstance(cut["module"], str)
-        and isinstance(cut["plan"], dict)
-    )
+    kinds = {"module": str, "plan": dict}
+    return isinstance(cut, dict) and {key: type(value) for key, value in cut.items()} == kinds
 
 
 def _read(path: Path) -> _Stored:
@@ -156,7 +144,7 @@ def _read(path: Path) -> _Stored:
             if _METADATA not in metadata:
                 raise ValueError("it holds no cuts (plain safetensors are loaded with safetensors.torch)")
             names = file.keys()
-            # Views of the mapped file: nothing is read before it is copied into a model.
+            # The tensors are views of the mapped file: their values are read when a model copies them.
             return _Stored(metadata[_METADATA], {name: file.get_tensor(name) for name in names})
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a whole file written by regrow.save: {error}.") from error
@@ -164,34 +152,30 @@ def _read(path: Path) -> _Stored:
 
 @torch.no_grad()
 def _apply(model: nn.Module, cuts: list[dict[str, Any]], stored: _Stored) -> None:
-    """Cut ``model`` and fill it. Raises, for a file that does not fit, before or half way through."""
+    """Cut ``model`` and load the values. A file that does not fit may raise an error half way through."""
     modules = dict(model.named_modules())
     for cut in cuts:
-        if cut["module"] not in modules:
-            raise ValueError(
-                f"it cuts {cut['module']!r}, which is not there{nearest(cut['module'], modules)}"
-            )
-        apply_plan(modules[cut["module"]], CutPlan.from_dict(cut["plan"]))
-    values = stored.values()
+        if (name := cut["module"]) not in modules:
+            raise ValueError(f"it cuts {name!r}, which the model lacks{nearest(name, modules)}")
+        apply_plan(modules[name], CutPlan.from_dict(cut["plan"]))
+    values = {**stored.tensors, **{name: stored.tensors[home] for name, home in stored.shared.items()}}
     _check_fit(model, values, stored.shared)
     _tie(model, stored.shared)
-    # Into the model's own state, which carries the versions of the layers' formats.
+    # The model's own state_dict also carries the versions of the layers' formats.
     state = model.state_dict()
     state.update(values)
     model.load_state_dict(state)
 
 
 def _check_fit(model: nn.Module, values: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:
-    """Raise ``ValueError`` unless ``values`` are what ``model`` holds, by name, shape, type and sharing."""
+    """Raise ``ValueError`` unless ``values`` match the model's tensors in name, shape, type and sharing."""
     expected = model.state_dict()
     for name, tensor in expected.items():
         _check_plain(name, tensor)
     if missing := [name for name in expected if name not in values]:
         raise ValueError(f"the model has {missing[0]!r}, which the file lacks{nearest(missing[0], values)}")
-    if unexpected := [name for name in values if name not in expected]:
-        raise ValueError(
-            f"the file has {unexpected[0]!r}, which the model lacks{nearest(unexpected[0], expected)}"
-        )
+    if extra := [name for name in values if name not in expected]:
+        raise ValueError(f"the file has {extra[0]!r}, which the model lacks{nearest(extra[0], expected)}")
     homes: dict[Any, str] = {}
     for name, tensor in expected.items():
         if tensor.shape != values[name].shape:
@@ -212,7 +196,7 @@ def _check_fit(model: nn.Module, values: Mapping[str, Tensor], shared: Mapping[s
 
 
 def _tie(model: nn.Module, shared: Mapping[str, str]) -> None:
-    """One parameter, or one buffer, under both names of each pair in ``shared``."""
+    """Register one parameter, or one buffer, under both names of each pair in ``shared``."""
     for name, home in shared.items():
         (to, leaf), (source, source_leaf) = _owner(model, name), _owner(model, home)
         for kind in ("_parameters", "_buffers"):
@@ -227,14 +211,14 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _cuts(model: nn.Module) -> list[dict[str, Any]]:
-    """What ``apply_plan`` left on ``model`` or on parts of it, as in ``_Stored.cuts``."""
+    """Return the plans that ``apply_plan`` recorded on ``model`` and its parts, as in ``_Stored.cuts``."""
     cut = {name: module for name, module in model.named_modules() if vars(module).get(_CUTS)}
     for inner in cut:
         for outer in cut:
             if inner != outer and inner.startswith(f"{outer}." if outer else ""):
                 raise ValueError(
                     f"{inner!r} was cut by itself, and {repr(outer) if outer else 'the model'} around it as "
-                    "well: which came first cannot be told any more. Cut the whole model, or the part alone."
+                    "well, in an order that is not known any more. Cut the whole model, or the part alone."
                 )
     cuts = [{"module": name, "plan": plan} for name in cut for plan in vars(cut[name])[_CUTS]]
     plain: list[dict[str, Any]] = json.loads(json.dumps(cuts))
@@ -242,7 +226,7 @@ def _cuts(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state of ``model`` as safetensors takes it, and which names share a tensor, as in ``_Stored``."""
+    """Return the ``tensors`` and ``shared`` of a ``_Stored`` for ``model``, in the form safetensors takes."""
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     homes: dict[Any, str] = {}
@@ -254,7 +238,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         value = value.cpu().contiguous()
         storage = value.untyped_storage()
-        # Views of one larger tensor are stored each by itself.
+        # Each of several views of one larger tensor is stored as a separate tensor.
         if storage.nbytes() != value.nbytes or storage.data_ptr() in memory:
             value = value.clone()
         memory.add(storage.data_ptr())
@@ -263,7 +247,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_plain(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless ``value`` is an ordinary dense tensor with numbers in it."""
+    """Raise ``ValueError`` unless ``value`` is an ordinary dense tensor that has values."""
     if nn.parameter.is_lazy(value):
         raise ValueError(f"{name!r} has no values before a first forward pass (a lazy layer): run one.")
     if type(value) not in (Tensor, nn.Parameter):
@@ -275,7 +259,7 @@ def _check_plain(name: str, value: Any) -> None:
 
 
 def _place(name: str, tensor: Tensor) -> Any:
-    """What is equal for two names of one tensor."""
+    """Return a key that is equal for all names of one tensor; the key of an empty tensor is its name."""
     if not tensor.numel():
         return name
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

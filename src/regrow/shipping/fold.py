@@ -1,4 +1,4 @@
-"""A network for inference only: its batch norms folded into the convolutions in front of them."""
+"""Fold the batch norms of a network into the convolutions in front of them, for inference."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ _VERSION = 1
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of ``model`` for inference, in which convolutions do the work of the batch norms behind them.
+    """Return a copy of ``model`` for inference whose convolutions also do the work of their batch norms.
 
-    In evaluation mode a batch norm is a scale and a shift per channel: multiplied into the filters in front
-    of it and added to their biases, it costs nothing. The copy computes the same up to rounding, in
-    evaluation mode; it is not for training, and can be exported. Where a norm of a cut network puts its
-    channels at their places, a layer that does no more than that stands in for it.
+    In evaluation mode a batch norm scales and shifts each channel. The convolution in front of it does the
+    same at no cost: the scale is multiplied into its filters, the shift added to its biases. The copy
+    computes the same in evaluation mode, up to rounding; it can be exported, but not trained. If a norm of
+    a cut network places its channels among zeros, a layer that does only that takes its place.
 
-    A norm is folded only if it alone reads what one convolution gives, and forward passes confirm it.
+    A norm is folded only if it reads the output of one convolution, no other layer reads that output, and
+    forward passes confirm the fold.
 
     Args:
         model: any module, cut or not; wrappers are looked through. It is only read.
-        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords; one
+        example_inputs: the inputs of ``model``: a tensor, a tuple of arguments or a dict of keywords; one
             picture is enough.
 
     Returns:
         The copy, in evaluation mode, and a JSON-able record: version; folded {norm: convolution}; left
-        {norm: why it stays}; difference (the largest of an output on ``example_inputs``, as a share of its
-        largest value: rounding, but where outputs are chosen among others, as a detector's boxes are).
+        {norm: why it stays}; difference (the largest change of an output on ``example_inputs``, as a share
+        of the output's largest value: rounding, unless the model selects outputs, as detectors select boxes).
 
     Raises:
         ValueError: the model cannot be copied or run.
@@ -55,8 +56,8 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
         own = own_norms(whole, example_inputs)
     except (NotCopied, PassFailed) as error:
         raise ValueError(
-            f"the model cannot be copied and run on example_inputs: {error}. Pass what the model takes, for "
-            "example one batch of your loader, x[:1]."
+            f"the model cannot be copied and run on example_inputs: {error}. Pass inputs that the model "
+            "takes, for example one batch of your loader, x[:1]."
         ) from error
     pairs = {norms[0]: name for name, norms in own.items() if len(norms) == 1}
     left = {
@@ -82,7 +83,7 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
 
 
 class Placed(nn.Module):
-    """Puts the channels of its input (dim 1) at ``positions`` of a tensor of zeros, ``width`` wide."""
+    """Place the channels of the input (dim 1) at ``positions`` of a tensor of zeros, ``width`` wide."""
 
     positions: Tensor
 
@@ -99,7 +100,7 @@ class Placed(nn.Module):
 
 
 def _unfoldable(norm: Any, conv: nn.Module | None) -> str:
-    """Empty, or why ``norm`` cannot be folded into ``conv``, the layer whose output it alone reads."""
+    """Return why ``norm`` cannot be folded into ``conv``, whose output only ``norm`` reads; "" if it can."""
     if norm.running_mean is None:
         return "it has no running statistics"
     if not isinstance(conv, Convolution):
@@ -114,15 +115,15 @@ def _unfoldable(norm: Any, conv: nn.Module | None) -> str:
 
 
 def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> dict[str, str]:
-    """The ``pairs`` (norm → convolution) that can be folded in a copy with random statistics, without that
-    any layer reads something else."""
+    """Return the ``pairs`` (norm → convolution) whose fold leaves the input of every layer the same."""
+    # Try the folds on a copy with random statistics.
     for dtype in (torch.float64, torch.float32):
         probe, inputs = copied_as(model, dtype), noise_like(inputs_as(example_inputs, dtype), 1)
         with torch.no_grad():
             unsettle(probe, torch.Generator().manual_seed(0))
         try:
             expected = see(probe, inputs)
-        except PassFailed as error:  # a type written into the model's code
+        except PassFailed as error:  # the model's code fixes another precision
             gave_up(f"computing in {dtype}", error)
             continue
         tolerance = 1e-6 if dtype == torch.float64 else 1e-3
@@ -150,7 +151,7 @@ def _confirmed(model: nn.Module, pairs: dict[str, str], example_inputs: Any) -> 
 
 
 def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
-    """Fold each norm into its convolution, in place; ``Refuted`` where that changes their result."""
+    """Fold each norm into its convolution, in place. Raise ``Refuted`` if that would change their result."""
     modules: dict[str, Any] = dict(model.named_modules())
     replacements: dict[nn.Module, nn.Module] = {}
     for name, of in pairs.items():
@@ -165,15 +166,16 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
             elsewhere = torch.ones_like(shift, dtype=torch.bool)
             elsewhere[at] = False
             if shift[elsewhere].any():
-                raise Refuted(f"{name!r} adds to channels that {of!r} has none of")
+                raise Refuted(f"{name!r} shifts channels that {of!r} does not compute")
             scale, shift = scale[at], shift[at]
-        weight, bias = conv.weight, conv.bias
+        weight, bias, trains = conv.weight, conv.bias, conv.weight.requires_grad
         shift = shift if bias is None else shift + bias.double() * scale
-        scaled = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
-        conv.weight = nn.Parameter(
-            scaled.to(weight).contiguous(memory_format=_format(weight)), requires_grad=weight.requires_grad
-        )
-        conv.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+        scaled = (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight)
+        layout = torch.contiguous_format
+        if weight.dim() == 4 and not weight.is_contiguous():
+            layout = torch.channels_last
+        conv.weight = nn.Parameter(scaled.contiguous(memory_format=layout), requires_grad=trains)
+        conv.bias = nn.Parameter(shift.to(weight), requires_grad=trains)
         replacements[norm] = _stand_in(norm)
     for module in list(model.modules()):
         for key, child in list(own_modules(module).items()):
@@ -182,20 +184,14 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
 
 
 def _stand_in(norm: Any) -> nn.Module:
-    """What is left to do of a folded norm: what a class of its own does behind it, and its placing."""
-    # timm's norms, for one, hold the dropout and the activation behind them as children.
+    """Return the module that replaces a folded norm: its child modules, then the placing of its channels."""
+    # timm's norms, for example, hold the dropout and the activation behind them as children.
     steps = [step for step in norm.children() if not isinstance(step, nn.Identity)]
     if isinstance(norm, Small) and norm._regrow_placed is not None:
         steps = [*steps, Placed(norm._regrow_placed, norm._regrow_widths[0])]  # type: ignore[arg-type]
     if not steps:
         return nn.Identity()
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
-
-
-def _format(weight: Tensor) -> torch.memory_format:
-    if weight.dim() == 4 and not weight.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -1,8 +1,7 @@
-"""A model as ONNX, compared with onnxruntime before it is called done."""
+"""Export a model to ONNX, and compare the file's results in onnxruntime with the model's."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import inspect
 import io
@@ -10,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.atomic import replacing
+from regrow.log import first_line
 from regrow.looking.calls import PassFailed, call, evaluating
 from regrow.marks import check
 from regrow.modules import unwrap
@@ -30,18 +31,18 @@ _TOLERANCE = 1e-4
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_inputs: Any) -> dict[str, Any]:
     """Write ``model``, in evaluation mode, to one ONNX file that takes batches of any size.
 
-    What is written is run with onnxruntime on ``example_inputs`` and on a larger batch. Only when every
-    output agrees with the model's, to 1e-4 of its largest value, does the file take its place at ``path``.
+    onnxruntime runs the file on ``example_inputs`` and on a larger batch. The file replaces ``path`` only
+    if every output agrees with the model's, to 1e-4 of its largest value.
 
     Args:
         model: any module, cut or not; wrappers are looked through. It is left as it is, and in its mode.
         path: of the file.
-        example_inputs: what ``model`` takes: a tensor, a tuple of arguments or a dict of keywords. The first
-            dimension of every tensor is the batch; other arguments (None, flags) become constants.
+        example_inputs: the inputs of ``model``: a tensor, a tuple of arguments or a dict of keywords. The
+            first dimension of every tensor is the batch; other arguments (None, flags) become constants.
 
     Returns:
         JSON-able record: version, inputs and outputs (names in the file, in order), batches (the sizes
-        compared), difference (the largest found, as a share of the output's largest value).
+        compared), difference (the largest one, as a share of the output's largest value).
 
     Raises:
         ValueError: the extra ``onnx`` is not installed, ``example_inputs`` do not fit, the model cannot be
@@ -52,15 +53,14 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
     check(model, "export_onnx")
     model = unwrap(model)
     inputs = _Inputs(example_inputs)
-    # torch.export takes a first dimension of 1 for a constant.
+    # torch.export would make a first dimension of 1 a constant.
     traced = max(inputs.batch, 2)
     batches = [inputs.batch, traced + 1]
     with evaluating(model), replacing(path) as temporary:
         expected = [_results(model, inputs.of(batch), batch) for batch in batches]
         with _quiet():
             _write(model, inputs.of(traced), temporary)
-            session = _session(temporary)
-            found = [_run(session, inputs.of(batch)) for batch in batches]
+            session, found = _run(temporary, [inputs.of(batch) for batch in batches])
         runs = zip(batches, expected, found, strict=True)
         differences = [_difference(session, ours, theirs, batch) for batch, ours, theirs in runs]
     return {
@@ -81,7 +81,7 @@ def _check_installed() -> None:
 
 
 class _Inputs:
-    """``example_inputs``, in batches of any size."""
+    """Makes batches of any size from ``example_inputs``."""
 
     def __init__(self, example_inputs: Any) -> None:
         self._example = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
@@ -94,7 +94,7 @@ class _Inputs:
         self.batch = sizes.pop()
 
     def of(self, batch: int) -> Any:
-        """The first example, and so on; what it takes to be ``batch`` of them are the first ones halved."""
+        """Return the examples, followed by halved copies of the first one until there are ``batch``."""
 
         def resized(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not leaf.dim() or batch == len(leaf):
@@ -111,7 +111,7 @@ def _results(model: nn.Module, inputs: Any, batch: int) -> list[Tensor]:
     except PassFailed as error:
         raise ValueError(
             f"the model's forward pass fails on a batch of {batch} made from example_inputs: "
-            f"{_short(error)}. Pass what the model takes, with the batch as first dimension of every tensor."
+            f"{_short(error)}. Pass inputs that the model takes, the batch as first dimension of each tensor."
         ) from error
     if not results:
         raise ValueError("the model's forward pass returns no tensor, so there is nothing to export.")
@@ -119,24 +119,21 @@ def _results(model: nn.Module, inputs: Any, batch: int) -> list[Tensor]:
 
 
 def _write(model: nn.Module, inputs: Any, path: Path) -> None:
-    positional: tuple[Any, ...] = ()
-    named: dict[str, Any] = {}
-    if isinstance(inputs, dict):
-        named = inputs
-    else:
-        positional = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    named: dict[str, Any] = inputs if isinstance(inputs, dict) else {}
+    given = () if named else inputs
+    positional = tuple(given) if isinstance(given, tuple | list) else (given,)
     batch = torch.export.Dim("batch", min=1)
     shapes = tree_map(
         lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None,
         dict(inspect.signature(model.forward).bind(*positional, **named).arguments),
     )
     try:
-        # First to torch's own format: given the module, torch.onnx.export would try on with a fixed batch.
+        # Given the module instead of a program, torch.onnx.export would fall back to a fixed batch.
         program = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
         onnx = torch.onnx.export(program, dynamic_shapes=shapes, verbose=False)
         assert onnx is not None
         onnx.save(path)
-    except Exception as error:  # the exporter raises whatever it stumbled over
+    except Exception as error:  # the exporter may raise any kind of error
         raise ValueError(
             f"the model cannot be exported with a batch of any size: {_short(error)}. Its forward method "
             "must not depend on values, nor on one batch size (x.flatten(1) in place of x.view(8, -1))."
@@ -145,38 +142,31 @@ def _write(model: nn.Module, inputs: Any, path: Path) -> None:
         raise ValueError("the model is too large for one ONNX file (2 GB).")
 
 
-def _session(path: Path) -> Any:
+def _run(path: Path, batches: list[Any]) -> tuple[Any, list[list[Tensor]]]:
+    """Run the file in onnxruntime; return the session and the outputs for each of ``batches``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [node.name for node in session.get_inputs()]
+        found = []
+        for inputs in batches:
+            given = [leaf.numpy(force=True) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            results = session.run(None, dict(zip(names, given, strict=True)))
+            found.append([torch.as_tensor(result) for result in results])
+        return session, found
     except Exception as error:
-        raise _not_run(error) from error
-
-
-def _run(session: Any, inputs: Any) -> list[Tensor]:
-    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    try:
-        feed = {
-            node.name: leaf.numpy(force=True) for node, leaf in zip(session.get_inputs(), given, strict=True)
-        }
-        return [torch.as_tensor(result) for result in session.run(None, feed)]
-    except Exception as error:
-        raise _not_run(error) from error
-
-
-def _not_run(error: Exception) -> ValueError:
-    return ValueError(
-        f"onnxruntime cannot run what was exported: {_short(error)}. A model in another precision than "
-        "float32 may have to be exported as model.float()."
-    )
+        raise ValueError(
+            f"onnxruntime cannot run the exported file: {_short(error)}. A model in another precision than "
+            "float32 may have to be exported as model.float()."
+        ) from error
 
 
 def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch: int) -> float:
-    """The largest one over all outputs, as a share of the output's largest value; checked."""
+    """Return the largest difference, as a share of the output's largest value. ``ValueError`` over 1e-4."""
     shapes = [list(tensor.shape) for tensor in expected], [list(tensor.shape) for tensor in found]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -188,7 +178,7 @@ def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch
         wide = torch.complex128 if ours.is_complex() else torch.float64
         ours, theirs = ours.cpu().to(wide), theirs.to(wide)
         largest = float(ours.abs().max()) if ours.numel() else 0.0
-        # Equal entries differ by nothing, infinite ones too; NaN is no result to agree on.
+        # Equal infinite entries differ by 0. Where either entry is NaN the difference is NaN: refused below.
         apart = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
         difference = float(apart.max()) if ours.numel() else 0.0
         if not difference <= _TOLERANCE * largest:
@@ -202,24 +192,20 @@ def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch
 
 
 def _short(error: Exception) -> str:
-    """The first line of the innermost cause: the exporter wraps errors in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__  # type: ignore[assignment]
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """Return the first line of the innermost cause: the exporter wraps errors in pages of advice."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return first_line(cause).rstrip(".")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing printed, warned or logged by the exporter: what matters is in the result, or in the error."""
-    disabled = logging.root.manager.disable
+    """Suppress the exporter's output, warnings and logs: the result or the error says all that matters."""
+    disabled, said = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), redirect_stdout(said), redirect_stderr(said):
             yield
     finally:
         logging.disable(disabled)
