@@ -39,13 +39,9 @@ def hooked(
     and leaves the block as it was raised: the model's own ``except Exception`` does not see it, and no
     caller takes it for an error of the model.
     """
-    ahead, behind = carrying(before or _nothing), carrying(after or _nothing)
+    ahead, behind = (carrying(callback or (lambda *_: None)) for callback in (before, after))
     with instead((module, _between(name, module, ahead, behind)) for name, module in layers):
         yield
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 @contextmanager

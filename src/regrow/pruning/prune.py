@@ -25,8 +25,6 @@ from regrow.structure.read import read_structure
 from regrow.surgery.cut import filter_counts, keep_of_uncut
 from regrow.surgery.removal import unremovable
 
-__all__ = ["prune"]
-
 _VERSION = 1
 _CALIBRATION_IMAGES = 512
 

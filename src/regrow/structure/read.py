@@ -83,7 +83,14 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         nonlocal norms, output
         norms = NormFinder()
         with hooked(channel_layers(probe), norms.note):
-            output = _call(probe, example_inputs)
+            try:
+                output = call(probe, example_inputs)
+            except PassFailed as error:
+                raise PassFailed(
+                    f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the "
+                    "model takes, for example one batch of your loader, x[:1]; a tuple for several "
+                    "arguments, a dict for keywords."
+                ) from error.__cause__
         return [tensor for tensor in floating(output) if tensor.requires_grad]
 
     with undisturbed(probe), torch.enable_grad():
@@ -109,14 +116,3 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         graph.close()
     rule_out(probe, readers)
     return Proposal(model, example_inputs, readers)
-
-
-def _call(model: nn.Module, example_inputs: Any) -> Any:
-    try:
-        return call(model, example_inputs)
-    except PassFailed as error:
-        raise PassFailed(
-            f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "
-            "takes, for example one batch of your loader, x[:1]; a tuple for several arguments, a dict for "
-            "keywords."
-        ) from error.__cause__
