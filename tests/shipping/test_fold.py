@@ -171,6 +171,17 @@ def test_one_norm_twice_one_convolution_twice_and_tied_weights():
     assert close(model(X), folded(X))
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 6), nn.LayerNorm([6, 8, 8]), nn.InstanceNorm2d(6, affine=True)]
+)
+def test_norms_of_other_kinds_are_no_batch_norms(norm):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    folded, record = fold_norms(settled(net), example_inputs=X)
+    assert record["folded"] == {"4": "3"}
+    assert record["left"] == {}
+    torch.testing.assert_close(folded(X), net(X))
+
+
 def test_left_alone_and_why(make_net):
     model = settled(make_net())
     model.norm1 = nn.BatchNorm2d(6, track_running_stats=False)

@@ -59,14 +59,12 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
             f"the model cannot be copied and run on example_inputs: {error}. Pass inputs that the model "
             "takes, for example one batch of your loader, x[:1]."
         ) from error
-    pairs = {norms[0]: name for name, norms in own.items() if len(norms) == 1}
-    left = {
-        name: reason
-        for name, norm in whole.named_modules()
-        if isinstance(norm, BatchNorm)
-        and (reason := _unfoldable(norm, whole.get_submodule(pairs[name]) if name in pairs else None))
-    }
-    wished = {norm: conv for norm, conv in pairs.items() if norm not in left}
+    modules = dict(whole.named_modules())
+    norms = {name: norm for name, norm in modules.items() if isinstance(norm, BatchNorm)}
+    pairs = {behind[0]: name for name, behind in own.items() if len(behind) == 1}
+    reasons = {name: _unfoldable(norm, modules.get(pairs.get(name, "?"))) for name, norm in norms.items()}
+    left = {name: reason for name, reason in reasons.items() if reason}
+    wished = {name: pairs[name] for name in norms if name not in left}
     folded = _confirmed(whole, wished, example_inputs)
     left |= {norm: "forward passes did not confirm it" for norm in wished if norm not in folded}
     _fold(whole, folded)
