@@ -1,4 +1,4 @@
-"""Which channels carry something when all that convolutions and linear layers compute is noise."""
+"""Which channels carry something in passes where noise replaces the outputs of all weighted layers."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from regrow.modules import channel_dim
 
 
 class Aliveness:
-    """What passes with noise show of the channels that convolutions and linear layers read."""
+    """The largest absolute values in the channels that convolutions and linear layers read."""
 
     def __init__(self) -> None:
         self._largest: dict[str, list[Tensor]] = {}
         self._unclear: set[str] = set()
 
     def note(self, name: str, module: nn.Module, inputs: Any) -> None:
-        """To be called behind every convolution and linear layer."""
+        """Note one call; to be called behind every convolution and linear layer."""
         if inputs and isinstance(inputs[0], Tensor):
             self._see(name, inputs[0], channel_dim(module, inputs[0]))
         else:
             self._unclear.add(name)
 
     def dead(self) -> dict[str, Tensor]:
-        """Layer → BoolTensor[channels]: what was 0 each time. Layers that no pass reached are not listed."""
+        """Layer → BoolTensor[channels] that were 0 in every call. Layers that never ran are not listed."""
         seen = {
             name: largest
             for name, largest in self._largest.items()
@@ -39,6 +39,6 @@ class Aliveness:
             self._unclear.add(name)
             return
         others = [each for each in range(tensor.dim()) if each != dim % tensor.dim()]
-        # A third of the time that any() takes; what is no number is not 0.
+        # amax takes a third of the time of any(). A NaN makes it NaN, which is not 0 either.
         absolute = tensor.abs()
         self._largest.setdefault(name, []).append(absolute.amax(others) if others else absolute)

@@ -14,14 +14,17 @@ from regrow.torch_private import own_buffers, own_parameters
 
 
 class Noise:
-    """Random numbers in place of what layers make: of one sign or the other, between which no activation
-    stops both, and no sum cancels; or of both signs, some near 0 and some far."""
+    """Random numbers in place of the outputs of layers.
+
+    They have one sign in one pass and the other in the next, so that no activation stops both and no sum
+    cancels; or both signs at once, some near 0 and some far.
+    """
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def among(self, output: Tensor, dim: int, silent: Tensor | None, sign: int) -> Tensor:
-        """Noise of the shape of ``output``, but for its ``silent`` channels in ``dim``, which stay.
+        """Noise of the shape of ``output``, whose ``silent`` channels in ``dim`` are copied from it.
 
         Args:
             sign: 1, -1, or 0 for both.
@@ -41,9 +44,9 @@ class Noise:
 
 
 def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
-    """Give tensors values at which a mistake shows: a fresh norm, or a scale of 0, passes 0 on as 0.
+    """Give norms, biases and constant tensors random values, which show mistakes: a new norm returns 0 for 0.
 
-    They are in memory of their own then, so that ``probe`` may share the model's.
+    The values lie in new memory, so that ``probe`` may share the rest with the model.
     """
     ranges: dict[tuple[float, float], list[Tensor]] = {}
     settled: set[Tensor] = set()
@@ -58,7 +61,7 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
         if isinstance(module, Norm):
             uniform(module.weight, 0.5, 1.5)
             uniform(module.bias, 0.2, 0.5)
-            # Below 0, so that a norm without a bias makes something of 0 that passes a ReLU, too.
+            # Below 0, so that a norm without a bias turns 0 into a number that passes a ReLU.
             uniform(getattr(module, "running_mean", None), -0.1, -0.02)
             uniform(getattr(module, "running_var", None), 0.5, 1.5)
         elif isinstance(module, Consumer):
@@ -82,7 +85,7 @@ def _constant(tensor: Tensor) -> bool:
 
 
 def noise_like(example: Any, repeats: int) -> Any:
-    """Random numbers in the range of each floating tensor; ``repeats`` times the batch."""
+    """``example`` as random numbers in the range of each floating tensor; ``repeats`` times the batch."""
     generator = torch.Generator().manual_seed(3)
 
     def change(tensor: Tensor) -> Tensor:

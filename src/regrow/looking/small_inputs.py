@@ -61,7 +61,7 @@ def way(model: nn.Module, pictures: Tensor) -> Way:
 def idle_way(model: nn.Module, pictures: Tensor) -> Way:
     """``way``, while PyTorch's own layers compute nothing: a fifth of the time for large pictures.
 
-    It is the way of a network in which no number decides which layers run.
+    The two agree for a network in which no value decides which layers run.
     """
     with idle(list(model.named_modules())):
         return way(model, pictures)

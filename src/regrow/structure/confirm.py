@@ -83,7 +83,7 @@ def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers
 
 
 def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:
-    """The convolutions in groups, in each of which no two have an index of a reader in common."""
+    """The convolutions in groups; no two convolutions of a group share an index of a reader."""
     groups: list[tuple[list[str], set[tuple[str, int]]]] = []
     for name, found in readers.items():
         both = [*found.norms.items(), *found.consumers.items()]
@@ -104,8 +104,8 @@ def _loud(
     readers: Mapping[str, Readers],
     dropped: Mapping[str, Sequence[int]],
 ) -> set[tuple[str, str]]:
-    """Silence ``dropped`` on ``probe`` and find the (convolution, reader) pairs where a silenced channel is
-    not 0: where it reaches the reader, and for a norm where it leaves it too."""
+    """Silence ``dropped`` on ``probe``; return the (convolution, reader) pairs in which a silenced channel is
+    not 0 in the reader's input, or in a norm's output."""
     silence(probe, readers, {name: dropped[name] for name in readers})
     watched: dict[str, list[tuple[str, Tensor]]] = {}
     for name, found in readers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -69,6 +70,7 @@ class Flows:
             emitted[index_tensor(list(indices)) + self.filters[name].start] = False
         return emitted
 
+    @functools.cached_property
     def together(self) -> dict[str, set[str]]:
         """{convolution: those that write to channels of the same tensors, itself among them}."""
         names = list(self.filters)

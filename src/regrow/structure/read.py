@@ -43,7 +43,7 @@ class Proposal:
 
     Attributes:
         model: the model, which is not touched.
-        example_inputs: what it takes; smaller pictures than it was given, where they take the same way.
+        example_inputs: its input; smaller pictures than the caller gave, where they take the same way.
         readers: {qualified name: readers}, as ``read_structure`` gives them.
     """
 

@@ -37,8 +37,7 @@ class Drafting:
     Attributes:
         convolutions: those that run, in that order.
         fixed: those that cannot compute some of their filters alone.
-        reached: convolution → the layers that its channels reach.
-        together: convolution → those that write to channels of the same tensors, itself among them.
+        flows: which filters reach which channels.
     """
 
     def __init__(self, model: nn.Module, removal: Removal, probe: Probe) -> None:
@@ -47,15 +46,14 @@ class Drafting:
         self._tied = tied_modules(model)
         self.convolutions: dict[str, Convolution] = {name: self._modules[name] for name in removal.readers}
         self._alive = {name: self._alive_filters(name) for name in self.convolutions}
-        self._flows = Flows(model, removal.readers, [*probe.dead, *probe.norms])
-        self.reached, self.together = self._flows.reached, self._flows.together()
+        self.flows = Flows(model, removal.readers, [*probe.dead, *probe.norms])
         self.fixed = {name for name in self.convolutions if not self._owns_weight(name)}
         for name in self.convolutions:
             if name not in self.fixed and not probe.separable(name, rows=True):
                 self.fixed.add(name)
-        self._wanted = {name: self._wanted_channels(name) for name in self._flows.channels}
-        every = torch.ones(len(self._flows.owner), dtype=torch.bool)
-        self._written = self._flows.arriving(every)
+        self._wanted = {name: self._wanted_channels(name) for name in self.flows.channels}
+        every = torch.ones(len(self.flows.owner), dtype=torch.bool)
+        self._written = self.flows.arriving(every)
 
     def want_everything(self) -> None:
         """Pick no channels: let every layer read all channels that it reads now."""
@@ -78,7 +76,7 @@ class Drafting:
     def _wanted_channels(self, name: str) -> Tensor:
         """BoolTensor: the input channels that a layer needs in the arriving tensor."""
         module = self._modules[name]
-        where = self._flows.channels[name]
+        where = self.flows.channels[name]
         width = where.stop - where.start
         every = torch.ones(width, dtype=torch.bool)
         if isinstance(module, nn.PReLU):
@@ -101,7 +99,7 @@ class Drafting:
         All writers of a channel emit it if one of its readers needs it, and an emitted channel arrives at all
         of its readers.
         """
-        flows = self._flows
+        flows = self.flows
         alive = torch.cat(list(self._alive.values()))
         out = torch.tensor([levels[name] == OUT for name in self._alive])
         all_emitted = ~out[flows.owner]

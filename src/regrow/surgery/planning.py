@@ -34,7 +34,7 @@ def plan_cut(
     readers: Mapping[str, Readers] | None = None,
     followers: bool = True,
 ) -> CutPlan:
-    """Plan how ``model`` computes what ``remove_filters(model, keep)`` would leave of it, with less.
+    """Plan a smaller network that computes the same as ``remove_filters(model, keep)`` would leave.
 
     Args:
         model: any module; it is only read. Wrappers are looked through.
@@ -142,7 +142,7 @@ class _Search:
     def _wish(self, name: str) -> int:
         if name in self._drafting.fixed:
             return MASKED
-        known = self._drafting.reached[name] and not self._removal.readers[name].blocked
+        known = self._drafting.flows.reached[name] and not self._removal.readers[name].blocked
         sure = known and name in self._probe.exercised and not self._probe.partial
         return OUT if sure else PLACED_BEHIND_NORM
 
@@ -166,11 +166,11 @@ class _Search:
     def _guesses(self, ran: list[str], names: list[str], level: int) -> Iterator[set[str]]:
         """Layers among ``names`` that may cause a difference which showed after the layers ``ran``."""
         last = ran[-1:]
-        behind = [conv for conv, reached in self._drafting.reached.items() if set(last) & set(reached)]
+        behind = [conv for conv, reached in self._drafting.flows.reached.items() if set(last) & set(reached)]
         recent = [name for name in dict.fromkeys(reversed(ran)) if name in names]
         for blamed in (behind, *([name] for name in recent[:3])):
             # A channel leaves the tensors only if all that write it let it go.
-            together = self._drafting.together if level == OUT else {}
+            together = self._drafting.flows.together if level == OUT else {}
             guess = {other for name in blamed for other in together.get(name, {name})}.intersection(names)
             if guess:
                 yield guess
