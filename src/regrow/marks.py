@@ -22,7 +22,7 @@ OPERATIONS = (
 _RELEASE = "Call cycle.remove() first, or regrow.release(model) if the cycle is lost."
 _WEIGHT_ENDS = {
     "parametrized": "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
-    "pruning masks": "torch.nn.utils.prune.remove(layer, 'weight')",
+    "pruning masks": "torch.nn.utils.prune.remove(layer, 'weight' or 'bias')",
     "weight hooks": "torch.nn.utils.remove_weight_norm(layer) or remove_spectral_norm(layer)",
 }
 # state → (what the model is or does, the call that ends it)
