@@ -214,6 +214,7 @@ def test_fashion_mnist_end_to_end(tmp_path: Path, settings: dict[str, Any]) -> N
     assert len(record.events) == (2 if settings["method"] == "repr" else 0)
 
 
+@pytest.mark.gives_up  # maps of one pixel cannot be normalised by one picture
 @pytest.mark.parametrize("model", ["resnet", "torchvision:resnet18", "timm:resnet10t"])
 def test_repr_trains_residual_nets(tmp_path: Path, model: str) -> None:
     size = {"depth": 20, "width": 4} if model == "resnet" else {"width": None}
