@@ -98,6 +98,18 @@ def test_two_layers_with_the_same_filters_silenced_do_not_hide_each_others_mista
     assert {name: found.noisy for name, found in readers.items()} == {"a": ["head.2"], "b": ["head.2"]}
 
 
+def test_a_third_layer_does_not_hide_the_mistakes_of_the_second():
+    # One filter each, so b and c lose the same one; a, which comes first, has nothing to do with them.
+    model = Drawn(
+        lambda s, x: s.head(s.b(x) - s.c(x)) + s.other(s.a(x)),
+        a=conv(3, 1), b=conv(3, 1), c=conv(3, 1), head=head(1), other=head(1),
+    )  # fmt: skip
+    readers = {"a": claim(["other.2"], filters=1)} | {name: claim(["head.2"], filters=1) for name in "bc"}
+    found = confirmed(model, readers)
+    assert {name: each.noisy for name, each in found.items()} == {"a": [], "b": ["head.2"], "c": ["head.2"]}
+    assert not found["a"].mixed
+
+
 def test_a_claim_about_a_layer_with_one_filter():
     model = nn.Sequential(conv(3, 1), nn.ReLU(), conv(1, 2), head(2))
     assert not confirmed(model, {"0": claim(["2"], filters=1)})["0"].mixed
@@ -136,6 +148,10 @@ def test_the_block_of_a_residual_net():
 def test_numbers_that_are_not_finite_confirm_nothing():
     model = Drawn(lambda s, x: s.head(s.a(x) / 0), a=conv(3, 4), head=head(4))
     assert confirmed(model, {"a": claim(["head.2"])})["a"].mixed
+    beside = Drawn(lambda s, x: (s.head(s.a(x)), x.abs() / 0), a=conv(3, 4), head=head(4))
+    found = confirmed(beside, {"a": claim(["head.2"])})["a"]
+    assert found.noisy == []
+    assert found.mixed == "forward passes did not confirm which layers read it"
 
 
 def test_rule_out_takes_back_norms_that_serve_others_too():

@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from nets import Drawn, Residual, chain, conv, head
 from regrow.looking.calls import PassFailed, call, floating
@@ -88,10 +89,48 @@ def test_tensors_side_by_side():
     assert pairs(graph.readers(model.c).consumers) == {"head.2": same(1, start=3)}
 
 
+def test_a_channel_that_comes_on_two_ways_is_read_once():
+    model = Drawn(lambda s, x: s.head(F.relu(y := s.a(x)) * y.sigmoid()), a=conv(3, 4), head=head(4))
+    found = readers_of(model, "a")
+    assert pairs(found.consumers) == pairs(found.reached) == {"head.2": same(4)}
+    summed = Drawn(lambda s, x: s.head(F.relu(y := s.a(x)) + y + y.sigmoid()), a=conv(3, 4), head=head(4))
+    assert pairs(readers_of(summed, "a").reached) == {"head.2": same(4)}
+
+
+def test_a_sum_that_leaves_the_network():
+    model = Drawn(lambda s, x: (s.a(x) + s.b(x)).mean((2, 3)), a=conv(3, 4), b=conv(3, 4))
+    found = readers_of(model, "a")
+    assert found.mixed == "it is added to other channels"
+    assert found.blocked == "it is part of the network's output"
+    assert not found.output  # something is added first
+
+
+@pytest.mark.parametrize(
+    ("norm", "first"),
+    [
+        (nn.BatchNorm2d(4), True),
+        (nn.GroupNorm(4, 4), True),
+        (nn.GroupNorm(2, 4), False),
+        (nn.BatchNorm2d(4, affine=False), False),
+        (nn.ReLU(), False),
+    ],
+)
+def test_which_norms_hide_a_channel_from_all_behind_them(norm, first):
+    assert readers_of(nn.Sequential(conv(3, 4), norm, head(4)), "0").norm_first == first
+    beside = Drawn(lambda s, x: s.head(s.n(y := s.a(x)) * y), a=conv(3, 4), n=norm, head=head(4))
+    assert not readers_of(beside, "a").norm_first
+
+
 def test_a_filter_is_several_features_behind_a_flatten():
     model = nn.Sequential(conv(3, 2), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 3))
     reads = readers_of(model, "0").consumers["3"]
     assert [reads.of([i]) for i in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_filter_is_thousands_of_features_where_nothing_pools():
+    model = nn.Sequential(conv(3, 2), nn.Flatten(), nn.Linear(2 * 64 * 64, 2))
+    found = graph_of(model, torch.zeros(1, 3, 64, 64)).readers(model[0])
+    assert sorted(found.consumers["2"].of([1])) == list(range(64 * 64, 2 * 64 * 64))
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,26 @@ def test_a_group_keeps_its_channels_in_the_tensor_while_it_computes():
     assert both == CutPlan(rows={"0": [2, 3], "2": [2, 3]}, groups={"2": 1}, columns={"4": [2, 3]})
 
 
+def test_a_convolution_whose_kept_filters_nobody_reads_computes_one_of_them():
+    # What is left of the second convolution reads channels 0 and 1, which are gone.
+    keep = {"0": keep_but(4, 0, 1), "2": keep_but(4, 2, 3)}
+    drafting = drafting_of(grouped(), keep, followers=False)
+    plan = drafting.draft(dict.fromkeys(drafting.convolutions, OUT)).plan
+    assert plan == CutPlan(
+        rows={"0": [2], "2": [0, 1]}, groups={"2": 1}, placed={"0": (3, [2])}, picked={"2": [0, 1]},
+        columns={"4": [0, 1]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [PLACED, PLACED_BEHIND_NORM, OUT])
+def test_a_norm_over_groups_of_channels_keeps_the_tensor_wide(level):
+    model = nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), nn.ReLU(), conv(4, 2), head(2))
+    some = [0, 2, 3]
+    assert plan_of(model, {"0": keep_but(4, 1)}, level) == CutPlan(
+        rows={"0": some}, placed={"0": (4, some)}, spread={"1": some}, columns={"3": some}, picked={"3": some}
+    )
+
+
 def test_what_is_known_of_the_layers():
     drafting = drafting_of(residual(), {"a": keep_but(2, 0)})
     assert list(drafting.convolutions) == ["stem", "a", "b"]

@@ -228,6 +228,9 @@ def test_the_forward_of_a_class_of_the_users_own_runs_inside():
     small = left_of(layer, rows=[0, 2], placed=(3, [0, 2]))
     assert small(channels(2.0)).flatten().tolist() == [24, 0, 72]
     assert small(channels(2.0), times=1).flatten().tolist() == [12, 0, 36]
+    whole = Doubled(3, 2, 1)
+    picking = left_of(copy.deepcopy(whole), columns=[0, 2], picked=[0, 2])
+    torch.testing.assert_close(picking(channels(1.0, 9.0, 2.0), 3), whole(channels(1.0, 0.0, 2.0), 3))
 
 
 def test_users_hooks_see_the_wide_tensors():
