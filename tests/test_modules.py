@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nets import Standardised, chain
+from regrow.modules import (
+    channel_dim,
+    channel_dims,
+    channel_layers,
+    channels_read,
+    device_of,
+    is_stock,
+    per_channel,
+    tied_modules,
+    unwrap,
+)
+
+
+def parallel(model):
+    """What stands around a model in a process of several, without the other processes."""
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    return wrapper
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        [],
+        [nn.DataParallel],
+        [compiled],
+        [parallel],
+        [compiled, parallel],
+        [parallel, compiled],
+        [nn.DataParallel, compiled, nn.DataParallel],
+    ],
+)
+def test_the_users_model_is_found_in_nested_wrappers(wrappers):
+    model = wrapped = nn.Sequential(nn.Linear(1, 1))
+    for wrap in wrappers:
+        wrapped = wrap(wrapped)
+    assert (wrapped is model) == (not wrappers)
+    assert unwrap(wrapped) is model
+
+
+def test_a_model_of_the_users_own_that_holds_a_module_is_no_wrapper():
+    model = nn.Sequential()
+    model.module = nn.Linear(1, 1)
+    assert unwrap(model) is model
+    inside = nn.Sequential(nn.DataParallel(nn.Linear(1, 1)))
+    assert unwrap(inside) is inside
+
+
+def test_the_device_is_that_of_the_first_parameter():
+    assert device_of(nn.Linear(1, 1)) == torch.device("cpu")
+    assert device_of(nn.Linear(1, 1, device="meta")) == torch.device("meta")
+    model = nn.Sequential(nn.ReLU(), nn.Linear(1, 1, device="meta"), nn.Linear(1, 1))
+    assert device_of(model) == torch.device("meta")
+    assert device_of(nn.ReLU()) == torch.device("cpu")
+    assert device_of(nn.BatchNorm1d(1, affine=False, device="meta")) == torch.device("cpu")  # buffers alone
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("transposed", ["", "Transpose"])
+def test_the_channels_of_a_convolution_with_and_without_a_batch(dim, transposed):
+    layer = getattr(nn, f"Conv{transposed}{dim}d")(3, 5, 1)
+    for batch in ([], [2]):
+        x = torch.randn(*batch, 3, *[4] * dim)
+        assert channel_dims(layer, x) == [len(batch)]
+        assert x.shape[channel_dim(layer, x)] == 3
+        made = layer(x)
+        assert made.shape[channel_dim(layer, made)] == 5
+
+
+@pytest.mark.parametrize("shape", [[3], [2, 3], [2, 7, 3], [2, 7, 7, 3]])
+def test_the_channels_of_a_linear_layer_come_last(shape):
+    layer, x = nn.Linear(3, 5), torch.randn(shape)
+    assert channel_dims(layer, x) == [len(shape) - 1]
+    assert channel_dim(layer, layer(x)) == len(shape) - 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d(3), [2, 3]),
+        (nn.BatchNorm1d(3), [2, 3, 4]),
+        (nn.BatchNorm2d(3), [2, 3, 4, 4]),
+        (nn.BatchNorm3d(3), [2, 3, 4, 4, 4]),
+        (nn.SyncBatchNorm(3), [2, 3, 4, 4]),
+        (nn.InstanceNorm1d(3), [2, 3, 4]),
+        (nn.InstanceNorm2d(3), [2, 3, 4, 4]),
+        (nn.InstanceNorm3d(3), [2, 3, 4, 4, 4]),
+        (nn.GroupNorm(3, 3), [2, 3]),
+        (nn.GroupNorm(1, 3), [2, 3, 4, 4]),
+    ],
+)
+def test_the_channels_of_a_norm_come_behind_the_batch(norm, shape):
+    x = torch.randn(shape)
+    assert channel_dims(norm, x) == [1]
+    assert channel_dim(norm, x) == 1
+    assert norm.eval()(x).shape == x.shape
+
+
+def test_a_layer_norm_may_have_its_channels_in_two_places():
+    assert channel_dims(nn.LayerNorm(3), torch.zeros(2, 7, 7, 3)) == [1, 3]
+    assert channel_dims(nn.LayerNorm([3, 4, 4]), torch.zeros(2, 3, 4, 4)) == [1, 3]
+    assert set(channel_dims(nn.LayerNorm(3), torch.zeros(2, 3))) == {1}
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels"),
+    [
+        (nn.Conv1d(3, 5, 1), 3),
+        (nn.Conv2d(4, 6, 1, groups=2), 4),
+        (nn.Conv3d(3, 5, 1), 3),
+        (nn.ConvTranspose2d(3, 5, 1), 3),
+        (nn.Linear(3, 5), 3),
+        (nn.BatchNorm2d(3), 3),
+        (nn.BatchNorm2d(3, affine=False, track_running_stats=False), 3),
+        (nn.InstanceNorm2d(3), 3),
+        (nn.GroupNorm(2, 4), 4),
+        (nn.GroupNorm(2, 4, affine=False), 4),
+        (nn.LayerNorm(3), 3),
+        (nn.LayerNorm([3, 4, 4]), 3),
+        (nn.LayerNorm(3, elementwise_affine=False), None),
+        (nn.PReLU(3), 3),
+        (nn.PReLU(), None),
+        (nn.ReLU(), None),
+        (nn.Flatten(), None),
+    ],
+)
+def test_how_many_channels_a_layer_reads(layer, channels):
+    assert channels_read(layer) == channels
+
+
+@pytest.mark.parametrize(
+    ("norm", "alone"),
+    [
+        (nn.BatchNorm1d(4), True),
+        (nn.SyncBatchNorm(4), True),
+        (nn.InstanceNorm2d(4), True),
+        (nn.GroupNorm(4, 4), True),
+        (nn.GroupNorm(2, 4), False),
+        (nn.GroupNorm(1, 1), True),
+        (nn.LayerNorm(4), False),
+        (nn.LayerNorm([4, 2, 2]), False),
+    ],
+)
+def test_whether_a_norm_keeps_channels_apart(norm, alone):
+    assert per_channel(norm) == alone
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.GroupNorm(4, 4), nn.GroupNorm(2, 4)]
+)
+def test_a_norm_that_keeps_channels_apart_does_not_see_the_others(norm):
+    x = torch.randn(3, 4, 5, 5)
+    other = x.clone()
+    other[:, 1:] = torch.randn(3, 3, 5, 5)
+    assert torch.allclose(norm(x)[:, 0], norm(other)[:, 0], atol=1e-5) == per_channel(norm)
+
+
+def test_the_layers_that_have_channels_in_the_order_of_registration():
+    model = chain((2,))
+    model.extra = nn.ModuleDict(
+        {"up": nn.ConvTranspose2d(1, 1, 1), "norm": nn.LayerNorm(1), "act": nn.PReLU(2)}
+    )
+    assert [name for name, _ in channel_layers(model)] == ["conv1", "norm1", "head", "extra.norm"]
+    assert channel_layers(nn.Linear(1, 1))[0][0] == ""
+    assert all(module is model.get_submodule(name) for name, module in channel_layers(model))
+
+
+def test_pytorchs_own_layers_are_told_from_changed_ones():
+    for layer in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)):
+        assert is_stock(layer)
+        assert is_stock(copy.deepcopy(layer))
+    for layer in (Standardised(1, 1, 1), nn.BatchNorm1d(1), nn.ConvTranspose1d(1, 1, 1), nn.ReLU()):
+        assert not is_stock(layer)
+    layer = nn.Linear(1, 1)
+    layer.forward = lambda x: x
+    assert not is_stock(layer)
+    assert not is_stock(nn.utils.parametrizations.weight_norm(nn.Linear(1, 1)))
+
+
+def test_modules_that_hold_a_parameter_of_another_module():
+    model = chain((3, 3))
+    assert tied_modules(model) == set()
+    model.head2 = nn.Linear(3, 4)
+    model.head2.weight = model.head.weight
+    model.norm2.bias = model.norm1.bias
+    assert tied_modules(model) == {"head", "head2", "norm1", "norm2"}
+
+
+def test_one_module_with_two_names_or_one_parameter_twice_in_it_is_not_tied():
+    model = chain((3, 3))
+    model.again = model.conv1
+    model.norm1.bias = model.norm1.weight
+    model.conv2.register_parameter("left_out", None)
+    model.norm2.register_parameter("left_out", None)
+    assert tied_modules(model) == set()
