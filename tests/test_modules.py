@@ -205,3 +205,12 @@ def test_one_module_with_two_names_or_one_parameter_twice_in_it_is_not_tied():
     model.conv2.register_parameter("left_out", None)
     model.norm2.register_parameter("left_out", None)
     assert tied_modules(model) == set()
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [(nn.InstanceNorm1d(4), (4, 8)), (nn.InstanceNorm2d(4), (4, 8, 8)), (nn.InstanceNorm3d(4), (4, 2, 8, 8))],
+)
+def test_an_instance_norm_has_its_channels_first_where_there_is_no_batch(norm, shape):
+    assert channel_dim(norm, torch.zeros(shape)) == 0
+    assert channel_dim(norm, torch.zeros(2, *shape)) == 1

@@ -1,7 +1,4 @@
-"""What regrow tried and gave up, in Python's log: ``logging.getLogger("regrow")``.
-
-Look here to find out why a plan is not better.
-"""
+"""What regrow tried and gave up, and so why a plan is not better: ``logging.getLogger("regrow")``."""
 
 from __future__ import annotations
 

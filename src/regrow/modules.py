@@ -59,6 +59,9 @@ def channel_dims(module: nn.Module, tensor: Tensor) -> list[int]:
         return [tensor.dim() - 1 - len(module.kernel_size)]
     if isinstance(module, nn.LayerNorm):
         return [1, tensor.dim() - 1]
+    for sides, kind in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
+        if isinstance(module, kind):
+            return [tensor.dim() - 1 - sides]
     return [1]
 
 

@@ -1,10 +1,11 @@
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, run
+from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, mapped, run
 
 
 def test_a_train_method_of_the_models_own_decides():
@@ -94,3 +95,16 @@ def test_buffers_are_as_before_after_an_error_too():
         raise KeyError
     assert norm.num_batches_tracked == 0
     assert norm.running_mean == 0
+
+
+def test_inputs_in_named_tuples_are_changed_in_place_of_the_old_ones():
+    class Pair(NamedTuple):
+        pictures: torch.Tensor
+        index: torch.Tensor
+
+    given = Pair(torch.ones(2), torch.ones(2, dtype=torch.int64))
+    doubled = mapped({"pair": given, "flag": None}, lambda x: 2 * x)
+    assert isinstance(doubled["pair"], Pair)
+    assert doubled["pair"].pictures.tolist() == [2, 2]
+    assert doubled["pair"].index is given.index
+    assert doubled["flag"] is None

@@ -82,3 +82,10 @@ def test_gradients_pass():
     with NoDropout():
         F.dropout(x * 2, 0.9).sum().backward()
     assert x.grad.tolist() == [2] * 50
+
+
+@pytest.mark.parametrize("dropout", [torch.dropout, torch.alpha_dropout, torch.feature_dropout])
+def test_the_functions_of_torch_itself_are_held_too(dropout):
+    x = torch.ones(2, 3, 4)
+    with NoDropout():
+        assert dropout(x, 0.5, True) is x

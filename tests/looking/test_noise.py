@@ -243,3 +243,10 @@ def test_an_empty_tensor_and_other_numbers():
     assert noise_like(torch.zeros(0, 3), 2).shape == (0, 3)
     assert noise_like(torch.rand(2, 3).to(torch.bfloat16), 1).dtype == torch.bfloat16
     assert noise_like(torch.rand(2, 3).double(), 1).dtype == torch.float64
+
+
+def test_infinite_numbers_of_a_mask_stay_and_the_others_are_noise():
+    mask = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf])
+    noise = noise_like(mask, 1)
+    assert noise.isinf().tolist() == [False, True, False, True]
+    assert noise[[0, 2]].all()

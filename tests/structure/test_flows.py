@@ -92,8 +92,8 @@ def test_a_filter_reaches_several_features_behind_a_flatten():
 
 def test_who_writes_to_the_same_tensors():
     flows = flows_of(Residual(3, 2))
-    assert flows.together() == {"stem": {"stem", "b"}, "a": {"a"}, "b": {"stem", "b"}}
-    assert flows_of(chain((2, 3))).together() == {"conv1": {"conv1"}, "conv2": {"conv2"}}
+    assert flows.together == {"stem": {"stem", "b"}, "a": {"a"}, "b": {"stem", "b"}}
+    assert flows_of(chain((2, 3))).together == {"conv1": {"conv1"}, "conv2": {"conv2"}}
 
 
 def test_who_writes_beside_each_other_is_not_together_until_something_adds_them():
@@ -101,7 +101,7 @@ def test_who_writes_beside_each_other_is_not_together_until_something_adds_them(
         return s.head(s.c(torch.cat([s.a(x), s.b(x)], 1)) + s.d(x))
 
     model = Drawn(draw, a=conv(3, 2), b=conv(3, 2), c=conv(4, 2), d=conv(3, 2), head=head(2))
-    assert flows_of(model).together() == {"a": {"a"}, "b": {"b"}, "c": {"c", "d"}, "d": {"c", "d"}}
+    assert flows_of(model).together == {"a": {"a"}, "b": {"b"}, "c": {"c", "d"}, "d": {"c", "d"}}
 
 
 def test_filters_that_meet_in_a_sum_are_coupled():
@@ -139,7 +139,7 @@ def test_channels_that_could_not_be_followed_are_not_listed():
     flows = Flows(chain((2, 3)), readers)
     assert flows.filters == {"conv1": slice(0, 2), "conv2": slice(2, 5)}
     assert flows.channels == {"conv2": slice(0, 2)}
-    assert flows.together() == {"conv1": {"conv1"}, "conv2": {"conv2"}}
+    assert flows.together == {"conv1": {"conv1"}, "conv2": {"conv2"}}
     assert flows.coupled(chain((2, 3))) == []
 
 
@@ -148,7 +148,7 @@ def test_a_model_of_which_nothing_is_known():
     assert flows.channels == {}
     assert len(flows.sources) == len(flows.arriving(torch.ones(2, dtype=torch.bool))) == 0
     none = Flows(nn.Sequential(nn.Linear(2, 2)), {})
-    assert none.filters == none.channels == none.together() == {}
+    assert none.filters == none.channels == none.together == {}
     assert none.coupled(nn.Sequential(nn.Linear(2, 2))) == []
     assert none.emitted_without({}).tolist() == []
 

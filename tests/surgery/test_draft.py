@@ -275,9 +275,9 @@ def test_what_is_known_of_the_layers():
     drafting = drafting_of(residual(), {"a": keep_but(2, 0)})
     assert list(drafting.convolutions) == ["stem", "a", "b"]
     assert drafting.fixed == set()
-    assert drafting.reached["a"] == ["norm_a", "b"]
-    assert set(drafting.reached["stem"]) == {"norm", "a", "head.2"}
-    assert drafting.together == {"stem": {"stem", "b"}, "a": {"a"}, "b": {"stem", "b"}}
+    assert drafting.flows.reached["a"] == ["norm_a", "b"]
+    assert set(drafting.flows.reached["stem"]) == {"norm", "a", "head.2"}
+    assert drafting.flows.together == {"stem": {"stem", "b"}, "a": {"a"}, "b": {"stem", "b"}}
 
 
 class Neighbours(nn.Conv2d):
@@ -302,7 +302,7 @@ def test_no_filter_left_is_refused():
     # All that the second group's filters read is gone, and no other filter of it is kept.
     keep = {"0": keep_but(4, 2, 3), "2": keep_but(4, 0, 1)}
     with pytest.raises(
-        ValueError, match="no filter of '2' would be left: those in keep read removed channels"
+        ValueError, match="no filter of '2' would be left: the filters in keep read removed channels"
     ):
         drafting_of(grouped(), keep)
 

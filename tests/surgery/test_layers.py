@@ -13,7 +13,6 @@ from regrow.surgery.layers import (
     apply_plan,
     cuts,
     is_cut,
-    kept_by,
     layers,
     sliced,
     widen,
@@ -170,9 +169,8 @@ def test_which_parameter_stands_for_which():
 def test_what_a_plan_keeps_of_each_parameter_without_a_cut():
     model = net()
     state = copy.deepcopy(model.state_dict())
-    kept = kept_by(nn.DataParallel(model), PLAN)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    assert {names[parameter]: dict(dims) for parameter, dims in kept.items()} == {
+    kept = {f"{layer.name}.{key}": at for layer in layers(model, PLAN) for key, at in layer.kept.items()}
+    assert {name: at for name, at in kept.items() if "running" not in name} == {
         "conv1.weight": {0: [0, 2]},
         "conv1.bias": {0: [0, 2]},
         "norm1.weight": {0: [0, 2]},
@@ -501,7 +499,7 @@ def test_a_plan_that_does_not_fit_names_the_layer_and_changes_nothing(parts, mes
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     kinds = [type(module) for module in model.modules()]
     plan = CutPlan(**parts | {"rows": {"fits": [0]} | parts.get("rows", {})})  # begins with one that fits
-    for attempt in (apply_plan, kept_by, layers):
+    for attempt in (apply_plan, layers):
         with pytest.raises(PlanUnfit, match=message):
             attempt(model, plan)
     after = dict(model.named_parameters())
@@ -537,3 +535,26 @@ def test_a_layer_that_picks_or_places_takes_no_other_plan():
     apply_plan(model, CutPlan(rows={"conv1": [0]}, placed={"conv1": (4, [0])}))
     assert model.conv1.weight.shape == (1, 3, 3, 3)
     assert issubclass(PlanUnfit, ValueError)
+
+
+def test_a_cut_model_keeps_its_own_index_lists():
+    model = nn.ModuleDict({"l": nn.Linear(4, 2)})
+    plan = CutPlan(columns={"l": [0, 2]}, picked={"l": [0, 2]})
+    apply_plan(model, plan)
+    x = torch.randn(3, 4)
+    expected = model["l"](x)
+    plan.picked["l"][0] = cuts(model)[0]["picked"]["l"][0] = 1
+    model.double().float()  # the indices are made again
+    torch.testing.assert_close(model["l"](x), expected)
+
+
+def test_a_lazy_layer_is_refused_by_name():
+    with pytest.raises(PlanUnfit, match="the weight of '0' is not a plain parameter"):
+        apply_plan(nn.Sequential(nn.LazyConv2d(4, 3)), CutPlan(rows={"0": [0]}))
+
+
+def test_a_group_norm_without_weights_becomes_narrower():
+    model = nn.Sequential(nn.GroupNorm(4, 4, affine=False))
+    apply_plan(model, CutPlan(channels={"0": [0, 2]}))
+    assert (model[0].num_channels, model[0].num_groups) == (2, 2)
+    assert model(torch.randn(2, 2, 3, 3)).shape == (2, 2, 3, 3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.log import first_line
 from regrow.looking.dropout import NoDropout
 from regrow.modules import device_of
-from regrow.torch_private import own_buffers
+from regrow.torch_private import tree_map
 
 
 class PassFailed(ValueError):
@@ -71,8 +71,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers, such as running statistics, have their former values afterwards."""
-    buffers = [b for module in model.modules() for b in own_buffers(module).values() if b is not None]
-    saved = [(buffer, buffer.clone()) for buffer in dict.fromkeys(buffers)]
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
@@ -123,10 +122,8 @@ def floating(output: Any) -> list[Tensor]:
 
 def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``inputs`` with every floating-point tensor in it replaced by what ``change`` returns for it."""
-    if isinstance(inputs, Tensor):
-        return change(inputs.detach()) if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: mapped(value, change) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(mapped(value, change) for value in inputs)
-    return inputs
+
+    def each(leaf: Any) -> Any:
+        return change(leaf.detach()) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(each, dict(inputs) if isinstance(inputs, Mapping) else inputs)

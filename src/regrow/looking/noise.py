@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.looking.calls import PassFailed, mapped
 from regrow.modules import Consumer, Norm
-from regrow.torch_private import own_buffers, own_parameters
+from regrow.torch_private import own_buffers, own_parameters, tree_map
 
 
 class Noise:
@@ -85,25 +85,25 @@ def _constant(tensor: Tensor) -> bool:
 
 
 def noise_like(example: Any, repeats: int) -> Any:
-    """``example`` as random numbers in the range of each floating tensor; ``repeats`` times the batch."""
+    """``example`` as random numbers in the range of each floating tensor; ``repeats`` times the batch.
+
+    Infinite numbers, as in a mask that is added, stay. Nested inputs are not repeated.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def change(tensor: Tensor) -> Tensor:
-        low, high = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
-        shape = tensor.shape
+        finite = tensor[tensor.isfinite()]
+        low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
         if low == high:
-            return torch.randn(shape, generator=generator).to(tensor)
-        return torch.rand(shape, generator=generator).mul(high - low).add(low).to(tensor)
+            noise = torch.randn(tensor.shape, generator=generator)
+        else:
+            noise = torch.rand(tensor.shape, generator=generator).mul(high - low).add(low)
+        return torch.where(tensor.isfinite(), noise.to(tensor), tensor)
 
-    def longer(inputs: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            return inputs.repeat(repeats, *[1] * (inputs.dim() - 1)) if inputs.dim() else inputs
-        if isinstance(inputs, Mapping):
-            return {key: longer(value) for key, value in inputs.items()}
-        return tuple(map(longer, inputs)) if isinstance(inputs, tuple | list) else inputs
+    def longer(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim()
+        return leaf.repeat(repeats, *[1] * (leaf.dim() - 1)) if batched else leaf
 
-    flat = isinstance(example, Tensor) or all(
-        not isinstance(part, tuple | list | Mapping)
-        for part in (example.values() if isinstance(example, Mapping) else example)
-    )
-    return mapped(longer(example) if repeats > 1 and flat else example, change)
+    parts = tuple(example.values()) if isinstance(example, Mapping) else example
+    flat = isinstance(parts, Tensor) or not any(isinstance(part, tuple | list | Mapping) for part in parts)
+    return mapped(tree_map(longer, example) if repeats > 1 and flat else example, change)

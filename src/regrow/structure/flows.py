@@ -38,16 +38,14 @@ class Flows:
         convs = convolutions(model)
         names = [*(layer for found in readers.values() for layer in found.reached), *layers]
         widths = {name: channels_read(modules[name]) for name in dict.fromkeys(names)}
-        counts = {name: convs[name].out_channels for name in readers}
-        self.filters = _slices(counts)
+        self.filters = _slices({name: convs[name].out_channels for name in readers})
         self.channels = _slices({name: width for name, width in widths.items() if width is not None})
         self.reached = {
             name: [layer for layer in found.reached if layer in self.channels]
             for name, found in readers.items()
         }
-        self.owner = torch.arange(len(counts)).repeat_interleave(
-            torch.tensor([*counts.values()], dtype=torch.int64)
-        )
+        counts = index_tensor([where.stop - where.start for where in self.filters.values()])
+        self.owner = torch.arange(len(counts)).repeat_interleave(counts)
         sources, targets = [index_tensor([])], [index_tensor([])]
         for name, reached in self.reached.items():
             for layer in reached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import channels_last, index_tensor
-from regrow.modules import unwrap
+from regrow.modules import channels_read, unwrap
 from regrow.suggest import nearest
 from regrow.surgery.plan import CutPlan, PlanUnfit
 from regrow.surgery.small import Small, small_class
@@ -61,7 +62,7 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
 
 def cuts(model: nn.Module) -> list[dict[str, Any]]:
     """The plans that were applied to ``model``, oldest first, as plain data."""
-    return list(vars(unwrap(model)).get("_regrow_cuts", []))
+    return copy.deepcopy(vars(unwrap(model)).get("_regrow_cuts", []))
 
 
 def is_cut(model: nn.Module) -> bool:
@@ -171,9 +172,8 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
             f"{name!r} has been cut before, and picks or places channels by index: no plan fits it. "
             "regrow.cut can cut it once more."
         )
-    own = {
-        k: t for k, t in (own_parameters(module) | own_buffers(module)).items() if t is not None and t.dim()
-    }
+    tensors = (own_parameters(module) | own_buffers(module)).items()
+    own = {k: t for k, t in tensors if t is not None and not nn.parameter.is_lazy(t) and t.dim()}
 
     def fits(indices: Sequence[int], width: int) -> list[int]:
         indices = list(indices)
@@ -216,7 +216,7 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
         if isinstance(module, nn.Linear):
             numbers = {"out_features": filters, "in_features": columns}
     elif name in plan.channels or name in plan.spread:
-        emits = width = next((len(tensor) for tensor in own.values()), getattr(module, "num_features", 0))
+        emits = width = next((len(tensor) for tensor in own.values()), channels_read(module) or 0)
         channels = fits(plan.channels.get(name, range(width)), width)
         if name in plan.channels:
             kept = {key: {0: channels} for key, tensor in own.items() if len(tensor) == width}
@@ -227,7 +227,8 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
             spread = (len(channels), [channels.index(i) for i in stay if i in channels])
             if len(spread[1]) != len(stay):
                 raise PlanUnfit(f"the plan spreads channels of {name!r} that it leaves out.")
-    placed, picked = plan.placed.get(name), plan.picked.get(name)
+    # Copies, because the layer keeps them.
+    placed, picked = copy.deepcopy((plan.placed.get(name), plan.picked.get(name)))
     if placed is not None:
         # A width beyond that would have the first forward pass ask for any amount of memory.
         if placed[0] > emits:

@@ -64,7 +64,6 @@ class CutPlan:
         names = [part.name for part in fields(cls)]
         if not isinstance(data, Mapping) or set(data) != set(names):
             raise ValueError(f"a cut plan has the parts {', '.join(names)}; got {_shown(data)}.")
-        placed = {}
         for part in names:
             if not isinstance(data[part], Mapping):
                 raise ValueError(f"{part!r} of a cut plan maps names to values, got {_shown(data[part])}.")
