@@ -227,8 +227,7 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
             spread = (len(channels), [channels.index(i) for i in stay if i in channels])
             if len(spread[1]) != len(stay):
                 raise PlanUnfit(f"the plan spreads channels of {name!r} that it leaves out.")
-    # Copies, because the layer keeps them.
-    placed, picked = copy.deepcopy((plan.placed.get(name), plan.picked.get(name)))
+    placed, picked = plan.placed.get(name), plan.picked.get(name)
     if placed is not None:
         # A width beyond that would have the first forward pass ask for any amount of memory.
         if placed[0] > emits:
@@ -242,6 +241,8 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
         read = numbers.get("in_channels", numbers.get("in_features", len(picked)))
         if read != len(picked):
             raise PlanUnfit(f"the plan picks {len(picked)} channels for {name!r}, which reads {read}.")
+    # The layer keeps copies of the plan's lists.
+    placed, picked = placed and (placed[0], list(placed[1])), picked and list(picked)
     return Layer(name, module, kept, numbers, placed, picked, spread)
 
 
