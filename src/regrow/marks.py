@@ -118,9 +118,9 @@ def states_of(model: nn.Module) -> dict[str, str]:
     for name, _, mark in marks_on(inner):
         found.setdefault(mark.state(), name)
     # The wrappers around the user's own module have no name there.
-    modules = [*inner.named_modules(), *(("", module) for module in model.modules())]
+    names = dict.fromkeys(model.modules(), "") | {module: name for name, module in inner.named_modules()}
     for state, shows in _SIGNS.items():
-        where = [name for name, module in modules if shows(module)]
+        where = [name for module, name in names.items() if shows(module)]
         if where:
             found[state] = where[0]
     if torch.is_inference_mode_enabled():
