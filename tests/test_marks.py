@@ -433,6 +433,15 @@ def test_every_operation_in_every_state(case, operation, tmp_path):
     assert not list(tmp_path.glob("saved*"))
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_batches_of_any_size_re_estimate_the_norms_of_a_sub_phase(compact):
+    situation = in_sub_phase(net(), compact)
+    batches = [X[:1, :, :1, :2], X[1:6]]  # a batch of two values a channel, and a larger one
+    for model in (situation.model, situation.plain):
+        regrow.reestimate_norms(model, batches)
+    torch.testing.assert_close(values(situation.model), values(situation.plain))
+
+
 def test_the_table_names_known_states_and_operations():
     assert REFUSED.keys() == STATES.keys() == {state for state, _ in CASES.values()}
     assert all(refused <= {*OPERATIONS} for refused in REFUSED.values())

@@ -54,7 +54,7 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
     values: Counter[str] = Counter()
 
     def weigh(name: str, norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        count = inputs[0].numel() // norm.num_features
+        count = inputs[0].numel() // inputs[0].shape[1]
         values[name] += count
         norm.momentum = count / values[name]  # makes the running statistics a weighted mean
 
