@@ -55,7 +55,7 @@ class Graph:
                 )
             except PassFailed:
                 raise
-            except Exception as error:  # torch-pruning raises whatever it stumbles over
+            except Exception as error:  # torch-pruning may raise any kind of error
                 raise LostCount(
                     f"torch-pruning could not trace the model ({type(error).__name__})"
                 ) from error
@@ -189,7 +189,7 @@ def _steps(
                 patience.spend(len(mapped) * stride, max(patience.steps * filters, width or 0))
             try:
                 mapped = mapping(mapped)
-            except Exception as error:  # torch-pruning raises whatever it stumbles over
+            except Exception as error:  # torch-pruning may raise any kind of error
                 raise LostCount("torch-pruning could not map its indices") from error
         if mapped:
             yield edge.target, mapped
