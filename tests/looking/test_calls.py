@@ -46,6 +46,13 @@ def test_a_run_is_the_same_each_time_and_drawing_shows():
     assert not run(nn.Linear(3, 1), torch.zeros(3), training=False)[1]
 
 
+def test_a_model_on_the_cpu_leaves_the_generators_of_other_devices_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)  # it seeds every device
+    run(nn.Dropout(), torch.ones(3), training=True)
+    assert seeded == []
+
+
 def test_inputs_that_a_pass_writes_to_are_copies():
     class Writing(nn.Module):
         def forward(self, x):

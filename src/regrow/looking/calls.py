@@ -92,7 +92,8 @@ def run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None
         PassFailed: the model raised an error.
     """
     with undisturbed(model), torch.no_grad(), dropout if training and dropout else nullcontext():
-        torch.manual_seed(0)
+        # torch.manual_seed would reset the generators of every GPU, which ``undisturbed`` does not restore.
+        (torch.default_generator if device_of(model).type == "cpu" else torch).manual_seed(0)
         if model.training != training:
             model.train(training)
         begun = _random_state(model)
