@@ -573,6 +573,18 @@ def test_a_cycle_that_is_done_or_lost_is_no_obstacle():
     assert states_of(model) == {}
 
 
+def test_the_removal_of_a_done_cycle_leaves_the_mark_of_a_later_one():
+    model = net()
+    done = regrow.RePr(model, sgd(model), example_inputs=X[:1], full=1, sub=1, cycles=1)
+    for _ in range(2):
+        done.step()
+    later = regrow.RePr(model, sgd(model), example_inputs=X[:1])
+    done.remove()
+    assert states_of(model).keys() == {"in a cycle"}
+    later.remove()
+    assert not any("_regrow_cycle" in vars(module) for module in model.modules())
+
+
 def test_copies_and_pickles_in_a_sub_phase_are_plain(tmp_path):
     for case in ("narrowed", "masked", "in a cycle"):
         model = CASES[case][1](net()).model

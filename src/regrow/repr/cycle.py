@@ -168,8 +168,9 @@ class RePr:
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
         self._removed = False
+        self._mark = _InCycle(self)
         for name in self._layers:
-            self._conv(name)._regrow_cycle = _InCycle(self)
+            self._conv(name)._regrow_cycle = self._mark
 
     def _check_held(self) -> None:
         # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
@@ -416,7 +417,8 @@ class RePr:
             self._sub.release()
         self._sub, self._removed = None, True
         for name in self._layers:
-            vars(self._conv(name)).pop("_regrow_cycle", None)
+            if vars(self._conv(name)).get("_regrow_cycle") is self._mark:  # not that of a later cycle
+                del self._conv(name)._regrow_cycle
 
     def _check_not_removed(self) -> None:
         if self._removed:
