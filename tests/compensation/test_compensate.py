@@ -523,3 +523,19 @@ def test_known_readers_save_the_look_for_them(make_net, monkeypatch):
     monkeypatch.setattr("regrow.surgery.removal.read_structure", None)
     assert compensate(other, keep, images, example_inputs=torch.randn(1, 3, 8, 8), readers=readers) == record
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.gives_up
+def test_a_shift_of_channels_that_are_no_filters_goes_into_the_norm():
+    class Shuffled(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.pixel_shuffle(super().forward(x), 2)
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 4, 4)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), Shuffled(8, 16, 1), nn.BatchNorm2d(4), nn.Flatten())
+    bias = net[2].bias.clone()
+    record = compensate(net, {"0": torch.arange(8) > 2}, [x], example_inputs=x[:1], reestimate=False)
+    assert record["folded"] == ["2"]
+    assert torch.equal(net[2].bias, bias)
+    assert net[3].running_mean.any()

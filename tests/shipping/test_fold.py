@@ -182,6 +182,18 @@ def test_norms_of_other_kinds_are_no_batch_norms(norm):
     torch.testing.assert_close(folded(X), net(X))
 
 
+def test_a_convolution_that_makes_other_channels_than_its_filters_keeps_its_norm():
+    class Shuffled(nn.Conv2d):
+        def forward(self, x):
+            return nn.functional.pixel_shuffle(super().forward(x), 2)
+
+    net = settled(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Shuffled(8, 16, 1), nn.BatchNorm2d(4)))
+    folded, record = fold_norms(net, example_inputs=X)
+    assert record["folded"] == {"1": "0"}
+    assert record["left"] == {"3": "forward passes did not confirm it"}
+    torch.testing.assert_close(folded(X), net(X))
+
+
 def test_left_alone_and_why(make_net):
     model = settled(make_net())
     model.norm1 = nn.BatchNorm2d(6, track_running_stats=False)

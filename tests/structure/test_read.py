@@ -420,3 +420,15 @@ def test_reading_inside_autocast_finds_the_same(make_net):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = read_structure(net, x)
     assert inside == read_structure(net, x)
+
+
+@pytest.mark.gives_up
+def test_a_norm_of_another_width_than_the_filters_cannot_be_silenced():
+    class Shuffled(nn.Conv2d):
+        def forward(self, x):
+            return F.pixel_shuffle(super().forward(x), 2)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Shuffled(8, 16, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    found = read_structure(net, torch.randn(2, 3, 4, 4))
+    assert found["1"].norms == {}
+    assert found["1"].unsilenced == "2"

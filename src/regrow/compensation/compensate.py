@@ -201,7 +201,7 @@ def _fold(model: nn.Module, shifts: Mapping[str, Tensor], behind: Mapping[str, l
     unfolded = {}
     for name, shift in shifts.items():
         bias = own_parameters(model.get_submodule(name)).get("bias")
-        if bias is not None and holders[id(bias)] == 1:
+        if bias is not None and holders[id(bias)] == 1 and bias.shape == shift.shape:
             bias.add_(shift.to(bias))
         elif name in behind:
             for norm in behind[name]:

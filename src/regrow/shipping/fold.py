@@ -167,6 +167,8 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
                 raise Refuted(f"{name!r} shifts channels that {of!r} does not compute")
             scale, shift = scale[at], shift[at]
         weight, bias, trains = conv.weight, conv.bias, conv.weight.requires_grad
+        if len(scale) != len(weight):
+            raise Refuted(f"{name!r} has other channels than {of!r} has filters")
         shift = shift if bias is None else shift + bias.double() * scale
         scaled = (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight)
         layout = torch.contiguous_format

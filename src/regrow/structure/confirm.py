@@ -130,7 +130,7 @@ def reads_silence(module: nn.Module, inputs: Any, output: Tensor | None, indices
     Args:
         output: None before the layer has run.
     """
-    if not inputs:
+    if not inputs or not isinstance(inputs[0], Tensor):
         return False
     seen = [inputs[0], output] if isinstance(module, Norm) and output is not None else [inputs[0]]
     return any(

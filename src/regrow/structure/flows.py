@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +71,12 @@ class Flows:
     def together(self) -> dict[str, set[str]]:
         """{convolution: those that write to channels of the same tensors, itself among them}."""
         names = list(self.filters)
-        labels = components(
-            len(names) + self._channel_count, self.owner[self.sources], len(names) + self.targets
-        )
+        nodes = len(names) + self._channel_count
+        labels = components(nodes, self.owner[self.sources], len(names) + self.targets).tolist()
         groups: defaultdict[int, set[str]] = defaultdict(set)
-        for name, label in zip(names, labels.tolist(), strict=False):
+        for name, label in zip(names, labels, strict=False):
             groups[label].add(name)
-        return {name: groups[label] for name, label in zip(names, labels.tolist(), strict=False)}
+        return {name: groups[label] for name, label in zip(names, labels, strict=False)}
 
     def coupled(self, model: nn.Module) -> list[dict[str, list[int]]]:
         """Filters that arrive at one channel of some layer, where they are added up: {convolution: indices}.
@@ -120,7 +118,7 @@ def components(count: int, one: Tensor, other: Tensor) -> Tensor:
         labels = new
 
 
-def _slices(counts: Mapping[str, Any]) -> dict[str, slice]:
+def _slices(counts: Mapping[str, int]) -> dict[str, slice]:
     found, start = {}, 0
     for name, count in counts.items():
         found[name] = slice(start, start + count)

@@ -59,11 +59,7 @@ def own_norms(model: nn.Module, example_inputs: Any) -> dict[str, list[str]]:
         PassFailed: the model's forward pass fails.
     """
     finder = NormFinder()
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, ConvNd | nn.Linear | Norm)
-    ]
+    layers = [each for each in model.named_modules() if isinstance(each[1], ConvNd | nn.Linear | Norm)]
     with evaluating(model), hooked(layers, finder.note):
         call(model, example_inputs)
     return finder.own()

@@ -13,7 +13,7 @@ from regrow.looking.calls import PassFailed, call, floating, mapped, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.small_inputs import smaller_picture
-from regrow.modules import Convolution, channel_layers, unwrap
+from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.norms import NormFinder
@@ -110,7 +110,9 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         if found is None:
             why = reason or "torch-pruning could not follow its channels"
             every = range(conv.out_channels)
-            found = Readers(norms={norm: Reads(every, every) for norm in behind}, mixed=why, blocked=why)
+            alike = [norm for norm in behind if channels_read(modules[norm]) == len(every)]
+            found = Readers(norms={norm: Reads(every, every) for norm in alike}, mixed=why, blocked=why)
+            found.unsilenced = next((norm for norm in behind if norm not in alike), "")
         readers[name] = found
     if graph is not None:
         graph.close()

@@ -77,8 +77,7 @@ def plan_removal_and_cut(
         raise NoPlan("the model has been cut before, and a plan fits uncut models only.")
     if not dropped_filters(model, keep):
         return Planned(Removal({}, {}, {}), CutPlan())
-    proposal = None
-    large = example_inputs
+    proposal, large = None, example_inputs
     if readers is None:
         proposal = propose_structure(model, example_inputs)
         readers, example_inputs = proposal.readers, proposal.example_inputs

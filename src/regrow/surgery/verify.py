@@ -30,12 +30,12 @@ class Probe:
     Attributes:
         dead: convolution or linear layer → BoolTensor[channels]: which input channels are 0 whatever comes
             in. Layers that no pass reached are not listed.
-        norms: those that ran.
+        norms: the norms that ran.
         own: convolution → the norm that alone of all norms reads its output, and reads nothing else.
         way: the way that the inputs take by which plans are compared in eval mode.
         exercised: the layers that computed something in the passes that plans are compared by.
-        confirms_removal: the readers are right about the removed filters: their norms read and make 0 in
-            their channels, and rows that go along read nothing else.
+        confirms_removal: the readers are right about the removed filters: the norms read and return 0 in
+            their channels, and the rows removed with them read no other channel.
         partial: some layers ran in none of these passes, and may read anything in training.
     """
 
