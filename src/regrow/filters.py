@@ -60,7 +60,8 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
 
     Args:
         model: any module; wrappers are looked through.
-        exclude: names of convolutions to leave alone, or of containers of such convolutions.
+        exclude: names of convolutions to leave alone, or of containers of such convolutions; with the
+            reasons, {name: reason}, for a message to name.
 
     Raises:
         ValueError: a name in ``exclude`` matches no convolution, no convolution is left, or the model is
@@ -70,9 +71,11 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
     every = convolutions(model)
     unusable = left_out(model)
     dropped = excluded(exclude, every)
+    known = exclude if isinstance(exclude, Mapping) else {}
     found = {name: conv for name, conv in every.items() if name not in dropped and name not in unusable}
     if not found:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in unusable.items() if name not in dropped)
+        why = {name: reason for name, reason in unusable.items() if name not in dropped}
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**why, **known}.items())
         raise ValueError(
             f"no convolution is left to work on: the model has {len(every)}, {len(dropped)} are excluded"
             + (f", and these cannot be used: {reasons}" if reasons else "")

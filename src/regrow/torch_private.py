@@ -29,6 +29,10 @@ DropoutNd: Any = getattr(
 )  # fmt: skip
 
 
+# What torch.no_grad and its relatives call; None where it is unknown, and then they stay in force.
+set_grad_enabled: Any = getattr(torch._C, "_set_grad_enabled", None)
+
+
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """The parameters of ``module`` itself by name, None where one was left out (``bias=False``)."""
     found = vars(module).get("_parameters")
@@ -116,6 +120,11 @@ def made_as(node: Any) -> int:
     """The number of autograd nodes made before ``node``."""
     number = getattr(node, "_sequence_nr", None)
     return 0 if number is None else int(number())
+
+
+def operator_arguments(operation: Any) -> list[tuple[str, bool]]:
+    """The arguments of an ATen operator in order: their names, and whether it writes to them."""
+    return [(argument.name, argument.is_write) for argument in operation._schema.arguments]
 
 
 class _Place(NamedTuple):

@@ -44,7 +44,7 @@ def test_the_readers_in_a_chain():
     assert pairs(two.consumers) == {"head": same(3)}
     for found in (one, two):
         assert (found.mixed, found.blocked, found.unsilenced) == ("", "", "")
-        assert (found.output, found.norm_first, found.noisy) == (False, True, [])
+        assert (found.norm_first, found.noisy) == (True, [])
 
 
 def test_it_proposes_what_passes_have_not_confirmed():
@@ -102,7 +102,6 @@ def test_a_sum_that_leaves_the_network():
     found = readers_of(model, "a")
     assert found.mixed == "it is added to other channels"
     assert found.blocked == "it is part of the network's output"
-    assert not found.output  # something is added first
 
 
 @pytest.mark.parametrize(
@@ -134,20 +133,16 @@ def test_a_filter_is_thousands_of_features_where_nothing_pools():
 
 
 @pytest.mark.parametrize(
-    ("end", "mixed", "output"),
+    ("end", "mixed"),
     [
-        (nn.AdaptiveAvgPool2d(1), "it is part of the network's output", True),
-        (nn.Sequential(nn.GroupNorm(2, 4), head(4)), "'1.0' normalises several channels together", False),
-        (
-            nn.Sequential(nn.ConvTranspose2d(4, 2, 2), nn.Flatten()),
-            "it is read by a ConvTranspose2d",
-            False,
-        ),
+        (nn.AdaptiveAvgPool2d(1), "it is part of the network's output"),
+        (nn.Sequential(nn.GroupNorm(2, 4), head(4)), "'1.0' normalises several channels together"),
+        (nn.Sequential(nn.ConvTranspose2d(4, 2, 2), nn.Flatten()), "it is read by a ConvTranspose2d"),
     ],
 )
-def test_why_a_channel_is_not_hidden(end, mixed, output):
+def test_why_a_channel_is_not_hidden(end, mixed):
     found = readers_of(nn.Sequential(conv(3, 4), end), "0")
-    assert (found.mixed, found.output) == (mixed, output)
+    assert found.mixed == mixed
     assert found.blocked
 
 

@@ -431,10 +431,11 @@ class Fickle(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c, self.head = conv(3, 4), conv(4, 4), conv(4, 4), head(4)
+        self.judge = conv(3, 2)
 
     def forward(self, x):
-        x = self.a(x)
-        return self.head(self.b(x) if x.mean() > 0 else self.c(x))
+        y = self.a(x)
+        return self.head(self.b(y) if self.judge(x).mean() > 0 else self.c(y))
 
 
 def test_a_forward_pass_that_depends_on_data_is_refused():

@@ -6,15 +6,22 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import islice
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from regrow.log import first_line
 from regrow.looking.dropout import NoDropout
 from regrow.modules import device_of
-from regrow.torch_private import tree_map
+from regrow.torch_private import set_grad_enabled, tree_map
+
+# What is not searched for tensors: an output may refer to the model itself.
+_PLAIN = (nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, str, bytes, int, float)
+_MOST = 10_000  # items of a generator
 
 
 class PassFailed(ValueError):
@@ -29,10 +36,10 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     """
     try:
         if isinstance(example_inputs, Mapping):
-            return model(**example_inputs)
+            return _settled(model(**example_inputs))
         if isinstance(example_inputs, tuple | list):
-            return model(*example_inputs)
-        return model(example_inputs)
+            return _settled(model(*example_inputs))
+        return _settled(model(example_inputs))
     except Exception as error:  # the user's code may raise anything
         raise PassFailed(f"the model's forward pass fails: {first_line(error)}") from error
 
@@ -111,14 +118,59 @@ def _random_state(model: nn.Module) -> Tensor | None:
 
 
 def floating(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a nested output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return [tensor for part in output for tensor in floating(part)]
-    return []
+    """The floating-point tensors in a nested output, in order; sparse ones made dense."""
+    found = [
+        part for tensor in tensors(output) for part in (tensor.unbind() if tensor.is_nested else [tensor])
+    ]
+    numbers = [tensor for tensor in found if tensor.is_floating_point()]
+    return [tensor if tensor.layout is torch.strided else tensor.to_dense() for tensor in numbers]
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors in an output: in containers, and in the attributes of objects that are no modules."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+            return
+        if isinstance(value, _PLAIN) or id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            parts = list(value.values())
+        elif isinstance(value, tuple | list | set | frozenset):
+            parts = list(value)
+        else:
+            slots = [slot for base in type(value).__mro__ for slot in vars(base).get("__slots__", ())]
+            parts = [
+                *getattr(value, "__dict__", {}).values(),
+                *(getattr(value, slot, None) for slot in slots),
+            ]
+        for part in parts:
+            look(part)
+
+    look(output)
+    return found
+
+
+def _settled(output: Any) -> Any:
+    """An output with its generators run to their end: until then they have not computed anything."""
+    if isinstance(output, Iterator):
+        return [_settled(part) for part in islice(output, _MOST)]
+    if type(output) in (list, tuple):
+        return type(output)(map(_settled, output))
+    if type(output) is dict:
+        return {key: _settled(value) for key, value in output.items()}
+    return output
+
+
+class GradientKept(TorchFunctionMode):
+    """While it lasts, the model's own code cannot switch gradients on or off (but for inference mode)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is set_grad_enabled else func(*args, **(kwargs or {}))
 
 
 def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -118,7 +118,7 @@ def prune(
     base = copy.deepcopy(user).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = [exclude] if isinstance(exclude, str) else list(exclude)
-    scores = score(base, criterion, exclude=[*names, *fixed], seed=seed)
+    scores = score(base, criterion, exclude={**dict.fromkeys(names, "excluded by name"), **fixed}, seed=seed)
 
     def chooser(way: str) -> Callable[[float], dict[str, Tensor]]:
         units = choosing.coupled_filters(whole, readers, scores) if way == "jointly" else []

@@ -198,8 +198,8 @@ class RePr:
             if name not in self._readers:
                 reasons.setdefault(name, "example_inputs do not reach it")
                 continue
-            if self._readers[name].output:
-                reasons.setdefault(name, "its filters are the network's output, like a classifier's")
+            if why := self._readers[name].output:
+                reasons.setdefault(name, why)
             if norm := self._readers[name].unsilenced:
                 reasons.setdefault(name, f"{norm!r} behind it cannot be silenced for its channels alone")
             for norm in self._readers[name].norms:

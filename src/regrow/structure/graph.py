@@ -106,7 +106,6 @@ def _walk(
     sums: list[tuple[Any, list[Any]]] = []
     for node, indices in _visits(stack, len(conv.weight), patience):
         if not node.outputs:
-            readers.output = True
             readers.mixed = readers.mixed or "it is part of the network's output"
             readers.blocked = readers.blocked or readers.mixed
         for target_node, mapped in _steps(node, indices, len(conv.weight), patience):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from regrow.log import gave_up
-from regrow.looking.calls import PassFailed, call, floating, mapped, undisturbed
+from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
+from regrow.looking.noise import noise_like
 from regrow.looking.small_inputs import smaller_picture
 from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
+from regrow.structure.escapes import escapes
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.norms import NormFinder
 from regrow.structure.readers import Readers, Reads
@@ -78,20 +80,28 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     example_inputs = smaller_picture(probe, example_inputs)
     modules: dict[str, Any] = dict(probe.named_modules())
     norms, reason, graph, output = NormFinder(), "", None, None
+    quiet = copied(model, requires_grad=False).eval()
+    try:
+        left = escapes(quiet, example_inputs)
+    except PassFailed as error:
+        raise PassFailed(
+            f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "
+            "takes, for example one batch of your loader, x[:1]; a tuple for several arguments, a dict for "
+            "keywords."
+        ) from error.__cause__
 
     def outputs(_model: nn.Module, _inputs: Any) -> list[Tensor]:
         nonlocal norms, output
-        norms = NormFinder()
-        with hooked(channel_layers(probe), norms.note):
-            try:
-                output = call(probe, example_inputs)
-            except PassFailed as error:
-                raise PassFailed(
-                    f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the "
-                    "model takes, for example one batch of your loader, x[:1]; a tuple for several "
-                    "arguments, a dict for keywords."
-                ) from error.__cause__
-        return [tensor for tensor in floating(output) if tensor.requires_grad]
+        norms, ends = NormFinder(), []
+
+        def after(name: str, module: nn.Module, inputs: Any, made: Tensor) -> None:
+            norms.note(name, module, inputs, made)
+            if name in left:  # the model may return it without its gradient, or not at all
+                ends.append(made)
+
+        with hooked(channel_layers(probe), after), GradientKept():
+            output = call(probe, example_inputs)
+        return [tensor for tensor in (*floating(output), *ends) if tensor.requires_grad]
 
     with undisturbed(probe), torch.enable_grad():
         try:
@@ -117,4 +127,18 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     if graph is not None:
         graph.close()
     rule_out(probe, readers)
+    for name, why in (_escapes_in_training(quiet, example_inputs) | left).items():
+        if name in readers:
+            readers[name].output = why
     return Proposal(model, example_inputs, readers)
+
+
+def _escapes_in_training(probe: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """What ``escapes`` finds in train mode, in which a model may return more."""
+    for inputs in (example_inputs, noise_like(example_inputs, 2)):  # norms may need two pictures to train
+        try:
+            return escapes(probe, inputs, training=True)
+        except PassFailed as error:
+            failure = error
+    gave_up("looking for outputs in train mode", failure)  # a model that needs targets to train, say
+    return {}

@@ -46,7 +46,8 @@ class Readers:
             another number, …).
         norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
             statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
-        output: the channels leave the network with no weights behind them, as a classifier's do.
+        output: empty, or how the channels leave the network with no weights behind them, as a classifier's
+            do, or may leave it (``escapes``).
         unsilenced: empty, or the name of a norm that reads the channels and cannot be silenced for them
             alone (it serves other channels too, it has no weight to set to 0, …).
         noisy: the ``consumers`` that a silenced channel reaches as another number than 0.
@@ -59,7 +60,7 @@ class Readers:
     consumers: dict[str, Reads] = field(default_factory=dict)
     mixed: str = ""
     norm_first: bool = False
-    output: bool = False
+    output: str = ""
     unsilenced: str = ""
     noisy: list[str] = field(default_factory=list)
     reached: dict[str, Reads] = field(default_factory=dict)

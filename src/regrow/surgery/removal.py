@@ -173,7 +173,7 @@ def unremovable(readers: Mapping[str, Readers], name: str) -> str:
     if name not in readers:
         return "example_inputs do not reach it"
     if readers[name].output:
-        return "they are the network's output, like a classifier's"
+        return readers[name].output
     if norm := readers[name].unsilenced:
         return f"{norm!r} behind it cannot be silenced for its channels alone"
     return ""
