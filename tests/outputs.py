@@ -87,7 +87,7 @@ KINDS = {
     "list of the model": in_list_of_the_model,
     "half seen": lambda _, y: {"seg": y.argmax(1), "depth": y[:, :1].mean()},
     "added in place": lambda _, y: torch.zeros_like(y).add_(y),
-    "written": lambda _, y: torch.zeros(y.shape[0], y.shape[1] + 1, *y.shape[2:]).index_copy_(
+    "written": lambda _, y: y.new_zeros(y.shape[0], y.shape[1] + 1, *y.shape[2:]).index_copy_(
         1, torch.arange(y.shape[1]), y
     ),
     "sliced in": lambda _, y: _written_to_a_slice(y),
@@ -98,7 +98,7 @@ KINDS = {
 
 
 def _written_to_a_slice(y):
-    room = torch.zeros(y.shape[0], 2 * y.shape[1], *y.shape[2:])
+    room = y.new_zeros(y.shape[0], 2 * y.shape[1], *y.shape[2:])
     room[:, y.shape[1] :] = y
     return room
 

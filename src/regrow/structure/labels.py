@@ -1,12 +1,12 @@
 """Where the channels of a layer lie in the tensors that are computed from its output.
 
 A label is a number for each element of a tensor: elements of different channels have different labels. Labels
-lie in memory as the elements do, so a view of a tensor has the labels that lie where it looks.
+lie in memory as the elements do, so a view of a tensor has the labels that lie where it looks. Where a tensor
+has size 1 in its labels, the channels do not vary; None stands for labels that nothing is known of.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +18,11 @@ from regrow.torch_private import operator_arguments
 
 # Operations that take elements to other places: they are done to the labels too.
 _MOVES = {"pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle", "channel_shuffle", "repeat", "roll"}
-_MOVES |= {"flip", "index", "index_select", "cat", "concat", "stack", "reshape", "flatten", "contiguous"}
+_MOVES |= {"flip", "index", "index_select", "stack", "reshape", "flatten", "contiguous"}
 _MOVES |= {"transpose_copy", "permute_copy"}
+_JOINS = {"cat", "concat", "concatenate"}
 _PRIME = 1_000_003
+MOST = 1 << 24  # labels that are written out; a larger tensor may have its channels anywhere
 _CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable", "conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 # operation → (place of an operand, its dimension that is multiplied by weights and summed), for each operand
@@ -42,12 +44,7 @@ def numbered(shape: Sequence[int], dim: int) -> Tensor:
     sides = [1] * len(shape)
     if sides:
         sides[dim] = shape[dim]
-    return torch.arange(1, math.prod(sides) + 1).view(sides)
-
-
-def scattered(shape: Sequence[int]) -> Tensor:
-    """Labels of a tensor [shape] in which the channels may lie anywhere."""
-    return torch.arange(1, math.prod(shape) + 1).view(tuple(shape))
+    return torch.arange(1, math.prod(sides) + 1, dtype=torch.int32).view(sides)
 
 
 def both(one: Tensor, other: Tensor) -> Tensor:
@@ -60,14 +57,33 @@ def compact(labels: Tensor) -> Tensor:
     """``labels`` with size 1 in each dimension along which they are the same."""
     for dim, size in enumerate(labels.shape):
         if size > 1:
-            first = labels.narrow(dim, 0, 1)
-            if labels.stride(dim) == 0 or bool((labels == first).all()):
+            first, second = labels.narrow(dim, 0, 1), labels.narrow(dim, 1, 1)
+            # One number tells most of the dimensions along which they are not.
+            if labels.stride(dim) == 0 or (
+                _corner(first) == _corner(second) and bool((labels == first).all())
+            ):
                 labels = first
     return labels
 
 
-def lies_along(labels: Tensor, dim: int) -> bool:
+def simplest(labels: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """``labels`` of a tensor [shape]; where they all differ along one dimension, it is all that counts."""
+    if labels is None:
+        return None
+    along = [dim for dim, size in enumerate(labels.shape) if size > 1]
+    if not along:
+        return torch.ones((1,) * len(shape), dtype=torch.int32)
+    if len(along) > 1:
+        return labels
+    # Labels that repeat along a dimension (of pictures and channels in one, say) may come apart again.
+    own = labels[labels > 0]
+    return numbered(shape, along[0]) if len(own.unique()) == len(own) else labels
+
+
+def lies_along(labels: Tensor | None, dim: int) -> bool:
     """Whether the channels lie in the dimension ``dim`` alone, so that a weighted sum over it mixes them."""
+    if labels is None:
+        return False
     sizes = labels.shape
     return not sizes or all(size == 1 for other, size in enumerate(sizes) if other != dim % len(sizes))
 
@@ -90,37 +106,48 @@ def contracted(operation: str, args: Sequence[Any]) -> tuple[tuple[int, int], ..
 
 
 def moved(
-    operation: Any, args: Any, kwargs: Any, mine: Sequence[tuple[Tensor, Tensor]], shape: Sequence[int]
-) -> Tensor:
-    """Labels of what ``operation``, an ATen operator, makes of its arguments.
+    operation: Any, args: Any, kwargs: Any, operand: Tensor, labels: Tensor | None, shape: Sequence[int]
+) -> Tensor | None:
+    """Labels of what ``operation``, an ATen operator, makes of one of its operands.
 
     Args:
-        mine: the operands that carry channels, each with its labels.
+        operand: the tensor among the arguments.
+        labels: its labels.
         shape: of the result.
     """
-    shape, name = tuple(shape), operation.overloadpacket.__name__
-    if name in _MOVES:
-        labels = {id(operand): own.expand(operand.shape) for operand, own in mine}
+    shape = tuple(shape)
+    if labels is None:
+        return None
+    if operation.overloadpacket.__name__ in _MOVES:
+        if math.prod(shape) > MOST:
+            return None
         try:
-            made: Tensor = operation(*_on_labels(args, labels), **kwargs)
+            made: Tensor = operation(*_on_labels(args, operand, labels.expand(operand.shape)), **kwargs)
         except (RuntimeError, IndexError, NotImplementedError):
-            return scattered(shape)
-        return compact(made) if made.shape == shape else scattered(shape)
-    summed = _summed(operation, args, kwargs)
-    # An index, or the boxes that regions are cut by, say where to look: the channels lie where the other
-    # operands have them.
-    numbers = [(operand, own) for operand, own in mine if operand.is_floating_point()] or mine
-    parts = [_fitted(own, tuple(operand.shape), shape, summed) for operand, own in numbers]
-    fitting = [part for part in parts if part is not None]
-    return functools.reduce(both, fitting) if fitting else scattered(shape)
+            return None
+        return compact(made) if made.shape == shape else None
+    if operation.overloadpacket.__name__ in _JOINS:
+        return _joined(args, operand, labels, args[1] if len(args) > 1 else kwargs.get("dim", 0))
+    return _fitted(labels, tuple(operand.shape), shape, _summed(operation, args, kwargs))
 
 
-def _on_labels(args: Any, labels: dict[int, Tensor]) -> list[Any]:
+def _joined(args: Any, operand: Tensor, labels: Tensor, dim: int) -> Tensor:
+    """The labels of what a concatenation along ``dim`` makes of one of its operands."""
+    sides = list(labels.shape)
+
+    def part(tensor: Tensor) -> Tensor:
+        sides[dim] = tensor.shape[dim] if tensor.dim() == len(sides) else 0
+        return labels.expand(sides) if tensor is operand else torch.zeros(sides, dtype=torch.int32)
+
+    return torch.cat([part(tensor) for tensor in args[0]], dim)
+
+
+def _on_labels(args: Any, operand: Tensor, labels: Tensor) -> list[Any]:
     """The arguments of an operation, with labels in place of the tensors whose elements it moves."""
 
     def swapped(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return labels.get(id(value), torch.zeros(1, dtype=torch.int64).expand(value.shape))
+            return labels if value is operand else torch.zeros(1, dtype=torch.int32).expand(value.shape)
         return [swapped(part) for part in value] if isinstance(value, list | tuple) else value
 
     def here(value: Any) -> Any:
@@ -159,3 +186,7 @@ def _fitted(
     if tuple(size for dim, size in enumerate(sizes) if dim not in gone) == shape:
         return labels.amax(list(gone)) if gone else labels
     return None
+
+
+def _corner(labels: Tensor) -> float:
+    return labels[(0,) * labels.dim()].item()
