@@ -172,16 +172,17 @@ def test_the_layers_that_have_channels_in_the_order_of_registration():
     model.extra = nn.ModuleDict(
         {"up": nn.ConvTranspose2d(1, 1, 1), "norm": nn.LayerNorm(1), "act": nn.PReLU(2)}
     )
-    assert [name for name, _ in channel_layers(model)] == ["conv1", "norm1", "head", "extra.norm"]
+    assert [name for name, _ in channel_layers(model)] == ["conv1", "norm1", "head", "extra.up", "extra.norm"]
     assert channel_layers(nn.Linear(1, 1))[0][0] == ""
     assert all(module is model.get_submodule(name) for name, module in channel_layers(model))
 
 
 def test_pytorchs_own_layers_are_told_from_changed_ones():
-    for layer in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)):
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    for layer in (*(kind(1, 1, 1) for kind in kinds), nn.Linear(1, 1)):
         assert is_stock(layer)
         assert is_stock(copy.deepcopy(layer))
-    for layer in (Standardised(1, 1, 1), nn.BatchNorm1d(1), nn.ConvTranspose1d(1, 1, 1), nn.ReLU()):
+    for layer in (Standardised(1, 1, 1), nn.BatchNorm1d(1), nn.ReLU()):
         assert not is_stock(layer)
     layer = nn.Linear(1, 1)
     layer.forward = lambda x: x

@@ -48,6 +48,14 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
 
 
+def clear(tensor: Tensor, where: Tensor | tuple[slice | Tensor, Tensor]) -> None:
+    """Set ``tensor[where]`` to 0, in place. An index of one tensor is the quicker case."""
+    if isinstance(where, Tensor):
+        tensor.index_fill_(0, where, 0)
+    else:
+        tensor[where] = 0
+
+
 def _plainly() -> bool:
     """Whether no derivative is needed. A trace must come out the same with and without gradients."""
     return not torch.is_grad_enabled() and not torch.jit.is_tracing()

@@ -241,14 +241,14 @@ def test_what_channels_reach_beyond_a_sum():
     ("end", "reason"),
     [
         (lambda s, x: s.g(x).mean((2, 3)), "'g' normalises several channels together"),
-        (lambda s, x: s.t(x).mean((2, 3)), "they are read by a ConvTranspose2d"),
+        (lambda s, x: s.t(x.flatten(2).transpose(1, 2))[0].mean(1), "they are read by a LSTM"),
         (lambda _, x: x.mean((2, 3)), "it is part of the network's output"),
     ],
 )
 def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
     model = Drawn(
         lambda s, x: end(s, s.a(x) + s.b(x)),
-        a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.ConvTranspose2d(4, 2, 2),
+        a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.LSTM(4, 2, batch_first=True),
     )  # fmt: skip
     found = read_structure(model, X)
     assert found["a"].mixed == found["b"].mixed == "it is added to other channels"
@@ -292,9 +292,16 @@ def test_a_frozen_norm_of_buffers_is_seen_before_its_statistics_are_loaded():
     assert read_structure(model, X)["0"].mixed == "a silenced channel does not reach '3' as 0"
 
 
-def test_a_transposed_convolution_is_a_reader_of_its_own_kind():
-    model = nn.Sequential(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2), conv(4, 4), head(4))
-    assert read_structure(model, X)["0"].mixed == "it is read by a ConvTranspose2d"
+def test_a_transposed_convolution_reads_and_is_read_like_any_other():
+    model = nn.Sequential(
+        conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.BatchNorm2d(5), conv(5, 4), head(4)
+    )
+    found = read_structure(model, X)
+    assert list(found) == ["0", "2", "4"]
+    assert {name: pairs(reads) for name, reads in found["0"].consumers.items()} == {"2": same(4)}
+    assert {name: pairs(reads) for name, reads in found["2"].norms.items()} == {"3": same(5)}
+    assert {name: pairs(reads) for name, reads in found["2"].consumers.items()} == {"4": same(5)}
+    assert [readers.mixed or readers.blocked for readers in found.values()] == ["", "", ""]
 
 
 def test_a_convolution_used_twice_reads_itself():

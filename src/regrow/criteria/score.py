@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_finite, eligible, rows, unit_rows
+from regrow.modules import filters_first
 from regrow.suggest import nearest
 
 
@@ -86,7 +87,8 @@ def score(
     convs = eligible(model, exclude)
     check_finite(convs)
     if criterion != "random":
-        return {name: WEIGHT_CRITERIA[criterion](conv.weight) for name, conv in convs.items()}
+        of = WEIGHT_CRITERIA[criterion]
+        return {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
     if seed is None:
         raise ValueError("criterion 'random' needs a seed: score(model, 'random', seed=0)")
     generator = torch.Generator().manual_seed(seed)
