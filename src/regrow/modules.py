@@ -99,6 +99,12 @@ def grouped(layer: nn.Module, tensor: Tensor) -> Tensor:
     return parts.transpose(1, 2) if filter_dim(layer) else parts
 
 
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer hands each input channel on to filters of its own."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == channels_read(layer)
+
+
 def filters_first(layer: nn.Module, tensor: Tensor) -> Tensor:
     """``tensor``, shaped as the layer's weight, as [filters, channels of a group, *rest].
 

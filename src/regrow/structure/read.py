@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from regrow.looking.calls import PassFailed, call, floating, mapped, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.small_inputs import smaller_picture
-from regrow.modules import Convolution, channel_layers, channels_read, unwrap
+from regrow.modules import Convolution, channel_layers, channels_read, is_depthwise, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.norms import NormFinder
@@ -116,5 +117,17 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         readers[name] = found
     if graph is not None:
         graph.close()
+    _hand_outputs_on(modules, readers)
     rule_out(probe, readers)
     return Proposal(model, example_inputs, readers)
+
+
+def _hand_outputs_on(modules: Mapping[str, nn.Module], readers: Mapping[str, Readers]) -> None:
+    """Take filters for the network's output where a depthwise convolution hands their channels on to it.
+
+    A segmentation net that scales its class scores up by fixed depthwise weights is such a network.
+    """
+    for found in reversed(list(readers.values())):  # a layer comes before those that read it
+        for name in {*found.consumers, *found.reached}:
+            if name in readers and readers[name].output and is_depthwise(modules[name]):
+                found.output = True
