@@ -11,6 +11,11 @@ from regrow.modules import (
     channel_layers,
     channels_read,
     device_of,
+    filter_count,
+    filters_at,
+    filters_first,
+    grouped,
+    is_depthwise,
     is_stock,
     per_channel,
     tied_modules,
@@ -215,3 +220,53 @@ def test_one_module_with_two_names_or_one_parameter_twice_in_it_is_not_tied():
 def test_an_instance_norm_has_its_channels_first_where_there_is_no_batch(norm, shape):
     assert channel_dim(norm, torch.zeros(shape)) == 0
     assert channel_dim(norm, torch.zeros(2, *shape)) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "filters", "kept"),
+    [
+        # A convolution: filter i is weight[i].
+        (nn.Conv2d(4, 6, 1, groups=2), [2, 3, 2, 1, 1], [1, 5], [(1, 0), (1, 1), (5, 0), (5, 1)]),
+        (nn.Linear(3, 2), [1, 2, 3], [1], [(1, 0), (1, 1), (1, 2)]),
+        # A transposed one: filter i is weight[:, i], and with groups weight[channels of its group, i in it].
+        (nn.ConvTranspose1d(2, 3, 1), [1, 3, 2, 1], [0, 2], [(0, 0), (0, 2), (1, 0), (1, 2)]),
+        (nn.ConvTranspose2d(4, 6, 1, groups=2), [2, 3, 2, 1, 1], [1, 5], [(0, 1), (1, 1), (2, 2), (3, 2)]),
+        (nn.ConvTranspose2d(3, 6, 1, groups=3), [3, 2, 1, 1, 1], [0, 3], [(0, 0), (1, 1)]),
+    ],
+)
+def test_where_the_filters_of_a_layer_lie_in_its_weight(layer, shape, filters, kept):
+    weight = layer.weight.detach()
+    parts = grouped(layer, weight)
+    assert list(parts.shape) == shape
+    assert parts.data_ptr() == weight.data_ptr()
+    assert filter_count(layer, weight) == shape[0] * shape[1]
+    first = filters_first(layer, weight)
+    assert list(first.shape) == [shape[0] * shape[1], *shape[2:]]
+    marked = torch.zeros(weight.shape[:2], dtype=torch.bool)
+    marked[filters_at(layer, torch.tensor(filters))] = True
+    assert [tuple(at) for at in marked.nonzero().tolist()] == kept
+    assert filters_first(layer, marked).all(1).nonzero().flatten().tolist() == filters
+    # A filter alone makes its channel: without its weights the others make what they made.
+    x = torch.randn(2, getattr(layer, "in_channels", 3), *[2] * (weight.dim() - 2))
+    with torch.no_grad():
+        layer.bias.zero_()
+        whole = layer(x)
+        layer.weight[filters_at(layer, torch.tensor(filters))] = 0
+        without = layer(x)
+    others = [i for i in range(whole.shape[1]) if i not in filters]
+    assert not without[:, filters].any()
+    assert torch.equal(without[:, others], whole[:, others])
+
+
+@pytest.mark.parametrize(
+    ("layer", "hands_on"),
+    [
+        (nn.Conv2d(4, 8, 1, groups=4), True),
+        (nn.ConvTranspose2d(4, 4, 1, groups=4), True),
+        (nn.ConvTranspose2d(4, 4, 1, groups=2), False),
+        (nn.Conv2d(1, 4, 1), False),
+        (nn.Linear(1, 4), False),
+    ],
+)
+def test_depthwise_layers_hand_channels_on(layer, hands_on):
+    assert is_depthwise(layer) == hands_on

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from nets import Drawn, conv, head
+from nets import Drawn, Scores, conv, head
 from regrow.structure.read import read_structure
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -439,3 +439,17 @@ def test_a_norm_of_another_width_than_the_filters_cannot_be_silenced():
     found = read_structure(net, torch.randn(2, 3, 4, 4))
     assert found["1"].norms == {}
     assert found["1"].unsilenced == "2"
+
+
+def test_what_a_depthwise_layer_hands_on_to_the_output_is_output():
+    found = read_structure(Scores(), X)
+    assert {name for name, readers in found.items() if readers.output} == {"score_a", "up_b", "up"}
+    # Several of them, a norm between them, and a depthwise layer whose channels are mixed again.
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 8, 2, groups=4),
+    )  # fmt: skip
+    found = read_structure(model, X)
+    assert {name for name, readers in found.items() if readers.output} == {"3", "4", "6"}
+    grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2))
+    assert {name for name, readers in read_structure(grouped, X).items() if readers.output} == {"1"}

@@ -122,7 +122,11 @@ def _idly(room: _Room, module: Any, x: Tensor, output_size: Sequence[int] | None
         fits = bool(x.dim()) and x.shape[-1] == module.in_features
     else:
         kernel, sizes = len(module.kernel_size), list(x.shape)
-        made = _made(module, sizes[-kernel:], output_size)
+        if output_size is None:
+            asked = None
+        else:  # with or without batch and channels
+            asked = list(output_size)[-kernel:] if len(output_size) in (kernel, x.dim()) else []
+        made = _made(module, sizes[-kernel:], asked)
         shape = [*sizes[: -kernel - 1], module.out_channels, *made]
         fits = x.dim() in (kernel + 1, kernel + 2) and sizes[-kernel - 1] == module.in_channels
         fits = fits and min(made) > 0
@@ -138,11 +142,11 @@ def _idly(room: _Room, module: Any, x: Tensor, output_size: Sequence[int] | None
     return room[key][:count].view(shape)
 
 
-def _made(module: Any, sizes: Sequence[int], output_size: Sequence[int] | None) -> list[int]:
+def _made(module: Any, sizes: Sequence[int], asked: list[int] | None) -> list[int]:
     """The sides of what a convolution makes of a picture with the sides ``sizes``; [0] where it refuses.
 
     Args:
-        output_size: the second argument of a transposed convolution, with or without batch and channels.
+        asked: the sides that a transposed convolution shall make; None leaves that to its output_padding.
     """
     if module.padding == "same":
         return list(sizes)
@@ -153,8 +157,7 @@ def _made(module: Any, sizes: Sequence[int], output_size: Sequence[int] | None) 
             (size + 2 * pad - wide * (taps - 1) - 1) // step + 1 for size, taps, wide, pad, step in settings
         ]
     least = [(size - 1) * step - 2 * pad + wide * (taps - 1) + 1 for size, taps, wide, pad, step in settings]
-    if output_size is None:
+    if asked is None:
         return [size + more for size, more in zip(least, module.output_padding, strict=False)]
-    asked = list(output_size)[-len(sizes) :]
     room = zip(least, asked, module.stride, strict=False)
     return asked if len(asked) == len(least) and all(low <= n < low + step for low, n, step in room) else [0]
