@@ -169,10 +169,10 @@ def _generator() -> nn.Module:
     )  # fmt: skip
 
 
-def _autoencoder() -> nn.Module:
+def _autoencoder(act: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU(),
-        nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), nn.PReLU(6),
+        nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), act or nn.PReLU(6),
         nn.ConvTranspose2d(6, 1, 3, 2, 1, output_padding=1), nn.Sigmoid(),
     )  # fmt: skip
 
@@ -232,7 +232,7 @@ DECODERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "u-net, channels last": (lambda: UNet().to(memory_format=torch.channels_last), (2, 3, 8, 8)),
     "generator": (_generator, (3, 6, 1, 1)),
     "autoencoder": (_autoencoder, (2, 1, 8, 8)),
-    "autoencoder, one picture": (_autoencoder, (1, 8, 8)),
+    "autoencoder, one picture": (lambda: _autoencoder(nn.ReLU()), (1, 8, 8)),
     "from a vector": (_latent, (3, 5)),
     "audio": (_audio, (2, 2, 9)),
     "volume": (_volume, (2, 2, 3, 4, 3)),
