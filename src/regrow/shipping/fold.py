@@ -170,7 +170,7 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
         if len(scale) != filter_count(conv, weight):
             raise Refuted(f"{name!r} has other channels than {of!r} has filters")
         shift = shift if bias is None else shift + bias.double() * scale
-        scaled = weight.double()
+        scaled = weight.to(torch.float64, copy=True)
         parts = grouped(conv, scaled)
         parts *= scale.view(*parts.shape[:2], *[1] * (parts.dim() - 2))
         scaled = scaled.to(weight)
