@@ -6,6 +6,7 @@ from torch import nn
 
 from nets import Standardised, chain
 from regrow.modules import (
+    as_weight,
     channel_dim,
     channel_dims,
     channel_layers,
@@ -241,6 +242,7 @@ def test_where_the_filters_of_a_layer_lie_in_its_weight(layer, shape, filters, k
     assert parts.data_ptr() == weight.data_ptr()
     assert filter_count(layer, weight) == shape[0] * shape[1]
     first = filters_first(layer, weight)
+    assert torch.equal(as_weight(layer, first), weight)
     assert list(first.shape) == [shape[0] * shape[1], *shape[2:]]
     marked = torch.zeros(weight.shape[:2], dtype=torch.bool)
     marked[filters_at(layer, torch.tensor(filters))] = True

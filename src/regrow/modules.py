@@ -113,6 +113,13 @@ def filters_first(layer: nn.Module, tensor: Tensor) -> Tensor:
     return grouped(layer, tensor).flatten(0, 1) if filter_dim(layer) else tensor
 
 
+def as_weight(layer: nn.Module, filters: Tensor) -> Tensor:
+    """The way back from ``filters_first``: a tensor that is shaped as the layer's weight."""
+    if not filter_dim(layer):
+        return filters
+    return filters.unflatten(0, (getattr(layer, "groups", 1), -1)).transpose(1, 2).flatten(0, 1)
+
+
 def filters_at(layer: nn.Module, indices: Tensor) -> Where:
     """An index into the weight of ``layer``, of which it takes the filters ``indices`` alone."""
     if not filter_dim(layer):
