@@ -287,6 +287,6 @@ def test_a_decoder_meets_a_budget(name, target):
 def test_class_scores_that_fixed_weights_scale_up_are_kept():
     net, x = decoder("class scores")
     report = prune(net, fraction=0.5, example_inputs=x, compensate=False)
-    assert {"score_a", "up_b", "up"} <= set(report["left_out"])
-    assert net.score_a.out_channels == net.up_b.out_channels == net.up.out_channels == 4
-    assert (net.up_b.in_channels, net.a.out_channels, net.b.out_channels) == (2, 3, 3)
+    assert {"score_a", "score_b", "up_b", "up"} == set(report["left_out"])
+    assert net.score_a.out_channels == net.score_b.out_channels == net.up_b.out_channels == 4
+    assert (net.a.out_channels, net.b.out_channels) == (3, 3)

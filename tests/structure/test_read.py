@@ -443,7 +443,9 @@ def test_a_norm_of_another_width_than_the_filters_cannot_be_silenced():
 
 def test_what_a_depthwise_layer_hands_on_to_the_output_is_output():
     found = read_structure(Scores(), X)
-    assert {name for name, readers in found.items() if readers.output} == {"score_a", "up_b", "up"}
+    assert {name for name, readers in found.items() if readers.output} == {
+        "score_a", "score_b", "up_b", "up",
+    }  # fmt: skip
     # Several of them, a norm between them, and a depthwise layer whose channels are mixed again.
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1),
@@ -453,3 +455,22 @@ def test_what_a_depthwise_layer_hands_on_to_the_output_is_output():
     assert {name for name, readers in found.items() if readers.output} == {"3", "4", "6"}
     grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2))
     assert {name for name, readers in read_structure(grouped, X).items() if readers.output} == {"1"}
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("kind", [nn.ConvTranspose2d, nn.Conv2d])
+def test_what_bilinear_weights_hand_on_to_the_output_is_output(kind, fixed):
+    # As in the first FCN: every class has weights for all others, and they are 0.
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 3), kind(3, 3, 4, 2, 1, bias=False))
+    with torch.no_grad():
+        model[3].weight.zero_()
+        model[3].weight[range(3), [2, 0, 1]] = 0.25
+    model[3].requires_grad_(not fixed)
+    found = read_structure(model, X)
+    assert {name for name, readers in found.items() if readers.output} == {"2", "3"}
+    with torch.no_grad():
+        model[3].weight[0, 0] = 1e-3  # a filter that mixes two of them
+    assert not read_structure(model, X)["2"].output
+    with torch.no_grad():
+        model[3].weight.zero_()  # as many heads begin
+    assert not read_structure(model, X)["2"].output

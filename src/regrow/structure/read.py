@@ -14,7 +14,7 @@ from regrow.looking.calls import PassFailed, call, floating, mapped, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.small_inputs import smaller_picture
-from regrow.modules import Convolution, channel_layers, channels_read, is_depthwise, unwrap
+from regrow.modules import Convolution, channel_layers, channels_read, grouped, is_depthwise, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.norms import NormFinder
@@ -123,11 +123,19 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
 
 
 def _hand_outputs_on(modules: Mapping[str, nn.Module], readers: Mapping[str, Readers]) -> None:
-    """Take filters for the network's output where a depthwise convolution hands their channels on to it.
+    """Take filters for the network's output where a layer hands each of their channels on to it.
 
-    A segmentation net that scales its class scores up by fixed depthwise weights is such a network.
+    A segmentation net that scales its class scores up by fixed bilinear weights is such a network.
     """
     for found in reversed(list(readers.values())):  # a layer comes before those that read it
         for name in {*found.consumers, *found.reached}:
-            if name in readers and readers[name].output and is_depthwise(modules[name]):
+            if name in readers and readers[name].output and _hands_on(modules[name]):
                 found.output = True
+
+
+def _hands_on(conv: Any) -> bool:
+    """Whether each filter reads one channel: in a depthwise layer, or where all its other weights are 0."""
+    if is_depthwise(conv):
+        return True
+    reads = grouped(conv, conv.weight.detach() != 0).flatten(3).any(3)
+    return bool((reads.sum(2) == 1).all())

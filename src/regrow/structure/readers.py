@@ -46,8 +46,8 @@ class Readers:
             another number, …).
         norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
             statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
-        output: the channels leave the network with no weights behind them, except those of depthwise
-            convolutions, as a classifier's do.
+        output: the channels leave the network with no weights behind them, as a classifier's do, or with
+            weights that hand each channel on by itself, as depthwise convolutions do.
         unsilenced: empty, or the name of a norm that reads the channels and cannot be silenced for them
             alone (it serves other channels too, it has no weight to set to 0, …).
         noisy: the ``consumers`` that a silenced channel reaches as another number than 0.
