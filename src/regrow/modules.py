@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from regrow.indexing import Where
 from regrow.torch_private import BatchNorm, ConvNd, compiled_from, own_parameters
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -15,8 +16,8 @@ Consumer = Convolution | nn.Linear
 Norm = BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.GroupNorm | nn.LayerNorm
 # isinstance tests tuples faster than unions.
 CONVOLUTION_CLASSES, CONSUMER_CLASSES = get_args(Convolution), get_args(Consumer)
+_TRANSPOSED_CLASSES = get_args(Transposed)
 CHANNEL_LAYERS = (*CONSUMER_CLASSES, *get_args(Norm))
-Where = Tensor | tuple[slice | Tensor, Tensor]  # an index into a tensor; a Tensor counts in dim 0
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
 
 
@@ -83,7 +84,7 @@ def filter_dim(layer: nn.Module) -> int:
     A transposed convolution has its input channels in dim 0, and its filters in dim 1. Every other
     convolution and a linear layer have them the other way round.
     """
-    return 1 if isinstance(layer, Transposed) else 0
+    return 1 if isinstance(layer, _TRANSPOSED_CLASSES) else 0
 
 
 def grouped(layer: nn.Module, tensor: Tensor) -> Tensor:

@@ -152,3 +152,29 @@ def test_the_layers_that_are_left_out_are_named():
     frozen[3].requires_grad_(False)
     cycle = RePr(frozen, OPTIMIZERS["sgd"](frozen), example_inputs=x)
     assert cycle.left_out["3"] == "its weight is frozen (requires_grad is False)"
+
+
+@pytest.mark.parametrize("consumers", ["keep", "init"])
+def test_the_optimizer_forgets_dropped_and_restored_filters_and_nothing_else(consumers):
+    net, x, optimizer, cycle = started("generator", "adam", consumers=consumers)
+    fit(net, x, optimizer, 2)
+    weights = {name: net.get_submodule(name).weight for name in cycle.keep}
+    before = {name: optimizer.state[weight]["exp_avg"].clone() for name, weight in weights.items()}
+    dropped = cycle.step().filters
+    for name, weight in weights.items():
+        rest = cycle.keep[name]
+        slot = optimizer.state[weight]["exp_avg"]
+        assert torch.equal(slot[:, rest], before[name][:, rest])
+        assert not slot[:, ~rest].any()
+    fit(net, x, optimizer, 1)
+    before = {name: optimizer.state[weight]["exp_avg"].clone() for name, weight in weights.items()}
+    cycle.step()
+    # The second layer reads the first; the last one reads the second.
+    read = {"3": dropped.get("0", []), "0": []}
+    for name, weight in weights.items():
+        slot = optimizer.state[weight]["exp_avg"]
+        forgotten = torch.zeros(slot.shape[:2], dtype=torch.bool)
+        forgotten[:, dropped.get(name, [])] = True
+        forgotten[read[name]] = True
+        assert not slot[forgotten].any()
+        assert torch.equal(slot[~forgotten], before[name][~forgotten])

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import clear
-from regrow.modules import Where
+from regrow.indexing import Where, clear
 
 Entries = Sequence[tuple[nn.Parameter, Where]]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import rows
-from regrow.indexing import index_tensor
+from regrow.indexing import Where, index_tensor
 from regrow.marks import Mark, marks_on
-from regrow.modules import Where, filters_first
+from regrow.modules import filters_first
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows

@@ -134,8 +134,8 @@ def _hand_outputs_on(modules: Mapping[str, nn.Module], readers: Mapping[str, Rea
 
 
 def _hands_on(conv: Any) -> bool:
-    """Whether each filter reads one channel: in a depthwise layer, or where all its other weights are 0."""
-    if is_depthwise(conv):
-        return True
+    """Whether each filter reads one of several channels: it is depthwise, or has other weights of 0."""
+    if is_depthwise(conv) or conv.in_channels == 1:
+        return conv.groups > 1
     reads = grouped(conv, conv.weight.detach() != 0).flatten(3).any(3)
     return bool((reads.sum(2) == 1).all())

@@ -9,8 +9,8 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import clear, index_tensor
-from regrow.modules import Consumer, Where, filters_at, grouped, unwrap
+from regrow.indexing import Where, clear, index_tensor
+from regrow.modules import Consumer, filters_at, grouped, unwrap
 from regrow.torch_private import own_buffers, own_parameters
 
 
