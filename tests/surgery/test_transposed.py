@@ -166,6 +166,34 @@ class Normed(nn.ConvTranspose2d):
         return nn.functional.conv_transpose2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class Scaled(nn.ConvTranspose2d):
+    """All filters divided by the mean weight, which changes with their number: none can be computed alone."""
+
+    def forward(self, x):
+        weight = self.weight / self.weight.abs().mean()
+        return nn.functional.conv_transpose2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize("name", ["one norm", "a norm of groups"])
+def test_filters_that_cannot_be_computed_alone_are_held_at_zero_and_named(name):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5) if name == "one norm" else nn.GroupNorm(1, 5)
+    net = nn.Sequential(conv(3, 6), nn.ReLU(), Scaled(6, 5, 4, 2, 1), norm, nn.ReLU(), conv(5, 2))
+    net, x = unsettled(net).double(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    whole, once, keep = copy.deepcopy(net), copy.deepcopy(net), {"2": keep_but(5, 1)}
+    remove_filters(whole, keep, example_inputs=x)
+    record = cut(once, keep, example_inputs=x)
+    twice = copy.deepcopy(once)
+    same(whole, once, x)
+    assert record["masked"] == {"2": "computing its kept filters alone was not confirmed"}
+    assert record["layers"]["2"] == {"before": 5, "after": 4}
+    assert once[2]._parameters["weight"].shape == (6, 4, 4, 4)
+    record = cut(twice, {"2": keep_but(5, 0)}, example_inputs=x)  # it still counts its five filters
+    remove_filters(net, {"2": keep_but(5, 0, 1)}, example_inputs=x)
+    same(net, twice, x)
+    assert record["layers"]["2"] == {"before": 4, "after": 3}
+
+
 @pytest.mark.parametrize("kind", [Doubled, Normed])
 def test_transposed_convolutions_of_the_users_own(kind):
     torch.manual_seed(0)
