@@ -108,6 +108,148 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, flat.view_as(self.weight), self.bias)
 
 
+class UNet(nn.Module):
+    """Two halvings and two transposed convolutions, with concatenations; scores of 2 classes a pixel.
+
+    Args:
+        sized: the transposed convolutions are told the size of the picture that theirs is put beside: the
+            first by keyword, with batch and channels, the second by position, without them.
+    """
+
+    def __init__(self, *, sized: bool = False) -> None:
+        super().__init__()
+        self.sized = sized
+        self.down1, self.norm1 = conv(3, 6), nn.BatchNorm2d(6)
+        self.down2, self.norm2 = conv(6, 8), nn.BatchNorm2d(8)
+        self.middle, self.norm3 = conv(8, 10), nn.BatchNorm2d(10)
+        self.up2, self.up1 = nn.ConvTranspose2d(10, 8, 2, 2), nn.ConvTranspose2d(7, 6, 2, 2)
+        self.join2, self.join1, self.out = conv(16, 7), conv(12, 5), nn.Conv2d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.norm1(self.down1(x)))
+        b = F.relu(self.norm2(self.down2(F.max_pool2d(a, 2))))
+        x = F.relu(self.norm3(self.middle(F.max_pool2d(b, 2))))
+        x = self.up2(x, output_size=b.size()) if self.sized else self.up2(x)
+        x = F.relu(self.join2(torch.cat([x, b], 1)))
+        x = self.up1(x, a.shape[2:]) if self.sized else self.up1(x)
+        return self.out(F.relu(self.join1(torch.cat([x, a], 1))))
+
+
+class Scores(nn.Module):
+    """Two scales of class scores, added and scaled up by fixed depthwise weights, as in FCN heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 7, 3, 2, 1)
+        self.score_a, self.score_b = nn.Conv2d(6, 4, 1), nn.Conv2d(7, 4, 1)
+        self.up_b = nn.ConvTranspose2d(4, 4, 4, 2, 1, bias=False)
+        self.up = nn.ConvTranspose2d(4, 4, 4, 2, 1, groups=4, bias=False).requires_grad_(False)
+        side = torch.tensor([0.25, 0.75, 0.75, 0.25])
+        with torch.no_grad():
+            self.up_b.weight.zero_()
+            self.up_b.weight[range(4), range(4)] = side[:, None] * side
+            self.up.weight.copy_((side[:, None] * side).expand(4, 1, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        return self.up(self.up_b(self.score_b(F.relu(self.b(a)))) + self.score_a(a))
+
+
+def _up(channels: int, filters: int, dim: int = 2, **settings: Any) -> nn.Module:
+    """A transposed convolution that doubles the sides of its pictures."""
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
+    return kind(channels, filters, **{"kernel_size": 4, "stride": 2, "padding": 1, **settings})
+
+
+def _generator() -> nn.Module:
+    """As DCGAN's: from a latent vector to a picture."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(6, 12, 4, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True),
+        _up(12, 8, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), _up(8, 3, bias=False), nn.Tanh(),
+    )  # fmt: skip
+
+
+def _autoencoder(act: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), act or nn.PReLU(6),
+        nn.ConvTranspose2d(6, 1, 3, 2, 1, output_padding=1), nn.Sigmoid(),
+    )  # fmt: skip
+
+
+def _latent() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 8 * 9), nn.Unflatten(1, (8, 3, 3)), _up(8, 6), nn.InstanceNorm2d(6, affine=True),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 5, (3, 2), (1, 2), (2, 0), output_padding=(0, 1), dilation=(2, 1)),
+        nn.SiLU(), conv(5, 2),
+    )  # fmt: skip
+
+
+def _audio() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 8, 7, padding=3), nn.ELU(), _up(8, 6, 1), nn.ELU(),
+        _up(6, 4, 1, kernel_size=8, stride=4),
+        nn.GroupNorm(2, 4), nn.ELU(), nn.Conv1d(4, 1, 7, padding=3), nn.Tanh(),
+    )  # fmt: skip
+
+
+def _volume() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), _up(4, 5, 3, bias=False),
+        nn.BatchNorm3d(5), nn.ReLU(), nn.ConvTranspose3d(5, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1),
+    )  # fmt: skip
+
+
+def _summed() -> nn.Module:
+    return Drawn(
+        lambda s, x: s.out(F.relu(s.norm_a(s.a(x)) + s.norm_b(s.b(F.relu(s.stem(x)))))),
+        stem=conv(3, 6), a=nn.ConvTranspose2d(3, 8, 2, 2), norm_a=nn.BatchNorm2d(8), b=_up(6, 8),
+        norm_b=nn.BatchNorm2d(8), out=nn.Conv2d(8, 2, 1),
+    )  # fmt: skip
+
+
+def _depthwise() -> nn.Module:
+    """Depthwise layers that double sides; the second makes two channels of each."""
+    return nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), _up(8, 8, groups=8, bias=False), nn.ReLU(), conv(8, 6),
+        nn.ReLU(), nn.ConvTranspose2d(6, 12, 2, 2, groups=6), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 2, 1),
+    )  # fmt: skip
+
+
+def _grouped() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), _up(8, 12, groups=2), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 2, 1),
+    )  # fmt: skip
+
+
+# Nets with transposed convolutions: name → (how to build it, the shape of its input).
+DECODERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "u-net": (UNet, (2, 3, 8, 8)),
+    "u-net of odd sizes": (lambda: UNet(sized=True), (2, 3, 9, 11)),
+    "u-net, channels last": (lambda: UNet().to(memory_format=torch.channels_last), (2, 3, 8, 8)),
+    "generator": (_generator, (3, 6, 1, 1)),
+    "autoencoder": (_autoencoder, (2, 1, 8, 8)),
+    "autoencoder, one picture": (lambda: _autoencoder(nn.ReLU()), (1, 8, 8)),
+    "from a vector": (_latent, (3, 5)),
+    "audio": (_audio, (2, 2, 9)),
+    "volume": (_volume, (2, 2, 3, 4, 3)),
+    "sum": (_summed, (2, 3, 6, 6)),
+    "class scores": (Scores, (2, 3, 8, 8)),
+    "depthwise": (_depthwise, (2, 3, 5, 5)),
+    "grouped": (_grouped, (2, 3, 5, 5)),
+}
+
+
+def decoder(name: str) -> tuple[nn.Module, Tensor]:
+    """One of ``DECODERS`` in double precision, settled as after training, and an input of it."""
+    build, shape = DECODERS[name]
+    torch.manual_seed(0)
+    return unsettled(build()).double(), torch.randn(shape, dtype=torch.float64)
+
+
 class FullyShardedDataParallel(nn.Sequential):
     """A wrapper that is known by its name alone, as that of PyTorch is."""
 

@@ -6,11 +6,17 @@ from torch import nn
 
 from nets import Standardised, chain
 from regrow.modules import (
+    as_weight,
     channel_dim,
     channel_dims,
     channel_layers,
     channels_read,
     device_of,
+    filter_count,
+    filters_at,
+    filters_first,
+    grouped,
+    is_depthwise,
     is_stock,
     per_channel,
     tied_modules,
@@ -172,16 +178,17 @@ def test_the_layers_that_have_channels_in_the_order_of_registration():
     model.extra = nn.ModuleDict(
         {"up": nn.ConvTranspose2d(1, 1, 1), "norm": nn.LayerNorm(1), "act": nn.PReLU(2)}
     )
-    assert [name for name, _ in channel_layers(model)] == ["conv1", "norm1", "head", "extra.norm"]
+    assert [name for name, _ in channel_layers(model)] == ["conv1", "norm1", "head", "extra.up", "extra.norm"]
     assert channel_layers(nn.Linear(1, 1))[0][0] == ""
     assert all(module is model.get_submodule(name) for name, module in channel_layers(model))
 
 
 def test_pytorchs_own_layers_are_told_from_changed_ones():
-    for layer in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Linear(1, 1)):
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    for layer in (*(kind(1, 1, 1) for kind in kinds), nn.Linear(1, 1)):
         assert is_stock(layer)
         assert is_stock(copy.deepcopy(layer))
-    for layer in (Standardised(1, 1, 1), nn.BatchNorm1d(1), nn.ConvTranspose1d(1, 1, 1), nn.ReLU()):
+    for layer in (Standardised(1, 1, 1), nn.BatchNorm1d(1), nn.ReLU()):
         assert not is_stock(layer)
     layer = nn.Linear(1, 1)
     layer.forward = lambda x: x
@@ -214,3 +221,54 @@ def test_one_module_with_two_names_or_one_parameter_twice_in_it_is_not_tied():
 def test_an_instance_norm_has_its_channels_first_where_there_is_no_batch(norm, shape):
     assert channel_dim(norm, torch.zeros(shape)) == 0
     assert channel_dim(norm, torch.zeros(2, *shape)) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "filters", "kept"),
+    [
+        # A convolution: filter i is weight[i].
+        (nn.Conv2d(4, 6, 1, groups=2), [2, 3, 2, 1, 1], [1, 5], [(1, 0), (1, 1), (5, 0), (5, 1)]),
+        (nn.Linear(3, 2), [1, 2, 3], [1], [(1, 0), (1, 1), (1, 2)]),
+        # A transposed one: filter i is weight[:, i], and with groups weight[channels of its group, i in it].
+        (nn.ConvTranspose1d(2, 3, 1), [1, 3, 2, 1], [0, 2], [(0, 0), (0, 2), (1, 0), (1, 2)]),
+        (nn.ConvTranspose2d(4, 6, 1, groups=2), [2, 3, 2, 1, 1], [1, 5], [(0, 1), (1, 1), (2, 2), (3, 2)]),
+        (nn.ConvTranspose2d(3, 6, 1, groups=3), [3, 2, 1, 1, 1], [0, 3], [(0, 0), (1, 1)]),
+    ],
+)
+def test_where_the_filters_of_a_layer_lie_in_its_weight(layer, shape, filters, kept):
+    weight = layer.weight.detach()
+    parts = grouped(layer, weight)
+    assert list(parts.shape) == shape
+    assert parts.data_ptr() == weight.data_ptr()
+    assert filter_count(layer, weight) == shape[0] * shape[1]
+    first = filters_first(layer, weight)
+    assert torch.equal(as_weight(layer, first), weight)
+    assert list(first.shape) == [shape[0] * shape[1], *shape[2:]]
+    marked = torch.zeros(weight.shape[:2], dtype=torch.bool)
+    marked[filters_at(layer, torch.tensor(filters))] = True
+    assert [tuple(at) for at in marked.nonzero().tolist()] == kept
+    assert filters_first(layer, marked).all(1).nonzero().flatten().tolist() == filters
+    # A filter alone makes its channel: without its weights the others make what they made.
+    x = torch.randn(2, getattr(layer, "in_channels", 3), *[2] * (weight.dim() - 2))
+    with torch.no_grad():
+        layer.bias.zero_()
+        whole = layer(x)
+        layer.weight[filters_at(layer, torch.tensor(filters))] = 0
+        without = layer(x)
+    others = [i for i in range(whole.shape[1]) if i not in filters]
+    assert not without[:, filters].any()
+    assert torch.equal(without[:, others], whole[:, others])
+
+
+@pytest.mark.parametrize(
+    ("layer", "hands_on"),
+    [
+        (nn.Conv2d(4, 8, 1, groups=4), True),
+        (nn.ConvTranspose2d(4, 4, 1, groups=4), True),
+        (nn.ConvTranspose2d(4, 4, 1, groups=2), False),
+        (nn.Conv2d(1, 4, 1), False),
+        (nn.Linear(1, 4), False),
+    ],
+)
+def test_depthwise_layers_hand_channels_on(layer, hands_on):
+    assert is_depthwise(layer) == hands_on

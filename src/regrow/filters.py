@@ -1,4 +1,4 @@
-"""Filters: filter i of a convolution is row i of its weight. A layer is known by its qualified name."""
+"""Filters: what makes output channel i of a convolution. A layer is known by its qualified name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def unit_rows(matrix: Tensor) -> Tensor:
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
-    """Return every Conv1d, Conv2d and Conv3d of ``model`` by qualified name, in order of registration."""
+    """Return every convolution of ``model``, transposed ones too, by qualified name, in order of
+    registration."""
     modules = unwrap(model).named_modules()
     return {name: module for name, module in modules if isinstance(module, CONVOLUTION_CLASSES)}
 
@@ -79,8 +80,8 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
         raise ValueError(
             f"no convolution is left to work on: the model has {len(every)}, {len(dropped)} are excluded"
             + (f", and these cannot be used: {reasons}" if reasons else "")
-            + ". Exclude fewer layers, or pass a model with Conv1d, Conv2d or Conv3d layers of two or more "
-            "filters."
+            + ". Exclude fewer layers, or pass a model with convolutions (Conv1d to Conv3d, ConvTranspose1d "
+            "to ConvTranspose3d) of two or more filters."
         )
     return found
 

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+Where = Tensor | tuple[slice | Tensor, Tensor]  # an index into a tensor; one that is a Tensor counts in dim 0
+
 
 def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """``indices`` as int64 on ``device``."""
@@ -46,6 +48,14 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     if _plainly():
         return _placed(tensor, index, dim, width)
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
+
+
+def clear(tensor: Tensor, where: Where) -> None:
+    """Set ``tensor[where]`` to 0, in place. An index of one tensor is the quicker case."""
+    if isinstance(where, Tensor):
+        tensor.index_fill_(0, where, 0)
+    else:
+        tensor[where] = 0
 
 
 def _plainly() -> bool:

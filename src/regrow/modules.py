@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from regrow.indexing import Where
 from regrow.torch_private import BatchNorm, ConvNd, compiled_from, own_parameters
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 Consumer = Convolution | nn.Linear
 Norm = BatchNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d | nn.GroupNorm | nn.LayerNorm
 # isinstance tests tuples faster than unions.
 CONVOLUTION_CLASSES, CONSUMER_CLASSES = get_args(Convolution), get_args(Consumer)
+_TRANSPOSED_CLASSES = get_args(Transposed)
 CHANNEL_LAYERS = (*CONSUMER_CLASSES, *get_args(Norm))
 _WIDTHS = ("in_features", "in_channels", "num_features", "num_channels", "num_parameters")
 
@@ -73,6 +76,67 @@ def channels_read(module: nn.Module) -> int | None:
     if known is None and isinstance(weight := getattr(module, "weight", None), Tensor):
         known = len(weight)
     return known
+
+
+def filter_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its filters.
+
+    A transposed convolution has its input channels in dim 0, and its filters in dim 1. Every other
+    convolution and a linear layer have them the other way round.
+    """
+    return 1 if isinstance(layer, _TRANSPOSED_CLASSES) else 0
+
+
+def grouped(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A view [groups, filters of a group, channels of a group, *rest] of a tensor that is shaped as a weight.
+
+    Filter i of n in a group is at ``[i // n, i % n]``, whatever the kind of the convolution is.
+
+    Args:
+        layer: a convolution or linear layer.
+        tensor: the layer's weight, or any tensor whose first two dimensions are the weight's.
+    """
+    parts = tensor.unflatten(0, (getattr(layer, "groups", 1), -1))
+    return parts.transpose(1, 2) if filter_dim(layer) else parts
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a layer hands each input channel on to filters of its own."""
+    groups = getattr(layer, "groups", 1)
+    return groups > 1 and groups == channels_read(layer)
+
+
+def filters_first(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """``tensor``, shaped as the layer's weight, as [filters, channels of a group, *rest].
+
+    It is a view, except in a grouped transposed convolution, where it is a copy.
+    """
+    return grouped(layer, tensor).flatten(0, 1) if filter_dim(layer) else tensor
+
+
+def as_weight(layer: nn.Module, filters: Tensor) -> Tensor:
+    """The way back from ``filters_first``: a tensor that is shaped as the layer's weight."""
+    if not filter_dim(layer):
+        return filters
+    return filters.unflatten(0, (getattr(layer, "groups", 1), -1)).transpose(1, 2).flatten(0, 1)
+
+
+def filters_at(layer: nn.Module, indices: Tensor) -> Where:
+    """An index into the weight of ``layer``, of which it takes the filters ``indices`` alone."""
+    if not filter_dim(layer):
+        return indices
+    conv: Any = layer
+    groups, (channels, filters) = conv.groups, conv.weight.shape[:2]
+    if groups == 1:
+        return slice(None), indices
+    first = indices // filters * (channels // groups)
+    read = torch.arange(channels // groups, device=indices.device)
+    return first[:, None] + read, (indices % filters)[:, None]
+
+
+def filter_count(layer: nn.Module, weight: Tensor) -> int:
+    """How many filters ``weight`` holds, the weight of ``layer``."""
+    return weight.shape[1] * int(getattr(layer, "groups", 1)) if filter_dim(layer) else len(weight)
 
 
 def per_channel(norm: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from nets import keep_but, unsettled
 from regrow.compensation.compensate import READINGS, compensate, read_as
 from regrow.compensation.norms import reestimate_norms
+from regrow.modules import filters_first
 from regrow.structure.read import read_structure
 from regrow.surgery.removal import remove_filters, zero_filters
 
@@ -259,14 +260,27 @@ class InPlace(nn.Sequential):
             self.add_module(name, module)
 
 
-NETS = [Sum, Dense, Depth, Grouped, Squeeze, Flat, InPlace]
+class Upward(nn.Module):
+    """Transposed convolutions, the second depthwise: what they miss differs from pixel to pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.ConvTranspose2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 6, 2, 2, groups=6)
+        self.last, self.head = nn.ConvTranspose2d(6, 5, 2, 2), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.up(self.norm(self.stem(x)).relu())).mean((2, 3)))
+
+
+NETS = [Sum, Dense, Depth, Grouped, Squeeze, Flat, InPlace, Upward]
 
 
 def with_constant(build: type[nn.Module], filter_: int = 1, value: float = 0.8) -> nn.Module:
     """A net whose filter ``filter_`` of ``stem`` is the same everywhere."""
     net = unsettled(build(), lowest_bias=0.2)
     stem: nn.Conv2d = net.stem  # type: ignore[assignment]
-    nn.init.zeros_(stem.weight.data[filter_])
+    nn.init.zeros_(filters_first(stem, stem.weight.data)[filter_])
     if stem.bias is not None:
         stem.bias.data[filter_] = value
     return net

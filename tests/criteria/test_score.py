@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import regrow
-from regrow.criteria.score import CRITERIA, l1, l2, ortho, ortho_corrected, overlap, score
+from regrow.criteria.score import CRITERIA, WEIGHT_CRITERIA, l1, l2, ortho, ortho_corrected, overlap, score
 
 # Three filters of two weights: directions (1, 0), (√½, √½) and (0, 1), at lengths 1, √2 and 2.
 # |cos|: first–second √½, first–third 0, second–third √½. Divided by the three filters of the layer:
@@ -136,3 +136,26 @@ def test_bad_input(make_net):
     with pytest.raises(ValueError, match="'conv2' holds NaN"):
         score(model)
     assert list(score(model, exclude="conv2")) == ["conv1", "conv3"]
+
+
+@pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_a_transposed_convolution_is_scored_as_the_convolution_with_its_filters(criterion, dim):
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1](3, 5, 2)
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1](3, 5, 2)
+    with torch.no_grad():
+        plain.weight.copy_(transposed.weight.transpose(0, 1))
+    both = score(nn.ModuleDict({"a": transposed, "b": plain}), criterion)
+    torch.testing.assert_close(both["a"], both["b"])
+
+
+def test_the_length_of_a_transposed_filter_by_hand():
+    layer = nn.ConvTranspose1d(2, 3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 0.0, 5.0], [4.0, 1.0, 12.0]]).unsqueeze(2))
+    assert score(nn.Sequential(layer), "l2")["0"].tolist() == [5, 1, 13]
+
+
+def test_grouped_transposed_convolutions_have_no_score():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=4), nn.ConvTranspose2d(4, 4, 2))
+    assert set(score(model, "l1")) == {"1"}

@@ -145,3 +145,38 @@ def test_layers_of_ones_own_are_not_idle():
     conv = Doubled(3, 4, 3)
     with idle([("", conv)]):
         assert conv(X).any()
+
+
+@given(st.data())
+def test_idle_transposed_convolutions_make_zeros_of_the_shape_they_would_make(data):
+    dims = data.draw(st.integers(1, 3))
+    each = st.tuples(*[st.integers(1, 3)] * dims)
+    settings = {"kernel_size": data.draw(each), "dilation": data.draw(each), "stride": data.draw(each)}
+    more = [
+        data.draw(st.integers(0, max(pair) - 1))
+        for pair in zip(settings["stride"], settings["dilation"], strict=True)
+    ]
+    settings["padding"], settings["output_padding"] = data.draw(st.tuples(*[st.integers(0, 1)] * dims)), more
+    layer = getattr(nn, f"ConvTranspose{dims}d")(4, 6, groups=data.draw(st.integers(1, 2)), **settings)
+    batch = data.draw(st.sampled_from([(), (1,), (3,)]))
+    x = torch.randn(*batch, 4, *data.draw(st.tuples(*[st.integers(4, 6)] * dims)))
+    made = layer(x)
+    layer.output_padding = tuple(data.draw(st.integers(0, step - 1)) for step in layer.stride)
+    size = layer(x).shape[len(batch) + 1 :]
+    layer.output_padding = more
+    with idle([("", layer)]):
+        idled = layer(x)
+        one, other = layer(x, size), layer(x, output_size=[*batch, 9, *size])
+    assert idled.shape == made.shape
+    assert one.shape == other.shape == (*batch, 6, *size)
+    assert not any(tensor.any() for tensor in (idled, one, other))
+
+
+@pytest.mark.parametrize("size", [[8, 8], [11, 9], [9], [9, 9, 9]])
+def test_an_idle_transposed_convolution_refuses_sizes_that_it_cannot_make(size):
+    layer, x = nn.ConvTranspose2d(3, 4, 3, stride=2), torch.zeros(1, 3, 4, 4)  # 9×9 or 10×10
+    with pytest.raises(ValueError, match=r"output_size|requested") as plain:
+        layer(x, size)
+    with idle([("", layer)]), pytest.raises(ValueError, match=r"output_size|requested") as idled:
+        layer(x, size)
+    assert str(idled.value) == str(plain.value)

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import regrow
+from nets import decoder
+from regrow.modules import as_weight, filters_first
 from regrow.noise import layers as bridgeout_layers
 from regrow.noise.layers import (
     add_bridgeout,
@@ -15,6 +17,7 @@ from regrow.noise.layers import (
     remove_bridgeout,
 )
 from regrow.noise.perturbation import perturbed
+from regrow.repr.cycle import RePr
 from regrow.repr.narrow import narrow
 from regrow.surgery.plan import CutPlan
 
@@ -491,3 +494,44 @@ def test_who_may_overwrite_a_gradient():
     assert [bridgeout_layers._reads_alone(layer) for layer in net] == [True, False, False, False]
     with narrow(net, CutPlan(rows={"0": [0, 2]}, columns={"1": [0, 2]})):
         assert not bridgeout_layers._reads_alone(net[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_transposed_convolutions_compute_with_the_perturbed_weight(dim, groups):
+    layer = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][dim - 1](4, 8, 3, groups=groups)
+    x = torch.randn(2, 4, *[3] * dim)
+    assert add_bridgeout(layer, p=0.4, q=1, target_fraction=0.5, seed=5)["layers"] == [""]
+    convolve = [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d][dim - 1]
+    for number in (1, 2):
+        whole = layer.weight.detach().clone().requires_grad_()
+        filters = filters_first(layer, whole)  # a share of the weights of each filter
+        noisy = noise_of(filters, 5, 0, number, p=0.4, q=1.0, target_fraction=0.5)
+        changed = (noisy != filters).flatten(1).sum(1)
+        assert (changed <= filters[0].numel() // 2 + 1).all()
+        expected = convolve(x, as_weight(layer, noisy), layer.bias, groups=groups)
+        made = layer(x)
+        torch.testing.assert_close(made, expected)
+        layer.zero_grad()
+        made.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(layer.weight.grad, whole.grad)
+    layer.eval()
+    assert torch.equal(layer(x), convolve(x, layer.weight, layer.bias, groups=groups))
+    remove_bridgeout(layer)
+    assert type(layer) is [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d][dim - 1]
+
+
+def test_a_decoder_with_noise_in_a_sub_phase():
+    net, x = decoder("generator")
+    add_bridgeout(net.train(), seed=3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    cycle = RePr(net, optimizer, example_inputs=x, full=1, sub=1, cycles=1, skip_first=False)
+    dropped = cycle.step().filters
+    net(x).square().sum().backward()
+    optimizer.step()
+    for name, filters in dropped.items():
+        assert not net.get_submodule(name).weight[:, filters].any()
+    cycle.step()
+    cycle.remove()
+    remove_bridgeout(net, [x])

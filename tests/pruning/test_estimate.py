@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nets import decoder
+from regrow.filters import convolutions
 from regrow.pruning.cost import count_macs, count_parameters
 from regrow.pruning.estimate import Estimate
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import cut
-from regrow.surgery.removal import plan_removal
+from regrow.surgery.removal import plan_removal, unremovable
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -76,3 +78,29 @@ def test_channels_that_are_not_followed_stay():
     model = Fourier()
     found = Estimate(model, X, {}).of({})
     assert found == {"macs": count_macs(model, X), "params": count_parameters(model)}
+
+
+@pytest.mark.parametrize("name", ["u-net of odd sizes", "generator", "from a vector", "audio", "volume"])
+def test_what_a_cut_leaves_of_transposed_convolutions(name):
+    net, x = decoder(name)
+    readers = read_structure(net, x)
+    estimate = Estimate(net, x, readers)
+    assert estimate.of({}) == {"macs": count_macs(net, x), "params": count_parameters(net)}
+    keep = {
+        conv: torch.arange(layer.out_channels) % 3 > 0
+        for conv, layer in convolutions(net).items()
+        if not unremovable(readers, conv)
+    }
+    found = estimate.of(plan_removal(net, keep, x, readers).gone)
+    cut(net, keep, example_inputs=x)
+    assert found["macs"] == pytest.approx(count_macs(net, x))
+    assert found["params"] == pytest.approx(count_parameters(net), rel=0.03)
+
+
+def test_a_transposed_convolution_multiplies_every_position_of_its_input():
+    # 3·3 positions, 2 channels, 5 filters of 4·4 weights; the last layer reads 6·6 positions of 5 channels.
+    net = nn.Sequential(nn.ConvTranspose2d(2, 5, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(5, 3, 1))
+    x = torch.randn(2, 2, 3, 3)
+    estimate = Estimate(net, x, read_structure(net, x))
+    assert estimate.of({})["macs"] == 2 * (9 * 2 * 5 * 16 + 36 * 5 * 3)
+    assert estimate.of({"0": [0, 4]})["macs"] == pytest.approx(2 * (9 * 2 * 3 * 16 + 36 * 3 * 3))

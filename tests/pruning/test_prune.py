@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from nets import Residual
+from nets import DECODERS, Residual, decoder
+from regrow.filters import convolutions
 from regrow.noise.layers import add_bridgeout
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import load, save
@@ -240,3 +241,52 @@ def test_pruned_again_within_a_budget_and_compensated(make_net):
     assert nothing["dropped"] == {}
     assert nothing["compensation"] == {"folded": [], "unfolded": {}, "norms": [], "images": 0}
     assert nothing["parameters"]["after"] == second["parameters"]["after"]
+
+
+def test_a_decoder_gets_as_small_as_an_encoder():
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1),
+        nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1),
+    )  # fmt: skip
+    report = prune(net, fraction=0.5, example_inputs=X, calibration=IMAGES)
+    assert report["layers"] == {
+        "0": {"before": 16, "after": 8}, "3": {"before": 16, "after": 8}, "6": {"before": 3, "after": 3},
+    }  # fmt: skip
+    # Positions, channels, filters and taps of each layer, for two pictures.
+    assert report["macs"]["before"] == 2 * (64 * 3 * 16 * 9 + 64 * 16 * 16 * 16 + 256 * 16 * 3 * 16)
+    assert report["macs"]["after"] == 2 * (64 * 3 * 8 * 9 + 64 * 8 * 8 * 16 + 256 * 8 * 3 * 16)
+    assert report["left_out"] == {"6": "they are the network's output, like a classifier's"}
+    assert report["masked"] == {}
+    assert report["compensation"]["folded"] == ["3", "6"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_layer_of_a_decoder_is_cut_or_named(name):
+    net, x = decoder(name)
+    report = prune(net, fraction=0.4, example_inputs=x, compensate=False)
+    for layer, size in report["layers"].items():
+        named = layer in report["left_out"] or layer in report["masked"]
+        assert size["after"] == size["before"] - len(report["dropped"].get(layer, ()))
+        assert size["after"] < size["before"] or named
+    grouped = {layer for layer, module in convolutions(net).items() if module.groups > 1}
+    assert all(report["left_out"][layer] for layer in grouped)
+    assert report["macs"]["after"] < (0.95 if name == "grouped" else 0.75) * report["macs"]["before"]
+    widths = {layer: size["after"] for layer, size in report["layers"].items()}
+    again = prune(net, fraction=0.3, example_inputs=x, compensate=False, round_to=1)
+    assert {layer: size["before"] for layer, size in again["layers"].items()} == widths
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.5}])
+@pytest.mark.parametrize("name", ["u-net", "generator", "audio", "depthwise"])
+def test_a_decoder_meets_a_budget(name, target):
+    net, x = decoder(name)
+    report = prune(net, example_inputs=x, compensate=False, **target)
+    assert 0.2 < report["target"]["reached"] <= 0.5
+
+
+def test_class_scores_that_fixed_weights_scale_up_are_kept():
+    net, x = decoder("class scores")
+    report = prune(net, fraction=0.5, example_inputs=x, compensate=False)
+    assert {"score_a", "score_b", "up_b", "up"} == set(report["left_out"])
+    assert net.score_a.out_channels == net.score_b.out_channels == net.up_b.out_channels == 4
+    assert (net.a.out_channels, net.b.out_channels) == (3, 3)

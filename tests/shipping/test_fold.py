@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nets import Standardised
+from nets import Standardised, decoder
 from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
@@ -233,3 +233,47 @@ def test_what_is_folded_is_neither_cut_nor_saved(make_net, tmp_path):
         with pytest.raises(ValueError, match="before fold_norms"):
             act()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dim", "groups"), [(1, 1), (2, 1), (2, 2), (2, 4), (3, 1)])
+def test_transposed_convolutions_take_the_norms_behind_them(dim, groups):
+    up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dim - 1]
+    model = nn.Sequential(
+        up(4, 8, 4, 2, 1, groups=groups, bias=False),
+        norm(8),
+        nn.ReLU(),
+        up(8, 3, 2, 2),
+        norm(3, affine=False),
+    )
+    if dim == 2:
+        model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, *[3] * dim)
+    folded, record = fold_norms(settled(model), example_inputs=x)
+    assert record["folded"] == {"1": "0", "4": "3"}
+    assert record["difference"] < 1e-5
+    assert close(model(x), folded(x))
+    assert folded[0].weight.stride() == model[0].weight.stride()
+
+
+def test_a_folded_transposed_convolution_by_hand():
+    net = nn.Sequential(nn.ConvTranspose1d(2, 3, 1), nn.BatchNorm1d(3, eps=0.0)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]).unsqueeze(2))
+        net[0].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        net[1].weight.copy_(torch.tensor([2.0, 1.0, -1.0]))
+        net[1].running_mean.copy_(torch.tensor([0.0, 5.0, 0.0]))
+    folded, _ = fold_norms(net, example_inputs=torch.ones(1, 2, 1))
+    assert folded[0].weight.flatten().tolist() == [2, 2, -3, 20, 20, -30]
+    assert folded[0].bias.tolist() == [2, -5, 0]
+
+
+@pytest.mark.parametrize("name", ["u-net", "generator", "sum", "depthwise"])
+def test_a_cut_decoder_folds_and_is_exported(name, tmp_path):
+    net, x = decoder(name)
+    net, x = net.float(), x.float()
+    prune(net, fraction=0.4, example_inputs=x, compensate=False)
+    folded, record = fold_norms(net, example_inputs=x)
+    assert record["left"] == {}
+    assert record["difference"] < 1e-5
+    assert export_onnx(folded, tmp_path / "small.onnx", example_inputs=x)["difference"] < 1e-5

@@ -137,7 +137,6 @@ def test_a_filter_is_thousands_of_features_where_nothing_pools():
     [
         (nn.AdaptiveAvgPool2d(1), "it is part of the network's output"),
         (nn.Sequential(nn.GroupNorm(2, 4), head(4)), "'1.0' normalises several channels together"),
-        (nn.Sequential(nn.ConvTranspose2d(4, 2, 2), nn.Flatten()), "it is read by a ConvTranspose2d"),
     ],
 )
 def test_why_a_channel_is_not_hidden(end, mixed):

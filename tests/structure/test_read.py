@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from nets import Drawn, conv, head
+from nets import Drawn, Scores, conv, head
 from regrow.structure.read import read_structure
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -241,14 +241,14 @@ def test_what_channels_reach_beyond_a_sum():
     ("end", "reason"),
     [
         (lambda s, x: s.g(x).mean((2, 3)), "'g' normalises several channels together"),
-        (lambda s, x: s.t(x).mean((2, 3)), "they are read by a ConvTranspose2d"),
+        (lambda s, x: s.t(x.flatten(2).transpose(1, 2))[0].mean(1), "they are read by a LSTM"),
         (lambda _, x: x.mean((2, 3)), "it is part of the network's output"),
     ],
 )
 def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
     model = Drawn(
         lambda s, x: end(s, s.a(x) + s.b(x)),
-        a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.ConvTranspose2d(4, 2, 2),
+        a=conv(3, 4), b=conv(3, 4), g=nn.GroupNorm(2, 4), t=nn.LSTM(4, 2, batch_first=True),
     )  # fmt: skip
     found = read_structure(model, X)
     assert found["a"].mixed == found["b"].mixed == "it is added to other channels"
@@ -292,9 +292,16 @@ def test_a_frozen_norm_of_buffers_is_seen_before_its_statistics_are_loaded():
     assert read_structure(model, X)["0"].mixed == "a silenced channel does not reach '3' as 0"
 
 
-def test_a_transposed_convolution_is_a_reader_of_its_own_kind():
-    model = nn.Sequential(conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2), conv(4, 4), head(4))
-    assert read_structure(model, X)["0"].mixed == "it is read by a ConvTranspose2d"
+def test_a_transposed_convolution_reads_and_is_read_like_any_other():
+    model = nn.Sequential(
+        conv(3, 4), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.BatchNorm2d(5), conv(5, 4), head(4)
+    )
+    found = read_structure(model, X)
+    assert list(found) == ["0", "2", "4"]
+    assert {name: pairs(reads) for name, reads in found["0"].consumers.items()} == {"2": same(4)}
+    assert {name: pairs(reads) for name, reads in found["2"].norms.items()} == {"3": same(5)}
+    assert {name: pairs(reads) for name, reads in found["2"].consumers.items()} == {"4": same(5)}
+    assert [readers.mixed or readers.blocked for readers in found.values()] == ["", "", ""]
 
 
 def test_a_convolution_used_twice_reads_itself():
@@ -432,3 +439,38 @@ def test_a_norm_of_another_width_than_the_filters_cannot_be_silenced():
     found = read_structure(net, torch.randn(2, 3, 4, 4))
     assert found["1"].norms == {}
     assert found["1"].unsilenced == "2"
+
+
+def test_what_a_depthwise_layer_hands_on_to_the_output_is_output():
+    found = read_structure(Scores(), X)
+    assert {name for name, readers in found.items() if readers.output} == {
+        "score_a", "score_b", "up_b", "up",
+    }  # fmt: skip
+    # Several of them, a norm between them, and a depthwise layer whose channels are mixed again.
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 8, 2, groups=4),
+    )  # fmt: skip
+    found = read_structure(model, X)
+    assert {name for name, readers in found.items() if readers.output} == {"3", "4", "6"}
+    grouped = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, groups=2))
+    assert {name for name, readers in read_structure(grouped, X).items() if readers.output} == {"1"}
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("kind", [nn.ConvTranspose2d, nn.Conv2d])
+def test_what_bilinear_weights_hand_on_to_the_output_is_output(kind, fixed):
+    # As in the first FCN: every class has weights for all others, and they are 0.
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 3), kind(3, 3, 4, 2, 1, bias=False))
+    with torch.no_grad():
+        model[3].weight.zero_()
+        model[3].weight[range(3), [2, 0, 1]] = 0.25
+    model[3].requires_grad_(not fixed)
+    found = read_structure(model, X)
+    assert {name for name, readers in found.items() if readers.output} == {"2", "3"}
+    with torch.no_grad():
+        model[3].weight[0, 0] = 1e-3  # a filter that mixes two of them
+    assert not read_structure(model, X)["2"].output
+    with torch.no_grad():
+        model[3].weight.zero_()  # as many heads begin
+    assert not read_structure(model, X)["2"].output

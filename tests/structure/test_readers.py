@@ -84,3 +84,37 @@ def test_silenced_filters_emit_exactly_zero_and_nothing_else_changes(training):
     emitted = model[1](model[0](x))
     assert not emitted[:, [1, 3]].any()
     assert emitted[:, [0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("layer", "indices", "marked"),
+    [
+        (nn.ConvTranspose2d(3, 2, 3), [0, 2], {(0, 0), (0, 1), (2, 0), (2, 1)}),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), [1, 2], {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)}),
+    ],
+)
+def test_a_transposed_convolution_reads_a_channel_by_a_row(layer, indices, marked):
+    mask = column_mask(layer, indices)
+    assert mask.shape == layer.weight.shape[:2]
+    assert {tuple(entry) for entry in mask.nonzero().tolist()} == marked
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_transposed_filters_are_silenced_and_their_channels_hidden(groups):
+    layer, x = nn.ConvTranspose2d(4, 8, 2, 2, groups=groups), torch.randn(1, 4, 3, 3)
+    without = x.clone()
+    without[:, [0, 3]] = 0
+    model = nn.Sequential(layer)
+    with torch.no_grad():
+        expected = layer(without)
+        layer.weight[column_mask(layer, [0, 3])] = 0
+        torch.testing.assert_close(layer(x), expected)
+        silence(model, {"0": Readers()}, {"0": [1, 6]})
+        expected[:, [1, 6]] = 0
+        torch.testing.assert_close(layer(x), expected)
+    (weight, at), (bias, same) = silent_entries(model, {"0": Readers()}, {"0": [1, 6]})
+    assert weight is layer.weight
+    assert bias is layer.bias
+    assert not weight[at].any()
+    assert weight[at].numel() == 2 * layer.weight.numel() // 8
+    assert same.tolist() == [1, 6]

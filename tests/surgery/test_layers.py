@@ -12,6 +12,7 @@ from regrow.surgery.layers import (
     Replaced,
     apply_plan,
     cuts,
+    filters_left,
     is_cut,
     layers,
     sliced,
@@ -558,3 +559,77 @@ def test_a_group_norm_without_weights_becomes_narrower():
     apply_plan(model, CutPlan(channels={"0": [0, 2]}))
     assert (model[0].num_channels, model[0].num_groups) == (2, 2)
     assert model(torch.randn(2, 2, 3, 3)).shape == (2, 2, 3, 3)
+
+
+TRANSPOSED = [
+    # (layer, what the plan says, what stays of the weight in dim 0 and 1, numbers)
+    (nn.ConvTranspose1d(4, 6, 3), {"rows": [0, 5]}, (range(4), [0, 5]), (4, 2, 1)),
+    (nn.ConvTranspose3d(4, 2, 1), {"columns": [0, 3]}, ([0, 3], range(2)), (2, 2, 1)),
+    (nn.ConvTranspose2d(3, 3, 2), {"rows": [1], "columns": [0, 2]}, ([0, 2], [1]), (2, 1, 1)),
+    # Four groups of two filters, each with one channel: the first and the last stay.
+    (
+        nn.ConvTranspose2d(4, 8, 1, groups=4),
+        {"rows": [0, 1, 6, 7], "groups": 2},
+        ([0, 3], range(2)),
+        (2, 4, 2),
+    ),
+    # Two groups of three filters, each with two channels: the second filter of both leaves.
+    (nn.ConvTranspose2d(4, 6, 1, groups=2), {"rows": [0, 2, 3, 5]}, (range(4), [0, 2]), (4, 4, 2)),
+    # One group leaves, and of the other one filter.
+    (nn.ConvTranspose2d(4, 6, 1, groups=2), {"rows": [3, 5], "groups": 1}, ([2, 3], [0, 2]), (2, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "parts", "left", "numbers"), TRANSPOSED)
+def test_what_a_plan_leaves_of_a_transposed_convolution(layer, parts, left, numbers):
+    model = copy.deepcopy(nn.ModuleDict({"layer": layer}))
+    whole = copy.deepcopy(model)
+    apply_plan(model, CutPlan(**{part: {"layer": value} for part, value in parts.items()}))
+    small = model["layer"]
+    assert torch.equal(small.weight, layer.weight[list(left[0])][:, list(left[1])])
+    assert torch.equal(small.bias, layer.bias[parts.get("rows", range(layer.out_channels))])
+    assert (small.in_channels, small.out_channels, small.groups) == numbers
+    small(torch.randn(1, numbers[0], *[2] * (layer.weight.dim() - 2)))
+    rows, count = parts.get("rows"), small.weight.numel()
+    assert filters_left(small) == (None if rows is None else (layer.out_channels, rows))
+    assert filters_left(layer) is None
+    widen(model)
+    assert shapes(model) == shapes(whole)
+    assert (model["layer"].in_channels, model["layer"].groups) == (layer.in_channels, layer.groups)
+    both = model["layer"].weight != 0
+    assert torch.equal(model["layer"].weight[both], layer.weight[both])
+    assert int(both.sum()) == count
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"rows": {"layer": [0, 4]}},  # another filter in one group than in the other
+        {"rows": {"layer": [0, 1, 3]}},
+        {"rows": {"layer": [0, 1, 2]}},  # a group without filters is still counted
+        {"groups": {"layer": 1}},
+        {"columns": {"layer": [0]}},
+        {"spread": {"layer": [0, 3]}},
+        {"rows": {"layer": [6]}},
+    ],
+)
+def test_plans_that_no_grouped_transposed_convolution_fits(parts):
+    model = nn.ModuleDict({"layer": nn.ConvTranspose2d(4, 6, 1, groups=2)})
+    before = shapes(model)
+    with pytest.raises(PlanUnfit, match="'layer'"):
+        apply_plan(model, CutPlan(**parts))
+    assert shapes(model) == before
+
+
+def test_a_spread_transposed_convolution_computes_with_all_its_filters():
+    layer = nn.ConvTranspose2d(3, 4, 2, 2)
+    model, x = nn.ModuleDict({"layer": copy.deepcopy(layer)}), torch.randn(2, 3, 4, 4)
+    apply_plan(model, CutPlan(spread={"layer": [1, 3]}))
+    small = model["layer"]
+    assert [list(p.shape) for p in small._parameters.values()] == [[3, 2, 2, 2], [2]]
+    made = small(x)
+    assert not made[:, [0, 2]].any()
+    torch.testing.assert_close(made[:, [1, 3]], layer(x)[:, [1, 3]])
+    assert filters_left(small) == (4, [1, 3])
+    widen(model)
+    torch.testing.assert_close(model["layer"](x), made)

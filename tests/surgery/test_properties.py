@@ -16,7 +16,7 @@ from nets import unsettled
 from regrow.filters import convolutions
 from regrow.repr.hold import Hold
 from regrow.structure.readers import silent_entries
-from regrow.surgery.cut import cut
+from regrow.surgery.cut import cut, filter_counts
 from regrow.surgery.layers import cuts, sliced
 from regrow.surgery.removal import plan_removal
 
@@ -62,6 +62,18 @@ class DrawnBlock(nn.Module):
             self.b, self.nb = nn.Conv2d(filters, filters, 3, padding=1, groups=2), normed(filters)
         if kind == "prelu":
             self.a, self.na, self.p = nn.Conv2d(channels, filters, 1), normed(filters), nn.PReLU(filters)
+        if kind in ("up", "u", "up-sum"):
+            self.a, self.na = nn.ConvTranspose2d(channels, filters, 4, 2, 1), normed(filters)
+        if kind == "u":
+            self.channels = channels + filters
+        if kind == "up-sum":
+            self.b, self.nb = nn.ConvTranspose2d(channels, filters, 2, 2, bias=False), normed(filters)
+        if kind in ("up-depthwise", "up-grouped"):
+            self.channels = filters = filters + filters % 2
+            self.a, self.na = nn.ConvTranspose2d(channels, filters, 1), normed(filters)
+            groups, more = (filters, 2 * filters) if kind == "up-depthwise" else (2, filters)
+            self.d = nn.ConvTranspose2d(filters, more, 3, padding=1, groups=groups)
+            self.nd, self.b = normed(more), nn.ConvTranspose2d(more, filters, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         match self.kind:
@@ -80,6 +92,13 @@ class DrawnBlock(nn.Module):
                 if y.shape[1] % 2 == 0:
                     y = y.view(len(y), 2, -1, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
                 return self.act(y)
+            case "up":
+                return F.max_pool2d(self.act(self.na(self.a(x))), 2)
+            case "u":
+                half = F.max_pool2d(x, 2, ceil_mode=True)
+                return torch.cat([self.act(self.na(self.a(half, output_size=x.shape))), x], 1)
+            case "up-sum":
+                return F.avg_pool2d(self.act(self.na(self.a(x)) + self.nb(self.b(x))), 2)
             case "grouped":
                 return self.act(self.nb(self.b(self.act(self.na(self.a(x))))))
             case _:
@@ -91,6 +110,7 @@ class DrawnBlock(nn.Module):
 
 KINDS = (
     "plain", "residual", "identity", "concat", "depthwise", "squeeze", "grouped", "shuffle", "prelu",
+    "up", "u", "up-sum", "up-depthwise", "up-grouped",
 )  # fmt: skip
 
 
@@ -173,7 +193,7 @@ def test_two_cuts_are_as_good_as_one(case: Case, parts: Any) -> None:
     small = copy.deepcopy(net.double())
     first = {name: mask | torch.tensor([parts.random() < 0.5 for _ in mask]) for name, mask in keep.items()}
     cut(small, first, example_inputs=X[:1])
-    left = {name: len(conv._parameters["weight"]) for name, conv in convolutions(small).items()}
+    left = filter_counts(small)
     rest = {
         name: mask[first[name]]
         for name, mask in keep.items()
@@ -212,8 +232,14 @@ def left(model: nn.Module, record: dict[str, Any]) -> dict[str, dict[int, list[i
                 (plan[part][name] for part in ("spread", "rows", "channels") if name in plan[part]), None
             )
             slices = {} if rows is None else {0: rows}
+            transposed = isinstance(module, nn.ConvTranspose2d) and key == "weight"
+            if transposed and rows is not None:
+                filters = module.out_channels // module.groups
+                channels = torch.arange(module.in_channels).view(module.groups, -1)
+                busy = sorted({row // filters for row in rows})
+                slices = {0: channels[busy].flatten().tolist(), 1: sorted({row % filters for row in rows})}
             if key == "weight" and name in plan["columns"]:
-                slices[1] = plan["columns"][name]
+                slices[0 if transposed else 1] = plan["columns"][name]
             kept[f"{name}.{key}"] = slices
             assert parameter.dim()
     return kept

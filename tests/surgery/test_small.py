@@ -238,3 +238,24 @@ def test_users_hooks_see_the_wide_tensors():
     layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0].shape, output.shape)))
     layer(torch.ones(4, 3))
     assert seen == [((4, 3), (4, 2))]
+
+
+def test_a_transposed_convolution_that_picks_and_places_makes_the_size_it_is_told():
+    model = nn.ModuleDict({"layer": nn.ConvTranspose2d(5, 6, 3, 2, 1)})
+    whole = copy.deepcopy(model["layer"])
+    apply_plan(
+        model,
+        CutPlan(
+            rows={"layer": [1, 4]},
+            columns={"layer": [0, 3]},
+            picked={"layer": [0, 3]},
+            placed={"layer": (5, [0, 3])},
+        ),
+    )
+    x = torch.randn(2, 5, 4, 4)
+    x[:, [1, 2, 4]] = 0
+    for size in (None, [7, 8], [2, 5, 8, 7]):
+        made, expected = model["layer"](x, output_size=size), whole(x, size)
+        assert not made[:, [1, 2, 4]].any()
+        torch.testing.assert_close(made[:, [0, 3]], expected[:, [1, 4]])
+    torch.testing.assert_close(model["layer"](x, [8, 8])[:, [0, 3]], whole(x, [8, 8])[:, [1, 4]])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_finite, eligible, rows, unit_rows
+from regrow.modules import filters_first
 from regrow.suggest import nearest
 
 
@@ -19,7 +20,8 @@ def overlap(weight: Tensor) -> Tensor:
     A row of zeros has overlap 0, and adds nothing to the overlap of the other rows.
 
     Args:
-        weight: [filters, channels, *kernel] of an ungrouped convolution.
+        weight: [filters, channels, *kernel] of an ungrouped convolution; of a transposed one, which has its
+            channels first, ``weight.transpose(0, 1)``.
 
     Returns:
         Tensor[filters], each in [0, 1), float32 (float64 for float64 weights).
@@ -67,7 +69,7 @@ def check_criterion(criterion: str) -> None:
 def score(
     model: nn.Module, criterion: str = "ortho", *, exclude: Iterable[str] = (), seed: int | None = None
 ) -> dict[str, Tensor]:
-    """Score every filter of every ungrouped convolution; higher = keep.
+    """Score every filter of every ungrouped convolution, transposed ones too; higher = keep.
 
     Args:
         model: any module with convolutions; it is only read.
@@ -86,7 +88,8 @@ def score(
     convs = eligible(model, exclude)
     check_finite(convs)
     if criterion != "random":
-        return {name: WEIGHT_CRITERIA[criterion](conv.weight) for name, conv in convs.items()}
+        of = WEIGHT_CRITERIA[criterion]
+        return {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
     if seed is None:
         raise ValueError("criterion 'random' needs a seed: score(model, 'random', seed=0)")
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.modules import is_stock
+from regrow.modules import Transposed, is_stock
 
 Layers = Sequence[tuple[str, nn.Module]]
 _Room = dict[tuple[torch.dtype, torch.device], Tensor]
@@ -114,28 +114,25 @@ def idle(layers: Layers) -> Iterator[None]:
         yield
 
 
-def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
+def _idly(room: _Room, module: Any, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
     if type(module) in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):
         shape = [*x.shape[:-1], module.out_features]
-        fits = x.dim() and x.shape[-1] == module.in_features
+        fits = bool(x.dim()) and x.shape[-1] == module.in_features
     else:
         kernel, sizes = len(module.kernel_size), list(x.shape)
-        if module.padding == "same":
-            made = sizes[-kernel:]
-        else:
-            padding = (0,) * kernel if module.padding == "valid" else module.padding
-            settings = zip(module.kernel_size, module.dilation, padding, module.stride, strict=True)
-            made = [
-                (size + 2 * pad - wide * (taps - 1) - 1) // step + 1
-                for size, (taps, wide, pad, step) in zip(sizes[-kernel:], settings, strict=False)
-            ]
+        if output_size is None:
+            asked = None
+        else:  # with or without batch and channels
+            asked = list(output_size)[-kernel:] if len(output_size) in (kernel, x.dim()) else []
+        made = _made(module, sizes[-kernel:], asked)
         shape = [*sizes[: -kernel - 1], module.out_channels, *made]
         fits = x.dim() in (kernel + 1, kernel + 2) and sizes[-kernel - 1] == module.in_channels
         fits = fits and min(made) > 0
-    if not fits:
-        return cast(Tensor, type(module).forward(module, x))  # its own error says best what is wrong
+    if not fits:  # its own error says best what is wrong
+        given = (x,) if output_size is None else (x, output_size)
+        return cast(Tensor, type(module).forward(module, *given))
     count = math.prod(shape)
     if count < _LARGE:
         return x.new_zeros(shape)
@@ -143,3 +140,24 @@ def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
     if key not in room or len(room[key]) < count:
         room[key] = x.new_zeros(count)
     return room[key][:count].view(shape)
+
+
+def _made(module: Any, sizes: Sequence[int], asked: list[int] | None) -> list[int]:
+    """The sides of what a convolution makes of a picture with the sides ``sizes``; [0] where it refuses.
+
+    Args:
+        asked: the sides that a transposed convolution shall make; None leaves that to its output_padding.
+    """
+    if module.padding == "same":
+        return list(sizes)
+    padding = (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
+    settings = zip(sizes, module.kernel_size, module.dilation, padding, module.stride, strict=False)
+    if not isinstance(module, Transposed):
+        return [
+            (size + 2 * pad - wide * (taps - 1) - 1) // step + 1 for size, taps, wide, pad, step in settings
+        ]
+    least = [(size - 1) * step - 2 * pad + wide * (taps - 1) + 1 for size, taps, wide, pad, step in settings]
+    if asked is None:
+        return [size + more for size, more in zip(least, module.output_padding, strict=False)]
+    room = zip(least, asked, module.stride, strict=False)
+    return asked if len(asked) == len(least) and all(low <= n < low + step for low, n, step in room) else [0]

@@ -13,13 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.filters import excluded
 from regrow.marks import Mark, borrowed_weight, check, is_spread
-from regrow.modules import unwrap
+from regrow.modules import CONSUMER_CLASSES, CONVOLUTION_CLASSES, as_weight, filters_first, unwrap
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
 from regrow.noise.perturbation import check_noise, perturbed, pool
 from regrow.torch_private import own_parameters
 
-_STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
+_STOCK = set(CONSUMER_CLASSES)
 _VERSION = 2  # version 1 drew its random numbers from PyTorch's generator
 
 
@@ -44,7 +44,7 @@ def add_bridgeout(
     Until ``remove_bridgeout`` the model cannot be pickled as a whole, but its ``state_dict()`` can be saved.
 
     Args:
-        model: any module with Conv1d, Conv2d or Conv3d layers, in its wrappers or without. It must be the
+        model: any module with convolutions, transposed ones too, in its wrappers or without. It must be the
             module that training calls, because its calls mark the passes.
         p, q, target_fraction: see ``bridgeout``.
         linear: perturb linear layers too, except inside attention layers, which read those weights directly.
@@ -202,7 +202,9 @@ class _Bridged(nn.Module):
         given = noise.passes.settings
         strength = given["p"], given["q"], given["target_fraction"]
         draw = given["seed"] % 2**63, noise.key, noise.passes.current()
-        noise.noisy = perturbed(weight, *strength, *draw, noise.compiled, _reads_alone(self))
+        filters = filters_first(self, weight)
+        noisy = perturbed(filters, *strength, *draw, noise.compiled, _reads_alone(self))
+        noise.noisy = as_weight(self, noisy)
         try:
             return super().forward(*args, **kwargs)
         finally:
@@ -233,7 +235,7 @@ def _passes(model: nn.Module) -> Passes:
 
 def _layers(model: nn.Module, linear: bool, exclude: list[str]) -> dict[str, Any]:
     """The layers to perturb, by qualified name; ``ValueError`` if one of them cannot have Bridgeout."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *([nn.Linear] if linear else []))
+    kinds = (*CONVOLUTION_CLASSES, *([nn.Linear] if linear else []))
     every: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
@@ -244,8 +246,8 @@ def _layers(model: nn.Module, linear: bool, exclude: list[str]) -> dict[str, Any
     if not layers:
         raise ValueError(
             f"no layer is left to perturb: of {len(every)} layers {len(left_out)} are excluded. Exclude "
-            "fewer layers, or pass a model with Conv1d, Conv2d or Conv3d layers, or with linear layers and "
-            "linear=True."
+            "fewer layers, or pass a model with convolutions (Conv1d to Conv3d, ConvTranspose1d to "
+            "ConvTranspose3d), or with linear layers and linear=True."
         )
     for name, layer in layers.items():
         weight = own_parameters(layer).get("weight")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.looking.calls import call, evaluating
 from regrow.looking.hooks import hooked
-from regrow.modules import Consumer
+from regrow.modules import Consumer, channel_dim, filter_count, filter_dim
 from regrow.pruning.cost import count_macs, count_parameters
 from regrow.structure.flows import Flows
 from regrow.structure.readers import Readers
@@ -35,7 +35,7 @@ class Estimate:
         self._flows = Flows(model, readers)
         self._followed = self._shares({})
         self._grouped = {name for name, layer in layers.items() if getattr(layer, "groups", 1) > 1}
-        self._filters = {name: len(layer.weight) for name, layer in layers.items()}
+        self._filters = {name: filter_count(layer, layer.weight) for name, layer in layers.items()}
         self._macs = _layer_macs(model, example_inputs, layers)
         self._weights = {name: layer.weight.numel() for name, layer in layers.items()}
         self._per_filter = {name: len(layer.bias) for name, layer in layers.items() if layer.bias is not None}
@@ -82,8 +82,10 @@ def _layer_macs(model: nn.Module, example_inputs: Any, layers: Mapping[str, Any]
     """Return the multiply-accumulates of each layer in one pass, summed over its calls."""
     found: defaultdict[str, int] = defaultdict(int)
 
-    def counting(name: str, layer: Any, _inputs: Any, output: Tensor) -> None:
-        found[name] += output.numel() // len(layer.weight) * layer.weight.numel()
+    def counting(name: str, layer: Any, inputs: Any, output: Tensor) -> None:
+        # A transposed convolution multiplies each position of its input, any other each of its output.
+        each = inputs[0] if filter_dim(layer) else output
+        found[name] += each.numel() // each.shape[channel_dim(layer, each)] * layer.weight.numel()
 
     with torch.no_grad(), evaluating(model), hooked(list(layers.items()), counting):
         call(model, example_inputs)

@@ -176,7 +176,7 @@ class RePr:
         # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
         held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         entries = silent_entries(self._model, self._layers, {name: [0] for name in self._layers})
-        needed = {id(parameter) for parameter, _ in entries if parameter.requires_grad}
+        needed = {id(parameter) for parameter, *_ in entries if parameter.requires_grad}
         missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
         if missing:
             raise ValueError(

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Entries = Sequence[tuple[nn.Parameter, Tensor]]
+from regrow.indexing import Where, clear
+
+Entries = Sequence[tuple[nn.Parameter, Where]]
 
 
 class Hold:
@@ -19,7 +21,8 @@ class Hold:
     rows out of gradient clipping and of all statistics of the gradients.
 
     Args:
-        entries: (parameter, Tensor of row indices) pairs; the caller has set the rows to 0.
+        entries: (parameter, index of the rows) pairs; the caller has set the rows to 0. In a transposed
+            convolution a filter's row of weights lies across dim 0.
         optimizer: the optimizer of the parameters; its ``step`` method is not replaced.
     """
 
@@ -28,14 +31,14 @@ class Hold:
         # Gradients accumulated before this call would reach gradient clipping and the next step.
         for parameter, rows in entries:
             if parameter.grad is not None:
-                parameter.grad.index_fill_(0, rows, 0)
+                clear(parameter.grad, rows)
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._zero)]
         self._handles += [p.register_hook(_without(rows)) for p, rows in entries if p.requires_grad]
 
     @torch.no_grad()
     def _zero(self, *_: Any) -> None:
         for parameter, rows in self._entries:
-            parameter.index_fill_(0, rows, 0)
+            clear(parameter, rows)
 
     def release(self) -> None:
         """Remove the hooks; the rows stay 0 until something writes to them."""
@@ -44,5 +47,12 @@ class Hold:
         self._handles = []
 
 
-def _without(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient.index_fill(0, rows, 0)
+def _without(rows: Where) -> Callable[[Tensor], Tensor]:
+    def masked(gradient: Tensor) -> Tensor:
+        if isinstance(rows, Tensor):
+            return gradient.index_fill(0, rows, 0)
+        masked = gradient.clone()
+        masked[rows] = 0
+        return masked
+
+    return masked

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.indexing import index_tensor, place, take, take_block
 from regrow.marks import check_whole
-from regrow.modules import channel_dim, unwrap
+from regrow.modules import channel_dim, filter_dim, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.surgery.layers import Layer, layers
 from regrow.surgery.plan import CutPlan, NoPlan
@@ -91,15 +91,16 @@ def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """The rows and columns of one tensor that stay (None: all), and the rows' places among rows of zeros."""
+    """What stays of one tensor in dim 0 and dim 1 (None: all), and its places among zeros in ``dim``."""
 
     rows: Tensor | None
     columns: Tensor | None = None
     spread: tuple[int, Tensor] | None = None
+    dim: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         block = take_block(tensor, self.rows, self.columns)
-        return block if self.spread is None else place(block, self.spread[1], 0, self.spread[0])
+        return block if self.spread is None else place(block, self.spread[1], self.dim, self.spread[0])
 
 
 @dataclass(eq=False)
@@ -225,7 +226,12 @@ def _slices(layer: Layer) -> _Slices:
 
     spread, parameters = at(layer.spread), own_parameters(layer.module)
     tensors = {
-        key: _Slice(index(kept.get(0)), index(kept.get(1)), spread if key in parameters else None)
+        key: _Slice(
+            index(kept.get(0)),
+            index(kept.get(1)),
+            spread if key in parameters else None,
+            filter_dim(layer.module) if key == "weight" else 0,
+        )
         for key, kept in layer.kept.items()
     }
     return _Slices(tensors, layer.numbers, index(layer.picked), at(layer.placed))

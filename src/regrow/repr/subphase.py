@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.filters import rows
-from regrow.indexing import index_tensor
+from regrow.indexing import Where, index_tensor
 from regrow.marks import Mark, marks_on
+from regrow.modules import filters_first
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
 from regrow.repr.slots import refresh_slots
 from regrow.structure.readers import (
     Readers,
-    affine,
     column_mask,
+    entries_of,
     per_channel_tensors,
     silence,
     silent_entries,
@@ -165,7 +166,9 @@ class SubPhase:
         return least_covered, notes
 
     def _weight(self, layer: str) -> Tensor:
-        return cast(Tensor, self._model.get_submodule(layer).weight).detach()
+        """A view of a layer's weight, filters first."""
+        module: Any = self._model.get_submodule(layer)
+        return filters_first(module, module.weight.detach())
 
     def _set_columns(self, name: str, weight: Tensor, mask: Tensor, generator: torch.Generator) -> None:
         if self._consumers == "zero":
@@ -193,11 +196,10 @@ class SubPhase:
                 if tensor is not None:
                     tensor[reads.of(indices)] = value
 
-    def _dead_entries(self) -> list[tuple[nn.Parameter, Tensor]]:
+    def _dead_entries(self) -> list[tuple[nn.Parameter, Where]]:
         entries = silent_entries(self._model, self._readers, self.dropped)
         for name, channels in self._silenced.items():
-            own = affine(self._model.get_submodule(name))
-            entries += [(parameter, index_tensor(channels, parameter.device)) for parameter in own]
+            entries += entries_of(self._model.get_submodule(name), index_tensor(channels))
         return entries
 
     def _silenced_entries(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -224,9 +226,10 @@ class SubPhase:
 def private_columns(
     model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, list[int]]
 ) -> list[tuple[str, nn.Parameter, Tensor]]:
-    """The weights that read only dropped filters: (consumer, weight, BoolTensor[rows, columns]).
+    """The weights that read only dropped filters: (consumer, weight, mask).
 
-    The masks leave out dropped rows of the consumers, which get new values in all columns.
+    A mask is a BoolTensor over the first two dimensions of the weight. It leaves out dropped filters of the
+    consumer, which get new values in all channels.
     """
     masks: dict[str, Tensor] = {}
     for name, indices in dropped.items():
@@ -235,7 +238,8 @@ def private_columns(
         for consumer, reads in readers[name].consumers.items():
             layer: Any = model.get_submodule(consumer)
             mask = column_mask(layer, reads.of(indices))
-            mask[dropped.get(consumer, [])] = False
+            if gone := dropped.get(consumer):
+                filters_first(layer, mask)[gone] = False
             masks[consumer] = masks[consumer] | mask if consumer in masks else mask
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in masks}
     return [(name, weights[name], mask) for name, mask in masks.items()]
@@ -248,7 +252,8 @@ def check_memory(
     for name, indices in state["dropped"].items():
         if name not in readers:
             raise ValueError(f"the state names {name!r}, which this RePr does not work on.")
-        weight: Any = model.get_submodule(name).weight
+        layer: Any = model.get_submodule(name)
+        weight = filters_first(layer, layer.weight)
         old = state["old_rows"].get(name)
         if old is None or old.shape != (len(indices), *weight.shape[1:]) or max(indices) >= len(weight):
             raise ValueError(f"the state does not fit {name!r} of shape {list(weight.shape)}.")

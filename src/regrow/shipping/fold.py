@@ -13,7 +13,7 @@ from regrow.looking.calls import PassFailed, call, floating
 from regrow.looking.copies import NotCopied, copied, copied_as, inputs_as
 from regrow.looking.noise import noise_like, unsettle
 from regrow.marks import borrowed_weight, check, is_spread, strip
-from regrow.modules import Convolution, unwrap
+from regrow.modules import Convolution, filter_count, grouped, unwrap
 from regrow.structure.norms import own_norms
 from regrow.surgery.evidence import Refuted, compare, see
 from regrow.surgery.small import Small
@@ -167,10 +167,13 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
                 raise Refuted(f"{name!r} shifts channels that {of!r} does not compute")
             scale, shift = scale[at], shift[at]
         weight, bias, trains = conv.weight, conv.bias, conv.weight.requires_grad
-        if len(scale) != len(weight):
+        if len(scale) != filter_count(conv, weight):
             raise Refuted(f"{name!r} has other channels than {of!r} has filters")
         shift = shift if bias is None else shift + bias.double() * scale
-        scaled = (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).to(weight)
+        scaled = weight.to(torch.float64, copy=True)
+        parts = grouped(conv, scaled)
+        parts *= scale.view(*parts.shape[:2], *[1] * (parts.dim() - 2))
+        scaled = scaled.to(weight)
         layout = torch.contiguous_format
         if weight.dim() == 4 and not weight.is_contiguous():
             layout = torch.channels_last

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.filters import convolutions
 from regrow.indexing import index_tensor
-from regrow.modules import channels_read
+from regrow.modules import channels_read, is_depthwise
 from regrow.structure.readers import Readers
 
 
@@ -87,9 +87,7 @@ class Flows:
         filters = len(self.owner)
         sources, targets = [self.sources], [self.targets + filters]
         for name, conv in convolutions(model).items():
-            depthwise = conv.groups > 1 and conv.groups == conv.in_channels
-            if depthwise and name in self.filters and name in self.channels:
-                # A depthwise convolution hands each channel on to filters of its own.
+            if is_depthwise(conv) and name in self.filters and name in self.channels:
                 rows = torch.arange(conv.out_channels)
                 read = rows // (conv.out_channels // conv.groups)
                 sources.append(rows + self.filters[name].start)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow.log import gave_up
 from regrow.looking.calls import PassFailed
-from regrow.modules import Consumer, Norm, channels_read, per_channel
+from regrow.modules import Consumer, Norm, channels_read, filter_count, per_channel
 from regrow.structure.readers import Readers, Reads
 from regrow.torch_private import pruning_operation, pruning_places, pruning_stride
 
@@ -102,13 +102,14 @@ def _walk(
         return
     start = graph.module2node[conv]
     readers.norm_first = bool(start.outputs) and all(_hides(node.module) for node in start.outputs)
-    stack = [(start, _places(conv.weight.shape[0]))]
+    filters = filter_count(conv, conv.weight)
+    stack = [(start, _places(filters))]
     sums: list[tuple[Any, list[Any]]] = []
-    for node, indices in _visits(stack, len(conv.weight), patience):
+    for node, indices in _visits(stack, filters, patience):
         if not node.outputs:
             readers.mixed = readers.mixed or "it is part of the network's output"
             readers.blocked = readers.blocked or readers.mixed
-        for target_node, mapped in _steps(node, indices, len(conv.weight), patience):
+        for target_node, mapped in _steps(node, indices, filters, patience):
             target = target_node.module
             if isinstance(target, Norm | Consumer):
                 _note(readers.norms if isinstance(target, Norm) else readers.consumers, target, mapped, names)
@@ -123,12 +124,12 @@ def _walk(
             if _reach(readers, target, mapped, names):
                 stack.append((target_node, mapped))
     try:
-        for node, indices in _visits(sums, len(conv.weight), patience):
+        for node, indices in _visits(sums, filters, patience):
             if not node.outputs:
                 readers.blocked = readers.blocked or "it is part of the network's output"
             sums += [
                 (target, mapped)
-                for target, mapped in _steps(node, indices, len(conv.weight), patience)
+                for target, mapped in _steps(node, indices, filters, patience)
                 if _reach(readers, target.module, mapped, names)
             ]
     except LostCount:

@@ -91,7 +91,7 @@ def lies_along(labels: Tensor | None, dim: int) -> bool:
 def contracted(operation: str, args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
     """(place of an operand, dimension) pairs that an operation multiplies by the other operand and sums over.
 
-    A convolution with one input channel a group sums over none of them: it passes channels on.
+    A convolution whose filters read one channel each sums over none of them: it passes channels on.
     """
     found = _CONTRACTIONS.get(operation, ())
     if len(args) <= max((place for place, _ in found), default=0) or len(args) < 2:
@@ -99,10 +99,23 @@ def contracted(operation: str, args: Sequence[Any]) -> tuple[tuple[int, int], ..
     if operation in _CONVOLUTIONS or operation in _TRANSPOSED:
         transposed = operation in _TRANSPOSED or (len(args) > 6 and args[6] is True)
         whole = [value for value in args[3:] if type(value) is int]
-        groups = whole[-1] if whole else 1
-        read = len(args[1]) // groups if transposed else args[1].shape[1]
-        return found if read > 1 else ()
+        return () if _hands_on(args[1], whole[-1] if whole else 1, transposed) else found
     return found
+
+
+def _hands_on(weight: Tensor, groups: int, transposed: bool) -> bool:
+    """Whether each filter of a convolution reads one channel: it is depthwise, or has other weights of 0.
+
+    A segmentation net that scales its class scores up by fixed bilinear weights has such a layer.
+    """
+    by_group = weight.unflatten(0, (groups, -1))  # groups, filters of a group, channels of a group
+    by_group = by_group.transpose(1, 2) if transposed else by_group
+    if by_group.shape[2] == 1 or not weight.numel():
+        return True
+    # The first filter tells of most layers that they are none of this kind.
+    return all(
+        bool((part.ne(0).flatten(3).any(3).sum(2) == 1).all()) for part in (by_group[:1, :1], by_group)
+    )
 
 
 def moved(

@@ -9,8 +9,8 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor
-from regrow.modules import Consumer, unwrap
+from regrow.indexing import Where, clear, index_tensor
+from regrow.modules import Consumer, filters_at, grouped, unwrap
 from regrow.torch_private import own_buffers, own_parameters
 
 
@@ -46,8 +46,8 @@ class Readers:
             another number, …).
         norm_first: the channels reach the rest of the network through ``norms`` alone, which take their
             statistics per channel, so a norm weight of 0 hides a channel even where it is mixed.
-        output: empty, or how the channels leave the network with no weights behind them, as a classifier's
-            do, or may leave it (``escapes``).
+        output: empty, or how the channels leave the network, or may leave it: with no weights behind them, as
+            a classifier's do, or with weights that hand each channel on by itself (``escapes``).
         unsilenced: empty, or the name of a norm that reads the channels and cannot be silenced for them
             alone (it serves other channels too, it has no weight to set to 0, …).
         noisy: the ``consumers`` that a silenced channel reaches as another number than 0.
@@ -68,15 +68,15 @@ class Readers:
 
 
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
-    """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor[rows, columns].
+    """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor over its first two
+    dimensions.
 
-    In a grouped convolution an input channel is read by the rows of its own group only.
+    In a grouped convolution an input channel is read by the filters of its own group only.
     """
-    rows, columns = layer.weight.shape[:2]
-    mask = torch.zeros(rows, columns, dtype=torch.bool, device=layer.weight.device)
-    groups = getattr(layer, "groups", 1)
-    index = index_tensor(indices, mask.device)
-    mask.view(groups, rows // groups, columns)[index // columns, :, index % columns] = True
+    mask = torch.zeros(layer.weight.shape[:2], dtype=torch.bool, device=layer.weight.device)
+    parts, index = grouped(layer, mask), index_tensor(indices, mask.device)
+    channels = parts.shape[2]
+    parts[index // channels, :, index % channels] = True
     return mask
 
 
@@ -95,18 +95,28 @@ def zero_channels(module: nn.Module, indices: Tensor) -> None:
     """Set the weight, bias and running mean of a layer, as far as it has them, to 0 at ``indices``."""
     for tensor in (*affine(module), getattr(module, "running_mean", None)):
         if isinstance(tensor, Tensor):
-            tensor.index_fill_(0, indices.to(tensor.device), 0)
+            clear(tensor, _at(module, tensor, indices))
 
 
 def silent_entries(
     model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, Sequence[int]]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """The parameters that must be 0 for the filters ``dropped`` to be silent, each with its row indices."""
+) -> list[tuple[nn.Parameter, Where]]:
+    """The parameters that must be 0 for the filters ``dropped`` to be silent, each with an index of where."""
     return [
-        (parameter, indices.to(parameter.device))
+        entry
         for module, indices in _silent_rows(model, readers, dropped)
-        for parameter in affine(module)
+        for entry in entries_of(module, indices)
     ]
+
+
+def entries_of(module: nn.Module, indices: Tensor) -> list[tuple[nn.Parameter, Where]]:
+    """Weight and bias of a layer, as far as it has them, each with an index of these filters or channels."""
+    return [(parameter, _at(module, parameter, indices)) for parameter in affine(module)]
+
+
+def _at(module: nn.Module, tensor: Tensor, indices: Tensor) -> Where:
+    indices = indices.to(tensor.device)
+    return filters_at(module, indices) if tensor.dim() > 1 else indices
 
 
 def _silent_rows(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.criteria.score import overlap
 from regrow.filters import eligible
+from regrow.modules import filters_first
 from regrow.noise.layers import remove_bridgeout
 from regrow.repr.cycle import RePr
 from regrow.study import records
@@ -245,7 +246,9 @@ def _run(
                 "train_accuracy": accuracy,
                 "validation_loss": measured["loss"],
                 "validation_accuracy": measured["accuracy"],
-                "overlap": sum(float(overlap(conv.weight).sum()) for conv in ranked.values()),
+                "overlap": sum(
+                    float(overlap(filters_first(conv, conv.weight)).sum()) for conv in ranked.values()
+                ),
                 "alive": alive,
                 "filters": sum(filters.values()),
                 "seconds": seconds,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
 from regrow.marks import check
-from regrow.modules import unwrap
+from regrow.modules import filter_count, unwrap
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers
-from regrow.surgery.layers import Replaced, apply_plan, is_cut, widen
+from regrow.surgery.layers import Replaced, apply_plan, filters_left, is_cut, widen
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import unremovable
 from regrow.torch_private import own_parameters
@@ -77,7 +77,8 @@ def cut(
     model = unwrap(model)
     if not convolutions(model):
         raise ValueError(
-            "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers."
+            "the model has no convolution to cut: pass one with Conv1d, Conv2d or Conv3d layers, or with "
+            "ConvTranspose1d, ConvTranspose2d or ConvTranspose3d layers."
         )
     before, parameters = filter_counts(model), _count(model)
     whole, keep, readers = model, check_keep(model, keep), None
@@ -124,14 +125,13 @@ def keep_of_uncut(
     """
     found = {}
     for name, conv in convolutions(model).items():
-        left = vars(conv).get("_regrow_left", {"kept": {}})
-        rows = left["kept"].get("weight", {}).get(0)
-        mask = keep.get(name)
-        if rows is None:
+        left, mask = filters_left(conv), keep.get(name)
+        if left is None:
             if mask is not None:
                 found[name] = mask
         elif mask is not None or not unremovable(readers, name):
-            alive = torch.zeros(left["shapes"]["weight"][0], dtype=torch.bool)
+            count, rows = left
+            alive = torch.zeros(count, dtype=torch.bool)
             # A spread layer still counts all its filters.
             alive[rows] = True if mask is None else mask[rows] if len(mask) == len(alive) else mask
             found[name] = alive
@@ -142,7 +142,9 @@ def filter_counts(model: nn.Module) -> dict[str, int]:
     """{name: how many filters a convolution holds}, after cuts too."""
     # The parameter itself: a spread layer computes with more rows.
     return {
-        name: conv.out_channels if (weight := own_parameters(conv).get("weight")) is None else len(weight)
+        name: conv.out_channels
+        if (weight := own_parameters(conv).get("weight")) is None
+        else filter_count(conv, weight)
         for name, conv in convolutions(model).items()
     }
 

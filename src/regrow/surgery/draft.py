@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import index_tensor
-from regrow.modules import Convolution, Norm, per_channel, tied_modules
+from regrow.modules import Convolution, Norm, filter_dim, per_channel, tied_modules
 from regrow.structure.flows import Flows
 from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.surgery.removal import Removal
@@ -156,11 +156,14 @@ class Drafting:
         return Draft(plan, present)
 
     def _uneven(self, name: str, emitted: Mapping[str, Tensor]) -> bool:
-        groups = self.convolutions[name].groups
-        if groups == 1:
+        """Whether the groups of a convolution that are left cannot be computed by one smaller layer."""
+        conv = self.convolutions[name]
+        if conv.groups == 1:
             return False
-        counts = (emitted[name] & self._alive[name]).view(groups, -1).sum(1)
-        return len(counts[counts > 0].unique()) > 1
+        kept = (emitted[name] & self._alive[name]).view(conv.groups, -1)
+        kept = kept[kept.any(1)]
+        # The weight of a transposed convolution keeps the same places in every group.
+        return len((kept if filter_dim(conv) else kept.sum(1)).unique(dim=0)) > 1
 
     def _write_rows(
         self,
@@ -174,12 +177,15 @@ class Drafting:
         computed = emitted & self._alive[name]
         if level == MASKED:
             if not self._alive[name].all():
+                conv = self.convolutions[name]
+                alike = "filters" if filter_dim(conv) else "numbers of filters"
                 plan.masked[name] = (
-                    "its groups lose different numbers of filters"
+                    f"its groups lose different {alike}"
                     if self._uneven(name, {name: emitted})
                     else "computing its kept filters alone was not confirmed"
                 )
-                plan.spread[name] = _indices(self._alive[name])
+                if conv.groups == 1 or not filter_dim(conv):
+                    plan.spread[name] = _indices(self._alive[name])
             return ""
         if not computed.all():
             plan.rows[name] = _indices(computed)

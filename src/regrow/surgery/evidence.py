@@ -172,7 +172,7 @@ def _replayed(layers: Layers, noise: Sequence[tuple[str, Tensor]], plan: CutPlan
     call, that stood for the outputs of the masked model's layers."""
     calls = iter(noise)
 
-    def replay(name: str, module: nn.Module, rows: Tensor | None, _input: Tensor) -> Tensor:
+    def replay(name: str, module: nn.Module, rows: Tensor | None, *_: Any, **__: Any) -> Tensor:
         expected, values = next(calls, ("", _NONE))
         if expected != name:
             raise Refuted(f"{name!r} runs where {expected!r} should")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import channels_last, index_tensor
-from regrow.modules import channels_read, unwrap
+from regrow.modules import Consumer, channels_read, filter_count, filter_dim, unwrap
 from regrow.suggest import nearest
 from regrow.surgery.plan import CutPlan, PlanUnfit
 from regrow.surgery.small import Small, small_class
@@ -109,7 +109,8 @@ class Layer:
         kept: parameter or buffer → dimension → the indices that remain.
         numbers: attribute (``out_channels``, …) → its value after the cut.
         placed, picked: as in the plan.
-        spread: (width, positions): the parameters' places in dim 0 while the layer computes.
+        spread: (width, positions): the places of the filters or channels that the parameters hold, while the
+            layer computes.
     """
 
     name: str
@@ -182,7 +183,7 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
             raise PlanUnfit(f"the plan does not fit {name!r}, which has {width} channels: {indices}.")
         return indices
 
-    weighted = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    weighted = isinstance(module, Consumer)
     strange: list[Mapping[str, Any]] = [plan.rows, plan.columns, plan.groups, plan.picked]
     if weighted:
         strange = [plan.channels]
@@ -196,19 +197,25 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
         weight = own_parameters(module).get("weight")
         if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
             raise PlanUnfit(f"the weight of {name!r} is not a plain parameter (a parametrization?).")
-        filters, columns = weight.shape[:2]
-        emits, reads = filters, columns * getattr(module, "groups", 1)
-        groups = plan.groups.get(name, getattr(module, "groups", 1))
-        if name in plan.rows:
-            rows = fits(plan.rows[name], filters)
+        filters, before = filter_count(module, weight), int(getattr(module, "groups", 1))
+        columns = weight.shape[0] // before if filter_dim(module) else weight.shape[1]
+        emits, reads = filters, columns * before
+        groups = plan.groups.get(name, before)
+        if before > 1 and filter_dim(module):
+            in_groups = {row // (filters // before) for row in plan.rows.get(name, range(filters))}
+            if name in plan.columns or name in plan.spread or groups != len(in_groups):
+                raise PlanUnfit(f"the plan does not fit {name!r}, a transposed convolution in groups.")
+        stays = plan.rows.get(name, plan.spread.get(name))
+        if stays is not None:
+            rows = fits(stays, filters)
             kept = {key: {0: rows} for key, tensor in own.items() if tensor.shape[0] == filters}
-            filters = len(rows)
-        elif name in plan.spread:
-            rows = fits(plan.spread[name], filters)
-            kept = {key: {0: rows} for key, tensor in own.items() if tensor.shape[0] == filters}
-            spread = (filters, rows)
+            kept["weight"] = _filters_kept(name, module, rows, filters // before, columns)
+            if name in plan.rows:
+                filters = len(rows)
+            else:
+                spread = (filters, rows)
         if name in plan.columns:
-            kept.setdefault("weight", {})[1] = fits(plan.columns[name], columns)
+            kept.setdefault("weight", {})[1 - filter_dim(module)] = fits(plan.columns[name], columns)
             columns = len(plan.columns[name])
         if not groups or filters % groups:
             raise PlanUnfit(f"{filters} filters of {name!r} do not go into {groups} groups.")
@@ -244,6 +251,41 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
     # The layer keeps copies of the plan's lists.
     placed, picked = placed and (placed[0], list(placed[1])), picked and list(picked)
     return Layer(name, module, kept, numbers, placed, picked, spread)
+
+
+def _filters_kept(
+    name: str, module: nn.Module, rows: list[int], filters: int, channels: int
+) -> dict[int, list[int]]:
+    """What stays of a layer's weight with the filters ``rows``: dimension → indices.
+
+    Args:
+        filters, channels: how many a group has, before the cut.
+    """
+    if not filter_dim(module):
+        return {0: rows}
+    # A transposed convolution has its groups in dim 0, and each group's filters at the same places of dim 1.
+    left = list(dict.fromkeys(row // filters for row in rows))
+    places = sorted({row % filters for row in rows})
+    if len(left) * len(places) != len(rows):
+        raise PlanUnfit(f"the plan leaves other filters in one group of {name!r} than in another.")
+    if getattr(module, "groups", 1) == 1:
+        return {1: places}
+    return {0: [group * channels + i for group in left for i in range(channels)], 1: places}
+
+
+def filters_left(layer: nn.Module) -> tuple[int, list[int]] | None:
+    """How many filters a convolution had before its first cut, and which are left; None if all are."""
+    left: dict[str, Any] = vars(layer).get("_regrow_left", {"kept": {}})
+    kept = left["kept"].get("weight", {})
+    if not filter_dim(layer):
+        return (left["shapes"]["weight"][0], list(kept[0])) if 0 in kept else None
+    if not kept:
+        return None
+    groups, (channels, filters) = left["numbers"]["groups"], left["shapes"]["weight"][:2]
+    places = kept.get(1, range(filters))
+    busy = dict.fromkeys(i // (channels // groups) for i in kept.get(0, range(channels)))
+    rows = [group * filters + i for group in busy for i in places]
+    return (groups * filters, rows) if len(rows) < groups * filters else None
 
 
 def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:

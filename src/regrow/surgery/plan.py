@@ -22,8 +22,8 @@ class CutPlan:
     Keys are qualified names; a layer that is not named stays whole. Indices are ascending.
 
     Attributes:
-        rows: convolution → the filters that it still computes (rows of its weight).
-        columns: convolution or linear layer → the input channels that it still reads (dim 1 of its weight).
+        rows: convolution → the filters that it still computes.
+        columns: ungrouped convolution or linear layer → the input channels that it still reads.
         channels: norm or PReLU → the channels that remain of its parameters and statistics.
         groups: grouped convolution → its new number of groups.
         placed: layer → (width, positions): its narrow output is put at these channels of a tensor of zeros,

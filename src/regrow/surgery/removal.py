@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.filters import check_keep, convolutions
 from regrow.indexing import index_tensor
 from regrow.marks import borrowed_weight
-from regrow.modules import tied_modules, unwrap
+from regrow.modules import grouped, tied_modules, unwrap
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, column_mask, silence, zero_channels
 from regrow.structure.sums import norms_without_writers, silence_norms
@@ -193,11 +193,12 @@ def _followers(
             continue
         for consumer, reads in found.consumers.items():
             layer = modules[consumer]
-            grouped = getattr(layer, "groups", 1) > 1 and consumer not in found.noisy
-            if not grouped or consumer in borrowed or unremovable(readers, consumer):
+            follows = getattr(layer, "groups", 1) > 1 and consumer not in found.noisy
+            if not follows or consumer in borrowed or unremovable(readers, consumer):
                 continue
             mask = column_mask(layer, reads.of(gone))
             unread[consumer] = unread[consumer] | mask if consumer in unread else mask
-            if rows := unread[consumer].all(1).nonzero().flatten().tolist():
+            silent = grouped(layer, unread[consumer]).all(2).flatten()
+            if rows := silent.nonzero().flatten().tolist():
                 followers[consumer] = rows
     return followers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import index_tensor, place, take
-from regrow.modules import channel_dim
+from regrow.modules import channel_dim, filter_dim
 from regrow.torch_private import own_buffers
 
 
@@ -70,6 +70,7 @@ def _spread(name: str) -> property:
 
     def get(self: Small) -> Tensor:
         index, width = cast(Tensor, self._regrow_spread), cast(int, self._regrow_widths[1])
-        return place(cast(Tensor, nn.Module.__getattr__(self, name)), index, 0, width)
+        dim = filter_dim(self) if name == "weight" else 0
+        return place(cast(Tensor, nn.Module.__getattr__(self, name)), index, dim, width)
 
     return property(get)

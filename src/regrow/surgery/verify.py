@@ -17,7 +17,7 @@ from regrow.looking.dropout import NoDropout, stop_dropout
 from regrow.looking.hooks import hooked, idle
 from regrow.looking.noise import Noise, noise_like, unsettle
 from regrow.marks import strip
-from regrow.modules import Norm, channel_dim, channel_layers, is_stock
+from regrow.modules import Norm, channel_dim, channel_layers, filter_count, is_stock
 from regrow.surgery.evidence import Look, Refuted, Seen, close, compare, scale_of, see
 from regrow.surgery.layers import apply_plan
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
@@ -240,7 +240,7 @@ class Probe:
             return False
         given = self._look.samples[name]
         dim = channel_dim(module, given)
-        groups, filters = getattr(module, "groups", 1), len(module.weight)
+        groups, filters = getattr(module, "groups", 1), filter_count(module, module.weight)
         read = given.shape[dim] // groups
         kept, picked = list(range(0, filters, 2)), list(range(0, read, 2))
         if groups > 1:
