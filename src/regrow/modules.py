@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +56,50 @@ def channel_dim(module: nn.Module, tensor: Tensor) -> int:
 
 def channel_dims(module: nn.Module, tensor: Tensor) -> list[int]:
     """Where ``module`` may have its channels in ``tensor``: layer norms are used in two layouts."""
-    if isinstance(module, nn.Linear):
-        return [tensor.dim() - 1]
-    if isinstance(module, ConvNd):
-        return [tensor.dim() - 1 - len(module.kernel_size)]
     if isinstance(module, nn.LayerNorm):
         return [1, tensor.dim() - 1]
+    axis = channel_axis(module)
+    return [axis if axis > 0 else tensor.dim() + axis]
+
+
+def channel_axis(module: nn.Module) -> int:
+    """``channel_dim`` without a tensor: counted from the end (below 0) where a batch dimension may be absent."""
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, ConvNd):
+        return -1 - len(module.kernel_size)
     for sides, kind in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
         if isinstance(module, kind):
-            return [tensor.dim() - 1 - sides]
-    return [1]
+            return -1 - sides
+    return 1
+
+
+def input_first(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a call of ``module`` with the layer's input as the first positional one.
+
+    A call by keyword (``conv(input=x)``) is turned into ``conv(x)``; all other calls stay as they are.
+    """
+    if args or not kwargs:
+        return args, kwargs
+    name = _input_name(type(module))
+    if name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
+@functools.cache
+def _input_name(kind: type[nn.Module]) -> str:
+    """The name of the first argument of ``forward``; empty if it must be given by keyword."""
+    # A class that hands all arguments on, as those in front of a layer's own class do, names none.
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+            if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+                takes = parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+                return parameters[0].name if takes else ""
+    return ""
 
 
 def channels_read(module: nn.Module) -> int | None:

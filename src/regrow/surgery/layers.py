@@ -16,7 +16,7 @@ from regrow.indexing import channels_last, index_tensor
 from regrow.modules import channels_read, unwrap
 from regrow.suggest import nearest
 from regrow.surgery.plan import CutPlan, PlanUnfit
-from regrow.surgery.small import Small, small_class
+from regrow.surgery.small import Small, make_small, undo_small
 from regrow.torch_private import own_buffers, own_parameters
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters")
@@ -143,14 +143,8 @@ class Layer:
             setattr(module, key, number)
         if self.placed or self.picked or self.spread:
             names = [key for key in self.kept if key in own_parameters(module)] if self.spread else []
-            module.__class__ = small_class(cast(Any, type(module)), tuple(names))
-            module._regrow_widths = (self.placed and self.placed[0], self.spread and self.spread[0])
-            module._regrow_at = {
-                "_regrow_picked": self.picked,
-                "_regrow_placed": self.placed and self.placed[1],
-                "_regrow_spread": self.spread and self.spread[1],
-            }
-            module._index(next((t.device for t in own.values() if t is not None), torch.device("cpu")))
+            device = next((t.device for t in own.values() if t is not None), torch.device("cpu"))
+            make_small(module, self.picked, self.placed, self.spread, tuple(names), device)
         return replaced
 
 
@@ -248,10 +242,7 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
 
 def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
     if isinstance(module, Small):
-        plain: Any = type(module)._regrow_plain[0]
-        module.__class__ = plain
-        for key in (*module._regrow_at, "_regrow_widths", "_regrow_at"):
-            delattr(module, key)
+        undo_small(module)
     replaced = []
     for key, kept in left["kept"].items():
         shape = left["shapes"][key]
