@@ -59,15 +59,17 @@ def place_plainly(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor
 
 
 def pad_and_select(tensor: Tensor, source: Tensor, dim: int) -> Tensor:
-    """``place`` in two operations that do not ask for the shape, and work on quantized numbers: a channel of
-    zeros is appended, and then selected for all places without a channel. ``torch.jit.script`` compiles it.
+    """``place`` in operations that do not ask for the shape, and work on quantized numbers: a channel of zeros
+    is appended, and then selected for all places without a channel. ``torch.jit.script`` compiles it.
 
     Args:
         source: from ``sources``.
-        dim: a number below 0 where the tensor may have any number of dimensions in front of it.
+        dim: below 0 it takes two operations, else four and a result in another memory format.
     """
-    behind = -dim - 1 if dim < 0 else tensor.dim() - dim - 1
-    return torch.nn.functional.pad(tensor, [0, 0] * behind + [0, 1]).index_select(dim, source)
+    if dim < 0:
+        return torch.nn.functional.pad(tensor, [0, 0] * (-dim - 1) + [0, 1]).index_select(dim, source)
+    wide = torch.nn.functional.pad(tensor.transpose(dim, -1), [0, 1])
+    return wide.index_select(-1, source).transpose(dim, -1)
 
 
 def sources(positions: Sequence[int], width: int) -> list[int]:

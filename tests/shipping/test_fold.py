@@ -11,7 +11,8 @@ from nets import Standardised
 from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
-from regrow.shipping.fold import Placed, fold_norms
+from regrow.shipping.fold import fold_norms
+from regrow.shipping.plain import Placed
 from regrow.shipping.onnx import export_onnx
 from regrow.surgery.cut import cut
 

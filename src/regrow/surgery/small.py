@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Mapping
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,15 @@ from regrow.torch_private import own_buffers
 class Small(nn.Module):
     """In front of a cut layer's own class: picks channels of the input, and places the output's channels."""
 
-    _regrow_picked: Tensor | None
-    _regrow_placed: Tensor | None
-    _regrow_spread: Tensor | None
-    _regrow_at: Mapping[str, list[int] | None]
-    _regrow_widths: tuple[int, int]
-    _regrow_axis: int
-    _regrow_plain: tuple[type[nn.Module], tuple[str, ...]]
+    if TYPE_CHECKING:  # torch.jit.script reads annotations, and does not know such
+        _regrow_picked: Tensor | None
+        _regrow_placed: Tensor | None
+        _regrow_spread: Tensor | None
+        _regrow_at: Mapping[str, list[int] | None]
+        _regrow_widths: tuple[int, int]
+        _regrow_axis: int
+        _regrow_plain: tuple[type[nn.Module], tuple[str, ...]]
+        _regrow_inner: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._regrow_picked is not None:
@@ -105,8 +108,11 @@ def undo_small(module: Any) -> None:
 @functools.cache
 def small_class(plain: Any, spread: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _spread(name) for name in spread}
-    if list(inspect.signature(plain.forward).parameters) == ["self", "input"]:
-        body |= {"forward": _forward, "_regrow_inner": plain.forward}
+    if inspect.isfunction(plain.forward) and list(inspect.signature(plain.forward).parameters) == [
+        "self",
+        "input",
+    ]:
+        body |= {"forward": _forward, "_regrow_inner": _renamed(plain.forward, "_regrow_inner")}
     # torch.fx looks at the name of the module that a class is in: PyTorch's layers it does not look into.
     body |= {"_regrow_plain": (plain, spread), "__module__": plain.__module__}
     return type(f"Small{plain.__name__}", (Small, plain), body)
@@ -115,6 +121,15 @@ def small_class(plain: Any, spread: tuple[str, ...]) -> type[nn.Module]:
 def _forward(self, input):  # type: ignore[no-untyped-def]
     """``Small.forward`` for a layer that takes its input alone: torch.jit.script compiles no ``*args``."""
     return self._regrow_place(self._regrow_inner(self._regrow_pick(input)))
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """``function`` under the name that its method has: torch.jit.script takes the two for one."""
+    twin = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    twin.__annotations__ = function.__annotations__
+    return twin
 
 
 def _rebuild(plain: type[nn.Module], spread: tuple[str, ...]) -> nn.Module:
