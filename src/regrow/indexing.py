@@ -59,8 +59,10 @@ def place_plainly(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor
 
 
 def pad_and_select(tensor: Tensor, source: Tensor, dim: int) -> Tensor:
-    """``place`` in operations that do not ask for the shape, and work on quantized numbers: a channel of zeros
-    is appended, and then selected for all places without a channel. ``torch.jit.script`` compiles it.
+    """``place`` in operations that do not ask for the shape, and work on quantized numbers.
+
+    A channel of zeros is appended, and then selected for all places without a channel. ``torch.jit.script``
+    compiles this function.
 
     Args:
         source: from ``sources``.
@@ -81,7 +83,7 @@ def sources(positions: Sequence[int], width: int) -> list[int]:
 
 
 def is_quick(tensor: Tensor) -> bool:
-    """Whether the kernels of this file can work on ``tensor``: it has numbers, and nobody notes operations."""
+    """Whether the kernels of this file can work on ``tensor``: it has numbers, and nobody traces it."""
     # Whatever torch.fx notes operations with is no tensor.
     return isinstance(tensor, Tensor) and not tensor.is_quantized and not torch.jit.is_tracing()
 

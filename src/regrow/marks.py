@@ -48,8 +48,8 @@ STATES = {
     ),
     "pruning masks": (
         "has weights under a mask of torch.nn.utils.prune",
-        f"Call {_WEIGHT_ENDS['pruning masks']} first. Before that, regrow.keep_of_masks(model) gives the filters "
-        "that are masked as a whole, for regrow.cut.",
+        f"Call {_WEIGHT_ENDS['pruning masks']} first. Before that, regrow.keep_of_masks(model) gives the "
+        "filters that are masked as a whole, for regrow.cut.",
     ),
     "weight hooks": (
         "has weights that a hook computes before each pass",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def channel_dims(module: nn.Module, tensor: Tensor) -> list[int]:
 
 
 def channel_axis(module: nn.Module) -> int:
-    """``channel_dim`` without a tensor: counted from the end (below 0) where a batch dimension may be absent."""
+    """``channel_dim`` without a tensor: below 0, from the end, where a batch dimension may be absent."""
     if isinstance(module, nn.Linear):
         return -1
     if isinstance(module, ConvNd):
@@ -83,7 +83,7 @@ def input_first(
     """
     if args or not kwargs:
         return args, kwargs
-    name = _input_name(type(module))
+    name = _input_name(cast(Any, type(module)))
     if name not in kwargs:
         return args, kwargs
     return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}

@@ -56,8 +56,8 @@ def keep_of_masks(model: nn.Module) -> dict[str, Tensor]:
             "no filter has all of its weights and its bias masked, and only whole filters can be cut: "
             "torch.nn.utils.prune.ln_structured(layer, 'weight', amount, n=2, dim=0) masks whole filters."
             if masked
-            else "no convolution has a mask of torch.nn.utils.prune on its weight. If prune.remove was called, "
-            "the masks are forgotten: call keep_of_masks before it."
+            else "no convolution has a mask of torch.nn.utils.prune on its weight. prune.remove forgets the "
+            "masks: call keep_of_masks before it."
         )
     return keep
 

@@ -46,7 +46,9 @@ def plain_layers(model: nn.Module) -> nn.Module:
         raise ValueError(f"{error}.") from error
     strip(whole)
     modules = list(whole.modules())
-    plain = {module: _plain(module) for module in modules if isinstance(module, Small)}
+    plain: dict[nn.Module, nn.Module] = {
+        module: _plain(module) for module in modules if isinstance(module, Small)
+    }
     for module in modules:
         for mark in ("_regrow_left", "_regrow_cuts"):
             vars(module).pop(mark, None)
@@ -118,7 +120,8 @@ def placing(layer: Small) -> Placed | None:
     if layer._regrow_placed is None:
         return None
     # PyTorch's own norms for pictures and volumes take no input without a batch.
-    dim = {nn.BatchNorm2d: -3, nn.BatchNorm3d: -4}.get(layer._regrow_plain[0], layer._regrow_axis)
+    dims: dict[type[nn.Module], int] = {nn.BatchNorm2d: -3, nn.BatchNorm3d: -4}
+    dim = dims.get(layer._regrow_plain[0], layer._regrow_axis)
     return Placed(layer._regrow_placed, layer._regrow_widths[0], dim)
 
 
@@ -132,6 +135,6 @@ def _plain(layer: Small) -> nn.Module:
     for name, values in wide.items():
         trains: Any = own_parameters(layer)[name].requires_grad
         layer.register_parameter(name, nn.Parameter(values, requires_grad=trains))
-    parts = OrderedDict(pick=pick, layer=layer, place=place)
+    parts: dict[str, nn.Module | None] = {"pick": pick, "layer": layer, "place": place}
     steps = OrderedDict((name, part) for name, part in parts.items() if part is not None)
     return nn.Sequential(steps).train(layer.training) if len(steps) > 1 else layer

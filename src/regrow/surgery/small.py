@@ -86,7 +86,7 @@ def make_small(
         names: the parameters that are spread.
         device: of the indices.
     """
-    module.__class__ = small_class(type(module), names)
+    module.__class__ = small_class(cast(Any, type(module)), names)
     module._regrow_widths = (placed[0] if placed else 0, spread[0] if spread else 0)
     module._regrow_axis = channel_axis(module)
     module._regrow_at = {
