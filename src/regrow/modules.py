@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -74,32 +73,36 @@ def channel_axis(module: nn.Module) -> int:
     return 1
 
 
-def input_first(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments of a call of ``module`` with the layer's input as the first positional one.
-
-    A call by keyword (``conv(input=x)``) is turned into ``conv(x)``; all other calls stay as they are.
-    """
-    if args or not kwargs:
-        return args, kwargs
-    name = _input_name(cast(Any, type(module)))
-    if name not in kwargs:
-        return args, kwargs
-    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-
-
 @functools.cache
-def _input_name(kind: type[nn.Module]) -> str:
-    """The name of the first argument of ``forward``; empty if it must be given by keyword."""
-    # A class that hands all arguments on, as those in front of a layer's own class do, names none.
+def input_name(kind: Any) -> str:
+    """The name of the first argument of a layer's ``forward``; empty if it cannot be given by position.
+
+    Args:
+        kind: the layer's class.
+    """
     for base in kind.__mro__:
         if "forward" in vars(base):
             parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+            # A class that hands all arguments on, as those in front of a layer's own class do, names none.
             if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
-                takes = parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-                return parameters[0].name if takes else ""
+                by_position = parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
+                return parameters[0].name if by_position else ""
     return ""
+
+
+def input_first(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of a layer with its input as the first positional one.
+
+    A call by keyword (``conv(input=x)``) is turned into ``conv(x)``; all other calls stay as they are.
+
+    Args:
+        name: ``input_name`` of the layer.
+    """
+    if args or name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def channels_read(module: nn.Module) -> int | None:

@@ -119,7 +119,7 @@ def assert_layers_run(model, plan):
 def test_a_changed_plan_is_refused_or_applied_right(kind, seed):
     net, plan = real(kind)
     names, chance = [name for name, _ in net.named_modules()], random.Random(seed)
-    before, refused, applied = snapshot(net), 0, 0
+    before, refused, applied, longest = snapshot(net), 0, 0, 0
     for _ in range(60):
         hostile = changed(plan, names, chance)
         trial = copy.deepcopy(net)
@@ -127,8 +127,7 @@ def test_a_changed_plan_is_refused_or_applied_right(kind, seed):
             read = CutPlan.from_dict(hostile)
             apply_plan(trial, read)
         except PlanUnfit as error:
-            refused += 1
-            assert len(str(error)) < 600
+            refused, longest = refused + 1, max(longest, len(str(error)))
             after = snapshot(trial)
             assert after[1] == before[1]
             assert all(torch.equal(tensor, before[0][name]) for name, tensor in after[0].items())
@@ -138,6 +137,7 @@ def test_a_changed_plan_is_refused_or_applied_right(kind, seed):
             assert_layers_run(trial, read)
     assert refused > 20
     assert applied
+    assert longest < 600  # a message shows the beginning of what is long
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -157,10 +157,9 @@ def test_a_changed_plan_in_a_file_is_refused_or_loaded(kind, tmp_path):
         save_file(load_file(path), hostile, {"regrow": json.dumps(data)})
         try:
             regrow.load(copy.deepcopy(fresh), hostile).eval()
-        except ValueError as error:
+        except ValueError:
             refused += 1
-            assert "hostile.safetensors" in str(error)
-            with pytest.raises(ValueError, match="hostile.safetensors"):
+            with pytest.raises(ValueError, match=r"hostile\.safetensors"):
                 regrow.load(fresh, hostile)
             after = snapshot(fresh)
             assert after[1] == before[1]

@@ -238,3 +238,32 @@ def test_users_hooks_see_the_wide_tensors():
     layer.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0].shape, output.shape)))
     layer(torch.ones(4, 3))
     assert seen == [((4, 3), (4, 2))]
+
+
+class Handed(nn.Conv2d):
+    """A convolution that hands on whatever it is called with."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_layer_is_called_by_keyword():
+    x = torch.randn(2, 3, 4, 4)
+    for kind, name in ((nn.Conv2d, "input"), (Doubled, "x"), (Handed, "input")):
+        layer = left_of(kind(3, 3, 1), columns=[0, 2], picked=[0, 2], rows=[1], placed=(3, [1]))
+        assert torch.equal(layer(**{name: x}), layer(x))
+    doubled = left_of(Doubled(3, 3, 1), columns=[0, 2], picked=[0, 2])
+    assert torch.equal(doubled(times=3, x=x), doubled(x, 3))
+    with pytest.raises(TypeError):
+        doubled(times=3)
+
+
+def test_torch_fx_writes_down_a_layer_of_the_users_own():
+    x = torch.randn(2, 3, 4, 4)
+    for kind in (Doubled, Handed):
+        net = nn.Sequential(left_of(kind(3, 3, 1), columns=[0, 2], picked=[0, 2], rows=[1], placed=(3, [1])))
+        graph = torch.fx.symbolic_trace(net)
+        assert torch.equal(graph(x), net(x))
+        assert "call_module" not in {node.op for node in graph.graph.nodes}  # it looked into the layer
+        with pytest.raises(ValueError, match=r"give it regrow.plain_layers\(model\)"):
+            torch.fx.symbolic_trace(nn.Sequential(left_of(kind(3, 3, 1), spread=[0, 2])))

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.modules import input_first, is_stock
+from regrow.modules import input_first, input_name, is_stock
 
 Layers = Sequence[tuple[str, nn.Module]]
 _Room = dict[tuple[torch.dtype, torch.device], Tensor]
@@ -85,10 +85,10 @@ def carrying(callback: Callable[..., Any]) -> Callable[..., Any]:
 def _between(
     name: str, module: nn.Module, ahead: Callable[..., Any], behind: Callable[..., Any]
 ) -> Callable[..., Any]:
-    inner = module.forward
+    inner, first = module.forward, input_name(cast(Any, type(module)))
 
-    def forward(*inputs: Any, **kwargs: Any) -> Any:
-        inputs, named = input_first(module, inputs, kwargs)
+    def forward(*inputs: Any, **named: Any) -> Any:
+        inputs, named = input_first(first, inputs, named)
         changed = ahead(name, module, inputs)
         inputs = inputs if changed is None else changed
         output = inner(*inputs, **named)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import index_tensor, place, place_plainly, take
-from regrow.modules import channel_axis, input_first
+from regrow.modules import channel_axis, input_first, input_name
 from regrow.torch_private import own_buffers
 
 
@@ -27,12 +27,14 @@ class Small(nn.Module):
         _regrow_widths: tuple[int, int]
         _regrow_axis: int
         _regrow_plain: tuple[type[nn.Module], tuple[str, ...]]
+        _regrow_input: str
         _regrow_inner: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._regrow_picked is not None:
-            args, kwargs = input_first(self, args, kwargs)  # type: ignore[assignment]
-            args = (self._regrow_pick(args[0]), *args[1:])
+            args, kwargs = input_first(self._regrow_input, args, kwargs)
+            if args:  # else the layer says best what is missing
+                args = (self._regrow_pick(args[0]), *args[1:])
         return self._regrow_place(super().forward(*args, **kwargs))
 
     def _regrow_pick(self, input: Tensor) -> Tensor:
@@ -115,6 +117,7 @@ def small_class(plain: Any, spread: tuple[str, ...]) -> type[nn.Module]:
         body |= {"forward": _forward, "_regrow_inner": _renamed(plain.forward, "_regrow_inner")}
     # torch.fx looks at the name of the module that a class is in: PyTorch's layers it does not look into.
     body |= {"_regrow_plain": (plain, spread), "__module__": plain.__module__}
+    body["_regrow_input"] = input_name(plain)
     return type(f"Small{plain.__name__}", (Small, plain), body)
 
 
@@ -143,6 +146,10 @@ def _spread(name: str) -> property:
     def get(self: Small) -> Tensor:
         # torch.jit.script cannot compile this: give it regrow.plain_layers(model).
         index, width = cast(Tensor, self._regrow_spread), self._regrow_widths[1]
-        return place(cast(Tensor, nn.Module.__getattr__(self, name)), index, 0, width)
+        weight = nn.Module.__getattr__(self, name)
+        if not isinstance(weight, Tensor):
+            # torch.fx would store the wide weight, and place it once more.
+            raise ValueError("torch.fx cannot look into this layer: give it regrow.plain_layers(model).")
+        return place(weight, index, 0, width)
 
     return property(get)
