@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.indexing import channels_last, place, take, take_block
+from regrow.indexing import channels_last, pad_and_select, place, place_plainly, sources, take, take_block
 from regrow.modules import channel_dim
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -123,3 +123,26 @@ def test_what_counts_as_channels_last():
     assert channels_last(torch.zeros(2, 4, 3).movedim(-1, 1))
     assert not channels_last(x.transpose(2, 3))
     assert not channels_last(torch.zeros(2, 3))
+
+
+def test_where_each_place_gets_its_channel_from():
+    assert sources([0, 2], 4) == [0, 2, 1, 2]
+    assert sources([1], 2) == [1, 0]
+    assert sources([0, 1], 2) == [0, 1]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize("dim", [0, 1, -1, -2])
+def test_plain_operations_place_the_same(shape, dim):
+    x = torch.randn(shape)
+    positions = list(range(0, 2 * shape[dim], 2))
+    index, width = torch.tensor(positions), 2 * shape[dim] + 1
+    expected = place(x, index, dim, width)
+    assert torch.equal(place_plainly(x, index, dim, width), expected)
+    assert torch.equal(pad_and_select(x, torch.tensor(sources(positions, width)), dim), expected)
+
+
+def test_quantized_numbers_are_taken_and_placed():
+    bits = torch.quantize_per_tensor(torch.tensor([[1.0, 2.0, 3.0]]), 0.5, 4, torch.quint8)
+    assert take(bits, INDEX, 1).dequantize().tolist() == [[1, 3]]
+    assert place(bits, torch.tensor([0, 2, 4]), 1, 5).dequantize().tolist() == [[1, 0, 2, 0, 3]]

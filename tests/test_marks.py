@@ -383,12 +383,18 @@ def reestimate_norms(s, _):
     torch.testing.assert_close(values(s.model), values(s.plain))
 
 
+def plain_layers(s, _):
+    plain = regrow.plain_layers(s.model)
+    torch.testing.assert_close(values(plain), values(s.plain))
+    assert not set(states_of(plain)) & {"bridgeout", "narrowed", "masked", "in a cycle", "placed"}
+
+
 DO = dict(
     zip(
         OPERATIONS,
         (
             repr_, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
-            fold_norms, save, load, export_onnx, reestimate_norms,
+            fold_norms, save, load, export_onnx, reestimate_norms, plain_layers,
         ),
         strict=True,
     )

@@ -7,6 +7,7 @@ from torch import nn
 from nets import Standardised, chain
 from regrow.modules import (
     as_weight,
+    channel_axis,
     channel_dim,
     channel_dims,
     channel_layers,
@@ -16,6 +17,8 @@ from regrow.modules import (
     filters_at,
     filters_first,
     grouped,
+    input_first,
+    input_name,
     is_depthwise,
     is_stock,
     per_channel,
@@ -272,3 +275,59 @@ def test_where_the_filters_of_a_layer_lie_in_its_weight(layer, shape, filters, k
 )
 def test_depthwise_layers_hand_channels_on(layer, hands_on):
     assert is_depthwise(layer) == hands_on
+
+
+def test_the_axis_of_the_channels_is_that_of_a_tensor_of_any_shape():
+    for layer, shapes in {
+        nn.Linear(4, 4): ([4], [2, 4], [2, 3, 4]),
+        nn.Conv1d(4, 4, 1): ([4, 5], [2, 4, 5]),
+        nn.Conv3d(4, 4, 1): ([4, 5, 6, 7], [2, 4, 5, 6, 7]),
+        nn.ConvTranspose2d(4, 4, 1): ([4, 5, 6], [2, 4, 5, 6]),
+        nn.InstanceNorm2d(4): ([4, 5, 6], [2, 4, 5, 6]),
+        nn.BatchNorm1d(4): ([2, 4], [2, 4, 5]),
+        nn.GroupNorm(2, 4): ([2, 4], [2, 4, 5, 6]),
+        nn.PReLU(4): ([2, 4], [2, 4, 5]),
+    }.items():
+        for shape in shapes:
+            tensor = torch.zeros(shape)
+            assert tensor.shape[channel_axis(layer)] == 4
+            assert channel_dim(layer, tensor) == channel_axis(layer) % tensor.dim()
+
+
+class Odd(nn.Conv2d):
+    def forward(self, picture, scale=1):
+        return scale * super().forward(picture)
+
+
+class Passes(Odd):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class ByKeyword(nn.Conv2d):
+    def forward(self, *, picture):
+        return super().forward(picture)
+
+
+class Nothing(nn.Module):
+    def forward(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (nn.Conv2d, "input"), (nn.BatchNorm1d, "input"), (nn.LayerNorm, "input"), (nn.PReLU, "input"),
+        (Odd, "picture"), (Passes, "picture"), (ByKeyword, ""), (Nothing, ""),
+    ],
+)  # fmt: skip
+def test_the_name_of_what_a_layer_reads(kind, name):
+    assert input_name(kind) == name
+
+
+def test_a_call_by_keyword_is_turned_into_one_by_position():
+    assert input_first("x", (), {"scale": 2, "x": 1}) == ((1,), {"scale": 2})
+    assert input_first("x", (), {"x": 1}) == ((1,), {})
+    for args, kwargs in (((1,), {"scale": 2}), ((), {"y": 1}), ((), {}), ((1, 2), {})):
+        assert input_first("x", args, kwargs) == (args, kwargs)
+        assert input_first("", args, kwargs) == (args, kwargs)

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from regrow.compensation.compensate import compensate, read_as
     from regrow.compensation.norms import reestimate_norms
+    from regrow.criteria.masks import keep_of_masks
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
     from regrow.noise.layers import add_bridgeout, remove_bridgeout
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.fold import fold_norms
     from regrow.shipping.onnx import export_onnx
+    from regrow.shipping.plain import plain_layers
     from regrow.surgery.cut import cut
 
 _HOMES = {
@@ -34,8 +36,10 @@ _HOMES = {
     "cut": "regrow.surgery.cut",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
+    "keep_of_masks": "regrow.criteria.masks",
     "load": "regrow.shipping.checkpoint",
     "overlap": "regrow.criteria.score",
+    "plain_layers": "regrow.shipping.plain",
     "prune": "regrow.pruning.prune",
     "read_as": "regrow.compensation.compensate",
     "release": "regrow.repr.cycle",
@@ -55,8 +59,10 @@ __all__ = [
     "cut",
     "export_onnx",
     "fold_norms",
+    "keep_of_masks",
     "load",
     "overlap",
+    "plain_layers",
     "prune",
     "read_as",
     "reestimate_norms",

@@ -2,7 +2,8 @@
 
 PyTorch's ``index_select`` and ``index_copy`` compute the same. These functions keep the memory format and
 choose the quicker kernel where channels are innermost; their derivatives write once instead of adding row by
-row. A compiler makes its own kernels, so it gets PyTorch's operations.
+row. A compiler makes its own kernels, so it gets PyTorch's operations; so does whoever writes them down
+(``torch.jit.trace``, ``torch.fx``, the exporters built on them) or computes with quantized numbers.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     Args:
         index: [kept] int64, no entry twice.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_quick(tensor):
         return tensor.index_select(dim, index)
-    if _plainly():
+    if not torch.is_grad_enabled():
         return _taken(tensor, index, dim)
     return cast(Tensor, _Take.apply(tensor, index, dim))
 
@@ -42,10 +43,12 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
-    if torch.compiler.is_compiling():
-        shape = [width if each == dim % tensor.dim() else size for each, size in enumerate(tensor.shape)]
-        return tensor.new_zeros(shape).index_copy(dim, index, tensor)
-    if _plainly():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return place_plainly(tensor, index, dim, width)
+    if not is_quick(tensor):
+        source = index_tensor(sources(index.tolist(), width), index.device)
+        return pad_and_select(tensor, source, dim)
+    if not torch.is_grad_enabled():
         return _placed(tensor, index, dim, width)
     return cast(Tensor, _Place.apply(tensor, index, dim, width))
 
@@ -58,9 +61,41 @@ def clear(tensor: Tensor, where: Where) -> None:
         tensor[where] = 0
 
 
-def _plainly() -> bool:
-    """Whether no derivative is needed. A trace must come out the same with and without gradients."""
-    return not torch.is_grad_enabled() and not torch.jit.is_tracing()
+def place_plainly(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
+    """``place`` in PyTorch's operations; ``torch.jit.script`` compiles it."""
+    shape = list(tensor.shape)
+    shape[dim] = width
+    return tensor.new_zeros(shape).index_copy(dim, index, tensor)
+
+
+def pad_and_select(tensor: Tensor, source: Tensor, dim: int) -> Tensor:
+    """``place`` in operations that do not ask for the shape, and work on quantized numbers.
+
+    A channel of zeros is appended, and then selected for all places without a channel. ``torch.jit.script``
+    compiles this function.
+
+    Args:
+        source: from ``sources``.
+        dim: below 0 it takes two operations, else four and a result in another memory format.
+    """
+    if dim < 0:
+        return torch.nn.functional.pad(tensor, [0, 0] * (-dim - 1) + [0, 1]).index_select(dim, source)
+    wide = torch.nn.functional.pad(tensor.transpose(dim, -1), [0, 1])
+    return wide.index_select(-1, source).transpose(dim, -1)
+
+
+def sources(positions: Sequence[int], width: int) -> list[int]:
+    """For each of ``width`` places: which channel stands there, or ``len(positions)`` where none does."""
+    found = [len(positions)] * width
+    for channel, position in enumerate(positions):
+        found[position] = channel
+    return found
+
+
+def is_quick(tensor: Tensor) -> bool:
+    """Whether the kernels of this file can work on ``tensor``: it has numbers, and nobody traces it."""
+    # Whatever torch.fx notes operations with is no tensor.
+    return isinstance(tensor, Tensor) and not tensor.is_quantized and not torch.jit.is_tracing()
 
 
 def take_block(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffer
 
 OPERATIONS = (
     *("RePr", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
-    *("fold_norms", "save", "load", "export_onnx", "reestimate_norms"),
+    *("fold_norms", "save", "load", "export_onnx", "reestimate_norms", "plain_layers"),
 )
 _RELEASE = "Call cycle.remove() first, or regrow.release(model) if the cycle is lost."
 _WEIGHT_ENDS = {
@@ -48,7 +48,8 @@ STATES = {
     ),
     "pruning masks": (
         "has weights under a mask of torch.nn.utils.prune",
-        f"Call {_WEIGHT_ENDS['pruning masks']} first.",
+        f"Call {_WEIGHT_ENDS['pruning masks']} first. Before that, regrow.keep_of_masks(model) gives the "
+        "filters that are masked as a whole, for regrow.cut.",
     ),
     "weight hooks": (
         "has weights that a hook computes before each pass",
@@ -78,11 +79,11 @@ REFUSED: dict[str, set[str]] = {
     "sharded": {*OPERATIONS} - {"reestimate_norms"},
     "compiled": set(),
     "parametrized": set(),
-    "pruning masks": {*_STRUCTURE, "fold_norms", "load"},
-    "weight hooks": {*_STRUCTURE, "fold_norms", "load"},
-    "inference mode": {*_STRUCTURE, "add_bridgeout", "fold_norms", "load"},
+    "pruning masks": {*_STRUCTURE, "fold_norms", "load", "plain_layers"},
+    "weight hooks": {*_STRUCTURE, "fold_norms", "load", "plain_layers"},
+    "inference mode": {*_STRUCTURE, "add_bridgeout", "fold_norms", "load", "plain_layers"},
     "inference tensors": {*_STRUCTURE, "add_bridgeout", "load", "export_onnx", "reestimate_norms"},
-    "lazy": {*_STRUCTURE, "add_bridgeout", "fold_norms", "save", "load", "export_onnx", "reestimate_norms"},
+    "lazy": {*OPERATIONS} - {"remove_bridgeout"},
 }
 
 

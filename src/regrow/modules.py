@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, get_args
 
 import torch
@@ -56,16 +58,54 @@ def channel_dim(module: nn.Module, tensor: Tensor) -> int:
 
 def channel_dims(module: nn.Module, tensor: Tensor) -> list[int]:
     """Where ``module`` may have its channels in ``tensor``: layer norms are used in two layouts."""
-    if isinstance(module, nn.Linear):
-        return [tensor.dim() - 1]
-    if isinstance(module, ConvNd):
-        return [tensor.dim() - 1 - len(module.kernel_size)]
     if isinstance(module, nn.LayerNorm):
         return [1, tensor.dim() - 1]
+    axis = channel_axis(module)
+    return [axis if axis > 0 else tensor.dim() + axis]
+
+
+def channel_axis(module: nn.Module) -> int:
+    """``channel_dim`` without a tensor: below 0, from the end, where a batch dimension may be absent."""
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, ConvNd):
+        return -1 - len(module.kernel_size)
     for sides, kind in enumerate((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), 1):
         if isinstance(module, kind):
-            return [tensor.dim() - 1 - sides]
-    return [1]
+            return -1 - sides
+    return 1
+
+
+@functools.cache
+def input_name(kind: Any) -> str:
+    """The name of the first argument of a layer's ``forward``; empty if it cannot be given by position.
+
+    Args:
+        kind: the layer's class.
+    """
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            parameters = list(inspect.signature(vars(base)["forward"]).parameters.values())[1:]
+            # A class that hands all arguments on, as those in front of a layer's own class do, names none.
+            if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+                by_position = parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
+                return parameters[0].name if by_position else ""
+    return ""
+
+
+def input_first(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of a layer with its input as the first positional one.
+
+    A call by keyword (``conv(input=x)``) is turned into ``conv(x)``; all other calls stay as they are.
+
+    Args:
+        name: ``input_name`` of the layer.
+    """
+    if args or name not in kwargs:
+        return args, kwargs
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
 
 
 def channels_read(module: nn.Module) -> int | None:

@@ -36,6 +36,43 @@ def test_what_stands_in_front_sees_the_layers_and_takes_their_place():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+class ByName(nn.Module):
+    """Calls its layers by keyword: PyTorch's own, and one whose argument has another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.odd = nn.Conv2d(3, 4, 3), nn.GroupNorm(4, 4), Odd(4, 2, 1)
+
+    def forward(self, x):
+        return self.odd(scale=2, picture=self.norm(input=self.conv(input=x)))
+
+
+class Odd(nn.Conv2d):
+    def forward(self, picture, scale):
+        return scale * super().forward(picture)
+
+
+def test_an_input_given_by_keyword_is_seen_and_replaced():
+    model, seen = ByName(), []
+    expected = model(X + 1)
+
+    def before(name, _module, inputs):
+        seen.append((name, len(inputs)))
+        return (inputs[0] + 1,) if name == "conv" else None
+
+    def after(name, _module, inputs, output):
+        assert inputs[0].shape[0] == output.shape[0] == len(X)
+        return 3 * output if name == "odd" else None
+
+    with hooked(list(model.named_children()), after, before):
+        torch.testing.assert_close(model(X), 3 * expected)
+        with pytest.raises(TypeError):
+            model.odd(scale=2)
+    assert seen == [("conv", 1), ("norm", 1), ("odd", 1), ("odd", 0)]
+    with idle(list(model.named_children())):
+        assert model.norm(input=model.conv(input=X)).count_nonzero() == 0
+
+
 def test_it_stands_closer_to_the_layer_than_the_users_hooks():
     model, seen = net(), []
     model[0].register_forward_hook(lambda _module, _inputs, output: output * 2)

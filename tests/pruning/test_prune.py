@@ -255,7 +255,7 @@ def test_a_decoder_gets_as_small_as_an_encoder():
     # Positions, channels, filters and taps of each layer, for two pictures.
     assert report["macs"]["before"] == 2 * (64 * 3 * 16 * 9 + 64 * 16 * 16 * 16 + 256 * 16 * 3 * 16)
     assert report["macs"]["after"] == 2 * (64 * 3 * 8 * 9 + 64 * 8 * 8 * 16 + 256 * 8 * 3 * 16)
-    assert report["left_out"] == {"6": "they are the network's output, like a classifier's"}
+    assert report["left_out"] == {"6": "its filters are the network's output, like a classifier's"}
     assert report["masked"] == {}
     assert report["compensation"]["folded"] == ["3", "6"]
 

@@ -11,8 +11,9 @@ from nets import Standardised, decoder
 from regrow.looking.noise import unsettle
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
-from regrow.shipping.fold import Placed, fold_norms
+from regrow.shipping.fold import fold_norms
 from regrow.shipping.onnx import export_onnx
+from regrow.shipping.plain import Placed
 from regrow.surgery.cut import cut
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))

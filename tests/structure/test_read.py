@@ -317,9 +317,11 @@ def test_a_convolution_used_twice_reads_itself():
     assert found["b"].mixed
 
 
-def test_a_consumer_called_by_keyword_is_taken_for_unknown():
+def test_a_consumer_called_by_keyword_is_read_like_any_other():
     model = Drawn(lambda s, x: s.head(s.b(input=s.a(x))), a=conv(3, 4), b=conv(4, 4), head=head(4))
-    assert read_structure(model, X)["a"].mixed
+    found = read_structure(model, X)["a"]
+    assert list(found.consumers) == ["b"]
+    assert not found.mixed
 
 
 def test_dictionaries_tuples_and_none_in_and_out():

@@ -121,12 +121,6 @@ def test_the_values_that_a_plan_leaves():
             {"weight": [1], "bias": [1]},
             {"num_channels": 1, "num_groups": 1},
         ),
-        (
-            nn.GroupNorm(2, 4),
-            {"channels": [0, 1]},
-            {"weight": [2], "bias": [2]},
-            {"num_channels": 2, "num_groups": 2},
-        ),
         (nn.PReLU(4), {"channels": [1, 2, 3]}, {"weight": [3]}, {"num_parameters": 3}),
         (nn.InstanceNorm2d(4), {"channels": [1, 2, 3]}, {}, {"num_features": 3}),
         (
@@ -442,12 +436,60 @@ def many_kinds():
     model.free = parametrizations.weight_norm(nn.Conv2d(4, 4, 1))
     model.none = nn.LayerNorm(4, elementwise_affine=False)
     model.fits = conv(3, 2)
+    model.table, model.both = nn.Embedding(4, 4), nn.Bilinear(4, 4, 4)
+    model.layer, model.two = nn.LayerNorm(4), nn.GroupNorm(2, 4)
+    model.bare = nn.BatchNorm2d(4, affine=False)
+    model.own = parametrizations.weight_norm(nn.GroupNorm(4, 4))
     return model
 
 
 UNFIT = [
     ({"rows": {"conv1": [0, 4]}}, "'conv1', which has 4 channels"),
-    ({"rows": {"conv1": [-1, 0]}}, "'conv1', which has 4 channels"),
+    ({"rows": {"conv1": [-1, 0]}}, r"cannot hold \[-1, 0\] for 'conv1'"),
+    ({"rows": {"conv1": (0, 1)}}, r"cannot hold \(0, 1\) for 'conv1'"),
+    ({"rows": {"conv1": "01"}}, "cannot hold '01' for 'conv1'"),
+    ({"rows": {"conv1": [True]}}, r"cannot hold \[True\] for 'conv1'"),
+    ({"rows": {"conv1": [0.0]}}, r"cannot hold \[0.0\] for 'conv1'"),
+    ({"rows": {"conv1": [[0]]}}, r"cannot hold \[\[0\]\] for 'conv1'"),
+    ({"rows": {1: [0]}}, r"cannot hold \[0\] for 1"),
+    ({"rows": {"fits": [0]}, "groups": None}, "'groups' of a cut plan maps names to values, got None"),
+    ({"groups": {"conv2": True}}, "cannot hold True for 'conv2'"),
+    ({"placed": {"conv1": 4}}, "cannot hold 4 for 'conv1'"),
+    ({"masked": {"conv1": 1}}, "cannot hold 1 for 'conv1'"),
+    ({"masked": {"conv9": "why"}}, "names 'conv9', which the model does not have"),
+    ({"masked": {"relu1": "why"}}, "'relu1', which is a ReLU"),
+    ({"rows": {"conv1": [0]}, "spread": {"conv1": [0, 1]}}, "removes rows of 'conv1' and spreads"),
+    ({"groups": {"head": 1}}, "gives groups to 'head', which is a Linear"),
+    ({"groups": {"head": 2}}, "gives groups to 'head', which is a Linear"),
+    ({"rows": {"head": [0, 1]}, "placed": {"head": (4, [0])}}, "places 1 channels of 'head', which has 2"),
+    ({"placed": {"head": (4, [0, 1])}}, "places 2 channels of 'head', which has 4"),
+    ({"rows": {"head": [0]}, "placed": {"head": (5, [0])}}, "places 'head' in 5 channels, and it has 4"),
+    ({"groups": {"conv1": 2}}, "filters of 'conv1' in 1 groups, and gives it 2"),
+    ({"groups": {"conv2": 1}}, "filters of 'conv2' in 2 groups, and gives it 1"),
+    ({"groups": {"conv2": 4}}, "filters of 'conv2' in 2 groups, and gives it 4"),
+    ({"groups": {"conv2": 1 << 80}}, "do not go into 1208925819614629174706176 groups"),
+    ({"rows": {"conv2": [0, 1]}}, "filters of 'conv2' in 1 groups, and gives it 2"),
+    ({"rows": {"conv2": [0, 1, 2, 3]}, "groups": {"conv2": 1}}, "in 2 groups, and gives it 1"),
+    ({"rows": {"conv2": [0, 1, 2]}, "groups": {"conv2": 1}}, "different numbers of filters in the groups"),
+    ({"spread": {"conv2": [0, 1]}, "groups": {"conv2": 1}}, "in 2 groups, and gives it 1"),
+    ({"channels": {"table": [0]}}, "'channels' is for norms .* this is a Embedding"),
+    ({"spread": {"table": [0]}}, "'spread' is for norms .* this is a Embedding"),
+    ({"rows": {"table": [0]}}, "'table', which is a Embedding"),
+    ({"channels": {"table": [0]}, "placed": {"table": (4, [0])}}, "this is a Embedding"),
+    ({"channels": {"both": [0]}}, "'channels' is for norms .* this is a Bilinear"),
+    ({"channels": {"relu1": []}}, "'relu1', which has 0 channels"),
+    ({"channels": {"prelu": [0]}, "placed": {"prelu": (4, [0])}}, "'placed' is for norms"),
+    ({"spread": {"prelu": [0]}}, "'spread' is for norms .* this is a PReLU"),
+    ({"channels": {"layer": [0, 1]}}, "'channels' is for norms .* this is a LayerNorm"),
+    ({"channels": {"two": [0, 1]}}, "'channels' is for norms .* this is a GroupNorm"),
+    ({"spread": {"none": [0]}}, "'none', which has 0 channels"),
+    ({"spread": {"bare": [0]}}, "spreads the weights of 'bare', which has no weight"),
+    ({"channels": {"own": [0]}}, "the weight or bias of 'own' is not a plain parameter"),
+    ({"channels": {"": [0]}}, "'', which has 0 channels"),
+    ({"channels": {"norm1": [0]}, "placed": {"norm1": (4, [0, 1])}}, "places 2 channels of 'norm1'"),
+    ({"placed": {"norm1": (4, [0, 1, 2, 3])}}, "places 'norm1' in 4 channels, and it has 0"),
+    ({"rows": {"conv1": list(range(10_000))}}, "'conv1', which has 4 channels: .{0,90}$"),
+    ({"rows": {"x" * 10_000: [0]}}, "names 'x{70,80}…, which the model does not have"),
     ({"rows": {"conv1": [1, 0]}}, "'conv1', which has 4 channels"),
     ({"rows": {"conv1": [1, 1]}}, "'conv1', which has 4 channels"),
     ({"rows": {"conv1": []}}, "'conv1', which has 4 channels"),
@@ -499,7 +541,7 @@ def test_a_plan_that_does_not_fit_names_the_layer_and_changes_nothing(parts, mes
     model = many_kinds()
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     kinds = [type(module) for module in model.modules()]
-    plan = CutPlan(**parts | {"rows": {"fits": [0]} | parts.get("rows", {})})  # begins with one that fits
+    plan = CutPlan(**(parts | {"rows": {"fits": [0]} | parts.get("rows", {})}))  # begins with one that fits
     for attempt in (apply_plan, layers):
         with pytest.raises(PlanUnfit, match=message):
             attempt(model, plan)

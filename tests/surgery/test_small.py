@@ -259,3 +259,32 @@ def test_a_transposed_convolution_that_picks_and_places_makes_the_size_it_is_tol
         assert not made[:, [1, 2, 4]].any()
         torch.testing.assert_close(made[:, [0, 3]], expected[:, [1, 4]])
     torch.testing.assert_close(model["layer"](x, [8, 8])[:, [0, 3]], whole(x, [8, 8])[:, [1, 4]])
+
+
+class Handed(nn.Conv2d):
+    """A convolution that hands on whatever it is called with."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_layer_is_called_by_keyword():
+    x = torch.randn(2, 3, 4, 4)
+    for kind, name in ((nn.Conv2d, "input"), (Doubled, "x"), (Handed, "input")):
+        layer = left_of(kind(3, 3, 1), columns=[0, 2], picked=[0, 2], rows=[1], placed=(3, [1]))
+        assert torch.equal(layer(**{name: x}), layer(x))
+    doubled = left_of(Doubled(3, 3, 1), columns=[0, 2], picked=[0, 2])
+    assert torch.equal(doubled(times=3, x=x), doubled(x, 3))
+    with pytest.raises(TypeError):
+        doubled(times=3)
+
+
+def test_torch_fx_writes_down_a_layer_of_the_users_own():
+    x = torch.randn(2, 3, 4, 4)
+    for kind in (Doubled, Handed):
+        net = nn.Sequential(left_of(kind(3, 3, 1), columns=[0, 2], picked=[0, 2], rows=[1], placed=(3, [1])))
+        graph = torch.fx.symbolic_trace(net)
+        assert torch.equal(graph(x), net(x))
+        assert "call_module" not in {node.op for node in graph.graph.nodes}  # it looked into the layer
+        with pytest.raises(ValueError, match=r"give it regrow.plain_layers\(model\)"):
+            torch.fx.symbolic_trace(nn.Sequential(left_of(kind(3, 3, 1), spread=[0, 2])))

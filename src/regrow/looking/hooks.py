@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.modules import Transposed, is_stock
+from regrow.modules import Transposed, input_first, input_name, is_stock
 
 Layers = Sequence[tuple[str, nn.Module]]
 _Room = dict[tuple[torch.dtype, torch.device], Tensor]
@@ -37,7 +37,7 @@ def hooked(
 
     A value that they return replaces the output, or the inputs. An error that they raise ends the pass
     and leaves the block as it was raised: the model's own ``except Exception`` does not see it, and no
-    caller takes it for an error of the model.
+    caller takes it for an error of the model. An input given by keyword is the first of ``inputs`` too.
     """
     ahead, behind = (carrying(callback or (lambda *_: None)) for callback in (before, after))
     with instead((module, _between(name, module, ahead, behind)) for name, module in layers):
@@ -85,9 +85,10 @@ def carrying(callback: Callable[..., Any]) -> Callable[..., Any]:
 def _between(
     name: str, module: nn.Module, ahead: Callable[..., Any], behind: Callable[..., Any]
 ) -> Callable[..., Any]:
-    inner = module.forward
+    inner, first = module.forward, input_name(cast(Any, type(module)))
 
     def forward(*inputs: Any, **named: Any) -> Any:
+        inputs, named = input_first(first, inputs, named)
         changed = ahead(name, module, inputs)
         inputs = inputs if changed is None else changed
         output = inner(*inputs, **named)
@@ -114,7 +115,13 @@ def idle(layers: Layers) -> Iterator[None]:
         yield
 
 
-def _idly(room: _Room, module: Any, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+def _idly(
+    room: _Room,
+    module: Any,
+    input: Tensor,  # the names that PyTorch's layers give them
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
+    x = input
     if type(module) in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.indexing import index_tensor, place, take, take_block
 from regrow.marks import check_whole
-from regrow.modules import channel_dim, filter_dim, unwrap
+from regrow.modules import channel_dim, filter_dim, input_first, input_name, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.surgery.layers import Layer, layers
 from regrow.surgery.plan import CutPlan, NoPlan
@@ -119,6 +119,7 @@ class _Narrowed(nn.Module):
 
     _narrow: _Slices | None
     _wide: type[nn.Module]
+    _input: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slices = self._narrow
@@ -129,11 +130,12 @@ class _Narrowed(nn.Module):
                 f"{type(self).__name__}: a layer that computes without its dropped filters has got another "
                 "class. Add Bridgeout or a parametrization before the drop, or after the restore."
             )
+        args, kwargs = input_first(self._input, args, kwargs)
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
         slices.live = {}
         try:
-            if not torch.compiler.is_compiling() and _quick_norm(self, args):
+            if not torch.compiler.is_compiling() and not kwargs and _quick_norm(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)
@@ -176,7 +178,7 @@ def _in_front(layer: _Narrowed) -> bool:
 
 @functools.cache
 def _narrowed(wide: type[nn.Module], tensors: tuple[str, ...], numbers: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {"_wide": wide, "__module__": __name__}
+    body: dict[str, Any] = {"_wide": wide, "_input": input_name(cast(Any, wide)), "__module__": __name__}
     body |= {name: _tensor(wide, name) for name in tensors}
     body |= {name: _number(name) for name in numbers}
     return type(f"Narrow{wide.__name__}", (_Narrowed, wide), body)

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import place
 from regrow.log import gave_up, log
 from regrow.looking.calls import PassFailed, call, floating
 from regrow.looking.copies import NotCopied, copied, copied_as, inputs_as
 from regrow.looking.noise import noise_like, unsettle
 from regrow.marks import borrowed_weight, check, is_spread, strip
 from regrow.modules import Convolution, filter_count, grouped, unwrap
+from regrow.shipping.plain import placing, replace_modules
 from regrow.structure.norms import own_norms
 from regrow.surgery.evidence import Refuted, compare, see
 from regrow.surgery.small import Small
-from regrow.torch_private import BatchNorm, has_hooks, own_modules
+from regrow.torch_private import BatchNorm, has_hooks
 
 _VERSION = 1
 
@@ -78,23 +78,6 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
         "difference": max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0),
     }
     return whole, record
-
-
-class Placed(nn.Module):
-    """Place the channels of the input (dim 1) at ``positions`` of a tensor of zeros, ``width`` wide."""
-
-    positions: Tensor
-
-    def __init__(self, positions: Tensor, width: int) -> None:
-        super().__init__()
-        self.register_buffer("positions", positions)
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return place(x, self.positions, 1, self.width)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.positions)} among {self.width}"
 
 
 def _unfoldable(norm: Any, conv: nn.Module | None) -> str:
@@ -180,18 +163,15 @@ def _fold(model: nn.Module, pairs: dict[str, str]) -> None:
         conv.weight = nn.Parameter(scaled.contiguous(memory_format=layout), requires_grad=trains)
         conv.bias = nn.Parameter(shift.to(weight), requires_grad=trains)
         replacements[norm] = _stand_in(norm)
-    for module in list(model.modules()):
-        for key, child in list(own_modules(module).items()):
-            if child in replacements:
-                setattr(module, key, replacements[child])
+    replace_modules(model, replacements)
 
 
 def _stand_in(norm: Any) -> nn.Module:
     """Return the module that replaces a folded norm: its child modules, then the placing of its channels."""
     # timm's norms, for example, hold the dropout and the activation behind them as children.
     steps = [step for step in norm.children() if not isinstance(step, nn.Identity)]
-    if isinstance(norm, Small) and norm._regrow_placed is not None:
-        steps = [*steps, Placed(norm._regrow_placed, norm._regrow_widths[0])]  # type: ignore[arg-type]
+    if isinstance(norm, Small) and (place := placing(norm)) is not None:
+        steps = [*steps, place]
     if not steps:
         return nn.Identity()
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)

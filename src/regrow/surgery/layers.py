@@ -7,7 +7,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from regrow.indexing import channels_last, index_tensor
 from regrow.modules import Consumer, channels_read, filter_count, filter_dim, unwrap
 from regrow.suggest import nearest
-from regrow.surgery.plan import CutPlan, PlanUnfit
-from regrow.surgery.small import Small, small_class
+from regrow.surgery.fit import check_kind, check_masked
+from regrow.surgery.plan import CutPlan, PlanUnfit, shown
+from regrow.surgery.small import Small, make_small, undo_small
 from regrow.torch_private import own_buffers, own_parameters
 
 _CHANNEL_COUNTS = ("num_features", "num_channels", "num_groups", "num_parameters")
@@ -50,7 +51,8 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
     to the model's list ``_regrow_cuts``, oldest first.
 
     Raises:
-        PlanUnfit: the plan does not fit the model. Nothing is changed.
+        PlanUnfit: the plan holds something else than names and numbers, or does not fit the model. Nothing is
+            changed. Whether what is left of the layers fits each other shows in a forward pass only.
     """
     model = unwrap(model)
     found = layers(model, plan)
@@ -95,9 +97,15 @@ def layers(model: nn.Module, plan: CutPlan) -> list[Layer]:
     """What remains of each layer that ``plan`` names; only shapes are read.
 
     Raises:
-        ValueError: the plan does not fit the model.
+        PlanUnfit: the plan does not fit the model.
     """
+    if not isinstance(plan, CutPlan):
+        raise PlanUnfit(
+            f"a CutPlan is needed, got {shown(plan)}: CutPlan.from_dict reads what a cut records."
+        )
+    plan.check()
     modules = dict(unwrap(model).named_modules())
+    check_masked(plan, modules)
     return [_leave(modules, plan, name) for name in plan.layers()]
 
 
@@ -144,14 +152,8 @@ class Layer:
             setattr(module, key, number)
         if self.placed or self.picked or self.spread:
             names = [key for key in self.kept if key in own_parameters(module)] if self.spread else []
-            module.__class__ = small_class(cast(Any, type(module)), tuple(names))
-            module._regrow_widths = (self.placed and self.placed[0], self.spread and self.spread[0])
-            module._regrow_at = {
-                "_regrow_picked": self.picked,
-                "_regrow_placed": self.placed and self.placed[1],
-                "_regrow_spread": self.spread and self.spread[1],
-            }
-            module._index(next((t.device for t in own.values() if t is not None), torch.device("cpu")))
+            device = next((t.device for t in own.values() if t is not None), torch.device("cpu"))
+            make_small(module, self.picked, self.placed, self.spread, tuple(names), device)
         return replaced
 
 
@@ -166,7 +168,9 @@ def _composed(
 
 def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
     if name not in modules:
-        raise PlanUnfit(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
+        raise PlanUnfit(
+            f"the plan names {shown(name)}, which the model does not have{nearest(name, modules)}"
+        )
     module: Any = modules[name]
     if isinstance(module, Small):
         raise PlanUnfit(
@@ -180,7 +184,8 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
         indices = list(indices)
         rising = all(map(operator.lt, indices, indices[1:]))
         if not indices or not rising or not 0 <= indices[0] <= indices[-1] < width:
-            raise PlanUnfit(f"the plan does not fit {name!r}, which has {width} channels: {indices}.")
+            reason = f"which has {width} channels: {shown(indices)}"
+            raise PlanUnfit(f"the plan does not fit {name!r}, {reason}.")
         return indices
 
     weighted = isinstance(module, Consumer)
@@ -248,6 +253,7 @@ def _leave(modules: Mapping[str, nn.Module], plan: CutPlan, name: str) -> Layer:
         read = numbers.get("in_channels", numbers.get("in_features", len(picked)))
         if read != len(picked):
             raise PlanUnfit(f"the plan picks {len(picked)} channels for {name!r}, which reads {read}.")
+    check_kind(plan, name, module)
     # The layer keeps copies of the plan's lists.
     placed, picked = placed and (placed[0], list(placed[1])), picked and list(picked)
     return Layer(name, module, kept, numbers, placed, picked, spread)
@@ -290,10 +296,7 @@ def filters_left(layer: nn.Module) -> tuple[int, list[int]] | None:
 
 def _widen_layer(module: Any, left: Mapping[str, Any]) -> list[Replaced]:
     if isinstance(module, Small):
-        plain: Any = type(module)._regrow_plain[0]
-        module.__class__ = plain
-        for key in (*module._regrow_at, "_regrow_widths", "_regrow_at"):
-            delattr(module, key)
+        undo_small(module)
     replaced = []
     for key, kept in left["kept"].items():
         shape = left["shapes"][key]

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class PlanUnfit(ValueError):
-    """A plan names layers, channels or shapes that a model does not have."""
+    """A plan names layers, channels or shapes that a model does not have, or holds no such thing."""
 
 
 class NoPlan(ValueError):
@@ -48,6 +48,10 @@ class CutPlan:
         parts = (self.rows, self.columns, self.channels, self.groups, self.placed, self.picked, self.spread)
         return list(dict.fromkeys(name for part in parts for name in part))
 
+    def check(self) -> None:
+        """Raise ``PlanUnfit`` if a part holds something else than it should."""
+        _check_values({part.name: getattr(self, part.name) for part in fields(self)})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain, JSON-able data."""
         data: dict[str, Any] = {part.name: dict(getattr(self, part.name)) for part in fields(self)}
@@ -59,22 +63,27 @@ class CutPlan:
         """The plan that ``to_dict`` wrote.
 
         Raises:
-            ValueError: a part is missing or unknown, or holds something else than it should.
+            PlanUnfit: a part is missing or unknown, or holds something else than it should.
         """
         names = [part.name for part in fields(cls)]
         if not isinstance(data, Mapping) or set(data) != set(names):
-            raise ValueError(f"a cut plan has the parts {', '.join(names)}; got {_shown(data)}.")
-        for part in names:
-            if not isinstance(data[part], Mapping):
-                raise ValueError(f"{part!r} of a cut plan maps names to values, got {_shown(data[part])}.")
-            for name, value in data[part].items():
-                if not isinstance(name, str) or not _KINDS.get(part, _indices)(value):
-                    raise ValueError(f"{part!r} of a cut plan cannot hold {_shown(value)} for {name!r}.")
+            raise PlanUnfit(f"a cut plan has the parts {', '.join(names)}; got {shown(data)}.")
+        _check_values(data)
         placed = {name: (width, list(at)) for name, (width, at) in data["placed"].items()}
         return cls(**{**{part: dict(data[part]) for part in names}, "placed": placed})
 
 
-def _shown(value: Any) -> str:
+def _check_values(data: Mapping[str, Any]) -> None:
+    for part, values in data.items():
+        if not isinstance(values, Mapping):
+            raise PlanUnfit(f"{part!r} of a cut plan maps names to values, got {shown(values)}.")
+        for name, value in values.items():
+            if not isinstance(name, str) or not _KINDS.get(part, _indices)(value):
+                raise PlanUnfit(f"{part!r} of a cut plan cannot hold {shown(value)} for {shown(name)}.")
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, shortened: a plan from a file may hold anything."""
     text = repr(sorted(map(str, value)) if isinstance(value, Mapping) else value)
     return text if len(text) < 80 else f"{text[:77]}…"
 
