@@ -114,7 +114,8 @@ def idle(layers: Layers) -> Iterator[None]:
         yield
 
 
-def _idly(room: _Room, module: Any, x: Tensor) -> Tensor:
+def _idly(room: _Room, module: Any, input: Tensor) -> Tensor:  # the name that the layers give it
+    x = input
     if type(module) in _SHAPED_ALIKE:
         return x
     if isinstance(module, nn.Linear):

@@ -16,6 +16,7 @@ from regrow.looking.small_inputs import smaller_picture
 from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.graph import Graph, LostCount
+from regrow.structure.mixing import rule_out_mixing
 from regrow.structure.norms import NormFinder
 from regrow.structure.readers import Readers, Reads
 
@@ -117,4 +118,5 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     if graph is not None:
         graph.close()
     rule_out(probe, readers)
+    rule_out_mixing(model, example_inputs, readers)
     return Proposal(model, example_inputs, readers)
