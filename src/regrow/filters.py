@@ -93,7 +93,9 @@ def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
         matching = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
         if not matching:
-            raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
+            parents = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."}
+            known = [*names, *sorted(parents.difference(names))]
+            raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), known)}")
         found |= matching
     return found
 
