@@ -165,7 +165,8 @@ def _mean_shifts(
         alive = torch.ones(output.shape[dim], dtype=torch.bool, device=output.device)
         alive[gone.get(name, [])] = False
         original, output = original.movedim(dim, -1), output.movedim(dim, -1)
-        lack = torch.where(alive, original.float() - output.float(), 0).reshape(-1, len(alive))
+        wide = torch.promote_types(original.dtype, torch.float32)
+        lack = torch.where(alive, original.to(wide) - output.to(wide), 0).reshape(-1, len(alive))
         # Not every device has double precision: the sum is on the CPU.
         total = lack.mean(0).cpu().double() * len(lack)
         totals[name] = totals[name] + total if name in totals else total
