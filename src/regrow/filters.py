@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from regrow.given import check_mapping, names_given, tensor_given
 from regrow.marks import borrowed_weight, check_whole
 from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
 from regrow.suggest import nearest
@@ -115,7 +116,7 @@ def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
     """
     names = list(names)
     found: set[str] = set()
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+    for pattern in names_given(exclude, "exclude"):
         matching = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
         if not matching:
             parents = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."}
@@ -144,12 +145,13 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: no convolution has the name, the mask is not boolean or has the wrong length, or it
             keeps no filter. The message names the layer, the error and what the mask should be.
     """
+    check_mapping(keep, "keep", "boolean masks of their filters")
     convs = convolutions(model)
     checked = {}
     for name, mask in keep.items():
         if name not in convs:
             raise ValueError(f"no convolution is named {name!r}{nearest(name, convs)}")
-        mask = torch.as_tensor(mask).cpu()
+        mask = tensor_given(mask, f"keep[{name!r}]").cpu()
         filters = convs[name].out_channels
         if mask.dtype != torch.bool or mask.shape != (filters,):
             raise ValueError(

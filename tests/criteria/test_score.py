@@ -131,6 +131,15 @@ def test_complex_weights_are_refused_by_name(make_net, criterion):
     assert list(score(model, criterion, seed=0, exclude="conv2")) == ["conv1"]
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [torch.tensor(1.0), torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(2, 3, dtype=torch.complex64)],
+)
+def test_overlap_of_what_has_none_is_refused(weight):
+    with pytest.raises(ValueError, match=r"real numbers, and got torch\..* of shape \["):
+        overlap(weight)
+
+
 def test_types():
     assert overlap(THREE.double()).dtype == torch.float64
     torch.testing.assert_close(overlap(THREE.double()), overlap(THREE).double(), rtol=1e-6, atol=0)

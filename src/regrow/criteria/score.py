@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_finite, eligible, row_lengths, rows, unit_rows
+from regrow.given import check_module, check_seed, check_weight
 from regrow.suggest import nearest
 
 
@@ -23,7 +24,16 @@ def overlap(weight: Tensor) -> Tensor:
 
     Returns:
         Tensor[filters], each in [0, 1), float32 (float64 for float64 weights).
+
+    Raises:
+        ValueError: ``weight`` is not a tensor of real numbers, or is empty.
     """
+    check_weight(weight, "overlap")
+    if weight.dim() == 0 or not weight[:1].numel() or weight.is_complex():
+        raise ValueError(
+            f"overlap takes a weight [filters, channels, …] of real numbers, and got {weight.dtype} of shape "
+            f"{list(weight.shape)}."
+        )
     matrix = rows(weight.detach())
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
@@ -82,6 +92,7 @@ def score(
         ValueError: unknown criterion or layer name, no convolution left, NaN, infinite or complex weights,
             ``"random"`` without a seed.
     """
+    check_module(model, "score")
     check_criterion(criterion)
     convs = eligible(model, exclude)
     check_finite(convs)
@@ -95,6 +106,7 @@ def score(
         return scores
     if seed is None:
         raise ValueError("criterion 'random' needs a seed: score(model, 'random', seed=0)")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(conv.out_channels, generator=generator).to(conv.weight.device)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, count_images, inputs_of
+from regrow.compensation.images import check_batches, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, excluded, left_out
+from regrow.given import check_inputs, kind_of, names_given
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -102,13 +103,16 @@ def prune(
     Warns:
         UserWarning: ``floor``, ``round_to`` or ``coupled`` leave less to remove than ``fraction`` asks for.
     """
+    check(model, "prune")
+    check_inputs(example_inputs, "prune")
     kind, value = check_target(
         {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency},
         scope,
     )
     check_criterion(criterion)
     choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
-    check(model, "prune")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is a function of a share and a text, and got {kind_of(progress)}.")
     if compensate and calibration is None:
         raise ValueError(
             "to make up for removed filters, prune needs calibration=: a loader of images (labels are "
@@ -116,6 +120,8 @@ def prune(
         )
     if kind == "max_drop" and validation is None:
         raise ValueError("max_drop needs validation=: a loader of (inputs, labels) to measure accuracy on.")
+    if validation is not None:
+        check_batches(validation, "validation")
     user = unwrap(model)
     every = list(convolutions(user))
     shares = layer_shares(value, every) if isinstance(value, Mapping) else dict.fromkeys(every, value)
@@ -125,7 +131,7 @@ def prune(
     readers = read_structure(whole, example_inputs)
     base = copy.deepcopy(user).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
-    names = [exclude] if isinstance(exclude, str) else list(exclude)
+    names = names_given(exclude, "exclude")
     left = (
         {name: "fraction= gives no share for it" for name in every if name not in shares}
         | dict.fromkeys(excluded(names, every), "excluded")
@@ -231,7 +237,7 @@ def _warn_if_short(
 
 def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
     """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``."""
-    check_calibration(calibration)
+    check_batches(calibration, "calibration")
     batches, images = [], 0
     for inputs in inputs_of(model, calibration):
         batches.append(inputs)
