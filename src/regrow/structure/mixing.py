@@ -29,6 +29,7 @@ from regrow.torch_private import own_buffers, own_parameters
 MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.Softmax2d)
 # Prime numbers: no two channels, and no two layers, get the same noise.
 _LENGTH, _STEP = 131_071, 40_009
+_NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def rule_out_mixing(model: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
@@ -159,9 +160,10 @@ class _Passes:
             if isinstance(module, MIXERS):
                 return None
             made = noise.like(output)
-            if name in drawn:
-                index = drawn[name].to(output.device)
-                dim = channel_dim(module, output)
+            index = drawn.get(name, _NONE).to(output.device)
+            dim = channel_dim(module, output)
+            # A layer of the user's own may make other channels than it has filters.
+            if len(index) and dim < output.dim() and int(index.max()) < output.shape[dim]:
                 made.index_copy_(dim, index, other.like(output).index_select(dim, index))
             return made
 
