@@ -45,7 +45,7 @@ def prune_half(model: nn.Module, x: Tensor) -> None:
     """The whole of ``prune``, with its search and its own timing of both networks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        regrow.prune(model, macs=0.3, example_inputs=x, compensate=False)
+        regrow.prune(model, macs=0.3, round_to=1, example_inputs=x, compensate=False)
 
 
 def seconds(act: Callable[[nn.Module, Tensor], None], model: nn.Module, x: Tensor) -> float:
@@ -118,8 +118,8 @@ def main() -> None:
         "importance, its defaults) made and stepped. regrow: `score`, `select` and `cut`, which reads the "
         "structure, plans, and, as Torch-Pruning does not, confirms the plan by forward passes on a copy. "
         "One picture of 224×224. Seconds, and the ratio within a turn: median (lowest–highest) of the "
-        "processes. Last, once a process: the whole of `prune(model, macs=0.3)`, with its search and its "
-        "own timing of both networks.",
+        "processes. Last, once a process: the whole of `prune(model, macs=0.3, round_to=1)`, with its search "
+        "and its own timing of both networks.",
         "",
         f"{where['processor']}, {where['cores']} cores; Python {platform.python_version()}, torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, regrow {regrow.__version__}.",

@@ -43,10 +43,10 @@ NETS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 # Arguments of ``prune`` beside its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "regrow": {},
+    "regrow": {"round_to": 1},
     "regrow, multiples of 8": {"round_to": 8},
     "regrow, multiples of 16": {"round_to": 16},
-    "regrow, individually": {"coupled": "individually"},
+    "regrow, individually": {"coupled": "individually", "round_to": 1},
     "regrow, individually, multiples of 8": {"coupled": "individually", "round_to": 8},
 }
 
@@ -234,7 +234,7 @@ def main() -> None:
         f"`{shlex.join(['python', 'benchmarks/latency.py', *sys.argv[1:]])}`. Torch-Pruning "
         f"{version('torch-pruning')} (`BasePruner`, L2 importance, its defaults) takes "
         f"{100 * arguments.channels:g} % of the channels away; regrow cuts to the multiply-accumulates that "
-        "this leaves: `prune(model, macs=…)` with its defaults, and with what the row names. Random weights.",
+        "this leaves: `prune(model, macs=…, round_to=1)`, or with what the row names. Random weights.",
         "",
         "Ratios are to the uncut network as it is, contiguous, in the same turn with as many threads: median "
         f"(lowest–highest) of n = {arguments.rounds} turns for one picture of {arguments.size}×"

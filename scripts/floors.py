@@ -15,7 +15,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
-    ("atomic", "indexing", "log", "suggest", "torch_private"),
+    ("atomic", "given", "indexing", "log", "suggest", "torch_private"),
     ("modules",),
     ("marks",),
     ("filters", "looking"),

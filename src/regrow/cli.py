@@ -222,7 +222,9 @@ def curve(
 def prune(
     network: Annotated[str, typer.Argument(help="Run folder, or the name of a torchvision or timm network.")],
     out: Annotated[Path, _output("Folder to write to.", "--out")],
-    fraction: Annotated[float | None, _target("Share of the filters to remove: 0.5.")] = None,
+    fraction: Annotated[
+        str | None, _target("Share of the filters to remove: 0.5, or of layers: layer3=0.6,layer4=0.5.")
+    ] = None,
     max_drop: Annotated[float | None, _target("Points of validation accuracy it may lose: 1.")] = None,
     macs: Annotated[float | None, _target("Share of the multiply-accumulates to leave: 0.5.")] = None,
     params: Annotated[float | None, _target("Share of the parameters to leave.")] = None,
@@ -244,15 +246,19 @@ def prune(
             "--latency the faster of the two)"
         ),
     ] = None,
-    round_to: Annotated[int, _which("Make every width a multiple of this.")] = 1,
+    round_to: Annotated[
+        int | None,
+        _which("Make every width a multiple of this (default: 8 where a layer has 64 filters or more)"),
+    ] = None,
     floor: Annotated[float, _which("Share of each layer that stays.")] = 0.1,
     exclude: Annotated[list[str] | None, _which("Layer to leave alone; may be given several times.")] = None,
     compensate: Annotated[
         bool, _which("Make up for removed filters with 512 training pictures, without labels.")
     ] = True,
     weights: Annotated[
-        str, _network("Weights of a network by name: default, none (random), or IMAGENET1K_V1, …")
-    ] = "default",
+        str | None,
+        _network("Weights of a network by name: default, none (random), or IMAGENET1K_V1, …"),
+    ] = None,
     data: Annotated[
         str | None, _network("Pictures for a network by name: folder, cifar10, … (a run has its own).")
     ] = None,
@@ -266,9 +272,11 @@ def prune(
 
     Example: regrow prune runs/one --max-drop 1 --out small
     """
+    from regrow.study.fractions import parse_shares
     from regrow.study.prune_run import run_prune
 
-    targets = {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
+    shares = None if fraction is None else parse_shares(fraction)
+    targets = {"fraction": shares, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
     run_prune(
         network,
         out,

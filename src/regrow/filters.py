@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from regrow.given import check_mapping, names_given, tensor_given
 from regrow.marks import borrowed_weight, check_whole
 from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
 from regrow.suggest import nearest
@@ -20,9 +22,27 @@ def rows(weight: Tensor) -> Tensor:
 
 def unit_rows(matrix: Tensor) -> Tensor:
     """Return ``matrix`` [n, D] with every row scaled to length 1; a row of zeros stays a row of zeros."""
-    # Scaling by the largest entry first keeps the squares of very small or very large rows in range.
-    largest = matrix.abs().amax(1, keepdim=True)
-    return nn.functional.normalize(matrix / torch.where(largest > 0, largest, 1), dim=1)
+    return nn.functional.normalize(_scaled(matrix)[1], dim=1)
+
+
+def row_lengths(matrix: Tensor, order: int = 2) -> Tensor:
+    """Return the length of each row of ``matrix`` [n, D]: its L2 norm, or for ``order`` 1 its L1 norm.
+
+    Returns:
+        Tensor[n], float64 (float32 on devices without it), in which 1e±30 in place of each weight changes
+        neither the order of the rows nor makes lengths 0 or infinite.
+    """
+    largest, scaled = _scaled(matrix if matrix.dtype == torch.float64 else matrix.float())
+    lengths = torch.linalg.vector_norm(scaled, order, dim=1)
+    wide = lengths.dtype if lengths.device.type == "mps" else torch.float64
+    return largest.flatten().to(wide) * lengths.to(wide)
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest absolute value of each row, [n, 1], and the rows divided by it: the squares of very small
+    and very large rows would be out of range."""
+    largest = torch.linalg.vector_norm(matrix, math.inf, dim=1, keepdim=True)
+    return largest, matrix / torch.where(largest > 0, largest, 1)
 
 
 def convolutions(model: nn.Module) -> dict[str, Convolution]:
@@ -74,6 +94,12 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
     dropped = excluded(exclude, every)
     known = exclude if isinstance(exclude, Mapping) else {}
     found = {name: conv for name, conv in every.items() if name not in dropped and name not in unusable}
+    for name, conv in found.items():
+        if conv.weight.is_complex():
+            raise ValueError(
+                f"{name!r} has complex weights ({conv.weight.dtype}), and filters are scored by real ones: "
+                "exclude that layer."
+            )
     if not found:
         why = {name: reason for name, reason in unusable.items() if name not in dropped}
         reasons = "; ".join(f"{name}: {reason}" for name, reason in {**why, **known}.items())
@@ -94,10 +120,12 @@ def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
     """
     names = list(names)
     found: set[str] = set()
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+    for pattern in names_given(exclude, "exclude"):
         matching = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
         if not matching:
-            raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), names)}")
+            parents = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."}
+            known = [*names, *sorted(parents.difference(names))]
+            raise ValueError(f"no convolution is named {pattern!r}{nearest(str(pattern), known)}")
         found |= matching
     return found
 
@@ -121,12 +149,13 @@ def check_keep(model: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: no convolution has the name, the mask is not boolean or has the wrong length, or it
             keeps no filter. The message names the layer, the error and what the mask should be.
     """
+    check_mapping(keep, "keep", "boolean masks of their filters")
     convs = convolutions(model)
     checked = {}
     for name, mask in keep.items():
         if name not in convs:
             raise ValueError(f"no convolution is named {name!r}{nearest(name, convs)}")
-        mask = torch.as_tensor(mask).cpu()
+        mask = tensor_given(mask, f"keep[{name!r}]").cpu()
         filters = convs[name].out_channels
         if mask.dtype != torch.bool or mask.shape != (filters,):
             raise ValueError(

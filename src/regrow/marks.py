@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from regrow.given import check_module
 from regrow.modules import unwrap
 from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffers, own_parameters
 
@@ -88,19 +89,21 @@ REFUSED: dict[str, set[str]] = {
 
 
 def check(model: nn.Module, operation: str, *, called: str = "") -> None:
-    """Raise ``ValueError`` if ``operation`` is refused in one of the states that ``model`` is in.
+    """Raise ``ValueError`` if ``model`` is none, or if ``operation`` is refused in one of its states.
 
     Args:
         model: as the user gave it, in its wrappers.
         called: the public name that the user called, where it is another than ``operation``.
     """
+    check_module(model, called or operation)
     for state, where in states_of(model).items():
         if operation in REFUSED[state]:
             raise _refusal(called or operation, state, where)
 
 
 def check_whole(model: nn.Module, operation: str) -> None:
-    """Raise ``ValueError`` if a part of ``model`` is sharded: for functions that are not in the table."""
+    """Raise ``ValueError`` if ``model`` is none or is sharded: for functions that are not in the table."""
+    check_module(model, operation)
     for name, module in model.named_modules():
         if is_sharded(module):
             raise _refusal(operation, "sharded", name)

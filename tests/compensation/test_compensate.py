@@ -62,6 +62,16 @@ def test_a_constant_channel_goes_into_the_bias_of_a_convolution() -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+def test_in_float64_means_beyond_float32_are_folded_too() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)).double()
+    set_to(net[0].weight, [1.0, 0.0])
+    set_to(net[0].bias, torch.tensor([0.0, 3e60], dtype=torch.float64))
+    set_to(net[1].weight, [1.0, 2.0])
+    set_to(net[1].bias, [0.0])
+    compensate(net, {"0": keep_but(2, 1)}, [X[:, :1].double()], example_inputs=X[:1, :1].double())
+    assert net[1].bias.item() == pytest.approx(6e60, rel=1e-12)
+
+
 @pytest.mark.gives_up  # PyTorch trains no batch norm with eps=0
 def test_the_mean_is_that_behind_norm_activation_and_pooling() -> None:
     net = nn.Sequential(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
+from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.looking.calls import evaluating
 
 
@@ -31,7 +31,7 @@ def test_what_is_no_batch_is_refused(calibration: object, message: str) -> None:
 @pytest.mark.parametrize("calibration", [torch.zeros(2, 3), {"x": torch.zeros(2, 3)}, "x", None, 7])
 def test_one_batch_alone_is_not_an_iterable_of_batches(calibration: object) -> None:
     with pytest.raises(ValueError, match=r"calibration=\[x\]"):
-        check_calibration(calibration)
+        check_batches(calibration, "calibration")
 
 
 def test_forward_counts_images_and_says_what_failed() -> None:

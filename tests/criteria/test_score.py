@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import regrow
 from regrow.criteria.score import CRITERIA, WEIGHT_CRITERIA, l1, l2, ortho, ortho_corrected, overlap, score
+from regrow.criteria.select import select
 
 # Three filters of two weights: directions (1, 0), (√½, √½) and (0, 1), at lengths 1, √2 and 2.
 # |cos|: first–second √½, first–third 0, second–third √½. Divided by the three filters of the layer:
@@ -58,6 +60,84 @@ def test_the_sign_of_a_row_does_not_matter():
 @pytest.mark.parametrize("factors", [(1e-30, 1, 1), (1e30, 1, 1), (1e30, 1e-30, 1e-38)])
 def test_tiny_and_huge_rows_count_by_direction_alone(factors):
     torch.testing.assert_close(overlap(THREE * torch.tensor(factors)[:, None]), THREE_OVERLAPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_lengths_where_float32_does_not_reach(dtype):
+    small, large = (1e-4, 1e4) if dtype == torch.float16 else (1e-30, 1e30)
+    if dtype == torch.float64:
+        small, large = 1e-250, 1e250
+    weight = torch.tensor([[3.0, -4.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    for factor in (small, 1.0, large):
+        given = (factor * weight).to(dtype)
+        exact = given.double() / factor
+        for found, by_hand in ((l1(given), [7, 2, 0]), (l2(given), [5, math.sqrt(2), 0])):
+            assert found.dtype == torch.float64
+            torch.testing.assert_close(found / factor, torch.tensor(by_hand).double(), rtol=1e-2, atol=0)
+        torch.testing.assert_close(l1(given) / factor, exact.abs().sum(1), rtol=1e-6, atol=0)
+
+
+def test_sums_beyond_float32_are_told_apart():
+    weight = torch.full((3, 100), 3e38)
+    weight[1, :50] = 1e38
+    assert l1(weight).argsort().tolist()[0] == l2(weight).argsort().tolist()[0] == 1
+    assert l1(weight).isfinite().all()
+
+
+def test_sums_beyond_float64_are_refused(make_net):
+    model = make_net((4, 5)).double()
+    nn.init.constant_(model.conv2.weight, 1.7e308)
+    with pytest.raises(ValueError, match=r"'conv2' are so large that l1 .* beyond float64"):
+        score(model, "l1")
+
+
+@given(
+    st.sampled_from(sorted(set(CRITERIA) - {"random"})),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(-90, 90),
+    st.integers(0, 999),
+)
+def test_the_ranking_over_all_layers_does_not_depend_on_the_scale(criterion, dtype, power, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 4, 1), nn.Conv1d(1, 3, 2)).to(dtype)
+    scaled = copy.deepcopy(model)
+    for mine, theirs in zip(model.parameters(), scaled.parameters(), strict=True):
+        mine.data = torch.randn(mine.shape, generator=generator).to(dtype)
+        theirs.data = mine * 2.0**power  # exact in each of these types
+    one, other = (torch.cat([*score(each, criterion).values()]) for each in (model, scaled))
+    assert one.argsort(stable=True).tolist() == other.argsort(stable=True).tolist()
+    assert len(one.unique()) > 6
+    keep = select(score(scaled, criterion), 0.5)
+    assert {name: mask.tolist() for name, mask in keep.items()} == {
+        name: mask.tolist() for name, mask in select(score(model, criterion), 0.5).items()
+    }
+
+
+def test_layers_of_very_different_scales_keep_their_order():
+    model = nn.Sequential(*(nn.Conv2d(2, 3, 1) for _ in range(3)))
+    for layer, factor in zip(model, (1e-30, 1.0, 1e30), strict=True):
+        nn.init.uniform_(layer.weight, factor, 2 * factor)
+    for criterion in ("l1", "l2"):
+        lowest, middle, highest = score(model, criterion).values()
+        assert lowest.max() < middle.min() < middle.max() < highest.min()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_complex_weights_are_refused_by_name(make_net, criterion):
+    model = make_net((4, 5))
+    model.conv2 = nn.Conv2d(4, 5, 3, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"'conv2' has complex weights \(torch\.complex64\)"):
+        score(model, criterion, seed=0)
+    assert list(score(model, criterion, seed=0, exclude="conv2")) == ["conv1"]
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.tensor(1.0), torch.zeros(0, 3), torch.zeros(3, 0), torch.zeros(2, 3, dtype=torch.complex64)],
+)
+def test_overlap_of_what_has_none_is_refused(weight):
+    with pytest.raises(ValueError, match=r"real numbers, and got torch\..* of shape \["):
+        overlap(weight)
 
 
 def test_types():

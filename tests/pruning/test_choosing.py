@@ -11,6 +11,7 @@ from regrow.pruning.choosing import (
     check_choice,
     choose,
     coupled_filters,
+    falls_short,
     families_of,
     merged,
     renumbered,
@@ -65,6 +66,53 @@ def test_widths_are_the_nearest_multiple_but_one_at_least(fraction, round_to, ke
     assert alive(keep) == {"a": list(range(8 - kept, 8))}
 
 
+@pytest.mark.parametrize(
+    ("filters", "fraction", "kept"),
+    [
+        (64, 0.3, 48),  # 45 stay
+        (64, 0.5, 32),
+        (128, 0.3, 88),  # 90
+        (256, 0.3, 176),  # 179
+        (98, 0.0, 98),  # no multiple of 8, but it loses none
+        (98, 0.01, 96),  # 97
+        (64, 0.02, 64),  # 63
+        (63, 0.3, 44),
+        (16, 0.3, 11),
+        (64, 0.99, 8),  # the floor asks for 7
+    ],
+)
+def test_by_default_wide_layers_keep_multiples_of_8(filters, fraction, kept):
+    keep = choose({"a": torch.arange(float(filters))}, fraction, Choice())
+    assert alive(keep) == {"a": list(range(filters - kept, filters))}
+
+
+def test_shares_are_taken_layer_by_layer():
+    shares = {"b": 0.25, "a": 0.75, "c": 0.0}
+    keep = choose({"a": A, "b": B, "c": B}, shares, Choice())
+    assert alive(keep) == {"a": [6, 7], "b": [1, 2, 3], "c": [0, 1, 2, 3]}
+    # Coupled to a layer that is to keep more, it keeps as many.
+    units = [{"b": [i], "c": [i]} for i in range(4)]
+    assert alive(choose({"a": A, "b": B, "c": B}, shares, Choice(units=units)))["b"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("filters", "dropped", "fraction", "round_to", "short"),
+    [
+        (64, 16, 0.3, None, False),  # 19.2 asked for: 48 is the nearest multiple of 8
+        (64, 14, 0.3, None, True),
+        (64, 16, 0.3, 8, True),  # who asks for multiples is told what they cost
+        (64, 19, 0.3, 1, False),
+        (64, 0, 0.03, None, True),
+        (64, 0, 0.0, None, False),
+        (8, 2, 0.3, None, False),
+        (8, 1, 0.3, None, True),
+    ],
+)
+def test_when_less_goes_than_was_asked_for(filters, dropped, fraction, round_to, short):
+    keep = {"a": torch.arange(filters) >= dropped}
+    assert falls_short(keep, fraction, Choice(round_to=round_to)) is short
+
+
 def test_the_floor_outweighs_rounding_down():
     # 5 of 8 stay; the nearest multiple of 4 would be 4, and the floor asks for 5.
     keep = choose({"a": A}, 0.375, Choice(scope="layer", round_to=4, floor=0.6))
@@ -82,8 +130,8 @@ def test_a_unit_falls_by_its_mean_or_not_at_all():
 
 
 @given(
-    widths=st.lists(st.integers(2, 20), min_size=1, max_size=3),
-    round_to=st.sampled_from([1, 2, 4, 8]),
+    widths=st.lists(st.integers(2, 20) | st.integers(60, 140), min_size=1, max_size=3),
+    round_to=st.sampled_from([None, 1, 2, 4, 8]),
     scope=st.sampled_from(["layer", "global"]),
     fractions=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)).map(sorted),
     seed=st.integers(0, 99),
@@ -97,7 +145,7 @@ def test_larger_fractions_drop_what_smaller_ones_do(widths, round_to, scope, fra
     for name, width in zip(scores, widths, strict=True):
         assert (less[name] | ~more[name]).all()
         assert more[name].any()
-        assert int(more[name].sum()) % round_to == 0 or more[name].all()
+        assert int(more[name].sum()) % choice.step(width) == 0 or more[name].all()
         assert len(more[name]) == width
 
 

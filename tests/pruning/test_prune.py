@@ -129,6 +129,65 @@ def test_widths_are_rounded(make_net):
     assert {model.get_submodule(f"conv{i}").out_channels % 8 for i in (1, 2, 3)} <= {0, 20 % 8}
 
 
+def test_by_default_wide_layers_get_widths_that_8_divides(make_net):
+    wide, exact = make_net((64, 100, 30)), make_net((64, 100, 30))
+    report = prune(wide, fraction=0.3, example_inputs=X, compensate=False)
+    assert {name: pair["after"] for name, pair in report["layers"].items()} == {
+        "conv1": 48, "conv2": 72, "conv3": 21,
+    }  # fmt: skip
+    assert report["settings"]["round_to"] is None
+    report = prune(exact, fraction=0.3, example_inputs=X, compensate=False, round_to=1)
+    assert {name: pair["after"] for name, pair in report["layers"].items()} == {
+        "conv1": 45, "conv2": 70, "conv3": 21,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.3}])
+def test_a_budget_is_met_with_widths_that_8_divides(make_net, target):
+    model = make_net((64, 72, 80))
+    report = prune(model, example_inputs=X, compensate=False, **target)
+    [(kind, value)] = target.items()
+    counts = report["macs" if kind == "macs" else "parameters"]
+    assert report["target"]["reached"] == counts["after"] / counts["before"] <= value
+    assert all(pair["after"] % 8 == 0 for pair in report["layers"].values())
+
+
+def test_each_layer_its_share(make_net):
+    model = make_net((6, 8, 8))
+    report = prune(model, fraction={"conv2": 0.5, "conv3": 0}, example_inputs=X, calibration=IMAGES)
+    assert report == json.loads(json.dumps(report))
+    assert report["target"] == {"kind": "fraction", "value": {"conv2": 0.5, "conv3": 0.0}, "reached": 0.25}
+    assert report["layers"] == {
+        "conv1": {"before": 6, "after": 6},
+        "conv2": {"before": 8, "after": 4},
+        "conv3": {"before": 8, "after": 8},
+    }
+    assert report["left_out"] == {"conv1": "fraction= gives no share for it"}
+    assert report["filters"] == {"before": 16, "after": 12}
+
+
+def test_a_container_and_its_exception(make_net):
+    model = nn.Sequential()
+    model.add_module("body", make_net((8, 8, 8)))
+    shares = {"body.conv2": 0.25, "body": 0.5}
+    report = prune(model, fraction=shares, example_inputs=X, compensate=False, exclude="body.conv3")
+    assert {name: pair["after"] for name, pair in report["layers"].items()} == {
+        "body.conv1": 4, "body.conv2": 6, "body.conv3": 8,
+    }  # fmt: skip
+    assert report["left_out"] == {"body.conv3": "excluded"}
+
+
+def test_a_coupled_layer_without_a_share_stays_whole():
+    model = residual()
+    report = prune(model, fraction={"b": 0.5}, example_inputs=X, compensate=False)
+    assert {name: pair["after"] for name, pair in report["layers"].items()} == {"stem": 8, "a": 8, "b": 4}
+
+
+def test_coupled_layers_of_different_shares_say_which_keeps_more():
+    with pytest.warns(UserWarning, match=r"fraction= asks for in 'stem': 0 of 8 .*coupled='jointly'"):
+        prune(residual(), fraction={"stem": 0.5, "b": 0.0}, example_inputs=X, compensate=False)
+
+
 def test_it_says_so_if_less_goes_than_was_asked_for(make_net):
     with pytest.warns(
         UserWarning, match=r"fraction=0\.8 asks for: 11 of 22 \(50\.0%\), because of floor=0\.45"
@@ -158,6 +217,15 @@ def bridged(model):
     [
         (None, {"macs": 0.5}, "exactly one"),
         (None, {"fraction": None}, "exactly one"),
+        (None, {"fraction": {"conv1": 0.5}, "macs": 0.5}, "exactly one"),
+        (None, {"fraction": None, "macs": {"conv1": 0.5}}, "macs is one number.*fraction="),
+        (None, {"fraction": None, "latency": {"conv1": 0.5}}, "latency is one number.*fraction="),
+        (None, {"fraction": None, "max_drop": {"conv1": 0.5}}, "max_drop is one number.*fraction="),
+        (None, {"fraction": {}}, "names no layer"),
+        (None, {"fraction": {"conv9": 0.5}}, "no convolution is named 'conv9'; did you mean"),
+        (None, {"fraction": {"conv1": 1.0}}, r"fraction\['conv1'\]"),
+        (None, {"fraction": {"conv1": 0.5}, "scope": "global"}, "needs scope='layer'"),
+        (None, {"fraction": {"conv1": 0.5}, "exclude": "conv1"}, "names 'conv1', where.*excluded"),
         (None, {"criterion": "l3"}, "did you mean 'l2'"),
         (None, {"scope": "locally"}, "unknown scope"),
         (None, {"exclude": ["conv9"]}, "no convolution is named 'conv9'"),

@@ -107,6 +107,14 @@ def test_very_short_and_very_long_rows_block_their_direction_like_any_other(dime
     assert largest_cosine(new, alive) < 1e-5
 
 
+@pytest.mark.parametrize("power", [-200, 200])
+def test_new_rows_have_the_mean_length_at_any_scale(power):
+    alive, old = torch.randn(4, 32).double(), torch.randn(2, 32).double()
+    plain, _ = orthogonal_rows(alive, old, generator=generator())
+    scaled, _ = orthogonal_rows(alive * 10.0**power, old, generator=generator())
+    torch.testing.assert_close(scaled / 10.0**power, plain)
+
+
 @pytest.mark.parametrize("dimension", [64, 6])
 def test_the_generator_alone_decides(dimension):
     alive, old = torch.randn(5, dimension), torch.randn(3, dimension)

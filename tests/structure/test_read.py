@@ -256,17 +256,17 @@ def test_what_keeps_channels_in_the_tensors_beyond_a_sum(end, reason):
 
 
 @pytest.mark.parametrize(
-    "across",
+    ("across", "reason"),
     [
-        nn.LocalResponseNorm(3, alpha=1),
-        Drawn(lambda _, x: F.normalize(x, dim=1)),
-        Drawn(lambda _, x: x / x.std()),
+        (nn.LocalResponseNorm(3), "'1', a LocalResponseNorm, computes each channel from several"),
+        (Drawn(lambda _, x: F.normalize(x, dim=1)), "its channels change others that '2' reads"),
+        (Drawn(lambda _, x: x / x.std()), "its channels change others that '2' reads"),
     ],
 )
-def test_a_channel_that_scales_its_neighbours_is_not_hidden_by_its_columns(across):
+def test_a_channel_that_scales_its_neighbours_is_not_hidden_by_its_columns(across, reason):
     # Silenced it reaches its consumer as 0, and still it moves the others.
     found = read_structure(nn.Sequential(conv(3, 4), across, conv(4, 4), nn.ReLU(), head(4)), X)
-    assert found["0"].mixed == "forward passes did not confirm which layers read it"
+    assert found["0"].mixed == found["0"].blocked == reason
     assert not found["2"].mixed
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from regrow.study.fractions import parse_fractions, parse_readings
+from regrow.study.fractions import parse_fractions, parse_readings, parse_shares
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,16 @@ def test_fractions_of_one_and_everything_are_refused_with_what_to_write():
 def test_readings_are_names_each_once():
     assert parse_readings("zeroed, removed,,zeroed") == ["zeroed", "removed"]
     assert parse_readings("") == []
+
+
+def test_a_share_or_one_for_each_of_some_layers():
+    assert parse_shares("0.5") == 0.5
+    assert parse_shares("layer3=0.6, layer4.0=.5") == {"layer3": 0.6, "layer4.0": 0.5}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "50%", "layer3", "layer3=", "=0.5", "a=0.5,", "a=0.5,a=0.4", "a=b"]
+)
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(ValueError, match=r"--fraction takes .* layer3=0\.6,layer4=0\.5"):
+        parse_shares(text)

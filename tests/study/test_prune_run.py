@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import forking
 from regrow.cli import app
 from regrow.pruning.accuracy import top1
 from regrow.shipping.checkpoint import load
-from regrow.study import records
+from regrow.study import records, trained
 from regrow.study.config import make_config
+from regrow.study.libraries import LibraryModel
 from regrow.study.train import train
 from regrow.study.trained import by_name, from_run
 
@@ -83,11 +85,63 @@ def test_a_library_network_without_pictures(tmp_path: Path) -> None:
     assert small.eval()(torch.zeros(1, 3, 48, 48)).shape == (1, 1000)
 
 
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``library_model`` gives a network of 10 classes for pictures of any size, without a download."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+
+    def found(*_given: str) -> LibraryModel:
+        return LibraryModel(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10)), None, None, None)
+
+    monkeypatch.setattr(trained, "library_model", found)
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_drop_of_a_network_by_name(tmp_path: Path) -> None:
+    done = prune("any", "--max-drop", 90, "--data", "digits", "--out", tmp_path, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert report["target"]["kind"] == "max_drop"
+    assert report["accuracy"]["images"] > 0
+    assert report["test_accuracy"]["images"] > 0
+
+
+@pytest.mark.usefixtures("small_network")
+def test_pictures_of_other_classes_are_named_as_the_reason(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["any", "--data", "folder", "--device", "cpu", "--out", out]
+    for flag, value in _folder(tmp_path).items():
+        given += [f"--{flag.replace('_', '-')}", value]
+    reason = "the network tells 10 classes apart, and the pictures have 2"
+    refused = prune(*given, "--max-drop", 1)
+    assert refused.exit_code == 1
+    assert reason in str(refused.exception)
+    assert "pass --data (" not in str(refused.exception).lower()
+    assert not out.exists()
+    with pytest.warns(UserWarning, match=f"accuracy is not measured: {reason}"):
+        done = prune(*given, "--fraction", 0.5)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "prune.json").read_text())
+    assert report["accuracy"] is report["test_accuracy"] is None
+    assert report["compensation"]["images"] > 0
+
+
+def test_shares_of_layers(run: Path, tmp_path: Path) -> None:
+    shares = "features.0=0.5,features.2.conv=0.25"
+    done = prune(run, "--fraction", shares, "--out", tmp_path, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert [pair["after"] for pair in report["layers"].values()] == [4, 8, 6]
+    assert report["target"]["value"] == {"features.0": 0.5, "features.2.conv": 0.25}
+    assert "gives no share" in done.output
+
+
 def test_a_library_network_calibrated_on_pictures_of_other_classes(tmp_path: Path) -> None:
-    trained = by_name("squeezenet1_1", weights="none", data="folder", **_folder(tmp_path))
-    assert trained.validation is trained.test is None
-    assert len(trained.calibration) == 1
-    assert trained.calibration[0].shape[1:] == (3, 40, 40)
+    found = by_name("squeezenet1_1", weights="none", data="folder", **_folder(tmp_path))
+    assert found.validation is found.test is None
+    assert len(found.calibration) == 1
+    assert found.calibration[0].shape[1:] == (3, 40, 40)
     with pytest.raises(ValueError, match=r"does not take pictures of 8×8"):
         by_name("squeezenet1_1", weights="none", data="digits")
 
@@ -112,6 +166,12 @@ def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp
         ([run, "--fraction", 0.5, "--macs", 0.5, *out], "got fraction and macs"),
         ([run, "--fraction", 0.5, "--out", tmp_path / "file"], "is a file"),
         ([run, "--fraction", 0.5, "--data", "digits", *out], "leave --data out"),
+        ([run, "--fraction", 0.5, "--weights", "default", *out], "leave --weights out"),
+        ([run, "--fraction", 0.5, "--image-size", 8, *out], "leave --image-size out"),
+        ([run, "--fraction", "half", *out], "layer3=0.6,layer4=0.5"),
+        ([run, "--fraction", "features.9=0.5", *out], "no convolution is named 'features.9'"),
+        ([run, "--fraction", "features=0.5", "--scope", "global", *out], "needs scope='layer'"),
+        (["squeezenet1_1", "--fraction", 0.5, "--data-dir", tmp_path, *out], "pass --data too"),
         ([run, "--params", 0.01, "--floor", 0.5, *out], "params=0.01 cannot be met: the best cut leaves"),
         ([run, "--fraction", 0.5, "--criterion", "l3", *out], "did you mean 'l2'"),
         ([tmp_path / "empty", "--fraction", 0.5, *out], "not a run folder"),

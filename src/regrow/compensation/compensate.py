@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
+from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.compensation.norms import has_statistics, reestimate_norms, running_norms
+from regrow.given import check_inputs
 from regrow.looking.calls import evaluating
 from regrow.looking.copies import copied
 from regrow.looking.hooks import hooked
@@ -47,11 +48,12 @@ def read_as(
     Raises:
         ValueError: the reading is unknown, calibration is missing, or the function called raises the error.
     """
+    check(model, "read_as")
     if reading not in READINGS:
         raise ValueError(f"unknown reading {reading!r}{nearest(str(reading), READINGS)}")
-    check(model, "read_as")
     if reading == "zeroed":
         return zero_filters(model, keep)
+    check_inputs(example_inputs, "read_as")
     if reading == "removed":
         return remove_filters(model, keep, example_inputs=example_inputs)
     if calibration is None:
@@ -109,9 +111,10 @@ def compensate(
             The model is unchanged then.
     """
     check(model, "compensate")
+    check_inputs(example_inputs, "compensate")
     model = unwrap(model)
     removal = plan_removal(model, keep, example_inputs, readers)
-    check_calibration(calibration)
+    check_batches(calibration, "calibration")
     record = removal.record("compensated") | {"folded": [], "unfolded": {}, "norms": [], "images": 0}
     if not removal.gone:
         return record
@@ -165,7 +168,8 @@ def _mean_shifts(
         alive = torch.ones(output.shape[dim], dtype=torch.bool, device=output.device)
         alive[gone.get(name, [])] = False
         original, output = original.movedim(dim, -1), output.movedim(dim, -1)
-        lack = torch.where(alive, original.float() - output.float(), 0).reshape(-1, len(alive))
+        wide = torch.promote_types(original.dtype, torch.float32)
+        lack = torch.where(alive, original.to(wide) - output.to(wide), 0).reshape(-1, len(alive))
         # Not every device has double precision: the sum is on the CPU.
         total = lack.mean(0).cpu().double() * len(lack)
         totals[name] = totals[name] + total if name in totals else total

@@ -6,18 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from regrow.given import kind_of
 from regrow.looking.calls import PassFailed, call
 from regrow.modules import device_of
 
 
-def check_calibration(calibration: Any) -> None:
-    """Raise ``ValueError`` unless ``calibration`` can be iterated over batches."""
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
-        raise ValueError(
-            f"calibration is an iterable of batches, got {type(calibration).__name__}. For one batch x write "
-            "calibration=[x]."
-        )
+def check_batches(batches: Any, argument: str) -> None:
+    """Raise ``ValueError`` unless ``batches``, the value of ``argument``, can be iterated over batches."""
+    if isinstance(batches, Tensor | Mapping | str | nn.Module) or not isinstance(batches, Iterable):
+        hint = f"For one batch x write {argument}=[x]."
+        if isinstance(batches, Dataset):
+            hint = "Wrap the data set in a loader: DataLoader(dataset, batch_size=64, shuffle=True)."
+        raise ValueError(f"{argument} is an iterable of batches, got {kind_of(batches)}. {hint}")
 
 
 def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, check_finite_results, forward, inputs_of
+from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
 from regrow.marks import check
@@ -48,7 +48,7 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
             "the model has no batch norm with running statistics (and momentum above 0), so there is "
             "nothing to re-estimate."
         )
-    check_calibration(calibration)
+    check_batches(calibration, "calibration")
     momenta = {name: norm.momentum for name, norm in norms.items()}
     saved = {name: [buffer.clone() for buffer in norm.buffers(recurse=False)] for name, norm in norms.items()}
     values: Counter[str] = Counter()

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, eligible, rows, unit_rows
+from regrow.filters import check_finite, eligible, row_lengths, rows, unit_rows
+from regrow.given import check_module, check_seed, check_weight
 from regrow.modules import filters_first
 from regrow.suggest import nearest
 
@@ -25,7 +26,16 @@ def overlap(weight: Tensor) -> Tensor:
 
     Returns:
         Tensor[filters], each in [0, 1), float32 (float64 for float64 weights).
+
+    Raises:
+        ValueError: ``weight`` is not a tensor of real numbers, or is empty.
     """
+    check_weight(weight, "overlap")
+    if weight.dim() == 0 or not weight[:1].numel() or weight.is_complex():
+        raise ValueError(
+            f"overlap takes a weight [filters, channels, …] of real numbers, and got {weight.dtype} of shape "
+            f"{list(weight.shape)}."
+        )
     matrix = rows(weight.detach())
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
@@ -47,13 +57,13 @@ def ortho_corrected(weight: Tensor) -> Tensor:
 
 
 def l1(weight: Tensor) -> Tensor:
-    """Sum of the absolute weights of each filter (Li et al. 2017). Tensor[filters]."""
-    return rows(weight.detach()).float().abs().sum(1)
+    """Sum of the absolute weights of each filter (Li et al. 2017). Tensor[filters], float64."""
+    return row_lengths(rows(weight.detach()), 1)
 
 
 def l2(weight: Tensor) -> Tensor:
-    """Euclidean length of each filter. Tensor[filters]."""
-    return rows(weight.detach()).float().norm(dim=1)
+    """Euclidean length of each filter. Tensor[filters], float64."""
+    return row_lengths(rows(weight.detach()))
 
 
 WEIGHT_CRITERIA = {"ortho": ortho, "ortho-corrected": ortho_corrected, "l1": l1, "l2": l2}
@@ -81,17 +91,25 @@ def score(
         {qualified name: Tensor[filters]} on the device of the weights.
 
     Raises:
-        ValueError: unknown criterion or layer name, no convolution left, NaN or infinite weights,
+        ValueError: unknown criterion or layer name, no convolution left, NaN, infinite or complex weights,
             ``"random"`` without a seed.
     """
+    check_module(model, "score")
     check_criterion(criterion)
     convs = eligible(model, exclude)
     check_finite(convs)
     if criterion != "random":
         of = WEIGHT_CRITERIA[criterion]
-        return {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
+        scores = {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
+        if infinite := [name for name, values in scores.items() if not values.isfinite().all()]:
+            raise ValueError(
+                f"the weights of {infinite[0]!r} are so large that {criterion} is beyond float64: "
+                "divide them by 1e10, say."
+            )
+        return scores
     if seed is None:
         raise ValueError("criterion 'random' needs a seed: score(model, 'random', seed=0)")
+    check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(conv.out_channels, generator=generator).to(conv.weight.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.filters import excluded
+from regrow.given import check_mapping, tensor_given
 from regrow.suggest import nearest
 
 SCOPES = ("global", "layer")
@@ -60,9 +61,15 @@ def select(
     Warns:
         UserWarning: the floor leaves fewer filters to drop than ``fraction`` asks for, so fewer are dropped.
     """
+    check_mapping(scores, "scores", "one score per filter, as regrow.score gives them")
     check_selection(fraction, scope, floor)
     out = excluded(exclude, scores)
-    given = {name: torch.as_tensor(values) for name, values in scores.items() if name not in out}
+    given = {
+        name: tensor_given(values, f"scores[{name!r}]") for name, values in scores.items() if name not in out
+    }
+    for name, values in given.items():
+        if values.is_complex():
+            raise ValueError(f"scores[{name!r}] must hold real numbers, got {values.dtype}.")
     ranked = {name: values.detach().double().cpu() for name, values in given.items()}
     if not ranked:
         raise ValueError("no layer is left to select from: exclude fewer layers.")

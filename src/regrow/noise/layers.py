@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.filters import excluded
+from regrow.given import names_given
 from regrow.marks import Mark, borrowed_weight, check, is_spread
 from regrow.modules import CONSUMER_CLASSES, CONVOLUTION_CLASSES, as_weight, filters_first, unwrap
 from regrow.noise.kernels import check_compiler
@@ -62,11 +63,11 @@ def add_bridgeout(
             already, or a layer whose weight is not a plain real parameter. Nothing is changed.
         RuntimeError: ``compiled``, and PyTorch finds no compiler. Nothing is changed.
     """
+    check(model, "add_bridgeout")
     check_noise(p, q, target_fraction)
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}.")
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    check(model, "add_bridgeout")
+    exclude = names_given(exclude, "exclude")
     model = unwrap(model)
     layers = _layers(model, linear, exclude)
     settings: dict[str, Any] = {

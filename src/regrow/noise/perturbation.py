@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.filters import rows
+from regrow.given import check_weight, kind_of
 from regrow.noise import kernels
 from regrow.noise.pool import Pool
 
@@ -48,6 +49,12 @@ def bridgeout(
     Raises:
         ValueError: p, q or target_fraction out of range, or ``weight`` is a scalar or has another type.
     """
+    check_weight(weight, "bridgeout")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator is a torch.Generator or None, and got {kind_of(generator)}. For a seed write "
+            "torch.Generator().manual_seed(0)."
+        )
     check_noise(p, q, target_fraction)
     if not weight.is_floating_point() or weight.dim() == 0:
         raise ValueError(

@@ -14,6 +14,7 @@ from regrow.criteria.select import check_selection
 from regrow.pruning.accuracy import top1
 from regrow.pruning.cost import count_macs, count_parameters, measure_latency
 from regrow.pruning.ladder import first_within
+from regrow.pruning.shares import check_shares
 from regrow.pruning.trials import Bench, Trial
 
 Timing = list[dict[str, Any]]
@@ -26,11 +27,12 @@ _RUNGS = {"macs": 1000, "params": 1000, "latency": 250, "max_drop": 125}
 _TRIES = 5
 
 
-def check_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
-    """Return the target of ``prune`` that is given, as (kind, value).
+def check_target(targets: Mapping[str, Any], scope: str = "layer") -> tuple[str, Any]:
+    """Return the target of ``prune`` that is given, as (kind, value): a number, or for ``fraction`` perhaps
+    {name: share}.
 
     Raises:
-        ValueError: not exactly one target is given, or it is out of range.
+        ValueError: not exactly one target is given, or it is out of range, or does not go with ``scope``.
     """
     given = {kind: value for kind, value in targets.items() if value is not None}
     if len(given) != 1:
@@ -39,8 +41,16 @@ def check_target(targets: Mapping[str, float | None]) -> tuple[str, float]:
             f"{' and '.join(given) or 'none'}. To remove half of the filters write fraction=0.5."
         )
     [(kind, value)] = given.items()
+    if kind == "fraction" and isinstance(value, Mapping):
+        check_shares(value, scope)
+        return kind, {name: float(share) for name, share in value.items()}
     if kind == "fraction":
         check_selection(value, "global", 0.0)
+    elif isinstance(value, Mapping):
+        raise ValueError(
+            f"{kind} is one number for the whole network, got shares of layers. Those are a target of "
+            'their own: write fraction={"layer3": 0.6}.'
+        )
     elif not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{kind} is a number, got {value!r}.")
     elif kind == "max_drop":

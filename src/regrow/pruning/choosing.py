@@ -19,6 +19,9 @@ from regrow.suggest import nearest
 
 SCOPES = ("layer", "global", "isomorphic")
 COUPLED = ("jointly", "individually")  # the default first
+# Vector units work on multiples of 8. In a layer of 64 filters the nearest multiple is at most 4 filters, a
+# sixteenth, away from the number that the ranking gives; in narrower layers it is a larger share.
+_STEP, _WIDE = 8, 64
 
 Unit = Mapping[str, Sequence[int]]
 
@@ -35,34 +38,41 @@ class Choice:
 
     scope: str = "layer"
     floor: float = 0.1
-    round_to: int = 1
+    round_to: int | None = None
     families: Sequence[Sequence[str]] = ()
     units: Sequence[Unit] = ()
 
+    def step(self, filters: int) -> int:
+        """The number of which a layer of ``filters`` keeps a multiple."""
+        return (_STEP if filters >= _WIDE else 1) if self.round_to is None else self.round_to
 
-def check_choice(scope: str, floor: float, round_to: int, coupled: str) -> None:
+
+def check_choice(scope: str, floor: float, round_to: int | None, coupled: str) -> None:
     """Raise ``ValueError`` for an unknown name or a number out of range."""
     for name, known, what in ((scope, SCOPES, "scope"), (coupled, COUPLED, "way to cut coupled filters")):
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}{nearest(str(name), known)}")
     check_selection(0, "global", floor)
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+    if round_to is not None and (not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1):
         raise ValueError(
             f"round_to is a whole number from 1 that divides every width, got {round_to!r}. For multiples "
-            "of 8 write round_to=8."
+            "of 8 write round_to=8, for any width round_to=1."
         )
 
 
-def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dict[str, Tensor]:
+def choose(
+    scores: Mapping[str, Tensor], fraction: float | Mapping[str, float], choice: Choice
+) -> dict[str, Tensor]:
     """Return keep masks that drop about ``fraction`` of the filters.
 
-    The count that a layer keeps is rounded to the nearest multiple of ``round_to`` (a half goes up), but to
-    no less than ``round_to``, and up if the floor or a unit asks for more. A layer with fewer filters than
-    that stays whole. A larger fraction drops all filters that a smaller one drops.
+    The count that a layer keeps is rounded to the nearest multiple of ``Choice.step`` (a half goes up), but
+    to no less than one step, and up if the floor or a unit asks for more. A layer with fewer filters than
+    that stays whole; so does, if ``round_to`` is None, a layer that loses none. A larger fraction drops all
+    filters that a smaller one drops.
 
     Args:
         scores: {name: Tensor[filters]}, higher = keep.
-        fraction: as ``select`` takes it, of the filters that have scores.
+        fraction: as ``select`` takes it, of the filters that have scores; or {name: fraction} for each layer.
 
     Returns:
         {name: BoolTensor[filters]} on the CPU, True = alive.
@@ -70,19 +80,27 @@ def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dic
     scores = {name: torch.as_tensor(values).detach().double().cpu() for name, values in scores.items()}
     numbers = _unit_numbers(scores, choice.units)
     scores = _by_layer(_unit_means(torch.cat(list(scores.values())), numbers), scores)
-    groups = choice.families if choice.scope == "isomorphic" else [list(scores)]
+    groups = [list(scores)]
+    if isinstance(fraction, Mapping):
+        groups = [[name] for name in scores]
+    elif choice.scope == "isomorphic":
+        groups = [list(names) for names in choice.families]
     keep: dict[str, Tensor] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="floor=", category=UserWarning)
         for names in groups:
             ranked = {name: scores[name] for name in names}
             scope = "layer" if choice.scope == "layer" else "global"
-            keep |= select(ranked, fraction, scope=scope, floor=choice.floor)
+            share = fraction[names[0]] if isinstance(fraction, Mapping) else fraction
+            keep |= select(ranked, share, scope=scope, floor=choice.floor)
     keep = {name: keep[name] for name in scores}
     for name, mask in keep.items():
-        least = max(choice.round_to, math.ceil(choice.floor * len(mask) - 1e-9))
-        near = math.floor(int(mask.sum()) / choice.round_to + 0.5) * choice.round_to
-        keep[name] = _best(scores[name], near if near >= least else _up(least, choice.round_to))
+        if choice.round_to is None and mask.all():
+            continue
+        step = choice.step(len(mask))
+        least = max(step, math.ceil(choice.floor * len(mask) - 1e-9))
+        near = math.floor(int(mask.sum()) / step + 0.5) * step
+        keep[name] = _best(scores[name], near if near >= least else _up(least, step))
     before = -1
     while (alive := sum(int(mask.sum()) for mask in keep.values())) != before:
         before = alive
@@ -91,9 +109,19 @@ def choose(scores: Mapping[str, Tensor], fraction: float, choice: Choice) -> dic
         stays[numbers[flat]] = True
         keep = _by_layer(stays[numbers], keep)
         for name, mask in keep.items():
-            count = _up(int(mask.sum()), choice.round_to)
+            count = _up(int(mask.sum()), choice.step(len(mask)))
             keep[name] = mask | _best(scores[name].masked_fill(mask, math.inf), count)
     return keep
+
+
+def falls_short(keep: Mapping[str, Tensor], fraction: float, choice: Choice) -> bool:
+    """Return whether ``keep`` drops fewer filters than ``fraction`` asks for, by more than rounding explains:
+    half a filter per layer, or half a step of the default; or whether it drops none at all."""
+    filters = sum(map(len, keep.values()))
+    dropped = filters - sum(int(mask.sum()) for mask in keep.values())
+    steps = [choice.step(len(mask)) if choice.round_to is None else 1 for mask in keep.values()]
+    short = fraction * filters - dropped
+    return short > 0.5 * sum(steps) + 1e-9 or (not dropped and short > 0.5 * len(keep) + 1e-9)
 
 
 def families_of(model: nn.Module, readers: Mapping[str, Readers], names: Iterable[str]) -> list[list[str]]:

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_calibration, count_images, inputs_of
+from regrow.compensation.images import check_batches, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
-from regrow.filters import convolutions, left_out
+from regrow.filters import convolutions, excluded, left_out
+from regrow.given import check_inputs, kind_of, names_given
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import Search, check_target, removed
 from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, measure_latency, weight_bytes
+from regrow.pruning.shares import check_reach, layer_shares
 from regrow.pruning.trials import Bench, become, uncut
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import filter_counts, keep_of_uncut
@@ -33,7 +35,7 @@ def prune(
     model: nn.Module,
     *,
     example_inputs: Any,
-    fraction: float | None = None,
+    fraction: float | Mapping[str, float] | None = None,
     max_drop: float | None = None,
     macs: float | None = None,
     params: float | None = None,
@@ -43,7 +45,7 @@ def prune(
     criterion: str = "l2",
     scope: str = "layer",
     coupled: str | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     floor: float = 0.1,
     exclude: Iterable[str] = (),
     compensate: bool = True,
@@ -60,7 +62,9 @@ def prune(
             Its parameters become new, smaller ones: build optimizers afterwards.
         example_inputs: the inputs of ``model``: a tensor, a tuple of arguments or a dict of keywords. MACs,
             latency and memory are measured in a pass over it.
-        fraction: target: share of the ranked filters to remove, 0 ≤ fraction < 1.
+        fraction: target: share of the ranked filters to remove, 0 ≤ fraction < 1; or a share for each of some
+            layers, {"layer3": 0.6, "layer3.0": 0.2}: names of convolutions or of containers of them, of which
+            the longest counts. Layers not named stay whole. Such shares need the scope ``"layer"``.
         max_drop: target: remove as many as cost at most this many points of accuracy on ``validation``
             (1.0: from 92.3 % to no less than 91.3 %).
         macs, params, latency: target: share of the present value to leave, 0 < share < 1. Latency is the
@@ -76,6 +80,8 @@ def prune(
             ``"individually"``, so that each layer computes only the filters it keeps. None: jointly; for
             ``latency`` the way that is faster here at the same number of multiply-accumulates.
         round_to: a layer keeps a multiple of this many filters; a layer with fewer filters stays whole.
+            None: a multiple of 8 in layers of 64 filters or more that lose some, any number in narrower
+            ones. 1: any number in all.
         floor: share of each layer that stays.
         exclude: names of convolutions, or of containers of them, to leave alone.
         compensate: False removes the filters without making up for them, and needs no images.
@@ -97,12 +103,16 @@ def prune(
     Warns:
         UserWarning: ``floor``, ``round_to`` or ``coupled`` leave less to remove than ``fraction`` asks for.
     """
+    check(model, "prune")
+    check_inputs(example_inputs, "prune")
     kind, value = check_target(
-        {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
+        {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency},
+        scope,
     )
     check_criterion(criterion)
     choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
-    check(model, "prune")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is a function of a share and a text, and got {kind_of(progress)}.")
     if compensate and calibration is None:
         raise ValueError(
             "to make up for removed filters, prune needs calibration=: a loader of images (labels are "
@@ -110,22 +120,36 @@ def prune(
         )
     if kind == "max_drop" and validation is None:
         raise ValueError("max_drop needs validation=: a loader of (inputs, labels) to measure accuracy on.")
+    if validation is not None:
+        check_batches(validation, "validation")
     user = unwrap(model)
+    every = list(convolutions(user))
+    shares = layer_shares(value, every) if isinstance(value, Mapping) else dict.fromkeys(every, value)
     tell = progress or (lambda _share, _step: None)
     tell(0.0, "reading the structure")
     whole = uncut(user)
     readers = read_structure(whole, example_inputs)
     base = copy.deepcopy(user).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
-    names = [exclude] if isinstance(exclude, str) else list(exclude)
-    scores = score(base, criterion, exclude={**dict.fromkeys(names, "excluded by name"), **fixed}, seed=seed)
+    names = names_given(exclude, "exclude")
+    left = (
+        {name: "fraction= gives no share for it" for name in every if name not in shares}
+        | dict.fromkeys(excluded(names, every), "excluded")
+        | left_out(base)
+        | fixed
+    )
+    if isinstance(value, Mapping):
+        check_reach(value, every, left)
+    unnamed = {name: left[name] for name in every if name not in shares}
+    scores = score(
+        base, criterion, exclude=unnamed | dict.fromkeys(names, "excluded by name") | fixed, seed=seed
+    )
 
-    def chooser(way: str) -> Callable[[float], dict[str, Tensor]]:
+    def choices(way: str) -> choosing.Choice:
         units = choosing.coupled_filters(whole, readers, scores) if way == "jointly" else []
         units = choosing.renumbered(units, keep_of_uncut(base, {}, readers), scores)
         families = choosing.merged(choosing.families_of(whole, readers, scores), units)
-        choice = choosing.Choice(scope, floor, round_to, families, units)
-        return functools.partial(choosing.choose, scores, choice=choice)
+        return choosing.Choice(scope, floor, round_to, families, units)
 
     images = _first_images(base, calibration) if compensate and calibration is not None else None
     if isinstance(validation, Iterator):  # an iterator yields its batches once; they are needed again
@@ -135,7 +159,8 @@ def prune(
 
     def searching(way: str) -> Search:
         filters, labelled = _count(scores), validation or ()
-        return Search(base, example_inputs, bench, chooser(way), filters, labelled, accuracy or 0.0, tell)
+        choose = functools.partial(choosing.choose, scores, choice=choices(way))
+        return Search(base, example_inputs, bench, choose, filters, labelled, accuracy or 0.0, tell)
 
     if coupled is None and kind == "latency":
         tell(0.1, "comparing two ways to cut")
@@ -144,22 +169,16 @@ def prune(
     timing = None
     if kind == "fraction":
         tell(0.1, "cutting")
-        keep = chooser(coupled)(value)
+        choice = choices(coupled)
+        rounding = "multiples of 8 (round_to=1 prevents that)" if round_to is None else f"round_to={round_to}"
+        keep = choosing.choose(scores, shares if isinstance(value, Mapping) else value, choice)
         trial, reached = bench.cut(keep, compensated=True), removed(keep) / _count(keep)
-        # Rounding to whole filters alone costs at most half a filter per layer.
-        if removed(keep) < value * _count(keep) - 0.5 * len(keep) - 1e-9:
-            warnings.warn(
-                f"fewer filters are removed than fraction={value:g} asks for: {removed(keep)} of "
-                f"{_count(keep)} ({reached:.1%}), because of floor={floor}, round_to={round_to} or "
-                f"coupled={coupled!r}.",
-                stacklevel=2,
-            )
+        _warn_if_short(keep, shares, value, choice, f"floor={floor}, {rounding} or coupled={coupled!r}")
     else:
         met = searching(coupled).run(kind, value)
         trial, reached, timing = met.trial, met.reached, met.timing
     tell(0.9, "measuring")
     small = trial.model
-    left = {name: "excluded" for name in convolutions(base) if name not in scores} | left_out(base) | fixed
     before, after = filter_counts(base), filter_counts(small)
     timing = timing or measure_latency([base, small], example_inputs)
     report: dict[str, Any] = {
@@ -200,9 +219,27 @@ def prune(
     return report
 
 
+def _warn_if_short(
+    keep: Mapping[str, Tensor], shares: Mapping[str, float], value: Any, choice: choosing.Choice, reasons: str
+) -> None:
+    if isinstance(value, Mapping):
+        short = [name for name in keep if choosing.falls_short({name: keep[name]}, shares[name], choice)]
+        asked = f"fraction= asks for in {', '.join(map(repr, short[:3]))}{', …' if len(short) > 3 else ''}"
+    else:
+        short = list(keep) if choosing.falls_short(keep, value, choice) else []
+        asked = f"fraction={value:g} asks for"
+    if short:
+        gone, count = removed({name: keep[name] for name in short}), sum(len(keep[name]) for name in short)
+        warnings.warn(
+            f"fewer filters are removed than {asked}: {gone} of {count} ({gone / count:.1%}), because of "
+            f"{reasons}.",
+            stacklevel=3,
+        )
+
+
 def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
     """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``."""
-    check_calibration(calibration)
+    check_batches(calibration, "calibration")
     batches, images = [], 0
     for inputs in inputs_of(model, calibration):
         batches.append(inputs)

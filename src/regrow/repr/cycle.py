@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
+from regrow.given import check_inputs, check_module, check_optimizer, kind_of, names_given
 from regrow.log import first_line, gave_up
 from regrow.looking.calls import PassFailed
 from regrow.looking.copies import NotCopied
@@ -118,6 +119,9 @@ class RePr:
         skip_first: bool = True,
         seed: int = 0,
     ) -> None:
+        check(model, "RePr")
+        check_optimizer(optimizer, "RePr")
+        check_inputs(example_inputs, "RePr")
         for name, value in (("full", full), ("sub", sub), ("cycles", cycles)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -127,20 +131,14 @@ class RePr:
             raise ValueError(f"unknown choice consumers={consumers!r}{nearest(str(consumers), CONSUMERS)}")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         if not takes_step_hooks(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
                 "such as optimizer.optimizer."
             )
-        if example_inputs is None:
-            raise ValueError("example_inputs is needed to trace the model: pass one picture, such as x[:1].")
         if not isinstance(compact, bool):
             raise ValueError(f"compact must be True or False, got {compact!r}.")
-        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-
-        check(model, "RePr")
+        exclude = names_given(exclude, "exclude")
         self._model = unwrap(model)
         self._group = group_of(model)
         self._optimizer = optimizer
@@ -374,6 +372,8 @@ class RePr:
                 Nothing is changed.
         """
         self._check_not_removed()
+        if not isinstance(state, Mapping):
+            raise ValueError(f"not a state of RePr, what cycle.state_dict() gives, but {kind_of(state)}.")
         missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
         if missing:
             raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
@@ -381,6 +381,8 @@ class RePr:
             raise ValueError(
                 f"this regrow reads RePr states of version {_VERSION}, got {state['version']!r}."
             )
+        if not isinstance(state["settings"], Mapping):
+            raise ValueError(f"not a state of RePr: its settings are {kind_of(state['settings'])}.")
         other = [
             f"{key}={state['settings'].get(key)!r} (here {ours!r})"
             for key, ours in self._settings.items()
@@ -471,7 +473,11 @@ def release(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         A JSON-able record: version; dropped {qualified name: indices of the filters that are at 0}.
+
+    Raises:
+        ValueError: ``model`` is no ``nn.Module``.
     """
+    check_module(model, "release")
     model = unwrap(model)
     dropped = {name: indices for phase in phases_on(model) for name, indices in phase.dropped.items()}
     for phase in phases_on(model):

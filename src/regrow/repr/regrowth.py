@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regrow.filters import unit_rows
+from regrow.filters import row_lengths, unit_rows
 
 
 def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator) -> tuple[Tensor, bool]:
@@ -28,9 +28,9 @@ def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator
     wanted, dimension = dropped.shape
     kept_rows, dropped_rows = kept.detach().double().cpu(), dropped.detach().double().cpu()
     old = torch.cat([unit_rows(kept_rows), unit_rows(dropped_rows)])
-    length = kept_rows.norm(dim=1).mean()
+    length = row_lengths(kept_rows).mean()
     if length == 0:
-        length = dropped_rows.norm(dim=1).mean()
+        length = row_lengths(dropped_rows).mean()
     random = torch.randn(wanted, dimension, generator=generator, dtype=torch.float64)
 
     fallback = False

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.atomic import replacing
+from regrow.given import check_path
 from regrow.looking.copies import NotCopied, copied
 from regrow.marks import check
 from regrow.modules import unwrap
@@ -43,6 +44,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     check(model, "save")
+    check_path(path, "save")
     model = unwrap(model)
     tensors, shared = _tensors(model)
     described = {"version": _VERSION, "cuts": _cuts(model), "shared": shared}
@@ -74,6 +76,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     check(model, "load")
+    check_path(path, "load")
     inner = unwrap(model)
     stored = _read(Path(path))
     present = _cuts(inner)

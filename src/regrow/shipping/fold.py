@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.given import check_inputs
 from regrow.log import gave_up, log
 from regrow.looking.calls import PassFailed, call, floating
 from regrow.looking.copies import NotCopied, copied, copied_as, inputs_as
@@ -48,6 +49,7 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
         ValueError: the model cannot be copied or run.
     """
     check(model, "fold_norms")
+    check_inputs(example_inputs, "fold_norms")
     model = unwrap(model)
     try:
         whole = copied(model, torch.clone).eval()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.atomic import replacing
+from regrow.given import check_inputs, check_path
 from regrow.log import first_line
 from regrow.looking.calls import PassFailed, call, evaluating
 from regrow.marks import check
@@ -49,8 +50,10 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
             exported or onnxruntime cannot run it, or the results differ. Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
-    _check_installed()
     check(model, "export_onnx")
+    check_path(path, "export_onnx")
+    check_inputs(example_inputs, "export_onnx")
+    _check_installed()
     model = unwrap(model)
     inputs = _Inputs(example_inputs)
     # torch.export would make a first dimension of 1 a constant.

@@ -18,6 +18,7 @@ from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
 from regrow.structure.escapes import escapes
 from regrow.structure.graph import Graph, LostCount
+from regrow.structure.mixing import rule_out_mixing
 from regrow.structure.norms import NormFinder
 from regrow.structure.readers import Readers, Reads
 
@@ -127,6 +128,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     if graph is not None:
         graph.close()
     rule_out(probe, readers)
+    rule_out_mixing(model, example_inputs, readers)
     for name, why in (_escapes_in_training(quiet, example_inputs) | left).items():
         if name in readers:
             readers[name].output = why

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.compensate import READINGS, read_as
-from regrow.compensation.images import check_calibration
+from regrow.compensation.images import check_batches
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
@@ -83,7 +83,7 @@ def pruned_accuracies(
             raise ValueError(
                 "the reading 'compensated' needs calibration=: batches of a few hundred images in all."
             )
-        check_calibration(calibration)
+        check_batches(calibration, "calibration")
         batches = list(calibration)
     base = copy.deepcopy(unwrap(model)).eval()
     excluded = _left_out(base, example_inputs)

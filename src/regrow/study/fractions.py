@@ -1,4 +1,4 @@
-"""Parse the fractions and readings of a curve that people type on a command line."""
+"""Parse the fractions, shares and readings that people type on a command line."""
 
 from __future__ import annotations
 
@@ -39,3 +39,27 @@ def parse_fractions(text: str) -> list[float]:
 def parse_readings(text: str) -> list[str]:
     """Parse ``"zeroed,removed"`` into a list that has each name once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def parse_shares(text: str) -> float | dict[str, float]:
+    """Parse ``"0.5"`` into a number, and ``"layer3=0.6,layer4=0.5"`` into {name: share}.
+
+    Raises:
+        ValueError: any other text, or a name that is there twice.
+    """
+    shares: dict[str, float] = {}
+    try:
+        if "=" not in text:
+            return float(text)
+        for part in text.split(","):
+            name, _, share = (each.strip() for each in part.rpartition("="))
+            if not name or name in shares:
+                raise ValueError
+            shares[name] = float(share)
+    except ValueError:
+        shown = text if len(text) <= 60 else f"{text[:57]}…"
+        raise ValueError(
+            "--fraction takes a share such as 0.5, or one for each of some layers, such as "
+            f"layer3=0.6,layer4=0.5, each named once, got {shown!r}."
+        ) from None
+    return shares

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -27,15 +28,15 @@ def run_prune(
     network: str,
     out: Path,
     *,
-    targets: dict[str, float | None],
+    targets: dict[str, Any],
     criterion: str,
     scope: str,
     coupled: str | None,
-    round_to: int,
+    round_to: int | None,
     floor: float,
     exclude: Sequence[str],
     compensate: bool,
-    weights: str = "default",
+    weights: str | None = None,
     data: str | None = None,
     data_dir: str | None = None,
     image_size: int | None = None,
@@ -66,7 +67,7 @@ def run_prune(
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
             written then, except the safetensors file of a network that cannot be exported as ONNX.
     """
-    check_target(targets)
+    check_target(targets, scope)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
     if threads is not None:
@@ -77,10 +78,17 @@ def run_prune(
             "compensation for the removed filters needs pictures: pass --data (and --data-dir), or switch it "
             "off with --no-compensate."
         )
-    if targets.get("max_drop") is not None and trained.validation is None:
+    if trained.validation is None and targets.get("max_drop") is not None:
         raise ValueError(
-            "--max-drop needs labelled pictures of the network's classes: pass --data (and --data-dir)."
+            f"--max-drop needs labelled pictures of the network's classes: {trained.unjudged}. "
+            + (
+                "Pass --data (and --data-dir)."
+                if data is None
+                else "Pass other --data, or --fraction or --macs."
+            )
         )
+    if trained.validation is None and data is not None:
+        warnings.warn(f"the accuracy is not measured: {trained.unjudged}.", stacklevel=2)
     console = Console()
     before = top1(trained.model, trained.test) if trained.test is not None else None
     with _Bar() as bar:
@@ -117,7 +125,7 @@ def run_prune(
 
 def _find(
     network: str,
-    weights: str,
+    weights: str | None,
     data: str | None,
     data_dir: str | None,
     image_size: int | None,
@@ -125,14 +133,23 @@ def _find(
 ) -> Trained:
     folder = Path(network)
     if records.config_path(folder).exists():
-        given = {"--data": data, "--image-size": image_size}
+        given = {"--weights": weights, "--data": data, "--image-size": image_size}
         if unwanted := [flag for flag, value in given.items() if value is not None]:
-            raise ValueError(f"{network} is a run folder, which has that setting: leave {unwanted[0]} out.")
+            raise ValueError(f"{network} is a run folder, which has its own: leave {unwanted[0]} out.")
         return from_run(folder, device=device, data_dir=data_dir)
     if folder.is_dir():
         raise ValueError(f"{network} is not a run folder: it has no config.yaml.")
+    if data is None and data_dir is not None:
+        raise ValueError(
+            "--data-dir says where the pictures lie: pass --data too, --data folder for instance."
+        )
     return by_name(
-        network, weights=weights, data=data, data_dir=data_dir, image_size=image_size, device=device
+        network,
+        weights=weights or "default",
+        data=data,
+        data_dir=data_dir,
+        image_size=image_size,
+        device=device,
     )
 
 

@@ -49,6 +49,7 @@ class Trained:
         calibration: training pictures without augmentation and labels; None without data.
         validation, test: pictures with labels; None without data, or if the network has another number of
             classes.
+        unjudged: empty, or why there is no ``validation``.
         source: where the network comes from, JSON-able.
         seed: the seed of its run; 0 for a network by name.
     """
@@ -60,6 +61,7 @@ class Trained:
     test: Loader | None
     source: dict[str, Any]
     seed: int
+    unjudged: str = ""
 
 
 def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = None) -> Trained:
@@ -127,7 +129,7 @@ def by_name(
     if data is None:
         side = image_size or found.side or _SIDE
         example = torch.zeros(1, 3, side, side, device=place)
-        return Trained(found.model.to(place), example, None, None, None, source, 0)
+        return Trained(found.model.to(place), example, None, None, None, source, 0, "there are no pictures")
     splits = load_data(data, data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
     mean, std = found.mean or splits.mean, found.std or splits.std
     if splits.channels == 1 and len(mean) > 1:
@@ -156,7 +158,8 @@ def _with_data(
             raise ValueError(
                 f"the network does not take pictures of {splits.size[0]}×{splits.size[1]} ({reason})."
             ) from error
-    judged = classes == len(splits.classes)
+    judged, known = classes == len(splits.classes), len(splits.classes)
+    unjudged = "" if judged else f"the network tells {classes} classes apart, and the pictures have {known}"
     return Trained(
         model,
         example,
@@ -165,4 +168,5 @@ def _with_data(
         Loader(splits.test, **feed) if judged else None,
         source,
         seed,
+        unjudged,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
+from regrow.given import check_inputs, check_optimizer
 from regrow.marks import check
 from regrow.modules import filter_count, unwrap
 from regrow.structure.read import read_structure
@@ -74,6 +75,9 @@ def cut(
             optimizer has another shape than its parameter. Nothing is changed.
     """
     check(model, "cut")
+    check_inputs(example_inputs, "cut")
+    if optimizer is not None:
+        check_optimizer(optimizer, "cut")
     model = unwrap(model)
     if not convolutions(model):
         raise ValueError(
