@@ -273,7 +273,8 @@ def main() -> None:
         f"`{command}`: {len(runs)} of {len(planned)} runs finished, {arguments.processes} at a time, in "
         f"{time.perf_counter() - begun:.0f} s. Three convolutions of {FILTERS} filters without pooling, and "
         f"a linear layer; SGD, momentum {MOMENTUM}, batch {BATCH}, no augmentation, no weight decay; RePr "
-        "drops 30 % of the ranked filters. Epochs (all, full, sub, cycles) and pictures (training, validation): "
+        "drops 30 % of the ranked filters. Epochs (all, full, sub, cycles) and pictures (training, "
+        "validation): "
         + "; ".join(f"{name} {EPOCHS[name]}, {SIZES[name]}" for name in arguments.sets)
         + ". CIFAR-10: JPEG copies. Accuracy on the validation split after the last epoch, in %, and paired "
         "differences to `keep` in points, with 95 % t intervals over n seeds. Collapsed: below 15 %.",
