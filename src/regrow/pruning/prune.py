@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from regrow.compensation.images import check_calibration, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, left_out
+from regrow.looking.copies import copied
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -115,7 +115,7 @@ def prune(
     tell(0.0, "reading the structure")
     whole = uncut(user)
     readers = read_structure(whole, example_inputs)
-    base = copy.deepcopy(user).eval()
+    base = copied(user, torch.clone).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = [exclude] if isinstance(exclude, str) else list(exclude)
     scores = score(base, criterion, exclude=[*names, *fixed], seed=seed)
