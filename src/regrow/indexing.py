@@ -2,7 +2,8 @@
 
 PyTorch's ``index_select`` and ``index_copy`` compute the same. These functions keep the memory format and
 choose the quicker kernel where channels are innermost; their derivatives write once instead of adding row by
-row. A compiler makes its own kernels, so it gets PyTorch's operations.
+row. A compiler makes its own kernels, and the transforms of torch.func have rules for PyTorch's operations:
+they get these.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from regrow.torch_private import is_transformed
+
 
 def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """``indices`` as int64 on ``device``."""
@@ -21,13 +24,19 @@ def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = 
     return torch.as_tensor(indices, dtype=torch.int64, device=device)
 
 
+def plain_operations(tensor: Tensor) -> bool:
+    """Whether PyTorch's own operations alone will do: for a compiler, a transform, or forward-mode
+    derivatives."""
+    return torch.compiler.is_compiling() or is_transformed(tensor)
+
+
 def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     """``tensor.index_select(dim, index)``, in the tensor's own memory format.
 
     Args:
         index: [kept] int64, no entry twice.
     """
-    if torch.compiler.is_compiling():
+    if plain_operations(tensor):
         return tensor.index_select(dim, index)
     if _plainly():
         return _taken(tensor, index, dim)
@@ -40,7 +49,7 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
-    if torch.compiler.is_compiling():
+    if plain_operations(tensor):
         shape = [width if each == dim % tensor.dim() else size for each, size in enumerate(tensor.shape)]
         return tensor.new_zeros(shape).index_copy(dim, index, tensor)
     if _plainly():

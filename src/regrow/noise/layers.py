@@ -16,7 +16,7 @@ from regrow.marks import Mark, borrowed_weight, check, is_spread
 from regrow.modules import unwrap
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
-from regrow.noise.perturbation import check_noise, perturbed, pool
+from regrow.noise.perturbation import check_noise, drawn, pool
 from regrow.torch_private import own_parameters
 
 _STOCK = {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear}
@@ -202,7 +202,7 @@ class _Bridged(nn.Module):
         given = noise.passes.settings
         strength = given["p"], given["q"], given["target_fraction"]
         draw = given["seed"] % 2**63, noise.key, noise.passes.current()
-        noise.noisy = perturbed(weight, *strength, *draw, noise.compiled, _reads_alone(self))
+        noise.noisy = drawn(weight, *strength, *draw, noise.compiled, _reads_alone(self))
         try:
             return super().forward(*args, **kwargs)
         finally:
