@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from regrow.compensation.norms import reestimate_norms
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
-    from regrow.noise.layers import add_bridgeout, remove_bridgeout
+    from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
     from regrow.repr.cycle import Event, RePr, release
@@ -30,11 +30,13 @@ _HOMES = {
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
+    "bridgeout_state": "regrow.noise.layers",
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "load": "regrow.shipping.checkpoint",
+    "load_bridgeout_state": "regrow.noise.layers",
     "overlap": "regrow.criteria.score",
     "prune": "regrow.pruning.prune",
     "read_as": "regrow.compensation.compensate",
@@ -51,11 +53,13 @@ __all__ = [
     "RePr",
     "add_bridgeout",
     "bridgeout",
+    "bridgeout_state",
     "compensate",
     "cut",
     "export_onnx",
     "fold_norms",
     "load",
+    "load_bridgeout_state",
     "overlap",
     "prune",
     "read_as",
