@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument("--cifar-jpeg", type=Path, metavar="ARCHIVE", help="CIFAR-10's, to pack it")
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="what --pack has written")
     parser.add_argument("--sets", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--consumers", nargs="+", choices=CONSUMERS, default=CONSUMERS)
+    parser.add_argument("--seeds", type=int, default=6, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures, to try the script")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=5.5)
@@ -250,9 +252,9 @@ def main() -> None:
     # The longest runs begin first. "init" on CIFAR-10 would take as long as all of Fashion-MNIST.
     planned = [
         (setting, consumers, seed)
-        for seed in range(arguments.seeds)
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
         for setting in given
-        for consumers in CONSUMERS
+        for consumers in arguments.consumers
         if (setting.data, consumers) != ("cifar10", "init")
     ]
     runs: list[Run] = []

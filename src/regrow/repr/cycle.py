@@ -18,7 +18,7 @@ from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.log import first_line, gave_up
 from regrow.looking.calls import PassFailed, floating, run
-from regrow.looking.copies import NotCopied, copied
+from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
 from regrow.repr.narrow import check_plan
@@ -168,6 +168,7 @@ class RePr:
         self._compact = compact
         # Clones: a view, such as x[:1], would keep the whole batch in memory.
         self._example_inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
+        self._dtypes = dtypes(self._model)
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -359,8 +360,10 @@ class RePr:
         return None, dict(removal.silenced), notes
 
     def _inputs(self) -> Any:
-        device = device_of(self._model)
-        return tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        """``example_inputs`` where the model is now, and in its numbers if it has changed its type."""
+        device, now = device_of(self._model), dtypes(self._model)
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        return inputs_as(inputs, now.pop()) if now != self._dtypes and len(now) == 1 else inputs
 
     def _largest_outputs(self) -> list[float]:
         """The largest value of each output on ``example_inputs``, in evaluation mode; [] if a pass fails."""
