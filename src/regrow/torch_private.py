@@ -99,6 +99,23 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(getattr(storage, "_cdata", storage.data_ptr()))
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
+
+    False where transforms cannot be seen: PyTorch then refuses autograd functions without rules for them.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and active():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def outside_transforms() -> Any:
+    """A context manager inside of which no transform of torch.func acts; one without effect if unknown."""
+    guard = getattr(torch._C, "_DisableFuncTorch", None)
+    return nullcontext() if guard is None or torch.compiler.is_compiling() else guard()
+
+
 def backward_node() -> Any:
     """The autograd node that runs in this thread; None outside a backward pass, or where it is unknown.
 
@@ -118,23 +135,6 @@ def made_as(node: Any) -> int:
     """The number of autograd nodes made before ``node``."""
     number = getattr(node, "_sequence_nr", None)
     return 0 if number is None else int(number())
-
-
-def is_transformed(tensor: Tensor) -> bool:
-    """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
-
-    False where transforms cannot be seen: PyTorch then refuses autograd functions without rules for them.
-    """
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and active():
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def outside_transforms() -> Any:
-    """A context manager inside of which no transform of torch.func acts; one without effect if unknown."""
-    guard = getattr(torch._C, "_DisableFuncTorch", None)
-    return nullcontext() if guard is None or torch.compiler.is_compiling() else guard()
 
 
 class _Place(NamedTuple):
