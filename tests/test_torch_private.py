@@ -29,6 +29,8 @@ NAMES = {
     "_version": torch.ones(1),
     "_cdata": torch.ones(1).untyped_storage(),
     "_current_autograd_node": torch._C,
+    "_are_functorch_transforms_active": torch._C,
+    "_DisableFuncTorch": torch._C,
     "_get_sequence_nr": torch.autograd,
     "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
     "_HybridIndex": torch_pruning._helpers,
@@ -115,6 +117,11 @@ def test_fallbacks(monkeypatch):
     monkeypatch.delattr(torch.autograd, "_get_sequence_nr")
     assert private.backward_node() is None
     assert private.nodes_made() == private.made_as(Bare()) == 0
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    monkeypatch.delattr(torch._C, "_DisableFuncTorch")
+    assert not torch.func.vmap(lambda _: torch.tensor(private.is_transformed(twin)))(twin).any()
+    with private.outside_transforms():
+        pass
     monkeypatch.delattr(torch_pruning._helpers, "_HybridIndex")
     assert [(place.idx, place.root_idx) for place in private.pruning_places(2)] == [(0, 0), (1, 1)]
     assert private.pruning_stride(Bare()) == 1

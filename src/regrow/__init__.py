@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from regrow.criteria.masks import keep_of_masks
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
-    from regrow.noise.layers import add_bridgeout, remove_bridgeout
+    from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
     from regrow.repr.cycle import Event, RePr, release
@@ -32,12 +32,14 @@ _HOMES = {
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
+    "bridgeout_state": "regrow.noise.layers",
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "keep_of_masks": "regrow.criteria.masks",
     "load": "regrow.shipping.checkpoint",
+    "load_bridgeout_state": "regrow.noise.layers",
     "overlap": "regrow.criteria.score",
     "plain_layers": "regrow.shipping.plain",
     "prune": "regrow.pruning.prune",
@@ -55,12 +57,14 @@ __all__ = [
     "RePr",
     "add_bridgeout",
     "bridgeout",
+    "bridgeout_state",
     "compensate",
     "cut",
     "export_onnx",
     "fold_norms",
     "keep_of_masks",
     "load",
+    "load_bridgeout_state",
     "overlap",
     "plain_layers",
     "prune",

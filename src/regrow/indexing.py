@@ -2,8 +2,9 @@
 
 PyTorch's ``index_select`` and ``index_copy`` compute the same. These functions keep the memory format and
 choose the quicker kernel where channels are innermost; their derivatives write once instead of adding row by
-row. A compiler makes its own kernels, so it gets PyTorch's operations; so does whoever writes them down
-(``torch.jit.trace``, ``torch.fx``, the exporters built on them) or computes with quantized numbers.
+row. A compiler makes its own kernels, and the transforms of torch.func have rules for PyTorch's operations:
+they get these. So does whoever writes them down (``torch.jit.trace``, ``torch.fx``, the exporters built on
+them) or computes with quantized numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from regrow.torch_private import is_transformed
 
 Where = Tensor | tuple[slice | Tensor, Tensor]  # an index into a tensor; one that is a Tensor counts in dim 0
 
@@ -24,13 +27,19 @@ def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = 
     return torch.as_tensor(indices, dtype=torch.int64, device=device)
 
 
+def plain_operations(tensor: Tensor) -> bool:
+    """Whether PyTorch's own operations alone will do: for a compiler, a transform, or forward-mode
+    derivatives."""
+    return torch.compiler.is_compiling() or is_transformed(tensor)
+
+
 def take(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     """``tensor.index_select(dim, index)``, in the tensor's own memory format.
 
     Args:
         index: [kept] int64, no entry twice.
     """
-    if torch.compiler.is_compiling() or not is_quick(tensor):
+    if not is_quick(tensor) or plain_operations(tensor):
         return tensor.index_select(dim, index)
     if not torch.is_grad_enabled():
         return _taken(tensor, index, dim)
@@ -43,7 +52,7 @@ def place(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     Args:
         index: [tensor.shape[dim]] int64, no entry twice.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if isinstance(tensor, Tensor) and (torch.jit.is_tracing() or plain_operations(tensor)):
         return place_plainly(tensor, index, dim, width)
     if not is_quick(tensor):
         source = index_tensor(sources(index.tolist(), width), index.device)

@@ -6,10 +6,12 @@ The rest of the library calls the functions below, so a release that renames som
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -99,6 +101,23 @@ def writes_to(tensor: Tensor) -> int:
 def storage_key(storage: torch.UntypedStorage) -> int:
     """What is equal for two tensors that share ``storage``, also for storages without a byte."""
     return int(getattr(storage, "_cdata", storage.data_ptr()))
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
+
+    False where transforms cannot be seen: PyTorch then refuses autograd functions without rules for them.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is not None and active():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def outside_transforms() -> Any:
+    """A context manager inside of which no transform of torch.func acts; one without effect if unknown."""
+    guard = getattr(torch._C, "_DisableFuncTorch", None)
+    return nullcontext() if guard is None or torch.compiler.is_compiling() else guard()
 
 
 def backward_node() -> Any:

@@ -254,7 +254,7 @@ def test_a_state_that_does_not_fit_is_refused(make_net):
     net(X)
     state = bridgeout_state(net)
     for wrong, message in (
-        ({}, "passes, settings, version missing"),
+        ({}, "not a state of Bridgeout"),
         (state | {"version": 1}, "version 2"),
         (state | {"settings": state["settings"] | {"p": 0.5}}, "same settings"),
     ):

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.log import first_line
 from regrow.looking.dropout import NoDropout
+from regrow.looking.precision import FullPrecision
 from regrow.modules import device_of
 from regrow.torch_private import set_grad_enabled, tree_map
 
@@ -34,6 +35,8 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         PassFailed: the model raised an error, of whatever kind.
     """
+    # Autocast keeps copies of weights until its outermost block ends, and would not see that they changed.
+    torch.clear_autocast_cache()
     try:
         if isinstance(example_inputs, Mapping):
             return _settled(model(**example_inputs))
@@ -63,14 +66,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The random generators continue afterwards as if nothing had run; autocast is off.
-
-    Autocast keeps copies of weights, and would not see them change.
-    """
+    """The random generators continue afterwards as if nothing had run; autocast is off, and computes in
+    float32 where the model's own code opens it."""
     device = device_of(model)
+    # Beside weights in half precision, numbers in float32 would have no partner of their type.
+    whole = any(parameter.dtype == torch.float32 for parameter in model.parameters())
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
+        FullPrecision(device.type) if whole else nullcontext(),
     ):
         yield
 

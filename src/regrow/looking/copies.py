@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regrow.log import first_line
 from regrow.looking.calls import mapped
+from regrow.looking.closures import rebind
 from regrow.torch_private import lazy_copy
 
 _CONTAINERS = (dict, set, OrderedDict)
@@ -28,7 +29,8 @@ def copied(
     *,
     requires_grad: bool | None = None,
 ) -> nn.Module:
-    """A deep copy of ``model``. Parameters that were shared are shared in the copy too.
+    """A deep copy of ``model``. Parameters that were shared are shared in the copy too, and functions that
+    were put on the model, such as a wrapped ``forward``, run the copy.
 
     Args:
         renew: takes a parameter; gives the values of the copy's parameter. Lazy copies by default.
@@ -47,7 +49,9 @@ def copied(
         empty = [value for value in vars(module).values() if type(value) in _CONTAINERS and not value]
         memo.update({id(value): type(value)() for value in empty})
     try:
-        return copy.deepcopy(model, memo)
+        again = copy.deepcopy(model, memo)
+        rebind(model, memo)
+        return again
     except Exception as error:  # the user's own __deepcopy__ may raise anything
         raise NotCopied(f"the model cannot be copied: {first_line(error)}") from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The smallest |w| in the derivative's denominator; smaller weights do not matter to the output.
-_SMALLEST = 1e-6
+SMALLEST = 1e-6
 # 2^32 divided by the golden ratio, and a multiplier of "lowbias32" (Chris Wellons, 2018), modulo 2^32.
 SPACING, _MULTIPLIER = 0x9E3779B9 - 2**32, 0xD35A2D97 - 2**32
 # The compiler optimises for the number of weights that it sees first; for few weights it uses one thread.
@@ -82,7 +82,7 @@ def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: Tensor, out: Tens
     """Write ``gradient`` · ∂w̃/∂w to ``out``, all [n], where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # At w = 0 the bounded reciprocal is multiplied by a noise of 0.
-    inverse = weight.reciprocal().clamp_(-1 / _SMALLEST, 1 / _SMALLEST)
+    inverse = weight.reciprocal().clamp_(-1 / SMALLEST, 1 / SMALLEST)
     relative = (noisy - weight).mul_(inverse).mul_(q / 2)
     torch.addcmul(gradient, gradient, relative, out=out)
 

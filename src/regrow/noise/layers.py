@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -17,7 +18,7 @@ from regrow.marks import Mark, borrowed_weight, check, is_spread
 from regrow.modules import CONSUMER_CLASSES, CONVOLUTION_CLASSES, as_weight, filters_first, unwrap
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
-from regrow.noise.perturbation import check_noise, perturbed, pool
+from regrow.noise.perturbation import check_noise, drawn, pool
 from regrow.torch_private import own_parameters
 
 _STOCK = set(CONSUMER_CLASSES)
@@ -121,35 +122,57 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
 
 
 def bridgeout_state(model: nn.Module) -> dict[str, Any]:
-    """JSON-able data from which ``load_bridgeout_state`` continues the noise; save it with the weights.
+    """The state of the noise, for ``load_bridgeout_state``: save it beside the model's ``state_dict()``.
+
+    Args:
+        model: the module that was given to ``add_bridgeout``, in its wrappers or without.
+
+    Returns:
+        JSON-able data: ``version``, ``settings`` and ``passes``, the number of passes that drew noise.
 
     Raises:
         ValueError: ``model`` was not given to ``add_bridgeout``.
     """
     passes = _passes(unwrap(model))
-    return {"version": _VERSION, "settings": dict(passes.settings), "passes": int(passes.number)}
+    return {"version": _VERSION, "settings": copy.deepcopy(passes.settings), "passes": int(passes.number)}
 
 
 def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Continue the noise from ``bridgeout_state``, after ``add_bridgeout`` with the same settings.
+    """Continue the noise from ``bridgeout_state``: the next pass draws what it would have drawn then.
+
+    Args:
+        model: a module on which ``add_bridgeout`` was called with the same settings.
+        state: from ``bridgeout_state``; it may have been through JSON.
 
     Raises:
-        ValueError: ``state`` is incomplete, of another version or has other settings, or ``model`` was not
-            given to ``add_bridgeout``. Nothing is changed.
+        ValueError: ``state`` is something else, of another version or has other settings, or ``model`` was
+            not given to ``add_bridgeout``. Nothing is changed.
     """
     passes = _passes(unwrap(model))
-    if missing := {"version", "settings", "passes"} - set(state):
-        raise ValueError(f"not a state of Bridgeout: {', '.join(sorted(missing))} missing.")
+    if not isinstance(state, Mapping) or {"version", "settings", "passes"} - set(state):
+        raise ValueError(
+            f"not a state of Bridgeout: {state!r:.80}. Give what bridgeout_state(model) returned, with "
+            "version, settings and passes."
+        )
     if state["version"] != _VERSION:
         raise ValueError(
-            f"this regrow reads Bridgeout states of version {_VERSION}, got {state['version']!r}."
+            f"this regrow reads Bridgeout states of version {_VERSION}, got {state['version']!r:.80}."
         )
-    if state["settings"] != passes.settings:
+    number, settings = state["passes"], state["settings"]
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**63:
+        raise ValueError(f"passes in a state of Bridgeout is a number of forward passes, got {number!r:.80}.")
+    theirs = settings if isinstance(settings, Mapping) else {}
+    other = [
+        f"{key!r:.80}: {theirs.get(key)!r:.80} (here {passes.settings.get(key)!r})"
+        for key in [*passes.settings, *(theirs.keys() - passes.settings.keys())]
+        if key not in theirs or theirs[key] != passes.settings.get(key)
+    ]
+    if other:
         raise ValueError(
-            f"the state was saved with {state['settings']}, and Bridgeout was added with {passes.settings}: "
-            "add it with the same settings."
+            f"the state was saved with other settings: {', '.join(other[:3])}. Call add_bridgeout with the "
+            "same settings."
         )
-    passes.number.fill_(int(state["passes"]))
+    passes.number.fill_(number)
 
 
 class _Noise(Mark):
@@ -204,7 +227,7 @@ class _Bridged(nn.Module):
         strength = given["p"], given["q"], given["target_fraction"]
         draw = given["seed"] % 2**63, noise.key, noise.passes.current()
         filters = filters_first(self, weight)
-        noisy = perturbed(filters, *strength, *draw, noise.compiled, _reads_alone(self))
+        noisy = drawn(filters, *strength, *draw, noise.compiled, _reads_alone(self))
         noise.noisy = as_weight(self, noisy)
         try:
             return super().forward(*args, **kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.marks import Mark
-from regrow.torch_private import backward_node, made_as, nodes_made
+from regrow.torch_private import backward_node, made_as, nodes_made, outside_transforms
 
 # The number of forward passes that may wait for their backward pass, for models with checkpointed parts.
 _PENDING = 64
@@ -61,7 +61,8 @@ class Passes(Mark):
             )
         # A pass counts at its first draw, so passes in eval mode do not change the noise of training.
         if not self._drawn:
-            self.number.add_(1)
+            with outside_transforms():
+                self.number.add_(1)
             self._drawn = True
         return self.number
 

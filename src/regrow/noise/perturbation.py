@@ -13,6 +13,8 @@ from regrow.filters import rows
 from regrow.given import check_weight, kind_of
 from regrow.noise import kernels
 from regrow.noise.pool import Pool
+from regrow.noise.transforms import slope, transformed
+from regrow.torch_private import is_transformed
 
 _PART = 2**18  # weights per part on a CPU: the intermediate results of a part fit into the cores' caches
 _MOST = 2**30  # weights per part otherwise: positions are 32-bit numbers
@@ -44,7 +46,7 @@ def bridgeout(
             of the CPU.
 
     Returns:
-        A new tensor like ``weight``, which can be differentiated once.
+        A new tensor like ``weight``, which can be differentiated any number of times.
 
     Raises:
         ValueError: p, q or target_fraction out of range, or ``weight`` is a scalar or has another type.
@@ -63,7 +65,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return perturbed(weight, p, q, target_fraction, 0, 0, number, False, False)
+    return drawn(weight, p, q, target_fraction, 0, 0, number, False, False)
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
@@ -80,6 +82,21 @@ def check_noise(p: float, q: float, target_fraction: float) -> None:
             "target_fraction is the share of each filter's weights that is perturbed, "
             f"0 < target_fraction <= 1, got {target_fraction!r}. For all of them write target_fraction=1.0."
         )
+
+
+def drawn(
+    weight: Tensor, p: float, q: float, target_fraction: float, seed: int, layer: int, number: Tensor,
+    compiled: bool, alone: bool,
+) -> Tensor:  # fmt: skip
+    """``perturbed``, also inside of a transform of torch.func: there it is equal up to rounding."""
+    if torch.compiler.is_compiling() or not is_transformed(weight):
+        return perturbed(weight, p, q, target_fraction, seed, layer, number, compiled, alone)
+    # With q = 2, a weight of 1 becomes m/(1−p). The draw depends on the order of the weights in memory.
+    ones = torch.ones_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    factor = perturbed(ones, p, 2.0, 1.0, seed, layer, number, False, False) - 1
+    if target_fraction < 1:
+        factor = factor * smallest(weight, target_fraction)
+    return transformed(weight, factor, q)
 
 
 # A custom operator, so that torch.compile calls it and does not trace into it.
@@ -187,6 +204,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, noisy = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the caller differentiates once more
+        return (gradient * slope(weight, noisy, ctx.q)).to(gradient.dtype), *[None] * 8
     if ctx.alone and not gradient.requires_grad and gradient.stride() == noisy.stride():
         _scale(gradient, weight, noisy, ctx.q, ctx.compiled, gradient)
         return gradient, *[None] * 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from regrow.compensation.images import check_batches, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
+from regrow.looking.copies import copied
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -129,7 +129,7 @@ def prune(
     tell(0.0, "reading the structure")
     whole = uncut(user)
     readers = read_structure(whole, example_inputs)
-    base = copy.deepcopy(user).eval()
+    base = copied(user, torch.clone).eval()
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = names_given(exclude, "exclude")
     left = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.compensate import compensate
+from regrow.looking.copies import copied
 from regrow.pruning.estimate import Estimate
 from regrow.structure.readers import Readers
 from regrow.surgery.cut import keep_of_uncut
@@ -61,7 +61,7 @@ class Bench:
 
     def masked(self, keep: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Any] | None]:
         """Return a copy of full size with the values of the cut network, and the record of ``compensate``."""
-        model = copy.deepcopy(self._whole).eval()
+        model = copied(self._whole, torch.clone).eval()
         keep = self._keep(keep)
         if self._images is not None:
             done = compensate(model, keep, self._images, example_inputs=self._example, readers=self._readers)
@@ -74,10 +74,10 @@ class Bench:
         """Return a small copy. Without ``compensated``, only its sizes are right, not its values."""
         if all(mask.all() for mask in keep.values()):
             nothing = {"folded": [], "unfolded": {}, "norms": [], "images": 0} if self._images else None
-            return Trial(copy.deepcopy(self._model).eval(), keep, CutPlan(), {}, nothing)
+            return Trial(copied(self._model, torch.clone).eval(), keep, CutPlan(), {}, nothing)
         whole = self._keep(keep)
         plan = self._plan(whole)
-        model, record = self.masked(keep) if compensated else (copy.deepcopy(self._whole).eval(), None)
+        model, record = self.masked(keep) if compensated else (copied(self._whole, torch.clone).eval(), None)
         if gone := self._removed(whole):
             apply_plan(model, plan)
         return Trial(model, keep, plan, self._gone(gone), record)
@@ -122,7 +122,7 @@ class Bench:
 def uncut(model: nn.Module) -> nn.Module:
     """Return ``model``, or, if it was cut, a copy in its uncut shapes that computes the same."""
     if is_cut(model):
-        widen(model := copy.deepcopy(model))
+        widen(model := copied(model, torch.clone))
     return model
 
 

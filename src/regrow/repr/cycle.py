@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,8 +18,8 @@ from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.given import check_inputs, check_module, check_optimizer, kind_of, names_given
 from regrow.log import first_line, gave_up
-from regrow.looking.calls import PassFailed
-from regrow.looking.copies import NotCopied
+from regrow.looking.calls import PassFailed, floating, run
+from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
 from regrow.repr.narrow import check_plan
@@ -34,6 +36,8 @@ from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
 _VERSION = 1
 # At less than this share of the highest learning rate, a network heals too slowly after a drop or restore.
 _LOW_RATE = 0.1
+# A restore that makes an output so many times as large sends gradients of that size through the network.
+_JUMP = 10
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,9 @@ class RePr:
         full, sub: lengths of the two phases of a cycle, in calls of ``step``.
         cycles: the number of cycles.
         criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``, ``"random"``.
-        consumers: the weights by which other layers read a restored channel. ``"keep"``: the weights from
-            before the drop. ``"zero"``: 0, so that the restore does not change the network's output.
-            ``"init"``: newly drawn weights.
+        consumers: the weights by which other layers read a restored channel. ``"zero"``: 0, so that the
+            restore does not change the network's output. ``"keep"``: the weights from before the drop, by
+            which a net without norms can collapse. ``"init"``: newly drawn weights.
         compact: leave dropped filters out of the computation in the sub phase (``narrow``), which is faster
             and gives the same results up to rounding. ``torch.compile`` compiles again after a drop. Where
             no plan for this can be confirmed, and in ``nn.DataParallel``, dropped filters are computed and
@@ -111,7 +115,7 @@ class RePr:
         sub: int = 10,
         cycles: int = 3,
         criterion: str = "ortho",
-        consumers: str = "keep",
+        consumers: str = "zero",
         compact: bool = True,
         scope: str = "global",
         floor: float = 0.1,
@@ -162,6 +166,7 @@ class RePr:
         self._compact = compact
         # Clones: a view, such as x[:1], would keep the whole batch in memory.
         self._example_inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
+        self._dtypes = dtypes(self._model)
         self._step = 0
         self._highest_rate = self._rate()
         self._sub: SubPhase | None = None
@@ -241,9 +246,14 @@ class RePr:
             ValueError: NaN or infinite weights at a drop or restore; nothing is changed or counted.
 
         Warns:
-            UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far.
+            UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far; a
+                restore makes the output on ``example_inputs`` more than ten times as large.
         """
         self._check_not_removed()
+        with _outside_inference_mode():
+            return self._counted()
+
+    def _counted(self) -> Event | None:
         self._highest_rate = max(self._highest_rate, self._rate())
         length = self._settings["full"] + self._settings["sub"]
         cycle, position = divmod(self._step, length)
@@ -259,7 +269,7 @@ class RePr:
     def _drop(self, cycle: int) -> Event:
         decided = self._first_decides(lambda: self._choose(cycle))
         for warning in decided["warnings"]:
-            warnings.warn(warning, stacklevel=3)
+            warnings.warn(warning, stacklevel=4)
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
@@ -292,10 +302,12 @@ class RePr:
         assert sub is not None
         self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
         self._warn_if_rate_is_low("restored")
+        before = self._largest_outputs()
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
         least_covered, notes = sub.restore(generator)
         # Processors may round the decomposition differently, and the processes need equal rows.
         self._copy_from_first()
+        self._warn_of_a_jump(before, self._largest_outputs())
         self._sub = None
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
         return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
@@ -315,9 +327,7 @@ class RePr:
         if not dropped:
             return None, {}, []
         keep = {name: self._mask(name, indices) for name, indices in dropped.items()}
-        device = device_of(self._model)
-        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
-        notes = []
+        inputs, notes = self._inputs(), []
         if self._replicated and self._compact:
             notes = [
                 "all dropped filters are computed and held at 0, because nn.DataParallel copies the model in "
@@ -346,6 +356,34 @@ class RePr:
             gave_up("silencing norms behind sums", error)
             return None, {}, notes
         return None, dict(removal.silenced), notes
+
+    def _inputs(self) -> Any:
+        """``example_inputs`` where the model is now, and in its numbers if it has changed its type."""
+        device, now = device_of(self._model), dtypes(self._model)
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        return inputs_as(inputs, now.pop()) if now != self._dtypes and len(now) == 1 else inputs
+
+    def _largest_outputs(self) -> list[float]:
+        """The largest value of each output on ``example_inputs``, in evaluation mode; [] if a pass fails."""
+        try:
+            # The user's own hooks may count the passes of the model, so that a copy runs.
+            output, _ = run(copied(self._model), self._inputs(), training=False)
+        except (NotCopied, PassFailed) as error:
+            gave_up("comparing the output before and after a restore", error)
+            return []
+        return [float(tensor.abs().max()) for tensor in floating(output) if tensor.numel()]
+
+    def _warn_of_a_jump(self, before: list[float], after: list[float]) -> None:
+        for small, large in zip(before, after, strict=False):
+            if 0 < small < math.inf and not large <= _JUMP * small:
+                others = " or consumers='zero'" if self._settings["consumers"] != "zero" else ""
+                warnings.warn(
+                    f"the restore made the largest output on example_inputs {large / small:.3g} times as "
+                    f"large ({small:.3g} before, {large:.3g} after), and training may diverge or collapse: "
+                    f"build RePr with a smaller fraction{others}, or train at a lower rate.",
+                    stacklevel=5,
+                )
+                return
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
@@ -392,6 +430,10 @@ class RePr:
             raise ValueError(
                 f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
             )
+        with _outside_inference_mode():
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         sub = state["sub_phase"]
         plan, silenced = None, {}
         if sub:
@@ -408,6 +450,13 @@ class RePr:
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
         self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ValueError(
+            "a RePr cannot be copied or pickled, because it works on one model and one optimizer. Save "
+            "cycle.state_dict(); build RePr anew, on the copies of both, and give it the state by "
+            "load_state_dict(state)."
+        )
 
     def remove(self) -> None:
         """Take all of RePr's hooks off the model and the optimizer.
@@ -439,7 +488,7 @@ class RePr:
                 f"filters are {what} at a learning rate of {rate:.3g}, far below the highest "
                 f"so far ({self._highest_rate:.3g}): the network may not heal. Keep the rate high until the "
                 "last restore, and lower it after that.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -486,6 +535,11 @@ def release(model: nn.Module) -> dict[str, Any]:
         if isinstance(mark, _InCycle):
             mark.undo(module)
     return {"version": _VERSION, "dropped": dropped}
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    # No tensor that is made in inference mode could be used in training afterwards.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

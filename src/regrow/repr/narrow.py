@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor, place, take, take_block
+from regrow.indexing import index_tensor, place, plain_operations, take, take_block
 from regrow.marks import check_whole
 from regrow.modules import channel_dim, filter_dim, input_first, input_name, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
@@ -135,7 +135,7 @@ class _Narrowed(nn.Module):
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
         slices.live = {}
         try:
-            if not torch.compiler.is_compiling() and not kwargs and _quick_norm(self, args):
+            if args and not kwargs and not plain_operations(args[0]) and _quick_norm(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)

@@ -28,7 +28,7 @@ from regrow.structure.readers import (
 from regrow.structure.sums import silence_norms
 from regrow.surgery.plan import CutPlan
 
-CONSUMERS = ("keep", "zero", "init")
+CONSUMERS = ("zero", "keep", "init")
 
 
 class _Held(Mark):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from regrow.atomic import replacing
 from regrow.given import check_inputs, check_path
 from regrow.log import first_line
-from regrow.looking.calls import PassFailed, call, evaluating
+from regrow.looking.calls import PassFailed, call, evaluating, undisturbed
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.torch_private import tree_leaves, tree_map
@@ -59,7 +59,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
     # torch.export would make a first dimension of 1 a constant.
     traced = max(inputs.batch, 2)
     batches = [inputs.batch, traced + 1]
-    with evaluating(model), replacing(path) as temporary:
+    with evaluating(model), undisturbed(model), replacing(path) as temporary:
         expected = [_results(model, inputs.of(batch), batch) for batch in batches]
         with _quiet():
             _write(model, inputs.of(traced), temporary)

@@ -94,10 +94,10 @@ class RunConfig(BaseModel):
     criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
         "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
     )
-    consumers: Literal["keep", "zero", "init"] = _setting(
-        "keep",
+    consumers: Literal["zero", "keep", "init"] = _setting(
+        "zero",
         _REPR,
-        "Weights that read a restored filter: keep them, zero them (the output does not move), or init anew.",
+        "Weights that read a restored filter: zero them (the output does not move), keep them, or init anew.",
     )
     scope: Literal["global", "layer"] = _setting(
         "global", _REPR, "Rank over the whole net or within each layer."

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from regrow.marks import states_of
 from regrow.noise.layers import bridgeout_state, load_bridgeout_state
 from regrow.repr.cycle import RePr
 
@@ -27,7 +28,7 @@ def state_of(
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict(),
         "repr": None if repr_ is None else repr_.state_dict(),
-        "bridgeout": bridgeout_state(model) if "_bridgeout_passes" in vars(model) else None,
+        "bridgeout": bridgeout_state(model) if "bridgeout" in states_of(model) else None,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
 from regrow.given import check_inputs, check_optimizer
+from regrow.looking.copies import copied
 from regrow.marks import check
 from regrow.modules import filter_count, unwrap
 from regrow.structure.read import read_structure
@@ -88,7 +88,7 @@ def cut(
     whole, keep, readers = model, check_keep(model, keep), None
     if is_cut(model):
         # A cut model picks and places channels by index: both cuts are planned from the uncut model.
-        widen(whole := copy.deepcopy(model))
+        widen(whole := copied(model, torch.clone))
         readers = read_structure(whole, example_inputs)
         keep = keep_of_uncut(model, keep, readers)
     planned = plan_removal_and_cut(whole, keep, example_inputs, readers=readers)

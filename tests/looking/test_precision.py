@@ -1,0 +1,54 @@
+import pytest
+import torch
+from torch import nn
+
+from autocasts import HALVES
+from regrow.looking.calls import call, undisturbed
+from regrow.looking.precision import FullPrecision
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_inside_of_the_block_computes_in_float32(dtype) -> None:
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    with FullPrecision("cpu"), torch.autocast("cpu", dtype):
+        assert torch.equal(layer(x), layer.weight.new_tensor((x @ layer.weight.T + layer.bias).tolist()))
+        # Code that relies on autocast where two types meet goes on.
+        assert layer(x.to(dtype)).dtype == torch.float32
+
+
+def test_autocast_is_as_before_behind_the_block() -> None:
+    before = torch.get_autocast_dtype("cpu")
+    layer, x = nn.Linear(3, 3), torch.randn(2, 3)
+    with FullPrecision("cpu"):
+        with torch.autocast("cpu", torch.float16):
+            layer(x)
+        assert torch.get_autocast_dtype("cpu") == before
+    with torch.autocast("cpu", torch.bfloat16):
+        with FullPrecision("cpu"), torch.autocast("cpu", torch.float16):
+            layer(x)
+        assert layer(x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_without_autocast_nothing_is_set() -> None:
+    before = torch.get_autocast_dtype("cpu")
+    with FullPrecision("cpu"):
+        torch.ones(2) + 1
+    assert torch.get_autocast_dtype("cpu") == before
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_weights_in_half_precision_stay_with_autocast_as_it_is(dtype) -> None:
+    layer = nn.Linear(3, 3).to(dtype)
+    with undisturbed(layer), torch.autocast("cpu", dtype):
+        assert layer(torch.randn(2, 3)).dtype == dtype
+
+
+def test_a_pass_does_not_compute_with_old_copies_of_weights() -> None:
+    # A block of the caller's around both passes keeps autocast's copies until its end.
+    layer, x = nn.Linear(3, 1, bias=False), torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        layer.weight.fill_(1)
+        assert call(layer, x) == 3
+        layer.weight.zero_()
+        assert call(layer, x) == 0
