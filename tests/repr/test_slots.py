@@ -22,14 +22,14 @@ FRESH[2, 0] = True  # one column of another
 
 def test_momentum_is_forgotten_where_asked_and_kept_elsewhere():
     weight, optimizer, state = stepped(torch.optim.SGD, momentum=0.5)
-    refresh_slots(optimizer, weight, FRESH)
+    refresh_slots(optimizer, {weight: FRESH})
     # Gradients 1 … 6, twice: g · (1 + 0.5).
     assert state["momentum_buffer"].flatten().tolist() == [1.5, 3, 0, 0, 0, 9]
 
 
 def test_adam_by_hand():
     weight, optimizer, state = stepped(torch.optim.Adam, betas=(0.5, 0.5), amsgrad=True)
-    refresh_slots(optimizer, weight, FRESH)
+    refresh_slots(optimizer, {weight: FRESH})
     # First moment g · (0.25 + 0.5); second g² · 0.75, and the mean of 0.75, 3 and 27 is 10.25.
     assert state["exp_avg"].flatten().tolist() == [0.75, 1.5, 0, 0, 0, 4.5]
     for slot in ("exp_avg_sq", "max_exp_avg_sq"):
@@ -56,7 +56,7 @@ def test_adam_by_hand():
 def test_magnitudes_become_the_mean_of_the_rest_and_signed_slots_zero(kind, settings, magnitudes, signed):
     weight, optimizer, state = stepped(kind, **settings)
     before = {name: slot.clone() for name, slot in state.items() if isinstance(slot, torch.Tensor)}
-    refresh_slots(optimizer, weight, FRESH)
+    refresh_slots(optimizer, {weight: FRESH})
     for name in magnitudes:
         torch.testing.assert_close(state[name][FRESH], before[name][~FRESH].mean().expand(3, 1, 1))
         assert (state[name][FRESH] > 0).all()
@@ -71,23 +71,23 @@ def test_biases_have_one_dimension():
     optimizer = torch.optim.SGD([bias], lr=0.1, momentum=0.5)
     bias.sum().backward()
     optimizer.step()
-    refresh_slots(optimizer, bias, torch.tensor([False, True, False]))
+    refresh_slots(optimizer, {bias: torch.tensor([False, True, False])})
     assert optimizer.state[bias]["momentum_buffer"].tolist() == [1, 0, 1]
 
 
 def test_where_all_is_fresh_there_is_no_mean_to_take():
     weight, optimizer, state = stepped(torch.optim.Adam)
-    refresh_slots(optimizer, weight, torch.ones(3, 2, dtype=torch.bool))
+    refresh_slots(optimizer, {weight: torch.ones(3, 2, dtype=torch.bool)})
     assert not state["exp_avg_sq"].any()
 
 
 def test_nothing_to_do_is_no_error():
     weight, optimizer, state = stepped(torch.optim.Adam)
     before = state["exp_avg_sq"].clone()
-    refresh_slots(optimizer, weight, torch.zeros(3, 2, dtype=torch.bool))
+    refresh_slots(optimizer, {weight: torch.zeros(3, 2, dtype=torch.bool)})
     assert torch.equal(state["exp_avg_sq"], before)
     stranger = nn.Parameter(torch.ones(2))
-    refresh_slots(optimizer, stranger, torch.tensor([True, False]))
+    refresh_slots(optimizer, {stranger: torch.tensor([True, False])})
     assert stranger not in optimizer.state
 
 
@@ -97,5 +97,5 @@ def test_slots_of_another_shape_are_left_alone():
     weight.sum().backward()
     optimizer.step()
     before = {name: slot.clone() for name, slot in optimizer.state[weight].items()}
-    refresh_slots(optimizer, weight, torch.tensor([True, False, False, False]))
+    refresh_slots(optimizer, {weight: torch.tensor([True, False, False, False])})
     assert all(torch.equal(slot, before[name]) for name, slot in optimizer.state[weight].items())

@@ -19,9 +19,11 @@ from regrow.looking.calls import PassFailed
 from regrow.looking.copies import NotCopied
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
+from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
+from regrow.repr.slots import Memory, copies, memory_of, stepping
+from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -129,7 +131,7 @@ class RePr:
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
-        if not takes_step_hooks(optimizer):
+        if not _is_seen(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
                 "such as optimizer.optimizer."
@@ -166,6 +168,8 @@ class RePr:
         self._example_inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
         self._step = 0
         self._highest_rate = self._rate()
+        self._copies: set[str] | None = None  # None until the optimizer has stepped
+        self._averaged: list[Averaged] = []
         self._sub: SubPhase | None = None
         self._removed = False
         self._mark = _InCycle(self)
@@ -174,7 +178,8 @@ class RePr:
 
     def _check_held(self) -> None:
         # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        groups = [group for part in stepping(self._optimizer) for group in part.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         entries = silent_entries(self._model, self._layers, {name: [0] for name in self._layers})
         needed = {id(parameter) for parameter, _ in entries if parameter.requires_grad}
         missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
@@ -243,9 +248,13 @@ class RePr:
             ValueError: NaN or infinite weights at a drop or restore; nothing is changed or counted.
 
         Warns:
-            UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far.
+            UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far;
+                something has moved dropped filters, which are at 0 again then; or the weights are trained, and
+                no step of the optimizer was seen.
         """
         self._check_not_removed()
+        self._warn_of_others()
+        self._look_for_copies()
         self._highest_rate = max(self._highest_rate, self._rate())
         length = self._settings["full"] + self._settings["sub"]
         cycle, position = divmod(self._step, length)
@@ -266,7 +275,8 @@ class RePr:
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
         self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
-        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
+        notes = decided["notes"] + self._first_decides(lambda: self._sub.notes if self._sub else [])
+        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=notes)
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
@@ -295,9 +305,8 @@ class RePr:
         self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
         self._warn_if_rate_is_low("restored")
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
-        least_covered, notes = sub.restore(generator)
         # Processors may round the decomposition differently, and the processes need equal rows.
-        self._copy_from_first()
+        least_covered, notes = sub.restore(generator, agree=self._copy_from_first)
         self._sub = None
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
         return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
@@ -351,7 +360,59 @@ class RePr:
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
-        return SubPhase(model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced)
+        sub = SubPhase(
+            model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced,
+            self._copies or (), self._averaged,
+        )  # fmt: skip
+        self._copies = sub.copies
+        return sub
+
+    def follow(self, averaged: nn.Module | Mapping[str, Tensor]) -> None:
+        """Pass all further drops and restores on to an averaged copy of the model (EMA, SWA).
+
+        At a drop the copy's entries of the dropped filters, and of the norms behind them, become 0; at the
+        restore all that gets new values in the model gets them in the copy too. If filters are dropped now,
+        they become 0 in the copy at once. A copy that does not follow goes on averaging old filters with new
+        ones. Follow a copy again after a resume, because ``state_dict`` does not contain it.
+
+        Args:
+            averaged: ``AveragedModel``, timm's ``ModelEmaV3``, a deep copy of the model, or a dictionary
+                {name of the model's parameter or buffer: tensor}, which is written to in place.
+
+        Raises:
+            ValueError: ``averaged`` does not fit the model, or is the model itself. Nothing is changed.
+        """
+        self._check_not_removed()
+        copy = Averaged(averaged, self._model)
+        self._averaged.append(copy)
+        if self._sub is not None:
+            self._sub.silence_in(copy)
+
+    def _look_for_copies(self) -> None:
+        # Copies of the weights at the first step, such as MADGRAD's x0, are known best soon after it.
+        memory = memory_of(self._optimizer) if self._copies is None else Memory()
+        if memory.families:
+            self._copies = copies(memory)
+
+    def _warn_of_others(self) -> None:
+        """Warn of whatever moves weights in the sub phase, and is not a step of the optimizer."""
+        if self._sub is None:
+            return
+        if names := self._sub.moved():
+            self._sub.zero()
+            warnings.warn(
+                f"dropped filters of {listed(names)} held other values than 0: something beside the steps of "
+                "the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr the "
+                "outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy).",
+                stacklevel=3,
+            )
+        if self._sub.missed_steps():
+            warnings.warn(
+                f"the weights are trained, but no step of {type(self._optimizer).__name__} was seen since "
+                "filters were dropped, so nothing holds them at 0 between the calls of cycle.step(). Give "
+                "RePr the optimizer whose step() is called.",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that RePr needs to continue exactly: tensors, numbers, strings and lists of these."""
@@ -361,6 +422,7 @@ class RePr:
             "step": self._step,
             "highest_rate": self._highest_rate,
             "sub_phase": None if self._sub is None else self._sub.state(),
+            "copies": None if self._copies is None else sorted(self._copies),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -405,6 +467,8 @@ class RePr:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
+        known = state.get("copies")  # states of earlier releases have none
+        self._copies = None if known is None else set(known)
         self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def remove(self) -> None:
@@ -480,6 +544,12 @@ def release(model: nn.Module) -> dict[str, Any]:
         if isinstance(mark, _InCycle):
             mark.undo(module)
     return {"version": _VERSION, "dropped": dropped}
+
+
+def _is_seen(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the steps of ``optimizer`` can be seen, and all that it remembers."""
+    known = takes_step_hooks(optimizer) or "state" in vars(optimizer) or memory_of(optimizer).families
+    return bool(known and stepping(optimizer))
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:
