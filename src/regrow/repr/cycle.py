@@ -22,7 +22,7 @@ from regrow.modules import device_of, unwrap
 from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.slots import Memory, copies, memory_of, stepping
+from regrow.repr.slots import Copies, memory_of, stepping
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
@@ -168,13 +168,14 @@ class RePr:
         self._example_inputs = tree_map_only(Tensor, lambda x: x.detach().clone(), example_inputs)
         self._step = 0
         self._highest_rate = self._rate()
-        self._copies: set[str] | None = None  # None until the optimizer has stepped
+        self._copies = Copies(optimizer)
         self._averaged: list[Averaged] = []
         self._sub: SubPhase | None = None
         self._removed = False
         self._mark = _InCycle(self)
         for name in self._layers:
             self._conv(name)._regrow_cycle = self._mark
+        self._copies.watch()
 
     def _check_held(self) -> None:
         # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
@@ -254,7 +255,7 @@ class RePr:
         """
         self._check_not_removed()
         self._warn_of_others()
-        self._look_for_copies()
+        self._copies.release()
         self._highest_rate = max(self._highest_rate, self._rate())
         length = self._settings["full"] + self._settings["sub"]
         cycle, position = divmod(self._step, length)
@@ -360,12 +361,10 @@ class RePr:
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
-        sub = SubPhase(
-            model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced,
-            self._copies or (), self._averaged,
+        return SubPhase(
+            model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced, self._copies,
+            self._averaged,
         )  # fmt: skip
-        self._copies = sub.copies
-        return sub
 
     def follow(self, averaged: nn.Module | Mapping[str, Tensor]) -> None:
         """Pass all further drops and restores on to an averaged copy of the model (EMA, SWA).
@@ -387,12 +386,6 @@ class RePr:
         self._averaged.append(copy)
         if self._sub is not None:
             self._sub.silence_in(copy)
-
-    def _look_for_copies(self) -> None:
-        # Copies of the weights at the first step, such as MADGRAD's x0, are known best soon after it.
-        memory = memory_of(self._optimizer) if self._copies is None else Memory()
-        if memory.families:
-            self._copies = copies(memory)
 
     def _warn_of_others(self) -> None:
         """Warn of whatever moves weights in the sub phase, and is not a step of the optimizer."""
@@ -422,7 +415,7 @@ class RePr:
             "step": self._step,
             "highest_rate": self._highest_rate,
             "sub_phase": None if self._sub is None else self._sub.state(),
-            "copies": None if self._copies is None else sorted(self._copies),
+            "copies": dict(self._copies.known),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -467,8 +460,7 @@ class RePr:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
-        known = state.get("copies")  # states of earlier releases have none
-        self._copies = None if known is None else set(known)
+        self._copies.known = dict(state.get("copies", {}))  # states of earlier releases have none
         self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def remove(self) -> None:
@@ -479,6 +471,7 @@ class RePr:
         """
         if self._sub is not None:
             self._sub.release()
+        self._copies.release()
         self._sub, self._removed = None, True
         for name in self._layers:
             if vars(self._conv(name)).get("_regrow_cycle") is self._mark:  # not that of a later cycle

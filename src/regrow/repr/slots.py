@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -107,20 +108,53 @@ def memory_of(optimizer: torch.optim.Optimizer) -> Memory:
     return memory
 
 
-def copies(memory: Memory) -> set[str]:
-    """The families that hold copies of the weights: those with a mean ``likeness`` above 1/2.
+class Copies:
+    """Which families of an optimizer's slots hold copies of the weights.
+
+    Each family is judged once, when it first holds anything: a copy equals the weights best when it was made.
+    The weights may be far from MADGRAD's x0 later, and with a strong weight decay a momentum becomes much like
+    them.
+
+    Attributes:
+        known: {family: whether it holds copies}, of the families judged so far.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, known: Mapping[str, bool] = MappingProxyType({})) -> None:
+        self._optimizer = optimizer
+        self.known = dict(known)
+        self._handles: list[Any] = []
+
+    def watch(self) -> None:
+        """Look once behind the next step of the optimizer, unless ``release`` comes first."""
+        self._handles = [part.register_step_post_hook(self._see) for part in stepping(self._optimizer)]
+
+    def _see(self, *_: Any) -> None:
+        self.look()
+        self.release()
+
+    def release(self) -> None:
+        """End ``watch``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def look(self) -> None:
+        """Judge the families that hold something and are not known yet."""
+        for name, pairs in memory_of(self._optimizer).families.items():
+            if name not in self.known and any(slot.any() for _, slot in pairs):
+                self.known[name] = are_copies(pairs)
+
+
+def are_copies(pairs: Pairs) -> bool:
+    """Whether slots hold copies of their weights: the mean of their ``likeness`` is above 1/2.
 
     One layer whose slot equals its weight by chance does not decide for the others. Biases and norms tell
     little: they start at 0 or 1, as many slots do. So they count only where there are no weights.
     """
-    found = set()
-    for name, pairs in memory.families.items():
-        same = [(parameter, slot) for parameter, slot in pairs if parameter.shape == slot.shape]
-        telling = [pair for pair in same if pair[0].dim() > 1] or same
-        values = [value for pair in telling if (value := likeness(*pair)) is not None]
-        if values and sum(values) / len(values) > _LIKE:
-            found.add(name)
-    return found
+    same = [(parameter, slot) for parameter, slot in pairs if parameter.shape == slot.shape]
+    telling = [pair for pair in same if pair[0].dim() > 1] or same
+    values = [value for pair in telling if (value := likeness(*pair)) is not None]
+    return bool(values) and sum(values) / len(values) > _LIKE
 
 
 @torch.no_grad()
@@ -136,14 +170,14 @@ def likeness(parameter: Tensor, slot: Tensor) -> float | None:
 def refresh_slots(
     optimizer: torch.optim.Optimizer,
     fresh: Mapping[nn.Parameter, Tensor],
-    holding_copies: Collection[str] = (),
+    copies: Mapping[str, bool] = MappingProxyType({}),
 ) -> list[str]:
     """Bring the memory of those entries of parameters up to date that have new values.
 
     Args:
         optimizer: if it has no slot for a parameter, nothing is done.
         fresh: {parameter: BoolTensor over the leading dimensions of the parameter, True = new value}.
-        holding_copies: the families that hold copies of the weights, from ``copies``.
+        copies: the families that hold copies of the weights, from ``Copies``.
 
     Returns:
         One sentence for each family of copies, and for each optimizer that forgot more than these entries.
@@ -153,7 +187,7 @@ def refresh_slots(
         return []
     memory, notes = memory_of(optimizer), []
     for name, pairs in memory.families.items():
-        known = name in holding_copies
+        known = copies.get(name, False)
         magnitudes = not known and _are_magnitudes(name, pairs)
         for parameter, slot in pairs:
             mask = _entries(fresh[parameter], parameter, slot) if parameter in fresh else None

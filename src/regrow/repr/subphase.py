@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from regrow.repr.averaged import Averaged
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
-from regrow.repr.slots import copies, memory_of, refresh_slots
+from regrow.repr.slots import Copies, refresh_slots
 from regrow.structure.readers import (
     Readers,
     affine,
@@ -68,12 +68,10 @@ class SubPhase:
             the dropped filters are computed and held at 0.
         silenced: {norm: channels}: the channels of norms behind sums to which only dropped filters write, as
             in ``Removal``. They are held at 0 too, and get their old values back at the restore.
-        holding_copies: families of the optimizer's slots that are known to hold copies of the weights; those
-            that show it now are added (``slots.copies``).
+        copies: which slots of the optimizer hold copies of the weights; None judges by what they hold now.
         averaged: the averaged copies of the model that follow it.
 
     Attributes:
-        copies: the families of slots that hold copies of the weights.
         notes: what was done to the optimizer's memory at the drop, beside clearing the dropped filters' slots.
 
     Raises:
@@ -91,7 +89,7 @@ class SubPhase:
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
         plan: CutPlan | None = None,
         silenced: Mapping[str, list[int]] = MappingProxyType({}),
-        holding_copies: Collection[str] = (),
+        copies: Copies | None = None,
         averaged: Sequence[Averaged] = (),
     ) -> None:
         self.plan = plan
@@ -112,7 +110,8 @@ class SubPhase:
             self._old_rows = {name: self._weight(name)[i] for name, i in self.dropped.items()}
             self._old_columns = {name: weight[mask] for name, weight, mask in columns}
             self._old_norms = {key: tensor[i] for key, tensor, i in self._silenced_entries()}
-        self.copies = {*holding_copies, *copies(memory_of(optimizer))}
+        self._copies = copies or Copies(optimizer)
+        self._copies.look()
         silence(model, readers, self.dropped)
         silence_norms(model, self._silenced)
         self._averaged = averaged
@@ -279,7 +278,7 @@ class SubPhase:
             mask[indices] = True
         for _, parameter, mask in columns:
             fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
-        return refresh_slots(self._optimizer, fresh, self.copies)
+        return refresh_slots(self._optimizer, fresh, self._copies.known)
 
 
 def private_columns(
