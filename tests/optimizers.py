@@ -1,6 +1,6 @@
-"""Optimizers that PyTorch does not have, as their papers and authors write them, in the layouts that people use.
+"""Optimizers that PyTorch does not have, as their papers and authors write them.
 
-Where the memory lies differs: in ``state[parameter]``, in a state or a list of a wrapper's own, in one vector.
+Their memory lies in ``state[parameter]``, in a state or a list of a wrapper's own, or in one vector.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class ScheduleFreeSGD(Optimizer):
     """Defazio et al. 2024: the weights are y in train mode and x in eval mode; z is a copy of their size."""
 
     def __init__(self, params, lr=0.1, beta=0.9, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "weight_decay": weight_decay, "train": True})
+        super().__init__(
+            params, {"lr": lr, "beta": beta, "k": 0, "weight_decay": weight_decay, "train": True}
+        )
 
     def _swap(self, training):
         for group in self.param_groups:
@@ -74,9 +76,7 @@ class MADGRAD(_Simple):
 
     def update(self, p, g, state, group):
         if not state:
-            state.update(
-                k=0, grad_sum_sq=torch.zeros_like(p), s=torch.zeros_like(p), x0=p.detach().clone()
-            )
+            state.update(k=0, grad_sum_sq=torch.zeros_like(p), s=torch.zeros_like(p), x0=p.detach().clone())
         rate = (group["lr"] + 1e-12) * (state["k"] + 1) ** 0.5
         state["k"] += 1
         state["grad_sum_sq"].addcmul_(g, g, value=rate)
@@ -241,7 +241,7 @@ class Lookahead(Optimizer):
         self.param_groups, self.defaults = inner.param_groups, inner.defaults
         self.state = defaultdict(dict)
 
-    def slow_of(self, place, number, p):
+    def slow_of(self, _place, _number, p):
         return self.state[p].setdefault("slow", p.detach().clone())
 
     def zero_grad(self, set_to_none=True):
@@ -269,7 +269,7 @@ class LookaheadInLists(Lookahead):
         self.slow_weights = [[p.detach().clone() for p in group["params"]] for group in inner.param_groups]
         del self.state
 
-    def slow_of(self, place, number, p):
+    def slow_of(self, place, number, _p):
         return self.slow_weights[place][number]
 
 
@@ -280,7 +280,7 @@ class LookaheadInside(Lookahead):
         super().__init__(inner, **settings)
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
 
-    def slow_of(self, place, number, p):
+    def slow_of(self, _place, _number, p):
         return self.optimizer.state[p].setdefault("lookahead_slow_buff", p.detach().clone())
 
 

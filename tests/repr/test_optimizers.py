@@ -249,21 +249,23 @@ def add(tensor, rows):
 
 MOVERS = {
     "one row of a weight": lambda model, dead: add(model.conv2.weight, dead["conv2"][-1:]),
-    "behind autograd's back": lambda model, dead: model.conv2.weight.data.add_(0.01),
-    "a new tensor": lambda model, dead: setattr(model.conv2.weight, "data", model.conv2.weight + 1),
+    "behind autograd's back": lambda model, _: model.conv2.weight.data.add_(0.01),
+    "a new tensor": lambda model, _: setattr(model.conv2.weight, "data", model.conv2.weight + 1),
     "a bias": lambda model, dead: add(model.conv2.bias, dead["conv2"]),
     "a norm": lambda model, dead: add(model.norm2.bias, dead["conv2"]),
-    "nan": lambda model, dead: model.conv2.weight.data.mul_(float("nan")),
+    "nan": lambda model, _: model.conv2.weight.data.mul_(float("nan")),
 }
 
 
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("mover", MOVERS)
 def test_whoever_moves_dropped_filters_is_noticed_and_they_are_set_to_zero_again(mover, compact):
-    model, optimizer, cycle, drop = to_the_drop("SGD", compact=compact, sub=4)
+    model, _, cycle, drop = to_the_drop("SGD", compact=compact, sub=4)
     MOVERS[mover](model, drop.filters)
     layer = "norm2" if mover == "a norm" else "conv2"
-    with pytest.warns(UserWarning, match=rf"dropped filters of '{layer}' held other values than 0: something"):
+    with pytest.warns(
+        UserWarning, match=rf"dropped filters of '{layer}' held other values than 0: something"
+    ):
         cycle.step()
     for tensor in (model.conv2.weight, model.conv2.bias, model.norm2.weight, model.norm2.bias):
         assert not tensor[drop.filters["conv2"]].any()
@@ -274,7 +276,7 @@ def test_whoever_moves_dropped_filters_is_noticed_and_they_are_set_to_zero_again
 
 def test_old_averages_swapped_in_are_noticed_at_the_first_evaluation_and_at_a_step():
     averaged = optim.swa_utils.AveragedModel
-    model, optimizer, cycle, drop = to_the_drop("SGD", sub=4)
+    model, _, cycle, _ = to_the_drop("SGD", sub=4)
     model.eval()(X)
     old = averaged(build())
     swap(model, old.module)
@@ -312,9 +314,8 @@ class Unseen(optim.Optimizer):
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})
-        self.real = lambda: None
 
-    def step(self, closure=None):
+    def step(self):
         raise AssertionError
 
 
@@ -323,9 +324,9 @@ def test_an_optimizer_whose_steps_are_never_seen_is_noticed():
     real = optim.SGD(model.parameters(), lr=0.1)
     cycle = repr_on(model, Unseen(model.parameters()), full=1, sub=4)
     cycle.step()
+    F.cross_entropy(model(X), torch.arange(8) % 4).backward()
+    real.step()
     with pytest.warns(UserWarning, match="no step of Unseen was seen since filters were dropped"):
-        F.cross_entropy(model(X), torch.arange(8) % 4).backward()
-        real.step()
         cycle.step()
 
 
@@ -353,7 +354,7 @@ def test_the_inner_optimizer_of_a_lookahead_is_the_wrong_one_and_the_warning_say
     cycle = repr_on(model, outer.optimizer, full=1, sub=2)
     train(model, outer, cycle, 1)
     cycle.step()
+    F.cross_entropy(model(X), torch.arange(8) % 4).backward()
+    outer.step()
     with pytest.warns(UserWarning, match="give RePr the outer one"):
-        F.cross_entropy(model(X), torch.arange(8) % 4).backward()
-        outer.step()
         cycle.step()

@@ -36,9 +36,9 @@ def add_bridgeout(
 ) -> dict[str, Any]:
     """Add Batch Bridgeout's noise (arXiv 2009.10893) to the weights of ``model`` in train mode.
 
-    A layer in train mode computes with w̃ (see ``bridgeout``), a layer in eval mode exactly with w, and so does
-    a layer in a pass that only measures the statistics of batch norms (``update_bn``). In each
-    forward pass in train mode, each parameter gets one draw, which depends on ``seed``, the number of the
+    A layer in train mode computes with w̃ (see ``bridgeout``), a layer in eval mode exactly with w. So does a
+    layer in a pass that only measures the statistics of batch norms, as PyTorch's ``update_bn`` does. In each
+    other pass in train mode, each parameter gets one draw, which depends on ``seed``, the number of the
     pass and the parameter. So layers that share a weight, a layer that runs twice, and a checkpointed part
     that is computed again see the same w̃. Parameters, ``state_dict()`` keys and ``isinstance`` do not change.
     All processes of a distributed run make the same draws; give each its own ``seed`` for different draws.

@@ -18,8 +18,8 @@ class Averaged:
 
     Args:
         copy: a module whose parameters and buffers have the model's names behind a prefix, such as
-            ``module.`` (``AveragedModel``, timm's ``ModelEmaV3``, a deep copy); or a dictionary {name: tensor},
-            whose tensors are written to in place (a ``state_dict()``, the shadow of an EMA).
+            ``module.`` (``AveragedModel``, timm's ``ModelEmaV3``, a deep copy); or a dictionary
+            {name: tensor}, whose tensors are written to in place (a ``state_dict()``, the shadow of an EMA).
         model: the user's own module, not a wrapper.
 
     Raises:
@@ -45,8 +45,8 @@ class Averaged:
             if theirs is None or theirs.shape != parameter.shape:
                 has = "nothing" if theirs is None else f"shape {list(theirs.shape)}"
                 raise ValueError(
-                    f"the averaged copy does not fit the model: for {name!r} of shape {list(parameter.shape)} "
-                    f"it has {has}. Pass a copy of this very model."
+                    f"the averaged copy does not fit the model: for {name!r} of shape "
+                    f"{list(parameter.shape)} it has {has}. Pass a copy of this very model."
                 )
             if theirs.numel() and storage_key(theirs.untyped_storage()) == storage_key(
                 parameter.untyped_storage()

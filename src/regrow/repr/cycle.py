@@ -22,7 +22,7 @@ from regrow.modules import device_of, unwrap
 from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.slots import Copies, memory_of, stepping
+from regrow.repr.slots import Copies, stepping
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
@@ -250,8 +250,8 @@ class RePr:
 
         Warns:
             UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far;
-                something has moved dropped filters, which are at 0 again then; or the weights are trained, and
-                no step of the optimizer was seen.
+                something has moved dropped filters, which are at 0 again then; or the weights are trained,
+                and no step of the optimizer was seen.
         """
         self._check_not_removed()
         self._warn_of_others()
@@ -394,9 +394,9 @@ class RePr:
         if names := self._sub.moved():
             self._sub.zero()
             warnings.warn(
-                f"dropped filters of {listed(names)} held other values than 0: something beside the steps of "
-                "the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr the "
-                "outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy).",
+                f"dropped filters of {listed(names)} held other values than 0: something beside the steps "
+                "of the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr "
+                "the outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy).",
                 stacklevel=3,
             )
         if self._sub.missed_steps():
@@ -540,9 +540,8 @@ def release(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_seen(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the steps of ``optimizer`` can be seen, and all that it remembers."""
-    known = takes_step_hooks(optimizer) or "state" in vars(optimizer) or memory_of(optimizer).families
-    return bool(known and stepping(optimizer))
+    """Whether the steps of ``optimizer`` can be seen, its own or those of an optimizer inside it."""
+    return (takes_step_hooks(optimizer) or "state" in vars(optimizer)) and bool(stepping(optimizer))
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

@@ -19,9 +19,7 @@ from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
 
 
-def narrow(
-    model: nn.Module, plan: CutPlan, before: Callable[[bool], None] | None = None
-) -> Narrowing:
+def narrow(model: nn.Module, plan: CutPlan, before: Callable[[bool], None] | None = None) -> Narrowing:
     """Make ``model`` compute without the filters and channels that ``plan`` cuts, until ``release``.
 
     In every forward pass the layers in the plan take slices of their parameters and compute with them. The

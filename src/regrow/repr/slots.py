@@ -1,11 +1,11 @@
 """What an optimizer remembers of entries that get new values.
 
-A *slot* is a tensor that an optimizer keeps for a parameter. It lies in ``state[parameter]``, in a list beside
-the parameters, or in a dictionary under the parameter; slots of one name form a *family*. A family is
-told by what it holds:
+A *slot* is a tensor that an optimizer keeps for a parameter. It lies in ``state[parameter]``, in a list
+beside that of the parameters, or in a dictionary under the parameter. Slots of one name form a *family*, and
+a family is told by what it holds:
 
-- copies of the weights (schedule-free ``z``, MADGRAD ``x0``, Lookahead's slow weights, ASGD ``ax``): they pull
-  the weights back to themselves, so they take the new values;
+- copies of the weights (schedule-free ``z``, MADGRAD ``x0``, Lookahead's slow weights, ASGD ``ax``): they
+  pull the weights back to themselves, so they take the new values;
 - magnitudes, which are never negative (Adam's ``exp_avg_sq``): they take the mean of the other entries. At 0
   they would make the next step many times too long, or with Rprop's step sizes hardly move the entry;
 - all others (momentum, Adam's first moment) become 0.
@@ -81,17 +81,16 @@ def memory_of(optimizer: torch.optim.Optimizer) -> Memory:
         parameters = [parameter for group in groups for parameter in group]
         known = {id(parameter): parameter for parameter in parameters}
         total = sum(parameter.numel() for parameter in parameters)
-        attributes = {name: value for name, value in vars(part).items() if name not in _NO_MEMORY}
-        settings = {name: [group.get(name) for group in part.param_groups] for name in part.param_groups[0]}
-        sources = [(None, {**attributes, **settings, "params": None}), *getattr(part, "state", {}).items()]
-        for key, held in sources:
-            if isinstance(key, Tensor) and id(key) not in known:
-                continue  # what is left of a parameter that the optimizer trains no more
+        for key, held in _sources(part):
             owner = known.get(key if isinstance(key, int) else id(key))
-            path = "" if owner is not None or key is None else str(key)
+            if owner is None and isinstance(key, Tensor):
+                continue  # what is left of a parameter that the optimizer trains no more
+            path = "" if owner is not None else str(key)
             slots = [
                 (name, parameter, slot)
-                for name, parameter, slot in _walk(held, path, owner, groups, known)
+                for name, parameter, slot in _walk(
+                    held, "" if owner is not None else key, owner, groups, known
+                )
                 if slot.is_floating_point() and id(slot) not in known and id(slot) not in seen
             ]
             seen.update(id(slot) for *_, slot in slots)
@@ -99,27 +98,36 @@ def memory_of(optimizer: torch.optim.Optimizer) -> Memory:
                 memory.joint.setdefault(kind, []).append(held)
                 continue
             for name, parameter, slot in slots:
+                found = [] if parameter is None or not _fits(slot, parameter) else [(parameter, slot)]
                 if _is_joint(slot, parameter, total):
                     pieces = slot.split([each.numel() for each in parameters])
-                    found = [(each, piece.view_as(each)) for each, piece in zip(parameters, pieces, strict=True)]
-                else:
-                    found = [(parameter, slot)] if parameter is not None and _fits(slot, parameter) else []
+                    found = [(p, piece.view_as(p)) for p, piece in zip(parameters, pieces, strict=True)]
                 memory.families.setdefault(f"{kind}.{name}", []).extend(found)
     return memory
+
+
+def _sources(part: torch.optim.Optimizer) -> Iterator[tuple[Any, Any]]:
+    """Where one optimizer may keep its memory: attributes, settings of its groups, and the state by its keys."""
+    yield "", {name: value for name, value in vars(part).items() if name not in _NO_MEMORY}
+    names = {name for group in part.param_groups for name in group} - {"params"}
+    yield "", {name: [group.get(name) for group in part.param_groups] for name in names}
+    yield from getattr(part, "state", {}).items()
 
 
 class Copies:
     """Which families of an optimizer's slots hold copies of the weights.
 
     Each family is judged once, when it first holds anything: a copy equals the weights best when it was made.
-    The weights may be far from MADGRAD's x0 later, and with a strong weight decay a momentum becomes much like
-    them.
+    The weights may be far from MADGRAD's x0 later, and a momentum becomes like the weights if their decay is
+    strong.
 
     Attributes:
         known: {family: whether it holds copies}, of the families judged so far.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, known: Mapping[str, bool] = MappingProxyType({})) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, known: Mapping[str, bool] = MappingProxyType({})
+    ) -> None:
         self._optimizer = optimizer
         self.known = dict(known)
         self._handles: list[Any] = []
@@ -129,8 +137,11 @@ class Copies:
         self._handles = [part.register_step_post_hook(self._see) for part in stepping(self._optimizer)]
 
     def _see(self, *_: Any) -> None:
-        self.look()
-        self.release()
+        # In a captured CUDA graph, or in compiled code, no number can be read.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not torch.compiler.is_compiling() and not capturing:
+            self.look()
+            self.release()
 
     def release(self) -> None:
         """End ``watch``."""
@@ -225,11 +236,12 @@ def _walk(
         beside = _beside(held, groups) if owner is None else []
         for place, inner in enumerate(held):
             theirs = beside[place] if beside else owner
-            yield from _walk(inner, path, theirs, [groups[place]] if len(held) == len(groups) else groups, known)
+            inside = [groups[place]] if len(held) == len(groups) else groups
+            yield from _walk(inner, path, theirs, inside, known)
 
 
 def _beside(held: Collection[Any], groups: Groups) -> Sequence[nn.Parameter]:
-    """The parameters, of one group or of all, to which the tensors of a list belong; empty for other lists."""
+    """The parameters, of a group or of all, to which the tensors of a list belong; empty for other lists."""
     for parameters in (*groups, [parameter for group in groups for parameter in group]):
         if len(held) == len(parameters) and all(
             isinstance(one, Tensor) and one.shape == parameter.shape
@@ -246,7 +258,7 @@ def _is_joint(slot: Tensor, parameter: nn.Parameter | None, total: int) -> bool:
 
 
 def _fits(slot: Tensor, parameter: nn.Parameter) -> bool:
-    """Whether ``slot`` has a number for each entry of its parameter, or for each row, as Adafactor's factors."""
+    """Whether ``slot`` has a number for each entry of its parameter, or for each row, as Adafactor does."""
     if slot.dim() == parameter.dim() > 0:
         return slot.shape[0] == parameter.shape[0] and all(
             one in (1, all_) for one, all_ in zip(slot.shape, parameter.shape, strict=True)

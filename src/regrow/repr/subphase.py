@@ -72,7 +72,7 @@ class SubPhase:
         averaged: the averaged copies of the model that follow it.
 
     Attributes:
-        notes: what was done to the optimizer's memory at the drop, beside clearing the dropped filters' slots.
+        notes: what was done to the optimizer's memory at the drop, beside clearing dropped filters' slots.
 
     Raises:
         ValueError: the plan does not fit the model (see ``narrow``). Nothing is changed.
