@@ -1,7 +1,9 @@
 """Averaged copies follow the drops and restores of the model."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -198,6 +200,35 @@ def test_averages_that_follow_can_be_swapped_in_and_out():
             model.train()
             cycle.step()
             assert is_dead(model, cycle)
+
+
+def test_a_part_of_a_larger_module_is_found_among_others_of_its_kind():
+    model = build()
+    whole = nn.ModuleDict({"a": nn.ModuleDict({"conv1": nn.Conv2d(3, 6, 3)}), "student": model})
+    averaged = ema(whole)
+    cycle = repr_on(model, sgd(model), full=1)
+    cycle.follow(averaged)
+    drop = cycle.step()
+    tensors = averaged.module["student"].state_dict()
+    assert not any(entry.any() for _, entry in dead_entries(tensors, drop.filters))
+
+
+def test_the_lines_of_the_page_run_as_printed():
+    page = (Path(__file__).parents[2] / "docs" / "averaging.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model = build()
+    names = {
+        "model": model,
+        "optimizer": sgd(model),
+        "x": X,
+        "epochs": 21,
+        "loader": [(X, torch.arange(8) % 4)],
+    }
+    exec(block, names)
+    dropped = {name: (~mask).nonzero().flatten().tolist() for name, mask in names["cycle"].keep.items()}
+    assert sum(map(len, dropped.values())) == 5
+    tensors = names["ema"].module.state_dict()
+    assert not any(entry.any() for _, entry in dead_entries(tensors, dropped))
 
 
 def test_copies_that_do_not_fit_are_refused_and_nothing_changes():

@@ -38,8 +38,12 @@ class Averaged:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         found = _tensors(copy)
         first = next(iter(trained), "")
-        ending = [key.removesuffix(first) for key in found if key.endswith(first)]
-        self._prefix = min((p for p in ending if not p or p.endswith(".")), key=len, default="")
+        ending = (key.removesuffix(first) for key in found if key.endswith(first))
+        prefixes = sorted({prefix for prefix in ending if not prefix or prefix.endswith(".")}, key=len)
+        self._prefix = next(
+            (prefix for prefix in prefixes if all(prefix + name in found for name in trained)),
+            prefixes[0] if prefixes else "",
+        )
         for name, parameter in trained.items():
             theirs = found.get(self._prefix + name)
             if theirs is None or theirs.shape != parameter.shape:

@@ -22,7 +22,7 @@ from regrow.modules import device_of, unwrap
 from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.slots import Copies, stepping
+from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
@@ -540,8 +540,12 @@ def release(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_seen(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the steps of ``optimizer`` can be seen, its own or those of an optimizer inside it."""
-    return (takes_step_hooks(optimizer) or "state" in vars(optimizer)) and bool(stepping(optimizer))
+    """Whether the steps of ``optimizer`` can be seen, its own or those of an optimizer inside it.
+
+    A wrapper that takes no hooks and keeps nothing of its own only hides the optimizer inside.
+    """
+    own = takes_step_hooks(optimizer) or "state" in vars(optimizer) or keeps_tensors(optimizer)
+    return own and bool(stepping(optimizer))
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

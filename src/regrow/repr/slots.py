@@ -58,6 +58,12 @@ def stepping(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     ]
 
 
+def keeps_tensors(part: torch.optim.Optimizer) -> bool:
+    """Whether attributes of an optimizer hold tensors, as Lookahead's slow weights may."""
+    attributes = {name: value for name, value in vars(part).items() if name not in _NO_MEMORY}
+    return any(True for _ in _walk(attributes, "", None, [], {}))
+
+
 @dataclass
 class Memory:
     """All that an optimizer remembers.
@@ -88,9 +94,7 @@ def memory_of(optimizer: torch.optim.Optimizer) -> Memory:
             path = "" if owner is not None else str(key)
             slots = [
                 (name, parameter, slot)
-                for name, parameter, slot in _walk(
-                    held, "" if owner is not None else key, owner, groups, known
-                )
+                for name, parameter, slot in _walk(held, path, owner, groups, known)
                 if slot.is_floating_point() and id(slot) not in known and id(slot) not in seen
             ]
             seen.update(id(slot) for *_, slot in slots)
@@ -107,7 +111,7 @@ def memory_of(optimizer: torch.optim.Optimizer) -> Memory:
 
 
 def _sources(part: torch.optim.Optimizer) -> Iterator[tuple[Any, Any]]:
-    """Where one optimizer may keep its memory: attributes, settings of its groups, and the state by its keys."""
+    """Where one optimizer may keep its memory: attributes, settings of its groups, the state by its keys."""
     yield "", {name: value for name, value in vars(part).items() if name not in _NO_MEMORY}
     names = {name for group in part.param_groups for name in group} - {"params"}
     yield "", {name: [group.get(name) for group in part.param_groups] for name in names}
