@@ -131,7 +131,7 @@ class _Narrowed(nn.Module):
                 f"{type(self).__name__}: a layer that computes without its dropped filters has got another "
                 "class. Add Bridgeout or a parametrization before the drop, or after the restore."
             )
-        if slices.before is not None and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if slices.before is not None and not torch.compiler.is_compiling():
             slices.before(self.training)
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])

@@ -64,6 +64,12 @@ def keeps_tensors(part: torch.optim.Optimizer) -> bool:
     return any(True for _ in _walk(attributes, "", None, [], {}))
 
 
+def readable() -> bool:
+    """Whether the numbers in tensors can be read now: not in compiled or traced code, nor in a CUDA graph."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing)
+
+
 @dataclass
 class Memory:
     """All that an optimizer remembers.
@@ -134,18 +140,18 @@ class Copies:
     ) -> None:
         self._optimizer = optimizer
         self.known = dict(known)
+        self._watching = False
         self._handles: list[Any] = []
 
     def watch(self) -> None:
-        """Look once behind the next step of the optimizer, unless ``release`` comes first."""
+        """Look once behind the next step of the optimizer, unless ``release`` comes first; call it then."""
+        self._watching = True
         self._handles = [part.register_step_post_hook(self._see) for part in stepping(self._optimizer)]
 
     def _see(self, *_: Any) -> None:
-        # In a captured CUDA graph, or in compiled code, no number can be read.
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if not torch.compiler.is_compiling() and not capturing:
+        if self._watching and readable():  # a hook cannot take itself away while hooks are called
             self.look()
-            self.release()
+            self._watching = False
 
     def release(self) -> None:
         """End ``watch``."""

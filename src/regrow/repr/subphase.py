@@ -17,7 +17,7 @@ from regrow.repr.averaged import Averaged
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
-from regrow.repr.slots import Copies, refresh_slots
+from regrow.repr.slots import Copies, readable, refresh_slots
 from regrow.structure.readers import (
     Readers,
     affine,
@@ -164,7 +164,7 @@ class SubPhase:
 
     def _before_pass(self, training: bool) -> None:
         # Weights that were swapped in for an evaluation are back in their place when the cycle steps.
-        if not training and not self._looked and (names := self.moved()):
+        if not training and not self._looked and readable() and (names := self.moved()):
             warnings.warn(
                 f"dropped filters of {listed(names)} hold other values than 0 in an evaluation, which leaves "
                 "them out. Averaged weights that are swapped in must be dropped with the model: call "
