@@ -312,7 +312,6 @@ def test_a_momentum_under_a_strong_weight_decay_is_no_copy_when_its_birth_was_wa
         optimizer.step()
     assert likeness(parameters[0], optimizer.state[parameters[0]]["momentum_buffer"]) > 0.9
     assert judged.known == {"SGD.momentum_buffer": False}
-    judged.release()
     assert not optimizer._optimizer_step_post_hooks
 
 

@@ -15,6 +15,8 @@ A vector over all parameters (LBFGS) cannot be new in part: the optimizer forget
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from regrow.torch_private import takes_step_hooks
 
@@ -140,30 +143,38 @@ class Copies:
     ) -> None:
         self._optimizer = optimizer
         self.known = dict(known)
-        self._watching = False
-        self._handles: list[Any] = []
+        self._watch: Any = None
 
     def watch(self) -> None:
-        """Look once behind the next step of the optimizer, unless ``release`` comes first; call it then."""
-        self._watching = True
-        self._handles = [part.register_step_post_hook(self._see) for part in stepping(self._optimizer)]
+        """Look once behind the next step of the optimizer, unless ``release`` comes first; call it then.
 
-    def _see(self, *_: Any) -> None:
-        if self._watching and readable():  # a hook cannot take itself away while hooks are called
-            self.look()
-            self._watching = False
+        The hook is PyTorch's for all optimizers: the optimizer itself gets none before filters are dropped.
+        """
+        watch = register_optimizer_step_post_hook(functools.partial(_see, weakref.ref(self)))
+        self._watch = weakref.finalize(self, watch.remove)
 
     def release(self) -> None:
         """End ``watch``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        if self._watch is not None:
+            self._watch()
+        self._watch = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_watch": None}
 
     def look(self) -> None:
         """Judge the families that hold something and are not known yet."""
         for name, pairs in memory_of(self._optimizer).families.items():
             if name not in self.known and any(slot.any() for _, slot in pairs):
                 self.known[name] = are_copies(pairs)
+
+
+def _see(watching: weakref.ref[Copies], stepped: torch.optim.Optimizer, *_: Any) -> None:
+    copies = watching()
+    if copies is None or copies.known or not readable():
+        return
+    if any(stepped is part for part in parts(copies._optimizer)):
+        copies.look()
 
 
 def are_copies(pairs: Pairs) -> bool:
