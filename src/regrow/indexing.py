@@ -70,6 +70,14 @@ def clear(tensor: Tensor, where: Where) -> None:
         tensor[where] = 0
 
 
+def on(where: Where, device: torch.device) -> Where:
+    """``where`` on ``device``."""
+    if isinstance(where, Tensor):
+        return where.to(device)
+    first, second = where
+    return first.to(device) if isinstance(first, Tensor) else first, second.to(device)
+
+
 def place_plainly(tensor: Tensor, index: Tensor, dim: int, width: int) -> Tensor:
     """``place`` in PyTorch's operations; ``torch.jit.script`` compiles it."""
     shape = list(tensor.shape)

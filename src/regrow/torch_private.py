@@ -74,7 +74,7 @@ def takes_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ``register_step_post_hook`` works: it fails on wrappers that skip ``Optimizer.__init__``."""
     try:
         optimizer.register_step_post_hook(print).remove()
-    except AttributeError:  # the dictionary of hooks is private, and so is its name
+    except (AttributeError, TypeError):  # the dictionary of hooks is private, and wrappers take a plain one
         return False
     return True
 

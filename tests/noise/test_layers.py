@@ -1,5 +1,6 @@
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -535,3 +536,62 @@ def test_a_decoder_with_noise_in_a_sub_phase():
     cycle.step()
     cycle.remove()
     remove_bridgeout(net, [x])
+
+
+# --- statistics are measured without noise ---------------------------------------------------------------
+
+
+def normed(momentum=0.1):
+    torch.manual_seed(0)
+    one, two = (nn.BatchNorm2d(channels, momentum=momentum) for channels in (6, 4))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), one, nn.ReLU(), nn.Conv2d(6, 4, 3), two).double()
+
+
+BATCHES = torch.randn(2, 16, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+AROUND = {
+    "plain": lambda net: net,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "inside": nn.Sequential,
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_update_bn_measures_without_noise_and_training_goes_on_with_the_same_noise(around, momentum):
+    plain, net, twin = normed(momentum), normed(momentum), normed(momentum)
+    for each in (net, twin):
+        add_bridgeout(each, p=0.5)
+        each(BATCHES[0])
+    wrapped = AROUND[around](net)
+    torch.optim.swa_utils.update_bn(BATCHES, wrapped)
+    torch.optim.swa_utils.update_bn(BATCHES, plain)
+    measured = wrapped.module if around == "averaged" else net
+    for place in (1, 4):
+        for key in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(measured[place], key), getattr(plain[place], key))
+    assert bridgeout_state(measured)["passes"] == 1
+    assert torch.equal(measured(BATCHES[0]), twin(BATCHES[0]))
+    assert not torch.equal(measured(BATCHES[0]), measured(BATCHES[0]))
+
+
+def test_norms_that_average_while_something_is_trained_read_noise_and_a_warning_says_so_once():
+    net = normed()
+    add_bridgeout(net)
+    for place in (1, 4):
+        net[place].momentum = None
+    with pytest.warns(UserWarning, match=r"run them under torch\.no_grad\(\)"):
+        first = net(BATCHES[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not torch.equal(net(BATCHES[0]), first)
+        with torch.no_grad():
+            assert torch.equal(net(BATCHES[0]), net(BATCHES[0]))
+        net.eval()(BATCHES[0])
+
+
+def test_without_gradients_the_noise_stays_where_no_norm_averages():
+    net = normed()
+    add_bridgeout(net)
+    with torch.no_grad():
+        assert not torch.equal(net(BATCHES[0]), net(BATCHES[0]))

@@ -38,8 +38,9 @@ def add_bridgeout(
 ) -> dict[str, Any]:
     """Add Batch Bridgeout's noise (arXiv 2009.10893) to the weights of ``model`` in train mode.
 
-    A layer in train mode computes with w̃ (see ``bridgeout``), a layer in eval mode exactly with w. In each
-    forward pass in train mode, each parameter gets one draw, which depends on ``seed``, the number of the
+    A layer in train mode computes with w̃ (see ``bridgeout``), a layer in eval mode exactly with w. So does a
+    layer in a pass that only measures the statistics of batch norms, as PyTorch's ``update_bn`` does. In each
+    other pass in train mode, each parameter gets one draw, which depends on ``seed``, the number of the
     pass and the parameter. So layers that share a weight, a layer that runs twice, and a checkpointed part
     that is computed again see the same w̃. Parameters, ``state_dict()`` keys and ``isinstance`` do not change.
     All processes of a distributed run make the same draws; give each its own ``seed`` for different draws.
@@ -214,7 +215,7 @@ class _Bridged(nn.Module):
         return cast(Tensor, nn.Module.__getattr__(self, "weight")) if noisy is None else noisy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training or self._bridgeout.passes.measuring:
             return super().forward(*args, **kwargs)
         weight = own_parameters(self).get("weight")
         if weight is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.marks import Mark
-from regrow.torch_private import backward_node, made_as, nodes_made, outside_transforms
+from regrow.torch_private import BatchNorm, backward_node, made_as, nodes_made, outside_transforms
 
 # The number of forward passes that may wait for their backward pass, for models with checkpointed parts.
 _PENDING = 64
@@ -17,6 +18,10 @@ _PENDING = 64
 
 class Passes(Mark):
     """Counts the forward passes of ``model`` that draw noise, from 1; all its layers share this object.
+
+    Attributes:
+        measuring: whether the running pass only measures the statistics of batch norms, as
+            ``torch.optim.swa_utils.update_bn`` does, and draws no noise.
 
     Args:
         model: the module whose calls are the passes.
@@ -27,7 +32,9 @@ class Passes(Mark):
         self.settings = settings
         # torch.compile would compile again for every value of a plain number, and not for a tensor.
         self.number = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._running = self._drawn = False
+        self._running = self._drawn = self.measuring = False
+        self._norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm)]
+        self._warned = any(norm.momentum is None for norm in self._norms)
         # (number of autograd nodes at the end of a pass, number of the pass), oldest first.
         self._ends: deque[tuple[int, int]] = deque(maxlen=_PENDING)
         self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
@@ -69,9 +76,19 @@ class Passes(Mark):
     def _begin(self, *_: Any) -> None:
         if backward_node() is None:
             self._running, self._drawn = True, False
+            # Norms with momentum None average all batches alike; without gradients nothing is trained.
+            averaging = any(norm.momentum is None for norm in self._norms)
+            self.measuring = averaging and not torch.is_grad_enabled()
+            if averaging and not self.measuring and not self._warned and not torch.compiler.is_compiling():
+                self._warned = True
+                warnings.warn(
+                    "batch norms with momentum None average what they read under Bridgeout's noise. If these "
+                    "passes only measure statistics, run them under torch.no_grad(): then there is no noise.",
+                    stacklevel=2,
+                )
 
     def _end(self, *_: Any) -> None:
         if backward_node() is None:
-            self._running = False
+            self._running = self.measuring = False
             if not torch.compiler.is_compiling():
                 self._ends.append((nodes_made(), int(self.number)))

@@ -22,9 +22,11 @@ from regrow.looking.calls import PassFailed, floating, run
 from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
+from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
-from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
+from regrow.repr.slots import Copies, keeps_tensors, stepping
+from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -135,7 +137,7 @@ class RePr:
             raise ValueError(f"unknown choice consumers={consumers!r}{nearest(str(consumers), CONSUMERS)}")
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
-        if not takes_step_hooks(optimizer):
+        if not _is_seen(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
                 "such as optimizer.optimizer."
@@ -169,15 +171,19 @@ class RePr:
         self._dtypes = dtypes(self._model)
         self._step = 0
         self._highest_rate = self._rate()
+        self._copies = Copies(optimizer)
+        self._averaged: list[Averaged] = []
         self._sub: SubPhase | None = None
         self._removed = False
         self._mark = _InCycle(self)
         for name in self._layers:
             self._conv(name)._regrow_cycle = self._mark
+        self._copies.watch()
 
     def _check_held(self) -> None:
         # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        groups = [group for part in stepping(self._optimizer) for group in part.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         entries = silent_entries(self._model, self._layers, {name: [0] for name in self._layers})
         needed = {id(parameter) for parameter, *_ in entries if parameter.requires_grad}
         missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
@@ -247,13 +253,17 @@ class RePr:
 
         Warns:
             UserWarning: filters are dropped or restored at less than a tenth of the highest rate so far; a
-                restore makes the output on ``example_inputs`` more than ten times as large.
+                restore makes the output on ``example_inputs`` more than ten times as large; something has
+                moved dropped filters, which are at 0 again then; or the weights are trained, and no step of
+                the optimizer was seen.
         """
         self._check_not_removed()
         with _outside_inference_mode():
             return self._counted()
 
     def _counted(self) -> Event | None:
+        self._warn_of_others()
+        self._copies.release()
         self._highest_rate = max(self._highest_rate, self._rate())
         length = self._settings["full"] + self._settings["sub"]
         cycle, position = divmod(self._step, length)
@@ -274,7 +284,8 @@ class RePr:
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
         self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
-        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
+        notes = decided["notes"] + self._first_decides(lambda: self._sub.notes if self._sub else [])
+        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=notes)
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
@@ -304,9 +315,8 @@ class RePr:
         self._warn_if_rate_is_low("restored")
         before = self._largest_outputs()
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
-        least_covered, notes = sub.restore(generator)
         # Processors may round the decomposition differently, and the processes need equal rows.
-        self._copy_from_first()
+        least_covered, notes = sub.restore(generator, agree=self._copy_from_first)
         self._warn_of_a_jump(before, self._largest_outputs())
         self._sub = None
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
@@ -387,7 +397,51 @@ class RePr:
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
-        return SubPhase(model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced)
+        return SubPhase(
+            model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced, self._copies,
+            self._averaged,
+        )  # fmt: skip
+
+    def follow(self, averaged: nn.Module | Mapping[str, Tensor]) -> None:
+        """Pass all further drops and restores on to an averaged copy of the model (EMA, SWA).
+
+        At a drop the copy's entries of the dropped filters, and of the norms behind them, become 0; at the
+        restore all that gets new values in the model gets them in the copy too. If filters are dropped now,
+        they become 0 in the copy at once. A copy that does not follow goes on averaging old filters with new
+        ones. Follow a copy again after a resume, because ``state_dict`` does not contain it.
+
+        Args:
+            averaged: ``AveragedModel``, timm's ``ModelEmaV3``, a deep copy of the model, or a dictionary
+                {name of the model's parameter or buffer: tensor}, which is written to in place.
+
+        Raises:
+            ValueError: ``averaged`` does not fit the model, or is the model itself. Nothing is changed.
+        """
+        self._check_not_removed()
+        copy = Averaged(averaged, self._model)
+        self._averaged.append(copy)
+        if self._sub is not None:
+            self._sub.silence_in(copy)
+
+    def _warn_of_others(self) -> None:
+        """Warn of whatever moves weights in the sub phase, and is not a step of the optimizer."""
+        if self._sub is None:
+            return
+        if names := self._sub.moved():
+            self._sub.zero()
+            warnings.warn(
+                f"dropped filters of {listed(names)} held other values than 0: something beside the steps "
+                "of the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr "
+                "the outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy).",
+                stacklevel=4,
+            )
+        if self._sub.missed_steps():
+            warnings.warn(
+                f"the weights are trained, but no step of {type(self._optimizer).__name__} was seen since "
+                "filters were dropped, so nothing holds them at 0 between the calls of cycle.step(). Give "
+                "RePr the optimizer whose step() is called.",
+                stacklevel=4,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that RePr needs to continue exactly: tensors, numbers, strings and lists of these."""
@@ -397,6 +451,7 @@ class RePr:
             "step": self._step,
             "highest_rate": self._highest_rate,
             "sub_phase": None if self._sub is None else self._sub.state(),
+            "copies": dict(self._copies.known),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -449,6 +504,7 @@ class RePr:
             self._sub.release()
         self._step = int(state["step"])
         self._highest_rate = float(state["highest_rate"])
+        self._copies.known = dict(state.get("copies", {}))  # states of earlier releases have none
         self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -466,6 +522,7 @@ class RePr:
         """
         if self._sub is not None:
             self._sub.release()
+        self._copies.release()
         self._sub, self._removed = None, True
         for name in self._layers:
             if vars(self._conv(name)).get("_regrow_cycle") is self._mark:  # not that of a later cycle
@@ -540,6 +597,15 @@ def release(model: nn.Module) -> dict[str, Any]:
 def _outside_inference_mode() -> AbstractContextManager[Any]:
     # No tensor that is made in inference mode could be used in training afterwards.
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _is_seen(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the steps of ``optimizer`` can be seen, its own or those of an optimizer inside it.
+
+    A wrapper that takes no hooks and keeps nothing of its own only hides the optimizer inside.
+    """
+    own = takes_step_hooks(optimizer) or "state" in vars(optimizer) or keeps_tensors(optimizer)
+    return own and bool(stepping(optimizer))
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import Where, clear
+from regrow.indexing import Where, clear, on
+from regrow.repr.slots import stepping
 
 Entries = Sequence[tuple[nn.Parameter, Where]]
 
@@ -23,22 +24,57 @@ class Hold:
     Args:
         entries: (parameter, index of the rows) pairs; the caller has set the rows to 0. In a transposed
             convolution a filter's row of weights lies across dim 0.
-        optimizer: the optimizer of the parameters; its ``step`` method is not replaced.
+        optimizer: the optimizer of the parameters; its ``step`` method is not replaced. Where it holds other
+            optimizers, the steps of these count too.
     """
 
     def __init__(self, entries: Entries, optimizer: torch.optim.Optimizer) -> None:
         self._entries = list(entries)
+        self._stepped = self._trained = False
         # Gradients accumulated before this call would reach gradient clipping and the next step.
         for parameter, rows in entries:
             if parameter.grad is not None:
                 clear(parameter.grad, rows)
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._zero)]
-        self._handles += [p.register_hook(_without(rows)) for p, rows in entries if p.requires_grad]
+        self._handles: list[Any] = [part.register_step_post_hook(self._zero) for part in stepping(optimizer)]
+        trained = [(parameter, rows) for parameter, rows in entries if parameter.requires_grad]
+        self._handles += [parameter.register_hook(_without(rows)) for parameter, rows in trained]
+        self._handles += [parameter.register_hook(self._note_gradient) for parameter, _ in trained[:1]]
+        self._sums = self._sum()
+
+    def _zero(self, *_: Any) -> None:
+        self._stepped = True
+        self.zero()
 
     @torch.no_grad()
-    def _zero(self, *_: Any) -> None:
+    def zero(self) -> None:
+        """Set the rows to 0."""
         for parameter, rows in self._entries:
             clear(parameter, rows)
+
+    @torch.no_grad()
+    def moved(self) -> list[nn.Parameter]:
+        """The parameters whose rows are not 0. The answer is waited for once per device, not per layer."""
+        found: list[nn.Parameter] = []
+        for device in {parameter.device for parameter, _ in self._entries}:
+            here = [(p, p[on(rows, device)]) for p, rows in self._entries if p.device == device]
+            if torch.cat([values.flatten() for _, values in here]).any():
+                found += [parameter for parameter, values in here if values.any()]
+        return found
+
+    def missed_steps(self) -> bool:
+        """Whether the parameters are trained and have moved, and yet no step of the optimizer was seen.
+
+        Without a gradient since the rows are held, training pauses, or somebody loads a state.
+        """
+        return self._trained and not self._stepped and self._sums != self._sum()
+
+    def _note_gradient(self, _: Tensor) -> None:
+        self._trained = True
+
+    @torch.no_grad()
+    def _sum(self) -> list[float]:
+        sums = [parameter.sum(dtype=torch.float32) for parameter, _ in self._entries]
+        return torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
 
     def release(self) -> None:
         """Remove the hooks; the rows stay 0 until something writes to them."""

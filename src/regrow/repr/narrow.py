@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -19,7 +19,7 @@ from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
 
 
-def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
+def narrow(model: nn.Module, plan: CutPlan, before: Callable[[bool], None] | None = None) -> Narrowing:
     """Make ``model`` compute without the filters and channels that ``plan`` cuts, until ``release``.
 
     In every forward pass the layers in the plan take slices of their parameters and compute with them. The
@@ -31,6 +31,7 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
         model: the module that the plan was made for, in its wrappers or without. With Bridgeout on it, the
             noise is drawn for whole weights and sliced with them.
         plan: from ``plan_cut``.
+        before: is called ahead of the first layer in the plan, with True in train mode; not in compiled code.
 
     Returns:
         An object that ends the narrowing: call its ``release()``, or use it as a context manager.
@@ -48,6 +49,7 @@ def narrow(model: nn.Module, plan: CutPlan) -> Narrowing:
             raise ValueError(f"{layer.name!r} is narrowed already: release it first.")
     for layer in found:
         slices, wide = _slices(layer), cast(Any, type(layer.module))
+        slices.before, before = before, None
         layer.module._narrow = slices
         layer.module.__class__ = _narrowed(wide, tuple(slices.tensors), tuple(slices.numbers))
     return Narrowing([layer.module for layer in found])
@@ -112,6 +114,7 @@ class _Slices:
     picked: Tensor | None  # the input channels that the layer takes
     placed: tuple[int, Tensor] | None  # the output's width, and the places of its channels among zeros
     live: dict[str, Tensor] | None = None  # the tensors sliced so far, while the forward method runs
+    before: Callable[[bool], None] | None = None
 
 
 class _Narrowed(nn.Module):
@@ -131,6 +134,8 @@ class _Narrowed(nn.Module):
                 "class. Add Bridgeout or a parametrization before the drop, or after the restore."
             )
         args, kwargs = input_first(self._input, args, kwargs)
+        if slices.before is not None and not torch.compiler.is_compiling():
+            slices.before(self.training)
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
         slices.live = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,15 +14,17 @@ from regrow.filters import rows
 from regrow.indexing import Where, index_tensor
 from regrow.marks import Mark, marks_on
 from regrow.modules import filters_first
+from regrow.repr.averaged import Averaged
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
-from regrow.repr.slots import refresh_slots
+from regrow.repr.slots import Copies, readable, refresh_slots
 from regrow.structure.readers import (
     Readers,
     column_mask,
     entries_of,
     per_channel_tensors,
+    place_in,
     silence,
     silent_entries,
 )
@@ -67,6 +70,11 @@ class SubPhase:
             the dropped filters are computed and held at 0.
         silenced: {norm: channels}: the channels of norms behind sums to which only dropped filters write, as
             in ``Removal``. They are held at 0 too, and get their old values back at the restore.
+        copies: which slots of the optimizer hold copies of the weights; None judges by what they hold now.
+        averaged: the averaged copies of the model that follow it.
+
+    Attributes:
+        notes: what was done to the optimizer's memory at the drop, beside clearing dropped filters' slots.
 
     Raises:
         ValueError: the plan does not fit the model (see ``narrow``). Nothing is changed.
@@ -83,9 +91,12 @@ class SubPhase:
         memory: Mapping[str, Mapping[str, Tensor]] | None = None,
         plan: CutPlan | None = None,
         silenced: Mapping[str, list[int]] = MappingProxyType({}),
+        copies: Copies | None = None,
+        averaged: Sequence[Averaged] = (),
     ) -> None:
         self.plan = plan
-        self._narrowing = None if plan is None else narrow(model, plan)
+        self._narrowing = None if plan is None else narrow(model, plan, self._before_pass)
+        self._looked = False
         self._model = model
         self._optimizer = optimizer
         self._readers = readers
@@ -101,10 +112,14 @@ class SubPhase:
             self._old_rows = {name: self._weight(name)[i] for name, i in self.dropped.items()}
             self._old_columns = {name: weight[mask] for name, weight, mask in columns}
             self._old_norms = {key: tensor[i] for key, tensor, i in self._silenced_entries()}
+        self._copies = copies or Copies(optimizer)
+        self._copies.look()
         silence(model, readers, self.dropped)
         silence_norms(model, self._silenced)
-        if memory is None:
-            self._forget()
+        self._averaged = averaged
+        for copy in averaged:
+            self.silence_in(copy)
+        self.notes = self._forget() if memory is None else []
         self._hold = Hold(self._dead_entries(), optimizer)
         names = {*self.dropped, *self._silenced, *(plan.layers() if plan is not None else ())}
         names.update(norm for name in self.dropped for norm in readers[name].norms)
@@ -131,13 +146,48 @@ class SubPhase:
         for module in self._marked:
             vars(module).pop("_regrow_held", None)
 
+    def silence_in(self, copy: Averaged) -> None:
+        """Have an averaged copy of the model emit 0 where the model does."""
+        copy.silence(entry for entry in self._entries() if not entry[0].endswith("running_var"))
+
+    def moved(self) -> list[str]:
+        """The layers in which something has moved dropped filters off 0."""
+        moved = {id(parameter) for parameter in self._hold.moved()}
+        names = [name for name, parameter in self._model.named_parameters() if id(parameter) in moved]
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+    def zero(self) -> None:
+        """Set the dropped filters to 0 again."""
+        self._hold.zero()
+
+    def missed_steps(self) -> bool:
+        """See ``Hold.missed_steps``."""
+        return self._hold.missed_steps()
+
+    def _before_pass(self, training: bool) -> None:
+        # Weights that were swapped in for an evaluation are back in their place when the cycle steps.
+        if not training and not self._looked and readable() and (names := self.moved()):
+            warnings.warn(
+                f"dropped filters of {listed(names)} hold other values than 0 in an evaluation, which leaves "
+                "them out. Averaged weights that are swapped in must be dropped with the model: call "
+                "cycle.follow(the averaged copy).",
+                stacklevel=2,
+            )
+        self._looked = not training
+
     @torch.no_grad()
-    def restore(self, generator: torch.Generator) -> tuple[list[str], list[str]]:
+    def restore(
+        self, generator: torch.Generator, agree: Callable[[], None] = lambda: None
+    ) -> tuple[list[str], list[str]]:
         """Restore the dropped filters with new rows, reset norms and a cleared optimizer state (RePr §3).
 
+        Args:
+            generator: draws the new rows.
+            agree: is called when the model has its new values, ahead of what copies them.
+
         Returns:
-            The layers whose null space was too small for orthogonal rows, and notes on layers whose
-            consumers could not be treated as asked.
+            The layers whose null space was too small for orthogonal rows; and notes on layers whose
+            consumers could not be treated as asked, and on the optimizer's memory.
         """
         self.release()
         # Columns before rows: a column changes the kept rows to which the new rows must be orthogonal.
@@ -162,8 +212,11 @@ class SubPhase:
                 notes.append(f"{name}: its consumers keep their weights, because {readers.mixed}.")
         for key, tensor, channels in self._silenced_entries():
             tensor[channels] = self._old_norms[key].to(tensor)
-        self._forget(columns)
-        return least_covered, notes
+        agree()
+        for copy in self._averaged:
+            copy.take(self._entries())
+            copy.take((f"{consumer}.weight", parameter, mask) for consumer, parameter, mask in columns)
+        return least_covered, notes + self._forget(columns)
 
     def _weight(self, layer: str) -> Tensor:
         """A view of a layer's weight, filters first."""
@@ -202,6 +255,16 @@ class SubPhase:
             entries += entries_of(self._model.get_submodule(name), index_tensor(channels))
         return entries
 
+    def _entries(self) -> Iterator[tuple[str, Tensor, Where]]:
+        """All that a drop and a restore write, but for the consumers: (name, tensor, index of where)."""
+        rows = [*self.dropped.items(), *self._silenced.items()]
+        for name, filters in self.dropped.items():
+            rows += [(norm, reads.of(filters)) for norm, reads in self._readers[name].norms.items()]
+        for name, those in rows:
+            module = self._model.get_submodule(name)
+            for key, tensor in per_channel_tensors(module).items():
+                yield f"{name}.{key}", tensor, place_in(module, tensor, index_tensor(those))
+
     def _silenced_entries(self) -> list[tuple[str, Tensor, Tensor]]:
         """The tensors of the norms in ``silenced``: (key, tensor, indices of the silent channels)."""
         return [
@@ -210,8 +273,8 @@ class SubPhase:
             for key, tensor in per_channel_tensors(self._model.get_submodule(name)).items()
         ]
 
-    def _forget(self, columns: Sequence[tuple[str, nn.Parameter, Tensor]] = ()) -> None:
-        """Clear the optimizer's state of the dead rows, and of the consumers' columns."""
+    def _forget(self, columns: Sequence[tuple[str, nn.Parameter, Tensor]] = ()) -> list[str]:
+        """Clear the optimizer's state of the dead rows, and of the consumers' columns; notes on the rest."""
         fresh: dict[nn.Parameter, Tensor] = {}
         for parameter, indices in self._dead_entries():
             shape = parameter.shape[:2]
@@ -219,8 +282,7 @@ class SubPhase:
             mask[indices] = True
         for _, parameter, mask in columns:
             fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
-        for parameter, mask in fresh.items():
-            refresh_slots(self._optimizer, parameter, mask)
+        return refresh_slots(self._optimizer, fresh, self._copies.known)
 
 
 def private_columns(
@@ -243,6 +305,12 @@ def private_columns(
             masks[consumer] = masks[consumer] | mask if consumer in masks else mask
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in masks}
     return [(name, weights[name], mask) for name, mask in masks.items()]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more
 
 
 def check_memory(

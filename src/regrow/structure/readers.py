@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import Where, clear, index_tensor
-from regrow.modules import Consumer, filters_at, grouped, unwrap
+from regrow.modules import Consumer, grouped, unwrap
 from regrow.torch_private import own_buffers, own_parameters
 
 
@@ -95,7 +95,7 @@ def zero_channels(module: nn.Module, indices: Tensor) -> None:
     """Set the weight, bias and running mean of a layer, as far as it has them, to 0 at ``indices``."""
     for tensor in (*affine(module), getattr(module, "running_mean", None)):
         if isinstance(tensor, Tensor):
-            clear(tensor, _at(module, tensor, indices))
+            clear(tensor, place_in(module, tensor, indices))
 
 
 def silent_entries(
@@ -111,10 +111,11 @@ def silent_entries(
 
 def entries_of(module: nn.Module, indices: Tensor) -> list[tuple[nn.Parameter, Where]]:
     """Weight and bias of a layer, as far as it has them, each with an index of these filters or channels."""
-    return [(parameter, _at(module, parameter, indices)) for parameter in affine(module)]
+    return [(parameter, place_in(module, parameter, indices)) for parameter in affine(module)]
 
 
-def _at(module: nn.Module, tensor: Tensor, indices: Tensor) -> Where:
+def place_in(module: nn.Module, tensor: Tensor, indices: Tensor) -> Where:
+    """The index of filters or channels of ``module`` in ``tensor``, one of its parameters or buffers."""
     indices = indices.to(tensor.device)
     return filters_at(module, indices) if tensor.dim() > 1 else indices
 
