@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,27 +164,42 @@ def study(
 def report(
     folders: Folders,
     out: Annotated[Path | None, _opt("The page to write (default: report.html in the first folder).")] = None,
-    baseline: Annotated[str, _opt("The method that the others are compared with.")] = "standard",
+    baseline: Annotated[
+        str | None,
+        _opt(
+            "The method or variant that the others are compared with (default: the first of the comparison, "
+            "else standard)."
+        ),
+    ] = None,
     tensorboard: Annotated[
         Path | None, _opt("Folder to write the records to as TensorBoard event files, too.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about finished runs: numbers, curves, which filter was off when."""
     from regrow.study.gather import gather
+    from regrow.study.lineup import line_up
     from regrow.study.report import write_report
-    from regrow.study.variants import variant_names
 
     runs, left_out = gather(*folders)
+    with _typed():
+        shown = line_up(runs, baseline)
+    left_out |= shown.left_out
     for why in left_out.values():
         typer.secho(f"regrow: left out: {why}", fg="yellow", err=True)
-    variants = variant_names({run.folder: run.config for run in runs})
-    page = out or folders[0] / "report.html"
-    page = write_report(runs, page, baseline=baseline, variants=variants, left_out=left_out)
+    page = write_report(
+        shown.runs,
+        out or folders[0] / "report.html",
+        title=shown.title,
+        baseline=shown.baseline,
+        variants=shown.names,
+        numbers=shown.numbers,
+        left_out=left_out,
+    )
     typer.echo(f"report: {page}")
     if tensorboard is not None:
         from regrow.study.tensorboard import write_tensorboard
 
-        files = write_tensorboard(runs, tensorboard, variants)
+        files = write_tensorboard(shown.runs, tensorboard, shown.names)
         typer.echo(f"{len(files)} event files: tensorboard --logdir {tensorboard}")
 
 
@@ -290,16 +306,33 @@ def prune(
     )
 
 
+class Mistyped(ValueError):
+    """What was typed behind ``regrow`` cannot be right: nothing has been done."""
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Turn an error in what was typed, raised in the block, into ``Mistyped``."""
+    try:
+        yield
+    except ValueError as error:
+        raise Mistyped(str(error)) from None
+
+
 def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
     """Show only the message: a place in the source does not help a person who types a command."""
     typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
 
 
 def main() -> None:
-    """Run the command. An error that the user can correct ends it with one line on stderr and exit code 1."""
+    """Run the command. An error that the user can correct ends it with one line on stderr.
+
+    The exit code is 2 if a name or value on the command line cannot be right, and nothing has been done then;
+    it is 1 for all other errors.
+    """
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:
         typer.secho(f"regrow: {error}", fg="red", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, Mistyped) else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from regrow.study import records
-from regrow.study.compare import headline, summarise, table
-from regrow.study.config import RunConfig
+from regrow.study.compare import check_comparable, headline, summarise, table
+from regrow.study.config import RunConfig, make_config
 from regrow.study.gather import read_each
-from regrow.study.identity import check_same_run
+from regrow.study.identity import check_same_run, resolved
 from regrow.study.index import IndexRow, write_index
+from regrow.study.lineup import line_up, title_of
 from regrow.study.live import LiveTable
 from regrow.study.local import run_local
 from regrow.study.names import MODEL_FAMILIES
 from regrow.study.plan import STUDY_FILE, Comparison, Job, check_folder, claim, jobs_of, plan
+from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
 from regrow.study.studyfile import read_study
@@ -144,27 +146,20 @@ def run_comparison(
         raise ValueError(f"{folder} holds a study: choose another --out, or add to {folder / STUDY_FILE}.")
     jobs = [_comparison_job(config, folder, rerun) for config in configs]
     _check_models({config.model for config in configs})
+    compared = jobs + _compared_before(jobs, folder)
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):
         _say(console, f"{len(jobs) - len(rest)} of {len(jobs)} runs finished before")
     failed = {}
     if rest:
         with launcher or local(rerun=rerun) as train:
+            _record(folder, compared)
             failed = _train(train, rest, folder, console)
-    baseline = configs[0].method
-    records.write_json(
-        records.comparison_path(folder),
-        {
-            "version": records.VERSION,
-            "baseline": baseline,
-            "methods": list(dict.fromkeys(config.method for config in configs)),
-            "seeds": sorted({config.seed for config in configs}),
-            "runs": [job.folder.name for job in jobs],
-        },
-    )
-    title = f"{configs[0].model} on {configs[0].data}"
-    variants: dict[Path, str] = {job.folder: job.config.method for job in jobs}
-    reported = _report(Comparison(folder, tuple(jobs), variants, baseline, title), console)
+    else:
+        _record(folder, compared)
+    title = title_of(configs[0].model_dump())
+    variants: dict[Path, str] = {job.folder: job.config.method for job in compared}
+    reported = _report(Comparison(folder, tuple(compared), variants, configs[0].method, title), console)
     return _told(failed, console) and reported is not None
 
 
@@ -222,15 +217,18 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
         return None
     try:
         runs, left_out = read_each(finished)
+        shown = line_up(runs)
+        left_out |= shown.left_out
         for why in left_out.values():
             _say(console, f"left out: {why}", "yellow")
-        summaries = summarise(runs, comparison.baseline, comparison.variants)
+        summaries = summarise(shown.runs, shown.baseline, shown.names)
         page = write_report(
-            runs,
+            shown.runs,
             comparison.folder / REPORT,
             title=comparison.title,
-            baseline=comparison.baseline,
-            variants=comparison.variants,
+            baseline=shown.baseline,
+            variants=shown.names,
+            numbers=shown.numbers,
             left_out=left_out,
         )
     except ValueError as error:
@@ -255,6 +253,45 @@ def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
         return Job(config, run, "new")
     check_same_run(config, run)
     return Job(config, run, "done" if records.is_finished(run) else "unfinished")
+
+
+def _compared_before(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """The other runs of the comparison in ``folder``: its report goes on showing them.
+
+    Raises:
+        ValueError: ``jobs`` cannot be compared with them.
+    """
+    if not records.comparison_path(folder).is_file():
+        return []
+    new = {job.folder.name for job in jobs}
+    before = []
+    for name in records.read_comparison(records.comparison_path(folder))["runs"]:
+        run = folder / str(name)
+        if name in new:
+            continue
+        with suppress(ValueError):  # a run that was removed, or cannot be read
+            before.append(Job(make_config(records.read_config(run)), run, "done"))
+    try:
+        check_comparable(
+            [RunRecord(job.folder, resolved(job.config), {}, [], [], None) for job in [*jobs, *before]]
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder} holds another comparison: choose another --out. {error}") from None
+    return before
+
+
+def _record(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write down what is compared in ``folder``, for ``regrow report`` and ``regrow curve``."""
+    records.write_json(
+        records.comparison_path(folder),
+        {
+            "version": records.VERSION,
+            "baseline": jobs[0].config.method,
+            "methods": list(dict.fromkeys(job.config.method for job in jobs)),
+            "seeds": sorted({job.config.seed for job in jobs}),
+            "runs": [job.folder.name for job in jobs],
+        },
+    )
 
 
 def _check_models(names: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ A **run folder** is one training run (one method, one seed):
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
-A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
+A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``. A **study
+folder** holds a folder of run folders for each comparison, and ``study.json``.
 
 Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None.
 """
@@ -108,6 +109,9 @@ _CURVE: _Kinds = {
     "left_out": _MAPPING,
     "points": (list,),
 }
+_COMPARISON: _Kinds = {"baseline": _TEXT, "runs": (list,)}
+_STUDY: _Kinds = {"comparisons": (list,)}
+_OF_STUDY: _Kinds = {"baseline": _TEXT, "runs": _MAPPING}
 _POINT: _Kinds = {"reading": _TEXT, "fraction": _NUMBER, "dropped": _INTEGER, "accuracy": _NUMBER}
 
 
@@ -146,6 +150,10 @@ def curve_paths(folder: str | Path) -> list[Path]:
 
 def comparison_path(folder: str | Path) -> Path:
     return Path(folder) / "comparison.json"
+
+
+def study_path(folder: str | Path) -> Path:
+    return Path(folder) / "study.json"
 
 
 def run_folder(comparison: str | Path, method: str, seed: int) -> Path:
@@ -365,6 +373,17 @@ def read_curves(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: as ``read_curve``.
     """
     return [read_curve(path) for path in curve_paths(folder)]
+
+
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """Read and check a ``comparison.json``. Raises ``ValueError`` as ``read_curve``."""
+    return _read_json(Path(path), _COMPARISON)
+
+
+def read_study(path: str | Path) -> list[dict[str, Any]]:
+    """Read and check the comparisons in a ``study.json``. Raises ``ValueError`` as ``read_curve``."""
+    comparisons: list[dict[str, Any]] = _read_json(Path(path), _STUDY)["comparisons"]
+    return [_check_keys(each, _OF_STUDY, f"{path}, comparisons") for each in comparisons]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
