@@ -19,7 +19,7 @@ WIDE, NARROW = 10.9, 3.9
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Their yellow is too pale for lines.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLACK, _WHITE = COLORS[0], "#FFFFFF"
-# What is mixed into a colour for the second and third variant of a method, and how much: for colours, for black.
+# What is mixed into a colour, or into black, for the second and third variant of a method, and how much.
 _MIXES = (((_BLACK, 0.5), (_WHITE, 0.4)), ((_WHITE, 0.4), (_WHITE, 0.64)))
 # Lengths of dashes and gaps, in line widths; an empty tuple stands for a full line.
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.3, 1.3), (6, 1.5, 1.3, 1.5))

@@ -22,7 +22,7 @@ from regrow.study.lineup import line_up, title_of
 from regrow.study.live import LiveTable
 from regrow.study.local import run_local
 from regrow.study.names import MODEL_FAMILIES
-from regrow.study.plan import STUDY_FILE, Comparison, Job, check_folder, claim, jobs_of, plan
+from regrow.study.plan import STUDY_FILE, STUDY_RECORD, Comparison, Job, check_folder, claim, jobs_of, plan
 from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
@@ -100,7 +100,7 @@ def run_study(
     check_folder(study, folder)
     comparisons, unreadable = plan(study, folder)
     jobs = jobs_of(comparisons)
-    _check_models({job.config.model for job in jobs})
+    check_models({job.config.model for job in jobs})
     for path in unreadable:
         _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
@@ -142,10 +142,9 @@ def run_comparison(
         ValueError: a run that is finished in ``folder`` has other settings, or a model's name is unknown.
     """
     console = Console()
-    if (folder / STUDY_FILE).exists():
-        raise ValueError(f"{folder} holds a study: choose another --out, or add to {folder / STUDY_FILE}.")
+    _check_home(folder)
     jobs = [_comparison_job(config, folder, rerun) for config in configs]
-    _check_models({config.model for config in configs})
+    check_models({config.model for config in configs})
     compared = jobs + _compared_before(jobs, folder)
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):
@@ -247,6 +246,17 @@ def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _check_home(folder: Path) -> None:
+    """Raise ``ValueError`` if ``folder`` is not one for a comparison."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out.")
+    if records.config_path(folder).exists():
+        raise ValueError(f"{folder} is the folder of one run: choose another --out.")
+    for home in (folder, folder.resolve().parent):
+        if (home / STUDY_FILE).exists() and (home / STUDY_RECORD).exists():
+            raise ValueError(f"{home} holds a study: choose another --out, or add to {home / STUDY_FILE}.")
+
+
 def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
     run = records.run_folder(folder, config.method, config.seed)
     if rerun or not records.config_path(run).exists():
@@ -294,7 +304,7 @@ def _record(folder: Path, jobs: Sequence[Job]) -> None:
     )
 
 
-def _check_models(names: Iterable[str]) -> None:
+def check_models(names: Iterable[str]) -> None:
     """Raise ``ValueError`` for an unknown model, before the first run would."""
     rest = [name for name in names if name not in MODEL_FAMILIES]
     if rest:

@@ -10,6 +10,7 @@ from typing import Any
 from regrow.study.config import RunConfig
 from regrow.study.recorded import Recorded, find_recorded
 from regrow.study.records import RunRecord
+from regrow.study.typed import Mistyped
 from regrow.study.variants import fits, known_numbers, variant_names, variant_numbers
 from regrow.study.words import label
 from regrow.suggest import nearest
@@ -48,7 +49,7 @@ def line_up(runs: Sequence[RunRecord], baseline: str | None = None) -> Lineup:
             standard training, else the first).
 
     Raises:
-        ValueError: no finished run has the method or variant ``baseline``, or several variants do.
+        Mistyped: no finished run has the method or variant ``baseline``, or several variants do.
     """
     finished = [run for run in runs if run.result is not None]
     recorded, left_out = find_recorded(run.folder for run in finished)
@@ -71,7 +72,9 @@ def line_up(runs: Sequence[RunRecord], baseline: str | None = None) -> Lineup:
     order = {name: (first[name], settings[name]["method"], numbers[name], name) for name in settings}
     ordered = sorted(runs, key=lambda run: (order[names[run.folder]], run.seed, str(run.folder)))
     there = list(dict.fromkeys(names[run.folder] for run in ordered if run.result is not None))
-    chosen = _default(there, here, settings, recorded) if baseline is None else _find(baseline, there, settings)
+    chosen = (
+        _default(there, here, settings, recorded) if baseline is None else _find(baseline, there, settings)
+    )
     return Lineup(ordered, names, numbers, chosen, _title(finished, recorded), left_out)
 
 
@@ -111,13 +114,13 @@ def _find(baseline: str, there: Sequence[str], settings: Mapping[str, Mapping[st
     if len(meant) == 1:
         return meant[0]
     if meant:
-        raise ValueError(
+        raise Mistyped(
             f"{baseline!r} has {len(meant)} variants here: say which is the baseline, one of "
             f"{', '.join(map(repr, meant))}."
         )
     if baseline in settings:
-        raise ValueError(f"{baseline!r} has no finished run, so nothing can be compared with it.")
-    raise ValueError(f"no run here is of the baseline {baseline!r}{nearest(baseline, there)}")
+        raise Mistyped(f"{baseline!r} has no finished run, so nothing can be compared with it.")
+    raise Mistyped(f"no run here is of the baseline {baseline!r}{nearest(baseline, there)}")
 
 
 def _title(finished: Sequence[RunRecord], recorded: Sequence[Recorded]) -> str:

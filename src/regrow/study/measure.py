@@ -15,6 +15,7 @@ from regrow.study.compare import check_comparable
 from regrow.study.curves import check_curve, measure_run
 from regrow.study.lineup import line_up
 from regrow.study.pruned import CurveSet, curve_sets, heading, tables, to_dict
+from regrow.study.typed import typed
 from regrow.study.variants import variant_styles
 
 
@@ -41,7 +42,8 @@ def run_curves(
             is unfinished, runs that cannot be compared, or as ``measure_run``. Curves that were
             measured before the error stay.
     """
-    check_curve(criterion, scope, fractions, readings, split)
+    with typed():
+        check_curve(criterion, scope, fractions, readings, split)
     home = _home(folders) if out is None else out
     console = Console()
     shown = line_up(_finished(folders, console))

@@ -32,8 +32,9 @@ from regrow.study.recorded import find_recorded
 from regrow.study.studyfile import Study, Wanted, read_study
 from regrow.study.variants import known_numbers, variant_names, variant_numbers
 
-# The copy of the study's file in its folder, beside the comparisons' folders.
+# File names of a study folder, beside the comparisons' folders.
 STUDY_FILE = "study.yaml"
+STUDY_RECORD = records.study_path("").name
 _LONGEST = 120
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is there
 _VERSION = 1
@@ -130,9 +131,9 @@ def check_folder(study: Study, folder: Path) -> None:
         raise ValueError(f"{folder} is a file: choose another --out.")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / STUDY_FILE).is_file() or not records.study_path(folder).is_file():
+    if not (folder / STUDY_FILE).is_file() or not (folder / STUDY_RECORD).is_file():
         raise ValueError(f"{folder} is not empty and holds no study: choose another --out.")
-    name = _recorded_name(records.study_path(folder))
+    name = _recorded_name(folder / STUDY_RECORD)
     if name != study.name:
         raise ValueError(
             f"{folder} holds another study, {name!r}, not {study.name!r}: choose another --out; or, if it is "
@@ -162,7 +163,7 @@ def claim(study: Study, folder: Path, comparisons: Sequence[Comparison]) -> None
             for each in comparisons
         ],
     }
-    records.write_json(records.study_path(folder), about)
+    records.write_json(folder / STUDY_RECORD, about)
     records.write_bytes(folder / STUDY_FILE, study.text)
 
 
@@ -170,7 +171,9 @@ def _numbers(comparison: Comparison) -> dict[str, int]:
     """The numbers of the variants: those that a run of the variant has had in the folder before stay."""
     recorded, _ = find_recorded(job.folder for job in comparison.jobs)
     names = {folder.resolve(): name for folder, name in comparison.variants.items()}
-    settings = {comparison.variants[job.folder]: job.config.model_dump(mode="json") for job in comparison.jobs}
+    settings = {
+        comparison.variants[job.folder]: job.config.model_dump(mode="json") for job in comparison.jobs
+    }
     return variant_numbers(settings, known_numbers(recorded, names, settings))
 
 

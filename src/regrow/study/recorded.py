@@ -1,7 +1,7 @@
 """What a comparison or a study has recorded about its runs: names, order, baseline. Imports no PyTorch.
 
-``regrow compare`` leaves ``comparison.json`` beside its run folders, and ``regrow study`` leaves ``study.json``
-in the folder that holds the comparisons' folders. The reports and figures that are made later follow them.
+``regrow compare`` leaves ``comparison.json`` beside its run folders, and ``regrow study`` leaves
+``study.json`` in the folder that holds the comparisons' folders. Later reports and figures follow them.
 """
 
 from __future__ import annotations
