@@ -28,7 +28,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -319,6 +319,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return _read_config(config_path(folder))
 
 
+def run_folders(folder: str | Path, unreadable: Callable[[OSError], None]) -> list[Path]:
+    """The run folders in and below ``folder``, sorted.
+
+    Args:
+        folder: to search; links in it are not followed.
+        unreadable: is called for each folder that the system does not let this process read.
+    """
+    found = os.walk(folder, onerror=unreadable)
+    return sorted(Path(home) for home, _, files in found if config_path("").name in files)
+
+
 def find_runs(*folders: str | Path) -> list[RunRecord]:
     """Every run in ``folders`` and below them, sorted by parent folder, method and seed; none twice.
 
@@ -329,15 +340,19 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}.")
-        for config in folder.rglob("config.yaml"):
-            if config.resolve() not in found:
-                found[config.resolve()] = read_run(config.parent)
+        for run in run_folders(folder, _refuse):
+            if run.resolve() not in found:
+                found[run.resolve()] = read_run(run)
     if not found:
         raise ValueError(
             f"no run found in {', '.join(map(str, folders)) or 'no folder'}. A run folder holds config.yaml, "
             "epochs.jsonl and, once finished, result.json; `regrow train` makes one."
         )
     return sorted(found.values(), key=lambda run: (str(run.folder.parent), run.method, run.seed))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
 
 
 def weights_hash(folder: str | Path) -> str | None:
