@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
+from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import WHERE, normalised, own_settings, run_key
 from regrow.study.names import DATA_NAMES, METHOD_ALIASES
@@ -225,12 +226,17 @@ def _check_settings(settings: object, where: str) -> None:
 
 def _check_own(method: str, own: Mapping[str, Any]) -> None:
     allowed = own_settings(method)
-    check_used(own, [make_config({"method": method})], f"methods: {method}: {{!r}}".format)
     for key in own:
         if key not in allowed:
+            others = [other for other, theirs in METHOD_SETTINGS.items() if key in theirs]
             raise ValueError(
-                f"methods: {method}: {key!r} must be the same for all methods of a comparison: write it "
-                f"under settings. Settings that {method} may have for itself: {', '.join(sorted(allowed))}."
+                f"methods: {method}: {key!r} "
+                + (
+                    f"belongs to {', '.join(others)}, and {method} would ignore it"
+                    if others
+                    else "must be the same for all methods of a comparison: write it under settings"
+                )
+                + f". Settings that {method} may have for itself: {', '.join(sorted(allowed))}."
             )
 
 
