@@ -82,7 +82,7 @@ def test_where_it_writes(comparison, tmp_path):
         run_curves([runs[0], elsewhere], **SETTINGS)
 
 
-def test_variants_have_their_names_and_the_colours_of_the_report(comparison, tmp_path, capsys):
+def test_variants_have_their_names_and_the_colours_of_the_report(comparison, capsys):
     """Two variants of dropout, two of standard training, in folders of any name."""
     for source, name, change in (
         ("dropout-seed0", "other", ("p: 0.3", "p: 0.05")),
