@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import forking
 from regrow.cli import app
+from regrow.study import page
 from regrow.study.typed import Mistyped
 
 SMALL = ["--width", "4", "--train-size", "100", "--threads", "1"]
@@ -130,6 +131,12 @@ def looks(page: Path) -> tuple[list[str], list[tuple[str, str]]]:
     return head, [(name, color) for color, name in re.findall(r'stroke="(#\w+)".*?</svg>(.*?)</span>', key)]
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, which take most of the time."""
+    monkeypatch.setattr(page, "_uri", lambda _draw, _width: "")
+
+
 def done(*arguments: object) -> str:
     """What the command prints, which ends well."""
     ended = CliRunner().invoke(app, list(map(str, arguments)))
@@ -137,17 +144,18 @@ def done(*arguments: object) -> str:
     return ended.output
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_report_and_curve_show_a_comparison_as_compare_did(tmp_path: Path) -> None:
-    out, page = tmp_path / "cmp", tmp_path / "page.html"
+    out, written = tmp_path / "cmp", tmp_path / "page.html"
     compare = ["compare", "--epochs", 3, "--out", out, *SMALL]
     done(*compare, "--methods", "repr,standard,dropout", "--seeds", "0,1")
     compared = looks(out / "report.html")
     assert compared[0][0] == "<h1>convnet on digits</h1>"
     assert [name for name, _ in compared[1]] == ["RePr", "Standard training", "Dropout"]
     assert compared[1][1] == ("Standard training", "#000000")
-    done("report", out, "--out", page)
-    assert page.read_text().count("<html") == 1
-    assert looks(page) == compared
+    done("report", out, "--out", written)
+    assert written.read_text().count("<html") == 1
+    assert looks(written) == compared
 
     done("curve", out, "--fractions", "0,50", "--readings", "zeroed")
     drawn = (out / "curve.svg").read_text()
@@ -156,29 +164,30 @@ def test_report_and_curve_show_a_comparison_as_compare_did(tmp_path: Path) -> No
     (killed / "config.yaml").write_text((killed / "config.yaml").read_text().replace("seed: 1", "seed: 2"))
     (killed / "result.json").unlink()
     for runs in ([out], [out / "dropout-seed0", out], sorted(out.glob("*-seed*"), reverse=True)):
-        done("report", *runs, "--out", page)
-        assert looks(page) == compared
+        done("report", *runs, "--out", written)
+        assert looks(written) == compared
 
     # Another baseline: other sentences, the same colours.
-    done("report", out, "--out", page, "--baseline", "dropout")
-    assert looks(page)[1][0][0] == "Dropout"
-    assert dict(looks(page)[1]) == dict(compared[1])
-    page.unlink()
-    refused = CliRunner().invoke(app, ["report", str(out), "--out", str(page), "--baseline", "standrd"])
+    done("report", out, "--out", written, "--baseline", "dropout")
+    assert looks(written)[1][0][0] == "Dropout"
+    assert dict(looks(written)[1]) == dict(compared[1])
+    written.unlink()
+    refused = CliRunner().invoke(app, ["report", str(out), "--out", str(written), "--baseline", "standrd"])
     assert isinstance(refused.exception, Mistyped)
     assert "did you mean 'standard'?" in str(refused.exception)
-    assert not page.exists()
+    assert not written.exists()
 
     # Other seeds and methods: the report is about all runs, and no method changes its colour.
     done(*compare, "--methods", "repr,bridgeout", "--seeds", 2)
     again = looks(out / "report.html")
     assert dict(again[1]).items() > dict(compared[1]).items()
-    done("report", out, "--out", page)
-    assert looks(page) == again
+    done("report", out, "--out", written)
+    assert looks(written) == again
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_report_and_curve_show_a_study_as_the_study_did(tmp_path: Path) -> None:
-    file, out, page = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "page.html"
+    file, out, written = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "page.html"
     colors: dict[str, str] = {}
     for fractions in ("[0.4, 0.2]", "[0.4, 0.3, 0.2]"):
         file.write_text(
@@ -188,8 +197,8 @@ def test_report_and_curve_show_a_study_as_the_study_did(tmp_path: Path) -> None:
         done("study", file, "--out", out)
         reported = looks(out / "convnet-digits" / "report.html")
         for folder in (out, out / "convnet-digits"):
-            done("report", folder, "--out", page)
-            assert looks(page) == reported
+            done("report", folder, "--out", written)
+            assert looks(written) == reported
         found = dict(reported[1])
         assert len(set(found.values())) == len(found)
         assert found.items() >= colors.items()
