@@ -1,5 +1,7 @@
 """The command as a person calls it, in a process of its own where that matters."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typer.testing import CliRunner
 
 import forking
 from regrow.cli import app
+from regrow.study import page
+from regrow.study.typed import Mistyped
 
 SMALL = ["--width", "4", "--train-size", "100", "--threads", "1"]
 
@@ -35,11 +39,51 @@ def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Pat
     assert again.output.startswith("already finished")
 
 
-def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    failed = forking.regrow("train", "--model", "vg", "--out", tmp_path / "run", folder=tmp_path)
-    assert failed.returncode == 1
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("train --model vg --out run", "vgg"),
+        ("train --data fashon --out run", "did you mean 'fashion-mnist'?"),
+        ("train --method rper --out run", "did you mean 'repr'?"),
+        ("train --fraction 0.3 --out run", "--fraction belongs to the method repr"),
+        ("train --method repr --epochs 2 --out run", "train for 3 epochs or more"),
+        ("compare --methods standard,dropuot --out run", "did you mean 'dropout'"),
+        ("compare --seeds 3-1 --out run", "got '3-1'"),
+        ("compare --methods standard,dropout --criterion l1 --out run", "would be ignored with standard and"),
+        ("prune alexnot --fraction 0.5 --out run", "did you mean 'alexnet'"),
+        ("prune alexnet --data cifar --fraction 0.5 --out run", "did you mean 'cifar10'"),
+        ("prune alexnet --weights BEST --fraction 0.5 --out run", "alexnet has no weights 'BEST'"),
+        ("prune alexnet --weights none --data-dir . --fraction 0.5 --out run", "pass --data too"),
+        ("prune . --scope isomorph --fraction 0.5 --out run", "did you mean 'isomorphic'"),
+        ("curve . --criterion l3", "did you mean 'l2' or 'l1'?"),
+        ("curve . --fractions 0.5", "write 50"),
+    ],
+)
+def test_what_is_typed_wrong_is_one_line_and_exit_code_2_before_any_work(
+    tmp_path: Path, arguments: str, word: str
+) -> None:
+    failed = forking.regrow(*arguments.split(), folder=tmp_path)
+    assert failed.returncode == 2
     assert failed.stderr.startswith("regrow: ")
-    assert "vgg" in failed.stderr
+    assert word in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert failed.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr", "stdout"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("report nowhere", "there is no folder nowhere"),
+        ("train --config none.yaml --out run", "no configuration file"),
+        ("prune . --fraction 0.5 --out run", "not a run folder"),
+        ("compare --out stdout", "is a file"),
+    ],
+)
+def test_another_error_is_one_line_and_exit_code_1(tmp_path: Path, arguments: str, word: str) -> None:
+    failed = forking.regrow(*arguments.split(), folder=tmp_path)
+    assert failed.returncode == 1
+    assert word in failed.stderr
     assert failed.stderr.count("\n") == 1
 
 
@@ -79,16 +123,108 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert "skip_first: false" in recorded
 
 
-def test_compare_and_report(tmp_path: Path) -> None:
-    runner = CliRunner()
-    arguments = ["compare", "--seeds", "0,1", "--epochs", "3", "--out", str(tmp_path / "cmp"), *SMALL]
-    done = runner.invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "cmp" / "report.html").exists()
-    page = tmp_path / "page.html"
-    done = runner.invoke(app, ["report", str(tmp_path / "cmp"), "--out", str(page)])
-    assert done.exit_code == 0, done.output
-    assert page.read_text().count("<html") == 1
+def looks(page: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The headline of a report, and the names and colours of its methods, in their order."""
+    text = page.read_text(encoding="utf-8")
+    head = re.findall(r"<h1>.*?</h1>|<p class=\"lead\">.*?</p>", text)
+    key = re.findall(r'<p class="key">.*?</p>', text, re.DOTALL)[0]
+    return head, [(name, color) for color, name in re.findall(r'stroke="(#\w+)".*?</svg>(.*?)</span>', key)]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, which take most of the time."""
+    monkeypatch.setattr(page, "_uri", lambda _draw, _width: "")
+
+
+def done(*arguments: object) -> str:
+    """What the command prints, which ends well."""
+    ended = CliRunner().invoke(app, list(map(str, arguments)))
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_report_and_curve_show_a_comparison_as_compare_did(tmp_path: Path) -> None:
+    out, written = tmp_path / "cmp", tmp_path / "page.html"
+    compare = ["compare", "--epochs", 3, "--out", out, *SMALL]
+    done(*compare, "--methods", "repr,standard,dropout", "--seeds", "0,1")
+    compared = looks(out / "report.html")
+    assert compared[0][0] == "<h1>convnet on digits</h1>"
+    assert [name for name, _ in compared[1]] == ["RePr", "Standard training", "Dropout"]
+    assert compared[1][1] == ("Standard training", "#000000")
+    done("report", out, "--out", written)
+    assert written.read_text().count("<html") == 1
+    assert looks(written) == compared
+
+    done("curve", out, "--fractions", "0,50", "--readings", "zeroed")
+    drawn = (out / "curve.svg").read_text()
+    assert all(color.lower() in drawn for _, color in compared[1])
+    killed = shutil.copytree(out / "dropout-seed1", out / "dropout-seed2")
+    (killed / "config.yaml").write_text((killed / "config.yaml").read_text().replace("seed: 1", "seed: 2"))
+    (killed / "result.json").unlink()
+    for runs in ([out], [out / "dropout-seed0", out], sorted(out.glob("*-seed*"), reverse=True)):
+        done("report", *runs, "--out", written)
+        assert looks(written) == compared
+
+    # Another baseline: other sentences, the same colours.
+    done("report", out, "--out", written, "--baseline", "dropout")
+    assert looks(written)[1][0][0] == "Dropout"
+    assert dict(looks(written)[1]) == dict(compared[1])
+    written.unlink()
+    refused = CliRunner().invoke(app, ["report", str(out), "--out", str(written), "--baseline", "standrd"])
+    assert isinstance(refused.exception, Mistyped)
+    assert "did you mean 'standard'?" in str(refused.exception)
+    assert not written.exists()
+
+    # Other seeds and methods: the report is about all runs, and no method changes its colour.
+    done(*compare, "--methods", "repr,bridgeout", "--seeds", 2)
+    again = looks(out / "report.html")
+    assert dict(again[1]).items() > dict(compared[1]).items()
+    done("report", out, "--out", written)
+    assert looks(written) == again
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_report_and_curve_show_a_study_as_the_study_did(tmp_path: Path) -> None:
+    file, out, written = tmp_path / "study.yaml", tmp_path / "out", tmp_path / "page.html"
+    colors: dict[str, str] = {}
+    for fractions in ("[0.4, 0.2]", "[0.4, 0.3, 0.2]"):
+        file.write_text(
+            f"methods: {{dropout: {{p: [0.3, 0.1]}}, standard: , repr: {{fraction: {fractions}}}}}\n"
+            "seeds: 0\nsettings: {width: 4, train_size: 100, epochs: 3, threads: 1}\n"
+        )
+        done("study", file, "--out", out)
+        reported = looks(out / "convnet-digits" / "report.html")
+        for folder in (out, out / "convnet-digits"):
+            done("report", folder, "--out", written)
+            assert looks(written) == reported
+        found = dict(reported[1])
+        assert len(set(found.values())) == len(found)
+        assert found.items() >= colors.items()
+        colors = found
+    assert list(colors)[:3] == ["Dropout, p 0.3", "Dropout, p 0.1", "Standard training"]
+    moved = out.rename(tmp_path / "moved") / "convnet-digits"
+    printed = done("curve", moved, "--fractions", "0,50", "--readings", "removed")
+    assert "6 of 6 runs measured." in printed
+    assert all(name in printed for name in colors)
+    drawn = (moved / "curve.svg").read_text()
+    assert all(color.lower() in drawn for color in colors.values())
+
+
+def test_a_saved_configuration_has_settings_of_all_methods_and_is_taken(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    done("train", "--epochs", 1, "--out", first, *SMALL)
+    saved = first / "config.yaml"
+    assert "fraction: 0.3" in saved.read_text()
+    done("train", "--config", saved, "--method", "dropout", "--out", tmp_path / "again")
+    own = tmp_path / "own.yaml"
+    own.write_text("fraction: 0.3\np: 0.1\n")
+    for method, other in (("repr", "p"), ("dropout", "fraction"), ("standard", "fraction")):
+        arguments = ["train", "--config", str(own), "--method", method, "--out", str(tmp_path / "x")]
+        failed = CliRunner().invoke(app, arguments)
+        assert f"'{other}' in {own} belongs to the method" in str(failed.exception)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_study_that_fails_in_part_exits_with_1_and_reports_the_rest(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from regrow.study.config import RunConfig, make_config, read_settings
+from regrow.study.typed import Mistyped, typed
 
 app = typer.Typer(
     help="Train better convolutional filters with RePr, and find out whether it helps you.",
@@ -64,6 +65,22 @@ def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]
     return decorate
 
 
+def _configs(file: Path | None, settings: dict[str, Any], each: Sequence[dict[str, Any]]) -> list[RunConfig]:
+    """The checked settings of each run: those of ``file``, of the flags, and its own; the later ones win."""
+    from regrow.study.launch import check_models
+    from regrow.study.unused import check_used
+
+    read = read_settings(file) if file else {}
+    with typed():
+        configs = [make_config({**read, **settings, **own}) for own in each]
+        check_used(settings, configs, lambda key: "--" + key.replace("_", "-"))
+        check_models({config.model for config in configs})
+    # A file that regrow has written, which has a version, holds the settings of all methods.
+    if "version" not in read:
+        check_used(read, configs, lambda key: f"{key!r} in {file}")
+    return configs
+
+
 def _flag(name: str) -> inspect.Parameter:
     field = RunConfig.model_fields[name]
     flag = "--" + name.replace("_", "-")
@@ -75,7 +92,11 @@ def _flag(name: str) -> inspect.Parameter:
         shown = ("on" if field.default else "off") if field.annotation is bool else field.default
         help += f" (default: {shown})"
     kind: Any = list[str] if name == "exclude" else field.annotation
-    annotation = Annotated[kind | None, _opt(help, *names, panel=str(panel), show_default=False)]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    option = _opt(help, *names, panel=str(panel), show_default=False)
+    if choices:  # make_config refuses other names, and suggests the nearest
+        kind, option.metavar, option.autocompletion = str, f"<{'|'.join(choices)}>", lambda: choices
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -86,7 +107,7 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
 
     Example: regrow train --data digits --model convnet --method repr --seed 3 --epochs 14 --out runs/one
     """
-    run_config = make_config({**(read_settings(config) if config else {}), **settings})
+    (run_config,) = _configs(config, settings, [{}])
     from regrow.study import records
     from regrow.study.processes import is_first
     from regrow.study.progress import Progress
@@ -119,12 +140,15 @@ def compare(
     """
     from regrow.study.seeds import parse_methods, parse_seeds
 
-    pairs = [(method, seed) for seed in parse_seeds(seeds) for method in parse_methods(methods)]
-    shared = {**(read_settings(config) if config else {}), **settings}
-    configs = [make_config({**shared, "method": method, "seed": seed}) for method, seed in pairs]
+    with typed():
+        names, numbers = parse_methods(methods), parse_seeds(seeds)
+    each = [{"method": name, "seed": seed} for seed in numbers for name in names]
+    configs = _configs(config, settings, each)
     from regrow.study.launch import local, run_comparison
 
-    if not run_comparison(configs, out, rerun=rerun, launcher=local(jobs, rerun=rerun)):
+    with typed():
+        launcher = local(jobs, rerun=rerun)
+    if not run_comparison(configs, out, rerun=rerun, launcher=launcher):
         raise typer.Exit(1)
 
 
@@ -152,9 +176,10 @@ def study(
     """
     from regrow.study.launch import choose_launcher, run_study
 
-    chosen = choose_launcher(
-        launcher, jobs=jobs, address=address, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run
-    )
+    with typed():
+        chosen = choose_launcher(
+            launcher, jobs=jobs, address=address, cpus_per_run=cpus_per_run, gpus_per_run=gpus_per_run
+        )
     if not run_study(file, out, dry_run=dry_run, launcher=chosen):
         raise typer.Exit(1)
 
@@ -163,27 +188,41 @@ def study(
 def report(
     folders: Folders,
     out: Annotated[Path | None, _opt("The page to write (default: report.html in the first folder).")] = None,
-    baseline: Annotated[str, _opt("The method that the others are compared with.")] = "standard",
+    baseline: Annotated[
+        str | None,
+        _opt(
+            "The method or variant that the others are compared with (default: the first of the comparison, "
+            "else standard)."
+        ),
+    ] = None,
     tensorboard: Annotated[
         Path | None, _opt("Folder to write the records to as TensorBoard event files, too.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about finished runs: numbers, curves, which filter was off when."""
     from regrow.study.gather import gather
+    from regrow.study.lineup import line_up
     from regrow.study.report import write_report
-    from regrow.study.variants import variant_names
 
     runs, left_out = gather(*folders)
+    shown = line_up(runs, baseline)
+    left_out |= shown.left_out
     for why in left_out.values():
         typer.secho(f"regrow: left out: {why}", fg="yellow", err=True)
-    variants = variant_names({run.folder: run.config for run in runs})
-    page = out or folders[0] / "report.html"
-    page = write_report(runs, page, baseline=baseline, variants=variants, left_out=left_out)
+    page = write_report(
+        shown.runs,
+        out or folders[0] / "report.html",
+        title=shown.title,
+        baseline=shown.baseline,
+        variants=shown.names,
+        numbers=shown.numbers,
+        left_out=left_out,
+    )
     typer.echo(f"report: {page}")
     if tensorboard is not None:
         from regrow.study.tensorboard import write_tensorboard
 
-        files = write_tensorboard(runs, tensorboard, variants)
+        files = write_tensorboard(shown.runs, tensorboard, shown.names)
         typer.echo(f"{len(files)} event files: tensorboard --logdir {tensorboard}")
 
 
@@ -212,7 +251,11 @@ def curve(
     """
     from regrow.study.fractions import parse_fractions, parse_readings
 
-    wanted: dict[str, Any] = {"fractions": parse_fractions(fractions), "readings": parse_readings(readings)}
+    with typed():
+        wanted: dict[str, Any] = {
+            "fractions": parse_fractions(fractions),
+            "readings": parse_readings(readings),
+        }
     from regrow.study.measure import run_curves
 
     run_curves(folders, **wanted, criterion=criterion, scope=scope, split=split, out=out, rerun=rerun)
@@ -304,10 +347,14 @@ def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
 
 
 def main() -> None:
-    """Run the command. An error that the user can correct ends it with one line on stderr and exit code 1."""
+    """Run the command. An error that the user can correct ends it with one line on stderr.
+
+    The exit code is 2 if a name or value on the command line cannot be right, and nothing has been done then;
+    it is 1 for all other errors.
+    """
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:
         typer.secho(f"regrow: {error}", fg="red", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, Mistyped) else 1)

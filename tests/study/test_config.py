@@ -53,6 +53,8 @@ def test_defaults_run_standard_training_on_digits() -> None:
         ({"q": 0}, "q: input should be greater than 0"),
         ({"target_fraction": 0}, "target_fraction"),
         ({"method": "bridgout"}, "method: .*'bridgeout'.*got 'bridgout'"),
+        ({"data": "fashon"}, "data: unknown name; did you mean 'fashion-mnist'. .got 'fashon'"),
+        ({"pooling": "Q"}, "pooling: unknown name; choose from 'max', 'avg', 'none' .got 'Q'"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
         ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),

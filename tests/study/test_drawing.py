@@ -3,6 +3,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
+from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.drawing import COLORS, MARKERS, printable, styles
 
 
@@ -20,6 +21,33 @@ def test_styles_differ_in_more_than_colour():
     assert len({style.marker for style in first}) == 7
     assert all(one.dashes != other.dashes for one, other in pairwise(first))
     assert {style.marker for style in found.values()} == set(MARKERS)
+
+
+def test_a_method_looks_the_same_wherever_it_stands():
+    alone = {method: styles([method])[method] for method in METHOD_SETTINGS}
+    assert styles([*METHOD_SETTINGS]) == alone
+    assert styles(["x", *reversed(METHOD_SETTINGS)]).items() >= alone.items()
+    assert len({style.color for style in alone.values()}) == len(METHOD_SETTINGS)
+    assert alone["standard"].color == "#000000"
+
+
+def test_variants_have_shades_of_their_methods_colour_whatever_else_is_there():
+    names = [f"{method} {number}" for method in METHOD_SETTINGS for number in range(9)]
+    places = {name: (name.split()[0], int(name.split()[1])) for name in names}
+    found = styles(names, places)
+    assert {name: styles([name], places)[name] for name in names} == found
+    assert all(found[f"{method} 0"] == styles([method])[method] for method in METHOD_SETTINGS)
+    assert len({(style.color, style.marker) for style in found.values()}) == len(names)
+    for method in METHOD_SETTINGS:
+        assert len({found[f"{method} {number}"].color for number in range(3)}) == 3
+
+
+@pytest.mark.parametrize("method", METHOD_SETTINGS)
+def test_three_variants_are_told_apart_by_the_colour_blind(method):
+    found = styles(["0", "1", "2"], {str(number): (method, number) for number in range(3)})
+    for matrix in VISION.values():
+        lab = [seen(style.color, matrix) for style in found.values()]
+        assert min(float(np.linalg.norm(one - other)) for one, other in combinations(lab, 2)) > 10
 
 
 def seen(color, matrix):

@@ -187,6 +187,36 @@ def test_pruned_curves_name_readings_axes_and_in_the_key_methods():
     assert set(keyed) - set(plain) == {"Standard training", "RePr", "chance"}
 
 
+def test_no_curve_is_cut_off_by_the_panel_before_it():
+    low, high = (
+        Curve("standard", name, (0.0, 0.5), {0: (top, top)}) for name, top in (("a", 0.1), ("b", 0.9))
+    )
+    curves = CurveSet("test", "l2", "layer", "standard", 0.1, (low, high))
+    panels = figures.pruned_curves(curves, LOOKS, WIDE).axes
+    assert all(panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 90 for panel in panels)
+
+
+def test_many_long_names_stay_apart_and_inside_the_figure():
+    methods = [
+        f"RePr, fraction 0.{number}, criterion {name}" for number in range(1, 7) for name in ("l1", "l2")
+    ]
+    curves = CurveSet(
+        "test", "l2", "layer", methods[0], 0.1,
+        tuple(Curve(method, "zeroed", (0.0, 0.5), {0: (0.9, 0.5)}) for method in methods),
+    )  # fmt: skip
+    figure = figures.pruned_curves(curves, dict.fromkeys(methods, LOOKS["repr"]), WIDE, key=True)
+    figure.draw_without_rendering()
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == [*methods, "chance"]
+    box = key.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    rows = [Series(method, LOOKS["repr"], [make_run()]) for method in methods]
+    names = [text.get_text() for text in figures.dots(rows, {}, NARROW).axes[0].get_yticklabels()]
+    assert [name.replace("\n", " ") for name in names] == methods
+    assert max(len(line) for name in names for line in name.split("\n")) <= 26
+
+
 def test_pruned_curves_stand_below_each_other_on_a_phone():
     wide, narrow = ([axes.get_position() for axes in drawn(width).axes] for width in (WIDE, NARROW))
     assert wide[0].y0 == wide[1].y0

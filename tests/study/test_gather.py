@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from regrow.study import records
@@ -26,6 +30,24 @@ def test_runs_that_cannot_be_read_are_left_out_and_say_why(tmp_path):
     assert list(left_out) == [tmp_path / "newer", tmp_path / "torn"]
     assert "newer regrow" in left_out[tmp_path / "newer"]
     assert "epochs.jsonl, line 1" in left_out[tmp_path / "torn"]
+
+
+def test_a_folder_that_the_system_does_not_open_is_named(tmp_path, monkeypatch):
+    make(tmp_path / "good")
+    closed = make(tmp_path / "closed")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    runs, left_out = gather(tmp_path)
+    assert [run.folder for run in runs] == [tmp_path / "good"]
+    assert left_out == {closed: f"{closed} cannot be read: Permission denied."}
+    with pytest.raises(ValueError, match="closed cannot be read: Permission denied"):
+        records.find_runs(tmp_path)
 
 
 def test_nothing_to_read_is_an_error(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,80 @@ def test_a_comparison_trains_what_is_missing_prints_a_table_and_writes_a_page(
     assert (tmp_path / "report.html").read_text() == "6 runs"
     assert len(records.find_runs(tmp_path)) == 6
     assert before.items() <= written(tmp_path).items()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_comparison_goes_on_showing_the_runs_that_it_had_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_comparison(configs(1), tmp_path)
+    added = [make_config({**SMALL, "method": method, "seed": 0}) for method in ("dropout", "standard")]
+    assert run_comparison(added, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "3 runs"
+    assert "Standard training: " in capsys.readouterr().out.split("dropout-seed0: test")[1], (
+        "dropout is first"
+    )
+    about = json.loads((tmp_path / "comparison.json").read_text())
+    assert about["baseline"] == "dropout"
+    assert about["runs"] == ["dropout-seed0", "standard-seed0", "repr-seed0"]
+    (tmp_path / "repr-seed0" / "config.yaml").write_text("torn: [")
+    assert run_comparison(added, tmp_path)
+    assert (tmp_path / "report.html").read_text() == "2 runs"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_runs_that_cannot_be_compared_with_those_before_are_refused_before_any_is_trained(
+    tmp_path: Path,
+) -> None:
+    assert run_comparison(configs(1)[:1], tmp_path)
+    other = make_config({**SMALL, "epochs": 6, "method": "dropout", "seed": 0})
+    with pytest.raises(
+        ValueError, match=r"holds another comparison: choose another --out.*epochs is 6 and 4"
+    ):
+        run_comparison([other], tmp_path)
+    assert not (tmp_path / "dropout-seed0").exists()
+    assert json.loads((tmp_path / "comparison.json").read_text())["runs"] == ["standard-seed0"]
+
+
+def test_what_is_compared_is_recorded_before_it_is_trained(tmp_path: Path) -> None:
+    def stop(_jobs: object, _watch: object) -> dict[Path, str]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(configs(1), tmp_path, launcher=nullcontext(stop))
+    assert json.loads((tmp_path / "comparison.json").read_text())["baseline"] == "standard"
+
+
+def test_folders_that_are_not_for_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("method: repr")
+    (tmp_path / "study" / "grid").mkdir(parents=True)
+    for name in ("study.yaml", "study.json"):
+        (tmp_path / "study" / name).write_text("")
+    for name, message in (
+        ("file", "is a file"),
+        ("run", "is the folder of one run"),
+        ("study", "holds a study"),
+        ("study/grid", "study holds a study"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}: choose another --out"):
+            run_comparison(configs(1), tmp_path / name)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_study_records_how_its_variants_are_drawn_and_new_ones_change_none(tmp_path: Path) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    for fractions in ("[0.3]", "[0.2, 0.3]", "[0.1, 0.2, 0.3]"):
+        file.write_text(
+            f"methods: {{standard: , repr: {{fraction: {fractions}}}}}\nseeds: 0\n"
+            "settings: {width: 4, train_size: 150, epochs: 3, threads: 1}\n"
+        )
+        assert run_study(file, out)
+    (comparison,) = json.loads((out / "study.json").read_text())["comparisons"]
+    assert comparison["title"] == "convnet on digits"
+    numbers = {"standard": 0, "RePr, fraction 0.3": 0, "RePr, fraction 0.2": 1, "RePr, fraction 0.1": 2}
+    assert comparison["numbers"] == numbers
 
 
 def test_a_comparison_with_other_settings_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import pytest
 
 from regrow.study import records
 from regrow.study.config import make_config
+from regrow.study.lineup import line_up
 from regrow.study.measure import run_curves
 from regrow.study.train import train
+from regrow.study.variants import variant_styles
 
 SMALL = {"width": 4, "train_size": 200, "epochs": 1, "threads": 1}
 SETTINGS = {
@@ -78,6 +80,34 @@ def test_where_it_writes(comparison, tmp_path):
     elsewhere = shutil.copytree(comparison / "standard-seed1", tmp_path / "far" / "away")
     with pytest.raises(ValueError, match="pass --out FOLDER"):
         run_curves([runs[0], elsewhere], **SETTINGS)
+
+
+def test_variants_have_their_names_and_the_colours_of_the_report(comparison, capsys):
+    """Two variants of dropout, two of standard training, in folders of any name."""
+    for source, name, change in (
+        ("dropout-seed0", "other", ("p: 0.3", "p: 0.05")),
+        ("standard-seed0", "third", ("weight_decay: 0.0005", "weight_decay: 0.1")),
+    ):
+        config = records.config_path(shutil.copytree(comparison / source, comparison / name))
+        config.write_text(config.read_text().replace(*change))
+    curves = run_curves([comparison], **SETTINGS)
+    names = [
+        "Standard training, weight decay 0.0005",
+        "Dropout, p 0.05",
+        "Dropout, p 0.3",
+        "Standard training, weight decay 0.1",
+    ]
+    assert sorted(curves.methods) == sorted(names)
+    assert [curves.curve(name, "zeroed").n for name in names] == [2, 1, 1, 1]
+    printed = capsys.readouterr().out
+    assert "5 of 5 runs measured." in printed
+    assert all(f" {name}" in printed for name in names[1:3])
+    drawn = (comparison / "curve.svg").read_text()
+    shown = line_up(records.find_runs(comparison))
+    looks = variant_styles({shown.names[run.folder]: run.config for run in shown.runs})
+    assert all(looks[name].color.lower() in drawn for name in names)
+    rows = json.loads((comparison / "curve.json").read_text())["curves"]
+    assert {row["method"] for row in rows} == set(names)
 
 
 def test_unfinished_runs_are_left_out_unless_they_are_asked_for(comparison, capsys):

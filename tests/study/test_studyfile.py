@@ -115,6 +115,31 @@ def test_exclude_is_a_list_and_a_list_of_lists_an_axis(tmp_path: Path) -> None:
         ("methods: {repr: 3}\nseeds: 0", "methods: repr takes settings"),
         ("methods: {repr: {lr: 0.1}}\nseeds: 0", "'lr' must be the same for all methods"),
         ("methods: {repr: {p: 0.1}}\nseeds: 0", "for itself: compact, consumers, criterion"),
+        (
+            "methods: {standard: {fraction: 0.1}}\nseeds: 0",
+            "standard: 'fraction' belongs to repr, and standard",
+        ),
+        ("methods: {repr: {cycles: 1}}\nseeds: 0", "'cycles' must be the same for all methods"),
+        (
+            "methods: [standard, dropout]\nseeds: 0\nsettings: {fraction: 0.3}",
+            "settings: 'fraction' belongs to the method repr, and would be ignored with standard and dropout",
+        ),
+        (
+            "methods: bridgeout\nseeds: 0\nsettings: {cycles: 2}",
+            "settings: 'cycles' belongs to the method repr",
+        ),
+        (
+            "methods: standard\nseeds: 0\nsettings: {optimizer: [adam, adamw], momentum: 0.9}",
+            "'momentum' belongs to the optimizer sgd, and would be ignored with adam and adamw",
+        ),
+        (
+            "methods: repr\nseeds: 0\nmodels: {vgg: {p: 0.1}, convnet: }",
+            "models: vgg: 'p' belongs to the methods bridgeout, targeted-bridgeout, dropout",
+        ),
+        (
+            "methods: repr\nseeds: 0\ndata: {digits: {target_fraction: 0.1}}",
+            "data: digits: 'target_fraction' belongs to the methods targeted-bridgeout",
+        ),
         ("methods: {repr: {fraction: []}}\nseeds: 0", "fraction is an empty list"),
         ("methods: {repr: {fraction: [0.2, 0.2]}}\nseeds: 0", "fraction has 0.2 twice"),
         ("methods: {repr: {fraction: 1.2}}\nseeds: 0", "fraction: input should be less than 1"),

@@ -1,4 +1,6 @@
-from regrow.study.variants import variant_names
+import pytest
+
+from regrow.study.variants import fits, variant_names, variant_numbers
 
 
 def test_a_method_alone_keeps_its_name() -> None:
@@ -26,3 +28,39 @@ def test_variants_are_called_after_what_differs() -> None:
         "d": "Dropout, weight decay 0.01",
         "e": "Dropout, weight decay 0",
     }
+
+
+def test_a_setting_that_an_old_record_lacks_has_its_default() -> None:
+    old, new = {"method": "repr", "fraction": 0.3}, {"method": "repr", "fraction": 0.3, "compact": True}
+    assert variant_names({1: old, 2: new | {"exclude": []}}) == {1: "repr", 2: "repr"}
+    names = variant_names({1: old, 2: new | {"exclude": ["a", "b"]}})
+    assert names == {1: "RePr, exclude none", 2: "RePr, exclude a+b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("repr", True),
+        ("RePr, fraction 0.2", True),
+        ("RePr, fraction 0.2, compact yes", True),
+        ("RePr, fraction 0.3", False),
+        ("RePr, p 0.3", False),
+        ("Dropout, fraction 0.2", False),
+        ("standard", False),
+    ],
+)
+def test_which_names_fit_a_run(name: str, expected: bool) -> None:
+    assert fits(name, {"method": "repr", "fraction": 0.2, "p": 0.3}) is expected
+
+
+def test_numbers_go_by_value_within_each_method() -> None:
+    groups = {
+        "c": {"method": "repr", "fraction": 0.5},
+        "d": {"method": "dropout", "p": 0.1},
+        "a": {"method": "repr", "fraction": 0.05},
+        "b": {"method": "repr", "fraction": 0.1},
+    }
+    assert variant_numbers(groups) == {"a": 0, "b": 1, "c": 2, "d": 0}
+    assert variant_numbers(dict(reversed(groups.items()))) == {"a": 0, "b": 1, "c": 2, "d": 0}
+    # What has a number keeps it, and the others take the lowest free ones.
+    assert variant_numbers(groups, {"c": 0, "a": 7, "gone": 1}) == {"a": 7, "b": 1, "c": 0, "d": 0}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import Where, clear, index_tensor
-from regrow.modules import Consumer, grouped, unwrap
+from regrow.modules import Consumer, filters_at, grouped, unwrap
 from regrow.torch_private import own_buffers, own_parameters
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -154,6 +154,7 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
             or cycles that do not fit into the epochs.
     """
     settings = {key: value for key, value in settings.items() if key != "version"}
+    _check_names(settings)
     for key in settings:
         if key not in RunConfig.model_fields:
             raise ValueError(f"unknown setting {key!r}{nearest(str(key), RunConfig.model_fields)}")
@@ -169,6 +170,15 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
     if config.method == "repr":
         config.cycle.check(config.epochs)
     return config
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for a value that is none of the names that its setting takes."""
+    for key, value in settings.items():
+        kind = RunConfig.model_fields[key].annotation if key in RunConfig.model_fields else None
+        names = get_args(kind) if get_origin(kind) is Literal else ()
+        if names and isinstance(value, str) and value not in names:
+            raise ValueError(f"{key}: unknown name{nearest(value, names)} (got {value[:80]!r})")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

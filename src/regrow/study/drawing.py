@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from regrow.study.compare import METHOD_SETTINGS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 WIDE, NARROW = 10.9, 3.9
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Their yellow is too pale for lines.
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BLACK, _WHITE = COLORS[0], "#FFFFFF"
+# What is mixed into a colour, or into black, for the second and third variant of a method, and how much.
+_MIXES = (((_BLACK, 0.5), (_WHITE, 0.4)), ((_WHITE, 0.4), (_WHITE, 0.64)))
 # Lengths of dashes and gaps, in line widths; an empty tuple stands for a full line.
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 1.6), (1.3, 1.3), (6, 1.5, 1.3, 1.5))
 # matplotlib's markers, each with the same shape as an SVG path in a square from −4 to 4.
@@ -67,15 +72,40 @@ class Style:
         return (0, self.dashes) if self.dashes else "-"
 
 
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """A style for each of ``methods``, by their order; the first 56 differ in colour or marker."""
-    markers = list(MARKERS)
-    return {
-        method: Style(
-            COLORS[index % len(COLORS)], markers[index % len(markers)], _DASHES[index % len(_DASHES)]
-        )
-        for index, method in enumerate(methods)
-    }
+def styles(names: Sequence[str], variants: Mapping[str, tuple[str, int]] | None = None) -> dict[str, Style]:
+    """A style for each of ``names``, which is the same wherever the name stands and whatever else is there.
+
+    A method that regrow knows always has its own colour, marker and dashes. Variants of one method have
+    shades of its colour, and other markers and dashes. Names of no such method get the places behind those
+    of the methods, in their order; 56 places differ in colour or marker.
+
+    Args:
+        names: of methods and variants.
+        variants: {name: its method, and its number among the method's variants}; number 0 looks like the
+            method itself. A name that is not there is a method.
+    """
+    known = [*METHOD_SETTINGS]
+    parts = {name: (variants or {}).get(name, (name, 0)) for name in names}
+    places = known + [method for method, _ in parts.values() if method not in known]
+    order = {method: place for place, method in enumerate(dict.fromkeys(places))}
+    return {name: _style(order[method], number) for name, (method, number) in parts.items()}
+
+
+def _style(place: int, number: int) -> Style:
+    color, markers = COLORS[place % len(COLORS)], list(MARKERS)
+    shades = (color, *(_mixed(color, *mix) for mix in _MIXES[color == _BLACK]))
+    # Variants that differ by a whole round of shades differ in their markers.
+    return Style(
+        shades[number % len(shades)],
+        markers[(place + 3 * number) % len(markers)],
+        _DASHES[(place + number) % len(_DASHES)],
+    )
+
+
+def _mixed(color: str, other: str, share: float) -> str:
+    """``color`` with a share of another one in it."""
+    pairs = [(int(color[at : at + 2], 16), int(other[at : at + 2], 16)) for at in (1, 3, 5)]
+    return "#" + "".join(f"{round((1 - share) * one + share * two):02X}" for one, two in pairs)
 
 
 def svg(draw: Callable[[float], Figure], width: float) -> str:

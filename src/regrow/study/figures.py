@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _FAINT, _SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
+# The name of a variant takes two lines of that length: what tells it from others may stand anywhere in it.
+_LONGEST_NAME = 52
 # With more seeds than this, no single seeds are drawn.
 _SINGLE = 12
 
@@ -193,29 +196,34 @@ def pruned_curves(curves: CurveSet, looks: Mapping[str, Style], width: float, *,
     beside = width > 6
     shape = (1, len(readings)) if beside else (len(readings), 1)
     height = 3.1 if beside else 2.1 * len(readings) + 0.4
-    figure = Figure(figsize=(width, height + 0.3 * key), layout="constrained")
+    names = [printable(label(method), _LONGEST_NAME) for method in curves.methods]
+    # A letter takes about 0.075 inches, and a line of the key 0.22 inches.
+    columns = max(1, min(len(names) + 1, int(width / (0.9 + 0.075 * max(map(len, names))))))
+    rows = -(-(len(names) + 1) // columns)
+    figure = Figure(figsize=(width, height + (0.1 + 0.22 * rows) * key), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     for index, (axes, reading) in enumerate(zip(panels, readings, strict=True)):
         for method in curves.methods:
             _pruned_line(axes, curves, method, reading, looks[method])
         axes.axhline(100 * curves.chance, color=INK, linewidth=0.6, linestyle=(0, (4, 3)), label="chance")
         axes.set_title(printable(reading, _LONGEST), fontsize=9, loc="left")
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.02)
         if beside or index == len(readings) - 1:
             axes.set_xlabel("filters cut, %")
         if not beside or index == 0:
             axes.set_ylabel(f"{curves.split} accuracy, %")
+    # A limit that is set before the last panel is drawn would cut its curves off.
+    panels[0].set_ylim(bottom=0)
     if key:
         lines = [line for line in panels[0].get_lines() if not line.get_label().startswith("_")]
-        figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), frameon=False)
+        figure.legend(handles=lines, loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
 def _pruned_line(axes: Axes, curves: CurveSet, method: str, reading: str, style: Style) -> None:
     curve = curves.curve(method, reading)
     look: Any = {"color": style.color, "linestyle": style.line, "marker": style.marker, "markersize": 3.5}
-    name = printable(label(method), _LONGEST)
+    name = printable(label(method), _LONGEST_NAME)
     if curve is None:
         # An empty line gives the method its place in the key.
         axes.plot([], [], linewidth=1.7, label=name, **look)
@@ -327,7 +335,8 @@ def _width(values: Sequence[float]) -> float:
 
 
 def _name_rows(axes: Axes, series: Sequence[Series]) -> None:
-    axes.set_yticks(range(len(series)), [printable(label(each.method), _LONGEST) for each in series])
+    names = [printable(label(each.method), _LONGEST_NAME) for each in series]
+    axes.set_yticks(range(len(series)), ["\n".join(textwrap.wrap(name, _LONGEST)) for name in names])
     axes.set_ylim(len(series) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.08)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from regrow.study.records import RunRecord, config_path, epochs_path, read_run, result_path
+from regrow.study.records import RunRecord, epochs_path, read_run, result_path, run_folders
 
 # Above the largest float32, and so above every loss.
 _HIGHEST = 1e40
@@ -17,18 +17,20 @@ def gather(*folders: str | Path) -> tuple[list[RunRecord], dict[Path, str]]:
     """Every run in ``folders`` and below them that can be read, and why the others cannot.
 
     Returns:
-        The runs, sorted by parent folder, method and seed, none twice, and {run folder: what is wrong}.
+        The runs, sorted by parent folder, method and seed, none twice, and {folder: what is wrong}.
 
     Raises:
         ValueError: a folder is not there, or none of the runs can be read.
     """
     places: dict[Path, Path] = {}
+    closed: list[OSError] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}.")
-        for config in sorted(folder.rglob(config_path("").name)):
-            places.setdefault(config.parent.resolve(), config.parent)
+        for run in run_folders(folder, closed.append):
+            places.setdefault(run.resolve(), run)
     runs, left_out = read_each(places.values())
+    left_out |= {Path(each.filename): f"{each.filename} cannot be read: {each.strerror}." for each in closed}
     if not runs and left_out:
         raise ValueError(f"no run can be read: {'; '.join(left_out.values())}")
     if not runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from regrow.study import records
-from regrow.study.compare import headline, summarise, table
-from regrow.study.config import RunConfig
+from regrow.study.compare import check_comparable, headline, summarise, table
+from regrow.study.config import RunConfig, make_config
 from regrow.study.gather import read_each
-from regrow.study.identity import check_same_run
+from regrow.study.identity import check_same_run, resolved
 from regrow.study.index import IndexRow, write_index
+from regrow.study.lineup import line_up, title_of
 from regrow.study.live import LiveTable
 from regrow.study.local import run_local
 from regrow.study.names import MODEL_FAMILIES
-from regrow.study.plan import STUDY_FILE, Comparison, Job, check_folder, claim, jobs_of, plan
+from regrow.study.plan import STUDY_FILE, STUDY_RECORD, Comparison, Job, check_folder, claim, jobs_of, plan
+from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
 from regrow.study.studyfile import read_study
@@ -98,7 +100,7 @@ def run_study(
     check_folder(study, folder)
     comparisons, unreadable = plan(study, folder)
     jobs = jobs_of(comparisons)
-    _check_models({job.config.model for job in jobs})
+    check_models({job.config.model for job in jobs})
     for path in unreadable:
         _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
@@ -140,31 +142,23 @@ def run_comparison(
         ValueError: a run that is finished in ``folder`` has other settings, or a model's name is unknown.
     """
     console = Console()
-    if (folder / STUDY_FILE).exists():
-        raise ValueError(f"{folder} holds a study: choose another --out, or add to {folder / STUDY_FILE}.")
+    _check_home(folder)
     jobs = [_comparison_job(config, folder, rerun) for config in configs]
-    _check_models({config.model for config in configs})
+    check_models({config.model for config in configs})
+    compared = jobs + _compared_before(jobs, folder)
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):
         _say(console, f"{len(jobs) - len(rest)} of {len(jobs)} runs finished before")
     failed = {}
     if rest:
         with launcher or local(rerun=rerun) as train:
+            _record(folder, compared)
             failed = _train(train, rest, folder, console)
-    baseline = configs[0].method
-    records.write_json(
-        records.comparison_path(folder),
-        {
-            "version": records.VERSION,
-            "baseline": baseline,
-            "methods": list(dict.fromkeys(config.method for config in configs)),
-            "seeds": sorted({config.seed for config in configs}),
-            "runs": [job.folder.name for job in jobs],
-        },
-    )
-    title = f"{configs[0].model} on {configs[0].data}"
-    variants: dict[Path, str] = {job.folder: job.config.method for job in jobs}
-    reported = _report(Comparison(folder, tuple(jobs), variants, baseline, title), console)
+    else:
+        _record(folder, compared)
+    title = title_of(configs[0].model_dump())
+    variants: dict[Path, str] = {job.folder: job.config.method for job in compared}
+    reported = _report(Comparison(folder, tuple(compared), variants, configs[0].method, title), console)
     return _told(failed, console) and reported is not None
 
 
@@ -222,15 +216,18 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
         return None
     try:
         runs, left_out = read_each(finished)
+        shown = line_up(runs)
+        left_out |= shown.left_out
         for why in left_out.values():
             _say(console, f"left out: {why}", "yellow")
-        summaries = summarise(runs, comparison.baseline, comparison.variants)
+        summaries = summarise(shown.runs, shown.baseline, shown.names)
         page = write_report(
-            runs,
+            shown.runs,
             comparison.folder / REPORT,
             title=comparison.title,
-            baseline=comparison.baseline,
-            variants=comparison.variants,
+            baseline=shown.baseline,
+            variants=shown.names,
+            numbers=shown.numbers,
             left_out=left_out,
         )
     except ValueError as error:
@@ -249,6 +246,17 @@ def _say(console: Console, text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _check_home(folder: Path) -> None:
+    """Raise ``ValueError`` if ``folder`` is not one for a comparison."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: choose another --out.")
+    if records.config_path(folder).exists():
+        raise ValueError(f"{folder} is the folder of one run: choose another --out.")
+    for home in (folder, folder.resolve().parent):
+        if (home / STUDY_FILE).exists() and (home / STUDY_RECORD).exists():
+            raise ValueError(f"{home} holds a study: choose another --out, or add to {home / STUDY_FILE}.")
+
+
 def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
     run = records.run_folder(folder, config.method, config.seed)
     if rerun or not records.config_path(run).exists():
@@ -257,7 +265,46 @@ def _comparison_job(config: RunConfig, folder: Path, rerun: bool) -> Job:
     return Job(config, run, "done" if records.is_finished(run) else "unfinished")
 
 
-def _check_models(names: Iterable[str]) -> None:
+def _compared_before(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """The other runs of the comparison in ``folder``: its report goes on showing them.
+
+    Raises:
+        ValueError: ``jobs`` cannot be compared with them.
+    """
+    if not records.comparison_path(folder).is_file():
+        return []
+    new = {job.folder.name for job in jobs}
+    before = []
+    for name in records.read_comparison(records.comparison_path(folder))["runs"]:
+        run = folder / str(name)
+        if name in new:
+            continue
+        with suppress(ValueError):  # a run that was removed, or cannot be read
+            before.append(Job(make_config(records.read_config(run)), run, "done"))
+    try:
+        check_comparable(
+            [RunRecord(job.folder, resolved(job.config), {}, [], [], None) for job in [*jobs, *before]]
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder} holds another comparison: choose another --out. {error}") from None
+    return before
+
+
+def _record(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write down what is compared in ``folder``, for ``regrow report`` and ``regrow curve``."""
+    records.write_json(
+        records.comparison_path(folder),
+        {
+            "version": records.VERSION,
+            "baseline": jobs[0].config.method,
+            "methods": list(dict.fromkeys(job.config.method for job in jobs)),
+            "seeds": sorted({job.config.seed for job in jobs}),
+            "runs": [job.folder.name for job in jobs],
+        },
+    )
+
+
+def check_models(names: Iterable[str]) -> None:
     """Raise ``ValueError`` for an unknown model, before the first run would."""
     rest = [name for name in names if name not in MODEL_FAMILIES]
     if rest:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow.study.typed import Mistyped
 from regrow.suggest import nearest
 
 
@@ -51,7 +52,7 @@ def library_model(name: str, weights: str) -> LibraryModel:
         names += timm.list_models()
     hint = "" if importlib.util.find_spec("timm") else " timm is not installed: pip install 'regrow[timm]'."
     known = nearest(bare, dict.fromkeys(names))
-    raise ValueError(f"{name!r} is neither a run folder nor a network of torchvision or timm{known}{hint}")
+    raise Mistyped(f"{name!r} is neither a run folder nor a network of torchvision or timm{known}{hint}")
 
 
 def _torchvision(name: str, weights: str) -> LibraryModel:
@@ -64,7 +65,7 @@ def _torchvision(name: str, weights: str) -> LibraryModel:
         return LibraryModel(torchvision.models.get_model(name, weights=None, **arguments), None, None, None)
     wanted = "DEFAULT" if weights == "default" else weights
     if wanted not in known.__members__:
-        raise ValueError(
+        raise Mistyped(
             f"{name} has no weights {weights!r}{nearest(weights, ['default', *known.__members__])}"
         )
     chosen = known[wanted]
@@ -83,7 +84,7 @@ def _timm(name: str, weights: str) -> LibraryModel:
     tagged = name if weights in ("default", "none") else f"{name}.{weights}"
     if weights not in ("default", "none") and tagged not in known:
         tags = [each.partition(".")[2] for each in known if each.startswith(f"{name}.")]
-        raise ValueError(f"{name} has no weights {weights!r}{nearest(weights, ['default', *tags])}")
+        raise Mistyped(f"{name} has no weights {weights!r}{nearest(weights, ['default', *tags])}")
     try:
         model = timm.create_model(tagged, pretrained=weights != "none")
     except (OSError, RuntimeError) as error:

@@ -13,7 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from regrow.study import drawing, figures, records
 from regrow.study.compare import check_comparable
 from regrow.study.curves import check_curve, measure_run
+from regrow.study.lineup import line_up
 from regrow.study.pruned import CurveSet, curve_sets, heading, tables, to_dict
+from regrow.study.typed import typed
+from regrow.study.variants import variant_styles
 
 
 def run_curves(
@@ -39,11 +42,13 @@ def run_curves(
             is unfinished, runs that cannot be compared, or as ``measure_run``. Curves that were
             measured before the error stay.
     """
-    check_curve(criterion, scope, fractions, readings, split)
+    with typed():
+        check_curve(criterion, scope, fractions, readings, split)
     home = _home(folders) if out is None else out
     console = Console()
-    runs = _finished(folders, console)
-    check_comparable(runs)
+    shown = line_up(_finished(folders, console))
+    runs = shown.runs
+    check_comparable(runs, shown.names)
     settings: dict[str, Any] = {
         "fractions": fractions, "readings": readings, "criterion": criterion, "scope": scope, "split": split,
     }  # fmt: skip
@@ -66,11 +71,14 @@ def run_curves(
             measured += measure_run(run.folder, rerun=rerun, progress=advance, **settings)
     curves = next(
         each
-        for each in curve_sets(runs, fractions=fractions, readings=readings)
+        for each in curve_sets(
+            runs, baseline=shown.baseline, variants=shown.names, fractions=fractions, readings=readings
+        )
         if (each.split, each.criterion, each.scope) == (split, criterion, scope)
     )
     records.write_json(home / "curve.json", {"version": records.VERSION, **to_dict(curves)})
-    draw = partial(figures.pruned_curves, curves, drawing.styles(curves.methods), key=True)
+    looks = variant_styles({shown.names[run.folder]: run.config for run in runs}, shown.numbers)
+    draw = partial(figures.pruned_curves, curves, looks, key=True)
     records.write_text(home / "curve.svg", drawing.svg(draw, drawing.WIDE))
     records.write_bytes(home / "curve.png", drawing.png(draw, drawing.WIDE))
     console.print(heading(curves), highlight=False, markup=False)

@@ -11,6 +11,7 @@ from torch import nn
 
 from regrow.study import families
 from regrow.study.names import MODEL_FAMILIES
+from regrow.study.typed import Mistyped
 
 # With auxiliary heads the training output would be a tuple instead of logits; and GoogLeNet warns if
 # init_weights is not given.
@@ -109,7 +110,7 @@ def _find(name: str) -> tuple[str, str]:
         return "timm", bare
     if prefix == "timm" and not _has_timm():
         raise ValueError(f"{name} needs timm, which is not installed: pip install 'regrow[timm]'.")
-    raise ValueError(f"unknown model {name!r}. {_nearest(prefix, bare)}")
+    raise Mistyped(f"unknown model {name!r}. {_nearest(prefix, bare)}")
 
 
 def _nearest(prefix: str, bare: str) -> str:

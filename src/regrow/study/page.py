@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from regrow.study.figures import Series
 from regrow.study.paired import Spread
 from regrow.study.pruned import CurveSet
 from regrow.study.records import RunRecord
+from regrow.study.variants import variant_styles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,6 +43,7 @@ class Content:
         outdated: runs whose curve was measured with weights that they no longer have.
         left_out: {folder or file: why it could not be read}.
         home: the folder of the page.
+        numbers: {name: its number among the variants of its method}; the others are numbered here.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Content:
     outdated: Sequence[RunRecord]
     left_out: Mapping[str, str]
     home: Path
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 def render(content: Content) -> str:
@@ -165,12 +168,12 @@ def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
 
 
 def _series(content: Content) -> list[Series]:
-    styles = drawing.styles([each.method for each in content.summaries])
-    runs: dict[str, list[RunRecord]] = {method: [] for method in styles}
+    runs: dict[str, list[RunRecord]] = {each.method: [] for each in content.summaries}
     for run in content.runs:
         if run.result is not None:
             runs[content.groups[run.folder]].append(run)
-    return [Series(method, style, runs[method]) for method, style in styles.items()]
+    styles = variant_styles({name: of_name[0].config for name, of_name in runs.items()}, content.numbers)
+    return [Series(name, styles[name], of_name) for name, of_name in runs.items()]
 
 
 def _drawings(

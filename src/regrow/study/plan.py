@@ -28,12 +28,13 @@ from regrow.study.identity import (
     shown,
     unresolved,
 )
+from regrow.study.recorded import find_recorded
 from regrow.study.studyfile import Study, Wanted, read_study
-from regrow.study.variants import variant_names
+from regrow.study.variants import known_numbers, variant_names, variant_numbers
 
 # File names of a study folder, beside the comparisons' folders.
 STUDY_FILE = "study.yaml"
-STUDY_RECORD = "study.json"
+STUDY_RECORD = records.study_path("").name
 _LONGEST = 120
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is there
 _VERSION = 1
@@ -154,7 +155,9 @@ def claim(study: Study, folder: Path, comparisons: Sequence[Comparison]) -> None
         "comparisons": [
             {
                 "folder": each.folder.name,
+                "title": each.title,
                 "baseline": each.baseline,
+                "numbers": _numbers(each),
                 "runs": {_below(folder, job): each.variants[job.folder] for job in each.jobs},
             }
             for each in comparisons
@@ -162,6 +165,16 @@ def claim(study: Study, folder: Path, comparisons: Sequence[Comparison]) -> None
     }
     records.write_json(folder / STUDY_RECORD, about)
     records.write_bytes(folder / STUDY_FILE, study.text)
+
+
+def _numbers(comparison: Comparison) -> dict[str, int]:
+    """The numbers of the variants: those that a run of the variant has had in the folder before stay."""
+    recorded, _ = find_recorded(job.folder for job in comparison.jobs)
+    names = {folder.resolve(): name for folder, name in comparison.variants.items()}
+    settings = {
+        comparison.variants[job.folder]: job.config.model_dump(mode="json") for job in comparison.jobs
+    }
+    return variant_numbers(settings, known_numbers(recorded, names, settings))
 
 
 def _below(folder: Path, job: Job) -> str:

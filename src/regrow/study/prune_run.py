@@ -12,14 +12,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from regrow.criteria.score import check_criterion
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import check_target
+from regrow.pruning.choosing import check_choice
 from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
 from regrow.shipping.onnx import export_onnx
 from regrow.study import records
+from regrow.study.config import make_config
 from regrow.study.prune_table import prune_tables
 from regrow.study.trained import Trained, by_name, from_run
+from regrow.study.typed import Mistyped, typed
 
 WEIGHTS_FILE, REPORT_FILE, ONNX_FILE = "pruned.safetensors", "prune.json", "pruned.onnx"
 
@@ -67,7 +71,12 @@ def run_prune(
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
             written then, except the safetensors file of a network that cannot be exported as ONNX.
     """
-    check_target(targets, scope)
+    with typed():
+        check_target(targets, scope)
+        check_criterion(criterion)
+        check_choice(scope, floor, round_to, "jointly" if coupled is None else coupled)
+        if data is not None:
+            make_config({"data": data})
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
     if threads is not None:
@@ -135,14 +144,12 @@ def _find(
     if records.config_path(folder).exists():
         given = {"--weights": weights, "--data": data, "--image-size": image_size}
         if unwanted := [flag for flag, value in given.items() if value is not None]:
-            raise ValueError(f"{network} is a run folder, which has its own: leave {unwanted[0]} out.")
+            raise Mistyped(f"{network} is a run folder, which has that setting: leave {unwanted[0]} out.")
         return from_run(folder, device=device, data_dir=data_dir)
     if folder.is_dir():
         raise ValueError(f"{network} is not a run folder: it has no config.yaml.")
     if data is None and data_dir is not None:
-        raise ValueError(
-            "--data-dir says where the pictures lie: pass --data too, --data folder for instance."
-        )
+        raise Mistyped("--data-dir is where the pictures of --data lie: pass --data too, or leave it out.")
     return by_name(
         network,
         weights=weights or "default",

@@ -13,7 +13,8 @@ A **run folder** is one training run (one method, one seed):
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
-A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``.
+A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``. A **study
+folder** holds a folder of run folders for each comparison, and ``study.json``.
 
 Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None.
 """
@@ -27,7 +28,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -108,6 +109,9 @@ _CURVE: _Kinds = {
     "left_out": _MAPPING,
     "points": (list,),
 }
+_COMPARISON: _Kinds = {"baseline": _TEXT, "runs": (list,)}
+_STUDY: _Kinds = {"comparisons": (list,)}
+_OF_STUDY: _Kinds = {"baseline": _TEXT, "runs": _MAPPING}
 _POINT: _Kinds = {"reading": _TEXT, "fraction": _NUMBER, "dropped": _INTEGER, "accuracy": _NUMBER}
 
 
@@ -146,6 +150,10 @@ def curve_paths(folder: str | Path) -> list[Path]:
 
 def comparison_path(folder: str | Path) -> Path:
     return Path(folder) / "comparison.json"
+
+
+def study_path(folder: str | Path) -> Path:
+    return Path(folder) / "study.json"
 
 
 def run_folder(comparison: str | Path, method: str, seed: int) -> Path:
@@ -311,6 +319,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return _read_config(config_path(folder))
 
 
+def run_folders(folder: str | Path, unreadable: Callable[[OSError], None]) -> list[Path]:
+    """The run folders in and below ``folder``, sorted.
+
+    Args:
+        folder: to search; links in it are not followed.
+        unreadable: is called for each folder that the system does not let this process read.
+    """
+    found = os.walk(folder, onerror=unreadable)
+    return sorted(Path(home) for home, _, files in found if config_path("").name in files)
+
+
 def find_runs(*folders: str | Path) -> list[RunRecord]:
     """Every run in ``folders`` and below them, sorted by parent folder, method and seed; none twice.
 
@@ -321,15 +340,19 @@ def find_runs(*folders: str | Path) -> list[RunRecord]:
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise ValueError(f"there is no folder {folder}.")
-        for config in folder.rglob("config.yaml"):
-            if config.resolve() not in found:
-                found[config.resolve()] = read_run(config.parent)
+        for run in run_folders(folder, _refuse):
+            if run.resolve() not in found:
+                found[run.resolve()] = read_run(run)
     if not found:
         raise ValueError(
             f"no run found in {', '.join(map(str, folders)) or 'no folder'}. A run folder holds config.yaml, "
             "epochs.jsonl and, once finished, result.json; `regrow train` makes one."
         )
     return sorted(found.values(), key=lambda run: (str(run.folder.parent), run.method, run.seed))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}.")
 
 
 def weights_hash(folder: str | Path) -> str | None:
@@ -365,6 +388,17 @@ def read_curves(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: as ``read_curve``.
     """
     return [read_curve(path) for path in curve_paths(folder)]
+
+
+def read_comparison(path: str | Path) -> dict[str, Any]:
+    """Read and check a ``comparison.json``. Raises ``ValueError`` as ``read_curve``."""
+    return _read_json(Path(path), _COMPARISON)
+
+
+def read_study(path: str | Path) -> list[dict[str, Any]]:
+    """Read and check the comparisons in a ``study.json``. Raises ``ValueError`` as ``read_curve``."""
+    comparisons: list[dict[str, Any]] = _read_json(Path(path), _STUDY)["comparisons"]
+    return [_check_keys(each, _OF_STUDY, f"{path}, comparisons") for each in comparisons]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from regrow.study import pruned
 from regrow.study.compare import MethodSummary, group_of, summarise
+from regrow.study.lineup import title_of
 from regrow.study.page import Content, near, render
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
 
@@ -18,9 +19,10 @@ def write_report(
     runs: Sequence[RunRecord],
     path: str | Path,
     *,
-    title: str = "What regrowing filters did",
+    title: str | None = None,
     baseline: str = "standard",
     variants: Mapping[Path, str] | None = None,
+    numbers: Mapping[str, int] | None = None,
     left_out: Mapping[Path, str] | None = None,
 ) -> Path:
     """Write the page to ``path``, and ``results.json`` and ``results.csv`` into the same folder.
@@ -28,11 +30,12 @@ def write_report(
     Unfinished runs are listed as such and left out of every number.
 
     Args:
-        runs: as ``gather`` or ``find_runs`` gives them.
+        runs: as ``gather`` or ``find_runs`` gives them; ``line_up`` gives the values of the other arguments.
         path: the page, ending in ``.html``.
-        title: the page's heading.
+        title: the page's heading (default: model and data).
         baseline: the method, or the name of the variant, that the others are compared with.
         variants: {run's folder: name to group and show the run by}. Default: its method.
+        numbers: {name: its number among the variants of its method}, for its colour. Default: by settings.
         left_out: {folder of a run that could not be read: why}, to be named on the page.
 
     Returns:
@@ -52,6 +55,7 @@ def write_report(
         runs, key=lambda run: (order.get(groups[run.folder], len(order)), groups[run.folder], run.seed)
     )
     measured = pruned.read_measured([run for run in runs if run.result is not None])
+    title = title_of(runs[0].config) if title is None else title
     content = Content(
         title=title,
         summaries=summaries,
@@ -65,6 +69,7 @@ def write_report(
             for each, why in {**(left_out or {}), **measured.broken}.items()
         },
         home=path.parent,
+        numbers=numbers or {},
     )
     page = render(content)
     methods = method_rows(summaries)

@@ -12,10 +12,12 @@ from typing import Any, get_args
 
 import yaml
 
+from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import WHERE, normalised, own_settings, run_key
 from regrow.study.names import DATA_NAMES, METHOD_ALIASES
 from regrow.study.seeds import MOST_RUNS, seeds_of
+from regrow.study.unused import check_used
 from regrow.suggest import nearest
 
 _KEYS = ("name", "methods", "models", "data", "seeds", "settings")
@@ -139,11 +141,18 @@ def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
     for shared in itertools.chain.from_iterable(map(_product, grids)):
         comparison = normalised(make_config({**shared, "method": "standard", "seed": 0}))
         comparisons.setdefault(run_key(comparison), (comparison, []))[1].append(shared)
-    return tuple(
+    runs = tuple(
         Wanted(config, comparison)
         for comparison, shared in comparisons.values()
         for config in _runs(shared, methods, seeds)
     )
+    every = [each.config for each in runs]
+    check_used(settings, every, "settings: {!r}".format)
+    for kind, options in (("models", models), ("data", data)):
+        for name, own in options.items():
+            theirs = [each for each in every if name in (each.model, each.data)]
+            check_used(own, theirs, f"{kind}: {name}: {{!r}}".format)
+    return runs
 
 
 def _runs(shared: list[dict[str, Any]], methods: _Options, seeds: list[int]) -> Iterator[RunConfig]:
@@ -219,9 +228,15 @@ def _check_own(method: str, own: Mapping[str, Any]) -> None:
     allowed = own_settings(method)
     for key in own:
         if key not in allowed:
+            others = [other for other, theirs in METHOD_SETTINGS.items() if key in theirs]
             raise ValueError(
-                f"methods: {method}: {key!r} must be the same for all methods of a comparison: write it "
-                f"under settings. Settings that {method} may have for itself: {', '.join(sorted(allowed))}."
+                f"methods: {method}: {key!r} "
+                + (
+                    f"belongs to {', '.join(others)}, and {method} would ignore it"
+                    if others
+                    else "must be the same for all methods of a comparison: write it under settings"
+                )
+                + f". Settings that {method} may have for itself: {', '.join(sorted(allowed))}."
             )
 
 
