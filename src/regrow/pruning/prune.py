@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regrow.compensation.images import check_calibration, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, left_out
+from regrow.interrupts import uninterrupted
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -195,7 +196,8 @@ def prune(
     }
     if validation is not None:
         report["accuracy"] = _pair(accuracy, top1(small, validation)[0]) | {"images": pictures}
-    become(user, trial)
+    with uninterrupted():
+        become(user, trial)
     tell(1.0, "done")
     return report
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
+from regrow.interrupts import uninterrupted
 from regrow.log import first_line, gave_up
 from regrow.looking.calls import PassFailed
 from regrow.looking.copies import NotCopied
@@ -255,7 +256,8 @@ class RePr:
                 event = self._drop(cycle)
             elif position + 1 == length:
                 event = self._restore(cycle)
-        self._step += 1
+        if event is None:  # a drop or restore counts its step itself
+            self._step += 1
         return event
 
     def _drop(self, cycle: int) -> Event:
@@ -265,8 +267,10 @@ class RePr:
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
-        self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
-        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=decided["notes"])
+        with uninterrupted():
+            self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
+            self._step += 1
+        return Event("drop", self._step, cycle + 1, decided["dropped"], notes=decided["notes"])
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
@@ -295,12 +299,14 @@ class RePr:
         self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
         self._warn_if_rate_is_low("restored")
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
-        least_covered, notes = sub.restore(generator)
-        # Processors may round the decomposition differently, and the processes need equal rows.
-        self._copy_from_first()
-        self._sub = None
+        with uninterrupted():
+            least_covered, notes = sub.restore(generator)
+            # Processors may round the decomposition differently, and the processes need equal rows.
+            self._copy_from_first()
+            self._sub = None
+            self._step += 1
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
-        return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
+        return Event("restore", self._step, cycle + 1, sub.dropped, **said)
 
     def _first_decides(self, decide: Callable[[], Any]) -> Any:
         return first_decides(decide, self._group, device_of(self._model))
@@ -401,11 +407,12 @@ class RePr:
                 check_plan(self._model, plan)
             else:
                 plan = self._plan(sub["dropped"])[0]
-        if self._sub is not None:
-            self._sub.release()
-        self._step = int(state["step"])
-        self._highest_rate = float(state["highest_rate"])
-        self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
+        with uninterrupted():
+            if self._sub is not None:
+                self._sub.release()
+            self._step = int(state["step"])
+            self._highest_rate = float(state["highest_rate"])
+            self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def remove(self) -> None:
         """Take all of RePr's hooks off the model and the optimizer.

@@ -292,7 +292,7 @@ def _remote(
     """Train a run on a node of the cluster; return why it failed, or None."""
     sys.argv = arguments  # the run's record names these as its command
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with Path(log).open("a", buffering=1) as file, contextlib.redirect_stderr(file):
+    with Path(log).open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
         try:
             work(make_config(settings), Path(folder), threads)
         except SystemExit:

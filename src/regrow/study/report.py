@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regrow.interrupts import uninterrupted
 from regrow.study import pruned
 from regrow.study.compare import MethodSummary, group_of, summarise
 from regrow.study.page import Content, near, render
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
+
+_SIGNS = ("=", "+", "-", "−", "@", "|")  # "|" as in the old way to start another program
+_INVISIBLE = "'" + "".join(
+    letter for letter in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(letter)[0] in "CZ"
+)
 
 
 def write_report(
@@ -68,20 +76,19 @@ def write_report(
     )
     page = render(content)
     methods = method_rows(summaries)
-    write_json(
-        path.parent / "results.json",
-        {
-            "version": VERSION,
-            "title": title,
-            "baseline": baseline,
-            "methods": methods,
-            "runs": content.rows,
-            "curves": [pruned.to_dict(each) for each in content.curves],
-            "left_out": content.left_out,
-        },
-    )
-    write_text(path.parent / "results.csv", _csv(content.rows, methods))
-    write_text(path, page)
+    results = {
+        "version": VERSION,
+        "title": title,
+        "baseline": baseline,
+        "methods": methods,
+        "runs": content.rows,
+        "curves": [pruned.to_dict(each) for each in content.curves],
+        "left_out": content.left_out,
+    }
+    with uninterrupted():
+        write_json(path.parent / "results.json", results)
+        write_text(path.parent / "results.csv", _csv(content.rows, methods))
+        write_text(path, page)
     return path
 
 
@@ -174,5 +181,11 @@ def _csv(runs: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]]
 
 
 def _cell(value: object) -> object:
-    # A spreadsheet would run a name that starts like a formula.
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    """``value``, with an apostrophe before a text that a spreadsheet would run as a formula.
+
+    Spreadsheets skip what is invisible before the sign, and take its full-width form for it.
+    """
+    if not isinstance(value, str):
+        return value
+    seen = unicodedata.normalize("NFKC", value).lstrip(_INVISIBLE)
+    return f"'{value}" if seen[:1] in _SIGNS or value[:1] in ("\t", "\r", "\n") else value

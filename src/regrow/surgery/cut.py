@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
+from regrow.interrupts import uninterrupted
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.structure.read import read_structure
@@ -91,12 +92,13 @@ def cut(
     if optimizer is not None:
         _check_slots(model, optimizer)
     if removal.gone:
-        widened = widen(model)
-        removal.apply(model)
-        replaced = apply_plan(model, plan)
-        if optimizer is not None:
-            _repoint(optimizer, widened)
-            _repoint(optimizer, replaced)
+        with uninterrupted():
+            widened = widen(model)
+            removal.apply(model)
+            replaced = apply_plan(model, plan)
+            if optimizer is not None:
+                _repoint(optimizer, widened)
+                _repoint(optimizer, replaced)
     after = filter_counts(model)
     return {
         "version": _VERSION,
