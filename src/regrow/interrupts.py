@@ -76,5 +76,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in waiting[:1]:
-            before[signal.Signals(number)](number, None)
+        if waiting:
+            before[signal.Signals(waiting[0])](waiting[0], None)

@@ -61,7 +61,7 @@ def lost_output() -> str | None:
 def _lasting(stream: Any, number: int) -> Any:
     """``stream`` with the same encoding, but without errors."""
     if stream is None:
-        stream = open(number, "w", encoding="utf-8", closefd=False)
+        stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # unbuffered, as with python -u, the buffer is the file itself
     if type(raw) is not io.FileIO:  # the console of Windows, or a test's

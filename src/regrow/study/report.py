@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,6 @@ from regrow.study.page import Content, near, render
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
 
 _SIGNS = ("=", "+", "-", "−", "@", "|")  # "|" as in the old way to start another program
-_INVISIBLE = "'" + "".join(
-    letter for letter in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(letter)[0] in "CZ"
-)
 
 
 def write_report(
@@ -187,5 +183,6 @@ def _cell(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    seen = unicodedata.normalize("NFKC", value).lstrip(_INVISIBLE)
-    return f"'{value}" if seen[:1] in _SIGNS or value[:1] in ("\t", "\r", "\n") else value
+    letters = unicodedata.normalize("NFKC", value)
+    first = next((letter for letter in letters if unicodedata.category(letter)[0] not in "CZ"), None)
+    return f"'{value}" if first in _SIGNS or value.startswith(("\t", "\r", "\n")) else value
