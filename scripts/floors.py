@@ -15,7 +15,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
-    ("atomic", "given", "log", "suggest", "torch_private"),
+    ("atomic", "given", "interrupts", "log", "suggest", "terminal", "torch_private"),
     ("indexing",),
     ("modules",),
     ("marks",),

@@ -5,12 +5,15 @@ A process that starts Python takes seconds for its imports. These take them once
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -35,9 +38,19 @@ def start_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def regrow(*arguments: object, folder: Path) -> CompletedProcess[str]:
-    """Call ``regrow`` with ``arguments``; ``folder`` is for what it prints."""
-    return _printed(_command, list(map(str, arguments)), folder)
+def regrow(
+    *arguments: object,
+    folder: Path,
+    encoding: str | None = None,
+    stop: tuple[str, int, int] | None = None,
+) -> CompletedProcess[str]:
+    """Call ``regrow`` with ``arguments``; ``folder`` is for what it prints.
+
+    Args:
+        encoding: of what it prints (default: that of this process).
+        stop: (place, count, signal): the process gets the signal at that call of a place of ``killing``.
+    """
+    return _printed(partial(_command, encoding, stop), list(map(str, arguments)), folder)
 
 
 def script(path: Path | str, *arguments: object, folder: Path) -> CompletedProcess[str]:
@@ -52,7 +65,9 @@ def _printed(work: Callable[[list[str]], None], arguments: list[str], folder: Pa
     if process.exitcode is None:
         process.kill()
         raise TimeoutError(f"{arguments} has not ended")
-    out, err = ((folder / name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    out, err = (
+        (folder / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr")
+    )
     return CompletedProcess(arguments, process.exitcode, out, err)
 
 
@@ -65,11 +80,18 @@ def _print_into(folder: Path, work: Callable[[list[str]], None], arguments: list
     work(arguments)
 
 
-def _command(arguments: list[str]) -> None:
+def _command(encoding: str | None, stop: tuple[str, int, int] | None, arguments: list[str]) -> None:
     import regrow.__main__ as command
+    from killing import dying_at
 
+    if encoding is not None:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding)
+    # As a terminal starts a process; the server that this one is forked from ignores the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.argv = [str(command.__file__), *arguments]
-    command.main()
+    with dying_at(stop and stop[:2], *(stop or ())[2:]):
+        command.main()
 
 
 def _script(arguments: list[str]) -> None:

@@ -50,7 +50,7 @@ def _run(
     os.environ.update({name: str(value) for name, value in variables.items()})
     if variables:
         _keep_what_is_measured(folder.parent / f"rank{variables['RANK']}.safetensors")
-    with _dying_at(kill):
+    with dying_at(kill):
         train(make_config(settings), folder)
     # A thread of gloo's that still runs when the interpreter ends would now and then abort the process.
     left = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
@@ -73,14 +73,15 @@ def _keep_what_is_measured(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _dying_at(kill: tuple[str, int] | None) -> Any:
+def dying_at(kill: tuple[str, int] | None, number: int = signal.SIGKILL) -> Any:
+    """This process gets the signal ``number`` at the call of that name and count."""
     if kill is None:
         yield
         return
     import torch
 
     from regrow import atomic
-    from regrow.study import checkpoints, records, steps, train
+    from regrow.study import checkpoints, measure, prune_run, records, report, steps, train
 
     places: dict[str, tuple[Any, str]] = {
         "step": (torch.optim.lr_scheduler.LambdaLR, "step"),
@@ -93,6 +94,11 @@ def _dying_at(kill: tuple[str, int] | None) -> Any:
         "prune": (Path, "unlink"),
         "finish": (train, "_finish"),
         "epoch": (steps, "train_epoch"),
+        "evaluated": (prune_run, "top1"),
+        "moved": (prune_run, "move"),
+        "saved": (prune_run, "save"),
+        "measured": (measure, "measure_run"),
+        "reported": (report, "write_json"),
     }
     owner, name = places[kill[0]]
     real: Callable[..., Any] = getattr(owner, name)
@@ -102,7 +108,7 @@ def _dying_at(kill: tuple[str, int] | None) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
     setattr(owner, name, dying)

@@ -1,9 +1,13 @@
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 
 import pytest
 
 from regrow import atomic
-from regrow.atomic import replacing
+from regrow.atomic import replacing, sweep
 
 
 def test_the_new_file_takes_the_place_of_the_old_one(tmp_path):
@@ -75,3 +79,72 @@ def test_bytes_that_cannot_be_written_leave_the_old_file_and_nothing_else(tmp_pa
     with pytest.raises(OSError, match="No space left"):
         atomic.write_bytes(tmp_path / "a", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def leave_one(place, name="curve.json"):
+    """A temporary folder in ``place``, left by a process that was killed."""
+    code = (
+        "import os, pathlib, signal, sys\nfrom regrow.atomic import temporary_folder\n"
+        "with temporary_folder(pathlib.Path(sys.argv[1]), sys.argv[2]) as folder:\n"
+        "    (folder / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, place, name], check=False)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: atomic.write_bytes(path, b""), lambda path: sweep(path.parent)]
+)
+def test_what_killed_processes_left_is_swept_whatever_its_name(tmp_path, write):
+    leave_one(tmp_path)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 1
+    assert left[0].startswith(".curve.json.")
+    write(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] in (["other"], [])
+
+
+def test_what_is_not_ours_or_still_in_use_is_left_alone(tmp_path):
+    foreign = [".a.regrow.tmp.txt", "a.regrow.tmp", ".a.12345678.tmp", ".a.12.tmp"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "kept").touch()
+    (tmp_path / ".a.12345678.regrow.tmp").symlink_to(target)
+    (tmp_path / ".b.12345678.regrow.tmp").touch()
+    with atomic.temporary_folder(tmp_path, "busy") as busy:
+        (busy / "half").touch()
+        sweep(tmp_path)
+        code = "import sys\nfrom regrow.atomic import sweep\nsweep(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+        assert (busy / "half").exists()
+    assert not busy.exists()
+    assert (target / "kept").exists()
+    assert len(list(tmp_path.iterdir())) == len(foreign) + 3
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    real, made = atomic._lock, []
+
+    def lock(folder):
+        made.append(folder)
+        if len(made) == 1:
+            os.rmdir(folder)
+            return None
+        return real(folder)
+
+    monkeypatch.setattr(atomic, "_lock", lock)
+    with atomic.temporary_folder(tmp_path, "a") as folder:
+        assert folder == made[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_folders_cannot_be_locked_nothing_is_swept(tmp_path, monkeypatch):
+    leave_one(tmp_path)
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    atomic.write_bytes(tmp_path / "a", b"new")
+    assert len(list(tmp_path.iterdir())) == 2

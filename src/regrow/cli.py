@@ -7,20 +7,60 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
+from regrow import __version__
+from regrow.interrupts import exit_status, uninterrupted
 from regrow.study.config import RunConfig, make_config, read_settings
+from regrow.study.processes import is_first
+from regrow.study.stopped import what_now
 from regrow.study.typed import Mistyped, typed
 
-app = typer.Typer(
-    help="Train better convolutional filters with RePr, and find out whether it helps you.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+class _Command(TyperCommand):
+    """A command that says, when a signal ends it, what was done and what to do next."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if is_first():
+                _complain(what_now(str(self.name), ctx.params))
+            raise typer.Exit(exit_status() or 130) from None
+
+
+_command = partial(app.command, cls=_Command)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, file=sys.stdout)  # typer by itself writes UTF-8 where the terminal has asked for ASCII
+
+
+def _complain(text: str, color: str = "yellow") -> None:
+    typer.secho(f"regrow: {text}", file=sys.stderr, fg=color)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        _say(f"regrow {__version__}, PyTorch {metadata.version('torch')}")
+        raise typer.Exit()
+
+
+@app.callback(help="Train better convolutional filters with RePr, and find out whether it helps you.")
+def _regrow(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 def _opt(help: str, *names: str, panel: str | None = None, show_default: bool = True) -> Any:
@@ -100,7 +140,7 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-@app.command()
+@_command()
 @_with_settings()
 def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: Rerun = False) -> None:
     """Train one network and write a run folder: settings, a record of every epoch and cut, weights.
@@ -109,21 +149,22 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
     """
     (run_config,) = _configs(config, settings, [{}])
     from regrow.study import records
-    from regrow.study.processes import is_first
     from regrow.study.progress import Progress
-    from regrow.study.train import train as run
+
+    with uninterrupted():  # PyTorch aborts when a signal raises an exception while it is imported
+        from regrow.study.train import train as run
 
     ran = run(run_config, out, rerun=rerun, progress=Progress())
     if not is_first():
         return
     result = records.read_run(out).result or {}
-    typer.echo(
+    _say(
         f"{'' if ran else 'already finished (--rerun trains it again): '}"
         f"test accuracy {result['test_accuracy']:.2%}, trained in {result['train_seconds']:.1f} s, see {out}"
     )
 
 
-@app.command()
+@_command()
 @_with_settings(without=["method", "seed"])
 def compare(
     out: Out,
@@ -152,7 +193,7 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command()
 def study(
     file: Annotated[Path, typer.Argument(help="YAML file: methods, seeds, models, data, settings.")],
     out: Annotated[
@@ -184,7 +225,7 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command()
+@_command()
 def report(
     folders: Folders,
     out: Annotated[Path | None, _opt("The page to write (default: report.html in the first folder).")] = None,
@@ -208,7 +249,7 @@ def report(
     shown = line_up(runs, baseline)
     left_out |= shown.left_out
     for why in left_out.values():
-        typer.secho(f"regrow: left out: {why}", fg="yellow", err=True)
+        _complain(f"left out: {why}")
     page = write_report(
         shown.runs,
         out or folders[0] / "report.html",
@@ -218,15 +259,15 @@ def report(
         numbers=shown.numbers,
         left_out=left_out,
     )
-    typer.echo(f"report: {page}")
+    _say(f"report: {page}")
     if tensorboard is not None:
         from regrow.study.tensorboard import write_tensorboard
 
         files = write_tensorboard(shown.runs, tensorboard, shown.names)
-        typer.echo(f"{len(files)} event files: tensorboard --logdir {tensorboard}")
+        _say(f"{len(files)} event files: tensorboard --logdir {tensorboard}")
 
 
-@app.command()
+@_command()
 def curve(
     folders: Folders,
     criterion: Annotated[str, _opt(_RANKING)] = "l2",
@@ -256,12 +297,13 @@ def curve(
             "fractions": parse_fractions(fractions),
             "readings": parse_readings(readings),
         }
-    from regrow.study.measure import run_curves
+    with uninterrupted():
+        from regrow.study.measure import run_curves
 
     run_curves(folders, **wanted, criterion=criterion, scope=scope, split=split, out=out, rerun=rerun)
 
 
-@app.command()
+@_command()
 def prune(
     network: Annotated[str, typer.Argument(help="Run folder, or the name of a torchvision or timm network.")],
     out: Annotated[Path, _output("Folder to write to.", "--out")],
@@ -316,7 +358,9 @@ def prune(
     Example: regrow prune runs/one --max-drop 1 --out small
     """
     from regrow.study.fractions import parse_shares
-    from regrow.study.prune_run import run_prune
+
+    with uninterrupted():
+        from regrow.study.prune_run import run_prune
 
     shares = None if fraction is None else parse_shares(fraction)
     targets = {"fraction": shares, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
@@ -343,7 +387,7 @@ def prune(
 
 def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
     """Show only the message: a place in the source does not help a person who types a command."""
-    typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
+    _complain(f"warning: {message}")
 
 
 def main() -> None:
@@ -354,7 +398,7 @@ def main() -> None:
     """
     warnings.showwarning = _show_warning
     try:
-        app(standalone_mode=True)
+        app(prog_name="regrow", standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:
-        typer.secho(f"regrow: {error}", fg="red", err=True)
+        _complain(str(error), "red")
         sys.exit(2 if isinstance(error, Mistyped) else 1)

@@ -174,6 +174,33 @@ def test_an_address_that_does_not_answer_is_an_error_and_no_hang(
             raise AssertionError
 
 
+def listening(process: int) -> dict[str, str]:
+    """{inode of a socket on which ``process`` or one of its children listens: its address in hexadecimal}."""
+    family = [process]
+    for each in family:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                family += map(int, (task / "children").read_text().split())
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table]
+    addresses = {f"socket:[{line[9]}]": line[1].rpartition(":")[0] for line in lines if line[3] == "0A"}
+    found = {}
+    for each in family:
+        for link in Path(f"/proc/{each}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                name = os.readlink(link)
+                found.update({name: addresses[name]} if name in addresses else {})
+    return found
+
+
+def test_a_cluster_that_is_started_here_listens_on_the_loopback_address_only() -> None:
+    before = listening(os.getpid())
+    with ray_cluster():
+        found = [at for socket, at in listening(os.getpid()).items() if socket not in before]
+    assert len(found) > 2
+    assert {address[-8:] for address in found} == {"0100007F"}
+
+
 def test_what_is_no_address() -> None:
     with pytest.raises(ValueError, match="Ray cannot be used at nonsense"), ray_cluster("nonsense"):
         raise AssertionError

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -220,8 +221,18 @@ def test_a_model_that_does_not_exist_is_refused_before_anything_runs(tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGINT, os.killpg),  # what a terminal does: every process of the command gets it
+        (signal.SIGTERM, os.kill),
+    ],
+)
 def test_an_interrupt_stops_the_workers_and_the_same_command_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    send: Callable[[int, int], None],
 ) -> None:
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(
@@ -241,12 +252,12 @@ def test_an_interrupt_stops_the_workers_and_the_same_command_goes_on(
         deadline = time.monotonic() + 60
         while len(list(out.rglob("epochs.jsonl"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: every process of the command gets it
+        send(process.pid, number)
         printed, _ = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "stopped; give the same command again to continue." in printed
+    assert process.returncode == 128 + number
+    assert "regrow: stopped; give the same command again to continue." in printed
     assert "Traceback" not in printed
     lengths = [path.stat().st_size for path in out.rglob("epochs.jsonl")]
     time.sleep(0.3)

@@ -14,7 +14,7 @@ from regrow.cli import app
 from regrow.study import drawing, records
 from regrow.study.gather import gather
 from regrow.study.page import cut_shares
-from regrow.study.report import write_report
+from regrow.study.report import _cell, write_report
 
 HOSTILE = '<img src=x onerror="alert(1)">&'
 # Test accuracies by seed: differences 1, 2, 3 points, so 2 ± 4.303 · 1/√3 = [−0.48, +4.48].
@@ -326,6 +326,43 @@ def test_hostile_names_are_shown_and_not_obeyed(tmp_path):
     assert not [key for _, key, _ in hostile.attributes if key.startswith("on")]
     assert hostile.row(HOSTILE, "8") == [HOSTILE, "8", "25 %"]
     assert "'=cmd()" in (tmp_path / "results.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "sign", ["=", "+", "-", "−", "@", "|", "＝", "＋", "－", "＠", "﹦", "﹢", "﹣", "﹫"]
+)
+@pytest.mark.parametrize(
+    "before", ["", " ", "\n", "\t", "\r", "\r\n \n", "\u00a0", "\u3000", "\ufeff", "\u200b", "\0"]
+)
+def test_no_cell_begins_like_a_formula(before, sign):
+    assert _cell(f"{before}{sign}1+1") == f"'{before}{sign}1+1"
+
+
+@pytest.mark.parametrize(
+    "value", [-0.5, -3, 0, None, True, "plain", " plain", "a=1", "a\n=1", "3-4", "", "ünï"]
+)
+def test_numbers_and_other_texts_stay_as_they_are(value):
+    assert _cell(value) == value
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r", "\t"])
+def test_a_cell_that_begins_with_a_line_end_is_a_text(blank):
+    assert _cell(f"{blank}plain") == f"'{blank}plain"
+
+
+@pytest.mark.usefixtures("drawn")
+def test_names_from_strangers_are_neutral_in_the_table_of_a_report(tmp_path):
+    names = ["\n=cmd|' /C calc'!A0", " ＝SUM(A1)", "|x|<b>y</b>\\textbf{z} $a_b$"]
+    make_run(tmp_path / "a", seed=0)
+    for number in range(len(names)):
+        make_run(tmp_path / str(number), "repr", seed=number)
+    runs = records.find_runs(tmp_path)
+    variants = {run.folder: names[int(run.folder.name)] for run in runs if run.folder.name != "a"}
+    text = write_report(runs, tmp_path / "report.html", variants=variants).read_text(encoding="utf-8")
+    assert "<b>y" not in text
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"standard", *(f"'{name}" for name in names)}
 
 
 @pytest.mark.usefixtures("drawn")

@@ -69,7 +69,11 @@ GOOD = idx(np.arange(6).reshape(1, 2, 3))
     ("name", "content", "message"),
     [
         ("a", GOOD[:-1], "has 21 bytes in place of 22"),
-        ("a", GOOD + b"x", "has 23 bytes in place of 22"),
+        ("a", GOOD + b"x", "has more than 22 bytes in place of 22"),
+        ("a", GOOD[:4] + b"\xff" * 12, r"says that it holds \[4294967295, 4294967295, 4294967295\] numbers"),
+        # 2³² times 2³² is 0 in numbers of 64 bits.
+        ("a", GOOD[:4] + b"\x80\0\0\0" * 2 + b"\0\0\0\4", "says that it holds"),
+        ("a.gz", gzip.compress(GOOD + bytes(10**8)), "has more than 22 bytes"),
         ("a", GOOD[:7], "is not an idx file"),
         ("a", idx(np.arange(6)), "is not an idx file of bytes in 3 dimensions"),
         ("a", b"", "is not an idx file"),
@@ -116,6 +120,15 @@ def test_fashion_mnist_that_does_not_fit_is_refused(tmp_path: Path, labels: list
     write_fashion_mnist(tmp_path / "here", packed=False)
     (tmp_path / "here" / "train-labels-idx1-ubyte").write_bytes(idx(np.array(labels)))
     with pytest.raises(ValueError, match=message):
+        fashion_mnist(tmp_path / "here")
+
+
+@pytest.mark.usefixtures("no_debian")
+def test_fashion_mnist_without_pictures_is_refused(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path / "here", packed=False)
+    (tmp_path / "here" / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((0, 2, 3))))
+    (tmp_path / "here" / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(0)))
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte holds no picture"):
         fashion_mnist(tmp_path / "here")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.compensation.norms import has_statistics, reestimate_norms, running_norms
 from regrow.given import check_inputs
+from regrow.interrupts import uninterrupted
 from regrow.looking.calls import evaluating
 from regrow.looking.copies import copied
 from regrow.looking.hooks import hooked
@@ -133,12 +134,13 @@ def compensate(
         estimated = reestimate_norms(cut, calibration)
         record["norms"], record["images"] = estimated["norms"], estimated["images"]
 
-    removal.apply(model)
-    _fold(model, shifts, behind)
-    for name in record["norms"]:
-        estimates = cut.get_submodule(name).buffers(recurse=False)
-        for buffer, estimate in zip(model.get_submodule(name).buffers(recurse=False), estimates, strict=True):
-            buffer.copy_(estimate)
+    with uninterrupted():
+        removal.apply(model)
+        _fold(model, shifts, behind)
+        for name in record["norms"]:
+            norm, estimates = model.get_submodule(name), cut.get_submodule(name).buffers(recurse=False)
+            for buffer, estimate in zip(norm.buffers(recurse=False), estimates, strict=True):
+                buffer.copy_(estimate)
     return record
 
 

@@ -14,6 +14,7 @@ from regrow.compensation.images import check_batches, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
+from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
@@ -214,7 +215,8 @@ def prune(
     }
     if validation is not None:
         report["accuracy"] = _pair(accuracy, top1(small, validation)[0]) | {"images": pictures}
-    become(user, trial)
+    with uninterrupted():
+        become(user, trial)
     tell(1.0, "done")
     return report
 

@@ -17,6 +17,7 @@ from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.given import check_inputs, check_module, check_optimizer, kind_of, names_given
+from regrow.interrupts import uninterrupted
 from regrow.log import first_line, gave_up
 from regrow.looking.calls import PassFailed, floating, run
 from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
@@ -273,7 +274,8 @@ class RePr:
                 event = self._drop(cycle)
             elif position + 1 == length:
                 event = self._restore(cycle)
-        self._step += 1
+        if event is None:  # a drop or restore counts its step itself
+            self._step += 1
         return event
 
     def _drop(self, cycle: int) -> Event:
@@ -283,9 +285,11 @@ class RePr:
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
-        self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
+        with uninterrupted():
+            self._sub = self._begin(decided["dropped"], None, plan, decided["silenced"])
+            self._step += 1
         notes = decided["notes"] + self._first_decides(lambda: self._sub.notes if self._sub else [])
-        return Event("drop", self._step + 1, cycle + 1, decided["dropped"], notes=notes)
+        return Event("drop", self._step, cycle + 1, decided["dropped"], notes=notes)
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
@@ -315,12 +319,14 @@ class RePr:
         self._warn_if_rate_is_low("restored")
         before = self._largest_outputs()
         generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
-        # Processors may round the decomposition differently, and the processes need equal rows.
-        least_covered, notes = sub.restore(generator, agree=self._copy_from_first)
+        with uninterrupted():
+            # Processors may round the decomposition differently, and the processes need equal rows.
+            least_covered, notes = sub.restore(generator, agree=self._copy_from_first)
+            self._sub = None
+            self._step += 1
         self._warn_of_a_jump(before, self._largest_outputs())
-        self._sub = None
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
-        return Event("restore", self._step + 1, cycle + 1, sub.dropped, **said)
+        return Event("restore", self._step, cycle + 1, sub.dropped, **said)
 
     def _first_decides(self, decide: Callable[[], Any]) -> Any:
         return first_decides(decide, self._group, device_of(self._model))
@@ -500,12 +506,13 @@ class RePr:
                 check_plan(self._model, plan)
             else:
                 plan = self._plan(sub["dropped"])[0]
-        if self._sub is not None:
-            self._sub.release()
-        self._step = int(state["step"])
-        self._highest_rate = float(state["highest_rate"])
-        self._copies.known = dict(state.get("copies", {}))  # states of earlier releases have none
-        self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
+        with uninterrupted():
+            if self._sub is not None:
+                self._sub.release()
+            self._step = int(state["step"])
+            self._highest_rate = float(state["highest_rate"])
+            self._copies.known = dict(state.get("copies", {}))  # states of earlier releases have none
+            self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from regrow.interrupts import uninterrupted
 from regrow.log import gave_up
 from regrow.looking.calls import PassFailed
 from regrow.modules import Consumer, Norm, channels_read, filter_count, per_channel
@@ -43,7 +44,8 @@ class Graph:
     def __init__(
         self, probe: nn.Module, example_inputs: Any, forward: Callable[[nn.Module, Any], list[Tensor]]
     ) -> None:
-        import torch_pruning  # it imports timm and torchvision where they are installed: seconds
+        with uninterrupted():  # while it is imported it takes KeyboardInterrupt for a missing library
+            import torch_pruning  # it imports timm and torchvision where they are installed: seconds
 
         self._names = {module: name for name, module in probe.named_modules()}
         self._patience = _Patience()

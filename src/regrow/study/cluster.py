@@ -36,6 +36,11 @@ _TICK = 0.25
 _IMPORT, _CONNECT, _START, _LOOK = 60, 15, 90, 60
 _STORE = 100 * 2**20  # bytes, for a cluster started here: only settings are sent through it
 
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# For a cluster started here. By the first, Ray's processes talk, and listen, on the loopback address only, as
+# on macOS and Windows; by the second, none of them collects figures for a monitoring service.
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_enable_metrics_collection": "0"}
+
 
 class _NoAnswer(ValueError):
     pass
@@ -165,7 +170,7 @@ def _drive(there: Connection, address: str | None, cpus: int, gpus: float) -> No
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.update(_QUIET if address is not None else _QUIET | _ALONE)
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ.update(_token_settings(address))
     import ray
@@ -292,7 +297,7 @@ def _remote(
     """Train a run on a node of the cluster; return why it failed, or None."""
     sys.argv = arguments  # the run's record names these as its command
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with Path(log).open("a", buffering=1) as file, contextlib.redirect_stderr(file):
+    with Path(log).open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
         try:
             work(make_config(settings), Path(folder), threads)
         except SystemExit:

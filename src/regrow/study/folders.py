@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 
 from regrow.study.images import Images, Source
-
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
+from regrow.study.pictures import Reached, entries, find_pictures, read_picture
 
 _MOST_BYTES = 4 * 2**30
+# Also in capitals: taken for classes, Train and Test would be labels.
+_PARTS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
 
 def image_folder(folder: Path, image_size: int) -> Source:
     """Read ``folder`` in torchvision's ImageFolder layout, every picture as RGB.
 
-    If ``folder`` has sub folders train and test, and perhaps validation or val, each of these has a sub
-    folder per class; otherwise ``folder`` has these itself. The short side of a picture is resized to
-    ``image_size`` pixels, and the middle square is cut out.
+    If ``folder`` has sub folders train and test, and perhaps validation or val, in small letters or not,
+    each of these has a sub folder per class; otherwise ``folder`` has these itself. The short side of a
+    picture is resized to ``image_size`` pixels, and the middle square is cut out.
 
     Raises:
-        ValueError: ``folder`` has another layout, parts with different classes, an unreadable picture, or
-            more than 4 GiB of pixels.
+        ValueError: ``folder`` has another layout, parts with different classes, links that make pictures
+            count twice, an unreadable picture, or more than 4 GiB of pixels.
     """
-    parts = {name: _open(path, image_size) for name, path in _parts(folder).items()}
+    reached: Reached = {}
+    places = _parts(folder)
+    parts = {name: find_pictures(path, reached) for name, path in places.items()}
     train = parts["train"]
     for name, part in parts.items():
-        if part.classes != train.classes:
+        if part.keys() != train.keys():
             raise ValueError(
-                f"{folder / name} has other classes than {folder / 'train'}: "
-                f"{', '.join(sorted(set(part.classes) ^ set(train.classes)))} must be in both."
+                f"{places[name]} has other classes than {places['train']}: "
+                f"{', '.join(sorted(part.keys() ^ train.keys()))} must be in both."
             )
-    pictures = sum(len(part) for part in parts.values())
+    pictures = sum(len(files) for part in parts.values() for files in part.values())
     needed = pictures * 3 * image_size**2
     if needed > _MOST_BYTES:
         raise ValueError(
@@ -47,25 +51,24 @@ def image_folder(folder: Path, image_size: int) -> Source:
         train=read["train"],
         validation=read.get("validation"),
         test=read.get("test"),
-        classes=tuple(train.classes),
+        classes=tuple(train),
     )
 
 
 def _parts(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
-    named = {
-        name: next((folder / option for option in options if (folder / option).is_dir()), None)
-        for name, options in {
-            "train": ("train",),
-            "validation": ("validation", "val"),
-            "test": ("test",),
-        }.items()
-    }
-    there = {name: path for name, path in named.items() if path is not None}
+    there: dict[str, Path] = {}
+    for entry in entries(folder):
+        name, path = _PARTS.get(entry.name.lower()), Path(entry.path)
+        if name is None or not entry.is_dir():
+            continue
+        if name in there:
+            raise ValueError(f"{there[name]} and {path} are the same part of the data: remove one of them.")
+        there[name] = path
     if "train" in there and "test" in there:
         return there
-    if there:
+    if any(path.name in _PARTS for path in there.values()):  # a Train may be a class, beside a Car
         missing = " and ".join(name for name in ("train", "test") if name not in there)
         raise ValueError(
             f"{folder} has {', '.join(path.name for path in there.values())} but not {missing}: add it, or "
@@ -74,29 +77,21 @@ def _parts(folder: Path) -> dict[str, Path]:
     return {"train": folder}
 
 
-def _open(folder: Path, image_size: int) -> ImageFolder:
-    from torchvision.datasets import ImageFolder
+def _read(classes: Mapping[str, Sequence[Path]], image_size: int) -> Images:
     from torchvision.transforms import v2
 
-    transform = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
-    try:
-        return ImageFolder(folder, transform)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} must have a sub folder with pictures for every class ({error})."
-        ) from error
-
-
-def _read(part: ImageFolder, image_size: int) -> Images:
-    pixels = torch.empty(len(part), 3, image_size, image_size, dtype=torch.uint8)
+    fitted = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+    paths = [path for files in classes.values() for path in files]
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    pixels = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
 
     def read(index: int) -> None:
-        try:
-            pixels[index] = part[index][0]
-        except (OSError, SyntaxError) as error:  # Pillow's decoders raise either
-            raise ValueError(f"{part.samples[index][0]} cannot be read as a picture ({error}).") from error
+        pixels[index] = fitted(read_picture(paths[index]))
 
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(read, range(len(part))):
+    # Around the threads, which share the filters of warnings.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # they do not say which file
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for _ in pool.map(read, range(len(paths))):
             pass
-    return Images(pixels, torch.tensor(part.targets))
+    return Images(pixels, torch.tensor(labels))

@@ -189,9 +189,6 @@ def _train(
     try:
         with LiveTable(jobs, root, console=console) as shown:
             return train(jobs, shown)
-    except KeyboardInterrupt:
-        _say(console, "stopped; give the same command again to continue.")
-        raise
     finally:
         for logs in {job.folder.parent / LOGS for job in jobs}:
             if logs.is_dir() and not any(logs.iterdir()):

@@ -5,6 +5,7 @@ This process does not import PyTorch. A server process imports it once, and each
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
@@ -94,7 +95,20 @@ def _context(jobs: Sequence[Job]) -> BaseContext:
     if any(job.config.method == "repr" for job in jobs):
         modules.append("torch_pruning")
     context.set_forkserver_preload(modules)
+    _start_server()
     return context
+
+
+def _start_server() -> None:
+    """Start the server process so that Ctrl-C leaves it and its forks alone: this process decides."""
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # first, because it unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server inherits it
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start(context: BaseContext, job: Job, threads: int, rerun: bool) -> Process:
@@ -133,6 +147,9 @@ def _work(config: RunConfig, folder: Path, log: Path, threads: int, rerun: bool)
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None if this command was started with the stream closed
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     work(config, folder, threads, rerun)
 
 

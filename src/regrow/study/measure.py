@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from regrow.interrupts import uninterrupted
 from regrow.study import drawing, figures, records
 from regrow.study.compare import check_comparable
 from regrow.study.curves import check_curve, measure_run
@@ -76,11 +77,13 @@ def run_curves(
         )
         if (each.split, each.criterion, each.scope) == (split, criterion, scope)
     )
-    records.write_json(home / "curve.json", {"version": records.VERSION, **to_dict(curves)})
     looks = variant_styles({shown.names[run.folder]: run.config for run in runs}, shown.numbers)
     draw = partial(figures.pruned_curves, curves, looks, key=True)
-    records.write_text(home / "curve.svg", drawing.svg(draw, drawing.WIDE))
-    records.write_bytes(home / "curve.png", drawing.png(draw, drawing.WIDE))
+    svg, png = drawing.svg(draw, drawing.WIDE), drawing.png(draw, drawing.WIDE)
+    with uninterrupted():
+        records.write_json(home / "curve.json", {"version": records.VERSION, **to_dict(curves)})
+        records.write_text(home / "curve.svg", svg)
+        records.write_bytes(home / "curve.png", png)
     console.print(heading(curves), highlight=False, markup=False)
     for table in tables(curves):
         console.print(table)

@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from regrow.atomic import move, temporary_folder
 from regrow.criteria.score import check_criterion
+from regrow.interrupts import uninterrupted
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import check_target
 from regrow.pruning.choosing import check_choice
@@ -69,7 +71,7 @@ def run_prune(
 
     Raises:
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
-            written then, except the safetensors file of a network that cannot be exported as ONNX.
+            written then.
     """
     with typed():
         check_target(targets, scope)
@@ -161,15 +163,20 @@ def _find(
 
 
 def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> list[str]:
-    # The report is written last: a folder that has it has all files that it describes.
-    (out / REPORT_FILE).unlink(missing_ok=True)
-    save(trained.model, out / WEIGHTS_FILE)
-    written = [WEIGHTS_FILE]
-    if onnx:
-        export_onnx(trained.model, out / ONNX_FILE, example_inputs=trained.example)
-        written.append(ONNX_FILE)
-    records.write_json(out / REPORT_FILE, report)
-    return [*written, REPORT_FILE]
+    with temporary_folder(out, "prune") as folder:
+        save(trained.model, folder / WEIGHTS_FILE)
+        written = [WEIGHTS_FILE]
+        if onnx:
+            export_onnx(trained.model, folder / ONNX_FILE, example_inputs=trained.example)
+            written.append(ONNX_FILE)
+        records.write_json(folder / REPORT_FILE, report)
+        written.append(REPORT_FILE)
+        # The report goes first and comes last: a folder that has it has all files that it describes.
+        with uninterrupted():
+            (out / REPORT_FILE).unlink(missing_ok=True)
+            for name in written:
+                move(folder / name, out / name)
+    return written
 
 
 class _Bar:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regrow.interrupts import uninterrupted
 from regrow.study import pruned
 from regrow.study.compare import MethodSummary, group_of, summarise
 from regrow.study.lineup import title_of
 from regrow.study.page import Content, near, render
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
+
+_SIGNS = ("=", "+", "-", "−", "@", "|")  # "|" as in the old way to start another program
 
 
 def write_report(
@@ -73,20 +77,19 @@ def write_report(
     )
     page = render(content)
     methods = method_rows(summaries)
-    write_json(
-        path.parent / "results.json",
-        {
-            "version": VERSION,
-            "title": title,
-            "baseline": baseline,
-            "methods": methods,
-            "runs": content.rows,
-            "curves": [pruned.to_dict(each) for each in content.curves],
-            "left_out": content.left_out,
-        },
-    )
-    write_text(path.parent / "results.csv", _csv(content.rows, methods))
-    write_text(path, page)
+    results = {
+        "version": VERSION,
+        "title": title,
+        "baseline": baseline,
+        "methods": methods,
+        "runs": content.rows,
+        "curves": [pruned.to_dict(each) for each in content.curves],
+        "left_out": content.left_out,
+    }
+    with uninterrupted():
+        write_json(path.parent / "results.json", results)
+        write_text(path.parent / "results.csv", _csv(content.rows, methods))
+        write_text(path, page)
     return path
 
 
@@ -179,5 +182,12 @@ def _csv(runs: Sequence[Mapping[str, Any]], methods: Sequence[Mapping[str, Any]]
 
 
 def _cell(value: object) -> object:
-    # A spreadsheet would run a name that starts like a formula.
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    """``value``, with an apostrophe before a text that a spreadsheet would run as a formula.
+
+    Spreadsheets skip what is invisible before the sign, and take its full-width form for it.
+    """
+    if not isinstance(value, str):
+        return value
+    letters = unicodedata.normalize("NFKC", value)
+    first = next((letter for letter in letters if unicodedata.category(letter)[0] not in "CZ"), None)
+    return f"'{value}" if first in _SIGNS or value.startswith(("\t", "\r", "\n")) else value

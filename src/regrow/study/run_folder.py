@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from regrow.atomic import write_bytes
+from regrow.atomic import sweep, write_bytes
 from regrow.study import records
 from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
@@ -65,8 +65,10 @@ def begin(
     Warns:
         UserWarning: a checkpoint is damaged, or the run was begun on another machine or version.
     """
-    for path in folder.glob(".*.tmp"):  # left by a process that was killed while it wrote
-        path.unlink(missing_ok=True)
+    sweep(folder)
+    for path in folder.glob(".*.tmp"):  # an earlier version left these
+        if path.is_file():
+            path.unlink(missing_ok=True)
     last_good_path(folder).unlink(missing_ok=True)
     unfinished = not rerun and records.config_path(folder).exists()
     checkpoint = read_checkpoint(folder) if unfinished else None

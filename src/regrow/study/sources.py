@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from regrow.study.images import Images, Source
 
+_MOST_BYTES = 2**30  # of an idx file; Fashion-MNIST's largest has 47 million
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 _FASHION_CLASSES = (
@@ -136,17 +138,25 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: the file is cut short, too long, or another kind of file; the message names it.
     """
+    start = 4 + 4 * dimensions
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(start)
+            if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
+                raise ValueError(
+                    f"{path} is not an idx file of bytes in {dimensions} dimensions: fetch it again."
+                )
+            sizes = [int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4)]
+            expected = start + math.prod(sizes)
+            if expected > _MOST_BYTES:  # before the memory is taken: a packed file may be small
+                raise ValueError(f"{path} says that it holds {sizes} numbers: it is damaged, fetch it again.")
+            content += file.read(expected - start)
+            more = len(file.read(1))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again.") from error
-    start = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < start:
-        raise ValueError(f"{path} is not an idx file of bytes in {dimensions} dimensions: fetch it again.")
-    sizes = [int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4)]
-    expected = start + int(np.prod(sizes, dtype=np.int64))
-    if len(content) != expected:
-        raise ValueError(f"{path} has {len(content)} bytes in place of {expected}: fetch it again.")
+    if len(content) < expected or more:
+        held = f"more than {expected}" if more else f"{len(content)}"
+        raise ValueError(f"{path} has {held} bytes in place of {expected}: fetch it again.")
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy()
 
 
@@ -168,7 +178,9 @@ def _idx_images(pictures: Path, labels: Path) -> Images:
     pixels, targets = read_idx(pictures, 3), read_idx(labels, 1)
     if len(pixels) != len(targets):
         raise ValueError(f"{pictures} has {len(pixels)} pictures, but {labels} has {len(targets)} labels.")
-    if targets.size and targets.max() >= len(_FASHION_CLASSES):
+    if not pixels.size:
+        raise ValueError(f"{pictures} holds no picture: fetch it again.")
+    if targets.max() >= len(_FASHION_CLASSES):
         raise ValueError(f"{labels} has the label {targets.max()}: Fashion-MNIST has 0 to 9.")
     return Images(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(targets).to(torch.int64))
 

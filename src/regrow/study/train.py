@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.criteria.score import overlap
 from regrow.filters import eligible
+from regrow.interrupts import uninterrupted
 from regrow.modules import filters_first
 from regrow.noise.layers import remove_bridgeout
 from regrow.repr.cycle import RePr
@@ -272,7 +273,7 @@ def _run(
 
 
 def _write(folder: Path, done: dict[str, Any], *, new_event: bool) -> None:
-    with writing(folder):
+    with writing(folder), uninterrupted():  # the last line is that of the last checkpoint
         records.append_line(records.epochs_path(folder), done["epochs"][-1])
         if new_event:
             records.append_line(records.events_path(folder), done["events"][-1])
@@ -303,7 +304,7 @@ def _finish(
     }
 
     def write() -> None:
-        with writing(folder):
+        with writing(folder), uninterrupted():
             save_weights(state_of_weights(run.model), records.weights_path(folder))
             records.write_json(records.result_path(folder), result)
             remove_checkpoints(folder)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
 from regrow.given import check_inputs, check_optimizer
+from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
 from regrow.marks import check
 from regrow.modules import filter_count, unwrap
@@ -96,12 +97,13 @@ def cut(
     if optimizer is not None:
         _check_slots(model, optimizer)
     if removal.gone:
-        widened = widen(model)
-        removal.apply(model)
-        replaced = apply_plan(model, plan)
-        if optimizer is not None:
-            _repoint(optimizer, widened)
-            _repoint(optimizer, replaced)
+        with uninterrupted():
+            widened = widen(model)
+            removal.apply(model)
+            replaced = apply_plan(model, plan)
+            if optimizer is not None:
+                _repoint(optimizer, widened)
+                _repoint(optimizer, replaced)
     after = filter_counts(model)
     return {
         "version": _VERSION,

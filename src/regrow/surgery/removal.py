@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
 from regrow.indexing import index_tensor
+from regrow.interrupts import uninterrupted
 from regrow.marks import borrowed_weight
 from regrow.modules import grouped, tied_modules, unwrap
 from regrow.structure.read import read_structure
@@ -57,7 +58,8 @@ def remove_filters(model: nn.Module, keep: Mapping[str, Tensor], *, example_inpu
     """
     model = unwrap(model)
     removal = plan_removal(model, keep, example_inputs)
-    removal.apply(model)
+    with uninterrupted():
+        removal.apply(model)
     return removal.record("removed")
 
 
