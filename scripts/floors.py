@@ -15,7 +15,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
-    ("atomic", "indexing", "log", "suggest", "torch_private"),
+    ("short",),
+    ("atomic", "indexing", "log", "reading", "suggest", "torch_private"),
     ("modules",),
     ("marks",),
     ("filters", "looking"),

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from regrow.short import line, said
+
+# The longest part of a file's name in the name of its temporary file, which may be no longer than 255 bytes.
+_SHORT = 50
 
 
 @contextmanager
@@ -17,12 +22,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: it cannot be written; the message names ``path``, and not the temporary file.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name!r} to.")
+        raise FileNotFoundError(f"there is no folder {line(path.parent)} to write {line(path.name)!r} to.")
     # In a folder beside path: a writer may put more files there, and all of them are removed with it.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    beside = f".{path.name[:_SHORT]}."
+    with _named(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=beside) as folder:
         temporary = Path(folder) / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -37,16 +44,28 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     A process that is killed meanwhile may leave a file named ``.{name}.{pid}.tmp`` beside it.
 
     Raises:
-        OSError: it cannot be written. The old file, if there was one, is unchanged.
+        OSError: it cannot be written; the message names ``path``. The old file, if there was one, is
+            unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:_SHORT]}.{os.getpid()}.tmp")
+    with _named(path):
+        try:
+            temporary.write_bytes(data)
+            _replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what to say
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` of the block a message that names ``path``."""
     try:
-        temporary.write_bytes(data)
-        _replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise said(error, path, "written") from error
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from regrow.short import line
 from regrow.study.config import RunConfig, make_config, read_settings
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ _which = partial(_opt, panel="Which filters")
 _network = partial(_opt, panel="Network")
 _output = partial(_opt, panel="Output")
 
+_LONGEST = 1000  # characters of an error message
 _RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random, …"
 Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
 Out = Annotated[Path, _run("Folder to write to.", "--out")]
@@ -295,11 +297,18 @@ def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
     typer.secho(f"regrow: warning: {message}", fg="yellow", err=True)
 
 
+def _message(error: Exception) -> str:
+    """The error's message; without its number if it is one of the system."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main() -> None:
     """Run the command. An error that the user can correct ends it with one line on stderr and exit code 1."""
     warnings.showwarning = _show_warning
     try:
         app(standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:
-        typer.secho(f"regrow: {error}", fg="red", err=True)
+        typer.secho(f"regrow: {line(_message(error), _LONGEST)}", fg="red", err=True)
         sys.exit(1)

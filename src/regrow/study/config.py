@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES
 from regrow.study.schedule import Cycle, place_cycle
+from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
 
+_LISTED = 3
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
 _DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
     "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
@@ -156,16 +158,11 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
     settings = {key: value for key, value in settings.items() if key != "version"}
     for key in settings:
         if key not in RunConfig.model_fields:
-            raise ValueError(f"unknown setting {key!r}{nearest(str(key), RunConfig.model_fields)}")
+            raise ValueError(f"unknown setting {short(key)}{nearest(str(key), RunConfig.model_fields)}")
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(
-            "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]}, got {e['input']!r}"
-                for e in error.errors()
-            )
-        ) from None
+        raise ValueError(_listed(error)) from None
     if config.method == "repr":
         config.cycle.check(config.epochs)
     return config
@@ -175,16 +172,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file: a flat mapping of the names in ``RunConfig``.
 
     Raises:
-        ValueError: the file is not there or does not hold a mapping.
+        ValueError: the file is not there, is not YAML as ``read_yaml`` takes it, or does not hold a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded, _ = read_yaml(path)
     except FileNotFoundError:
-        raise ValueError(f"there is no configuration file {path}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(f"there is no configuration file {line(path)}.") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold settings, one 'name: value' a line, such as 'epochs: 30'.")
+        raise ValueError(f"{line(path)} must hold settings, one 'name: value' a line, such as 'epochs: 30'.")
     return loaded
+
+
+def _listed(error: ValidationError) -> str:
+    """What is wrong with the first three settings that are wrong, and the number of the others."""
+    errors = error.errors(include_url=False)
+    listed = [
+        f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{line(e['msg'][1:])}, got {short(e['input'])}"
+        for e in errors[:_LISTED]
+    ]
+    rest = len(errors) - _LISTED
+    return "; ".join(listed) + (f"; and {rest:,} more settings are wrong" if rest > 0 else "")

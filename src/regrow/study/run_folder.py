@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,12 +12,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regrow.atomic import write_bytes
+from regrow.reading import from_json, read_file
 from regrow.study import records
 from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
 from regrow.study.identity import check_same_run, resolved
 
 # A resumed run ends bit for bit as if it had not been stopped only if these are as in its earlier part.
+_MOST_BYTES = 1 << 20
 _ALIKE = ("torch", "processor", "device", "threads", "processes")
 
 
@@ -94,8 +95,9 @@ def begin(
 def _resumed(folder: Path, state: dict[str, Any]) -> int:
     """How often the run was resumed before; times after the checkpoint count if they can still be read."""
     before = int(state["environment"]["resumed"])
-    with suppress(OSError, ValueError, KeyError):
-        before = max(before, int(json.loads(records.environment_path(folder).read_bytes())["resumed"]))
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        there = from_json(read_file(records.environment_path(folder), _MOST_BYTES))
+        before = max(before, int(there["resumed"]))
     return before
 
 
