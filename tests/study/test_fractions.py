@@ -36,3 +36,22 @@ def test_fractions_of_one_and_everything_are_refused_with_what_to_write():
 def test_readings_are_names_each_once():
     assert parse_readings("zeroed, removed,,zeroed") == ["zeroed", "removed"]
     assert parse_readings("") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0-90:0.0000000001",
+        "0-90:0.0000000000000000000000000001",
+        "0-90,5,0-90:0.01",
+        "0-" + "9" * 30,
+        "0-" + "9" * 5000,
+        "1" * 400,
+        "0-90:" + "0" * 5000,
+        "5," * 10**6,
+    ],
+)
+def test_too_many_points_or_digits_are_refused_at_once(text):
+    with pytest.raises(ValueError, match=r"^--fractions") as refused:
+        parse_fractions(text)
+    assert len(str(refused.value)) < 300

@@ -17,6 +17,7 @@ from regrow.pruning.prune import prune
 from regrow.shipping.checkpoint import save
 from regrow.shipping.onnx import export_onnx
 from regrow.study import records
+from regrow.study.config import make_config
 from regrow.study.prune_table import prune_tables
 from regrow.study.trained import Trained, by_name, from_run
 
@@ -69,6 +70,8 @@ def run_prune(
     check_target(targets)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
+    given = {"threads": threads, "image_size": image_size, "device": device, "data_dir": data_dir}
+    make_config({key: value for key, value in given.items() if value is not None})
     if threads is not None:
         torch.set_num_threads(threads)
     trained = _find(network, weights, data, data_dir, image_size, device)
