@@ -78,10 +78,10 @@ class RunConfig(BaseModel):
     batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2, le=1_000_000)
     optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd has Nesterov momentum.")
     lr: float | None = _setting(
-        None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0, le=1e6
+        None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0, le=1e30
     )
     momentum: float = _setting(0.9, _TRAINING, "Momentum of sgd.", ge=0, lt=1)
-    weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0, le=1e6)
+    weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0, le=1e30)
     schedule: Literal["hold-cosine", "cosine", "step", "constant"] = _setting(
         "hold-cosine",
         _TRAINING,
