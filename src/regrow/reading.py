@@ -10,6 +10,7 @@ from typing import Any
 from regrow.short import line, said, short
 
 _MOST_DEEP = 100
+_CHUNK = 1 << 16
 
 
 def read_file(path: str | os.PathLike[str], most: int) -> bytes:
@@ -26,13 +27,17 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
     try:
         # A pipe without a writer would be waited for.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
-            check_plain(path, os.fstat(file.fileno()), most)
-            data = file.read(most + 1)
+            found = os.fstat(file.fileno())
+            check_plain(path, found, most)
+            # Some files that the system makes up have no size, and a file may grow meanwhile.
+            data = file.read(found.st_size + 1)
+            while len(data) <= most and (more := file.read(min(_CHUNK, most + 1 - len(data)))):
+                data += more
     except IsADirectoryError:
         raise ValueError(f"{line(path)} is a folder, not a file.") from None
     except OSError as error:
         raise said(error, path, "read") from None
-    if len(data) > most:  # it has grown meanwhile, or is of a kind whose size the system does not know
+    if len(data) > most:
         raise ValueError(_too_large(path, most))
     return data
 

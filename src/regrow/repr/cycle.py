@@ -22,6 +22,7 @@ from regrow.modules import device_of, unwrap
 from regrow.repr.narrow import check_plan
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
+from regrow.short import line, short
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -217,10 +218,13 @@ class RePr:
     @property
     def phase(self) -> str:
         """``"full"``, ``"sub"``, or ``"done"`` after the last restore."""
+        return self._phase_at(self._step)
+
+    def _phase_at(self, step: int) -> str:
         length = self._settings["full"] + self._settings["sub"]
-        if self._step >= length * self._settings["cycles"]:
+        if step >= length * self._settings["cycles"]:
             return "done"
-        return "full" if self._step % length < self._settings["full"] else "sub"
+        return "full" if step % length < self._settings["full"] else "sub"
 
     @property
     def keep(self) -> dict[str, Tensor]:
@@ -363,6 +367,43 @@ class RePr:
             "sub_phase": None if self._sub is None else self._sub.state(),
         }
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless ``load_state_dict`` would take ``state``; nothing is changed."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"not a state of RePr: {short(state)}.")
+        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
+        if missing:
+            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
+        if state["version"] != _VERSION:
+            raise ValueError(
+                f"this regrow reads RePr states of version {_VERSION}, got {short(state['version'])}."
+            )
+        theirs = state["settings"] if isinstance(state["settings"], Mapping) else {}
+        other = [
+            f"{key}={short(theirs.get(key))} (here {short(ours)})"
+            for key, ours in self._settings.items()
+            if theirs.get(key) != ours
+        ]
+        if other:
+            raise ValueError(
+                f"the state was saved with other settings: {line(', '.join(other), 400)}. Build RePr with "
+                "the same ones."
+            )
+        step, rate, sub = state["step"], state["highest_rate"], state["sub_phase"]
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+            raise ValueError(f"step in a state of RePr is a number of calls, got {short(step)}.")
+        if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+            raise ValueError(f"highest_rate in a state of RePr is a learning rate, got {short(rate)}.")
+        if (self._phase_at(step) == "sub") != bool(sub):
+            raise ValueError(
+                f"after {step} calls RePr is in its {self._phase_at(step)} phase, and the state has "
+                f"{'a' if sub else 'no'} sub phase."
+            )
+        if sub:
+            check_memory(self._model, self._layers, self._settings["consumers"], sub)
+            if self._compact and sub.get("plan"):
+                check_plan(self._model, CutPlan.from_dict(sub["plan"]))
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, even in the middle of a sub phase.
 
@@ -374,31 +415,14 @@ class RePr:
                 Nothing is changed.
         """
         self._check_not_removed()
-        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
-        if missing:
-            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
-        if state["version"] != _VERSION:
-            raise ValueError(
-                f"this regrow reads RePr states of version {_VERSION}, got {state['version']!r}."
-            )
-        other = [
-            f"{key}={state['settings'].get(key)!r} (here {ours!r})"
-            for key, ours in self._settings.items()
-            if state["settings"].get(key) != ours
-        ]
-        if other:
-            raise ValueError(
-                f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
-            )
+        self.check_state_dict(state)
         sub = state["sub_phase"]
         plan, silenced = None, {}
         if sub:
             silenced = sub.get("silenced", {})
-            check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan"):
                 # A new plan could round differently.
                 plan = CutPlan.from_dict(sub["plan"])
-                check_plan(self._model, plan)
             else:
                 plan = self._plan(sub["dropped"])[0]
         if self._sub is not None:

@@ -401,6 +401,37 @@ def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
     ]
 
 
+def check_epochs(lines: object, count: int) -> None:
+    """Raise ``ValueError`` unless ``lines`` are the records of the epochs from 1 to ``count``.
+
+    Numbers may be NaN or infinite where they are written as None.
+    """
+    if not isinstance(lines, list) or len(lines) != count:
+        raise ValueError(f"epochs must list the records of {count} epochs")
+    for number, each in enumerate(lines, start=1):
+        if _check(_plain(each), _EPOCH, f"the record of epoch {number}")["epoch"] != number:
+            raise ValueError(f"the record of epoch {number} is that of epoch {short(each['epoch'])}.")
+
+
+def check_events(lines: object, count: int) -> None:
+    """Raise ``ValueError`` unless ``lines`` record drops and restores in the first ``count`` epochs."""
+    if not isinstance(lines, list):
+        raise ValueError("events must be a list of records")
+    for number, each in enumerate(lines, start=1):
+        event = _check(_plain(each), _EVENT, f"event {number}")
+        if not 1 <= event["epoch"] <= count:
+            raise ValueError(f"event {number} is in epoch {short(event['epoch'])} of {count}.")
+    _check_drops(lines, None, "event")
+
+
+def _plain(line: object) -> object:
+    """``line`` as it is written; it must be JSON-able."""
+    try:
+        return from_json(json.dumps(_without_nan(line), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it holds what no record can: {short(error)}") from None
+
+
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
     """Return ``data`` if it is a mapping of a known version with the keys and types of ``kinds``."""
     if isinstance(data, dict):
@@ -442,8 +473,14 @@ def _checked(run: RunRecord) -> RunRecord:
     sizes = None if run.result is None else run.result["filters"]
     if sizes is not None and not all(_is_index(size) for size in sizes.values()):
         raise ValueError(f"{result_path(run.folder)}: 'filters' must give each layer's number of filters.")
-    for line, event in enumerate(run.events, start=1):
-        where = f"{events_path(run.folder)}, line {line}"
+    _check_drops(run.events, sizes, f"{events_path(run.folder)}, line")
+    return run
+
+
+def _check_drops(events: list[dict[str, Any]], sizes: Mapping[str, int] | None, place: str) -> None:
+    """Check the filters of ``events`` against ``sizes``, the number of filters of each layer, if known."""
+    for number, event in enumerate(events, start=1):
+        where = f"{place} {number}"
         if event["kind"] not in ("drop", "restore"):
             raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {short(event['kind'])}.")
         for layer, indices in event["filters"].items():
@@ -454,7 +491,6 @@ def _checked(run: RunRecord) -> RunRecord:
                     f"{where}: {short(layer)} has {sizes.get(layer, 0)} filters by result.json, so there is "
                     f"no filter {short(max(indices))}."
                 )
-    return run
 
 
 def _is_index(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.atomic import write_bytes
 from regrow.reading import from_json, read_file
 from regrow.study import records
-from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
+from regrow.study.checkpoints import MOST_BYTES, from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
 from regrow.study.identity import check_same_run, resolved
 
@@ -51,13 +51,20 @@ def check_not_foreign(folder: Path) -> None:
 
 
 def begin(
-    config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool
+    config: RunConfig,
+    folder: Path,
+    environment: dict[str, Any],
+    *,
+    rerun: bool,
+    check: Callable[[dict[str, Any]], None] | None = None,
+    most: int = MOST_BYTES,
 ) -> tuple[bytes | None, int]:
     """Make the locked ``folder`` ready for training, from the beginning or from its last checkpoint.
 
     Args:
         environment: of this process, as ``records.environment`` gives it.
         rerun: start from the beginning, even if the folder holds a run.
+        check, most: as ``read_checkpoint`` takes them.
 
     Returns:
         The checkpoint to resume from, for ``from_bytes``, or None at the beginning; and how often the run
@@ -70,7 +77,7 @@ def begin(
         path.unlink(missing_ok=True)
     last_good_path(folder).unlink(missing_ok=True)
     unfinished = not rerun and records.config_path(folder).exists()
-    checkpoint = read_checkpoint(folder) if unfinished else None
+    checkpoint = read_checkpoint(folder, check, most) if unfinished else None
     if checkpoint is None:
         _clear(folder)
         records.write_yaml(records.config_path(folder), {"version": records.VERSION, **resolved(config)})
