@@ -374,7 +374,7 @@ class RePr:
         missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
         if missing:
             raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
-        if state["version"] != _VERSION:
+        if type(state["version"]) is not int or state["version"] != _VERSION:
             raise ValueError(
                 f"this regrow reads RePr states of version {_VERSION}, got {short(state['version'])}."
             )
@@ -382,7 +382,7 @@ class RePr:
         other = [
             f"{key}={short(theirs.get(key))} (here {short(ours)})"
             for key, ours in self._settings.items()
-            if theirs.get(key) != ours
+            if not isinstance(theirs.get(key), bool | int | float | str | list) or theirs[key] != ours
         ]
         if other:
             raise ValueError(
@@ -394,6 +394,8 @@ class RePr:
             raise ValueError(f"step in a state of RePr is a number of calls, got {short(step)}.")
         if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
             raise ValueError(f"highest_rate in a state of RePr is a learning rate, got {short(rate)}.")
+        if sub is not None and not isinstance(sub, Mapping):
+            raise ValueError(f"sub_phase in a state of RePr is a mapping, got {short(sub)}.")
         if (self._phase_at(step) == "sub") != bool(sub):
             raise ValueError(
                 f"after {step} calls RePr is in its {self._phase_at(step)} phase, and the state has "
@@ -401,7 +403,7 @@ class RePr:
             )
         if sub:
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
-            if self._compact and sub.get("plan"):
+            if self._compact and sub.get("plan") is not None:
                 check_plan(self._model, CutPlan.from_dict(sub["plan"]))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

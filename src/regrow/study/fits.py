@@ -64,7 +64,10 @@ def check_fits(
     if (repr_ is None) != (state["repr"] is None):
         raise ValueError(f"repr cannot be {short(state['repr'])} in a run of this method")
     if repr_ is not None:
-        repr_.check_state_dict(state["repr"])
+        try:
+            repr_.check_state_dict(state["repr"])
+        except ValueError as error:
+            raise ValueError(line(error, 300)) from None
         if state["repr"]["step"] != epoch:
             raise ValueError(f"RePr has counted {state['repr']['step']} epochs, and the run {epoch}")
     if not isinstance(done["random"], list) or not done["random"]:
@@ -82,7 +85,7 @@ def _check_optimizer(state: Any, fresh: Mapping[str, Any], optimizer: torch.opti
         _mapping(group, tuple(own), "a group of the optimizer's parameters")
         _real(group["lr"], "the learning rate")
         for key, value in own.items():
-            if key != "lr" and (type(group[key]) is not type(value) or group[key] != value):
+            if key != "lr" and not _same(group[key], value):
                 raise ValueError(f"the optimizer's {key} is {short(group[key])}, and here {short(value)}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots = _SLOTS[type(optimizer).__name__]
@@ -117,7 +120,7 @@ def _check_scheduler(state: Any, fresh: Mapping[str, Any], steps: int) -> None:
             wanted = value
         if key == "_is_initial" and type(found) is bool:
             continue
-        if type(found) is not type(wanted) or found != wanted:
+        if not _same(found, wanted):
             raise ValueError(f"the scheduler's {key} is {short(found)}, and must be {short(wanted)}")
 
 
@@ -130,7 +133,7 @@ def _check_scaler(state: Any, fresh: Mapping[str, Any]) -> None:
             _real(value, "the scaler's scale")
         elif key == "_growth_tracker":
             _whole(value, 0, 2**31 - 1, "the scaler's _growth_tracker")
-        elif type(value) is not type(fresh[key]) or value != fresh[key]:
+        elif not _same(value, fresh[key]):
             raise ValueError(f"the scaler's {key} is {short(value)}, and here {short(fresh[key])}")
 
 
@@ -142,7 +145,7 @@ def _check_bridgeout(state: Any, fresh: Mapping[str, Any] | None) -> None:
     _mapping(state, tuple(fresh), "bridgeout")
     _whole(state["passes"], 0, 2**63 - 1, "Bridgeout's number of passes")
     for key in fresh.keys() - {"passes"}:
-        if state[key] != fresh[key]:
+        if not _same(state[key], fresh[key]):
             raise ValueError(f"Bridgeout's {key} are {short(state[key])}, and here {short(fresh[key])}")
 
 
@@ -158,13 +161,22 @@ def _check_random(state: Any) -> None:
     if not isinstance(numbers, tuple) or len(numbers) != 5:
         raise ValueError(f"NumPy's generator has no state {short(numbers)}")
     name, key, position, has_gauss, gauss = numbers
-    if name != "MT19937" or not isinstance(key, Tensor) or key.shape != (624,) or key.dtype != torch.int64:
+    if (
+        not _same(name, "MT19937")
+        or not isinstance(key, Tensor)
+        or key.shape != (624,)
+        or key.dtype != torch.int64
+    ):
         raise ValueError("NumPy's generator takes 624 numbers of type int64")
     if bool((key < 0).any()) or bool((key >= 2**32).any()):
         raise ValueError("NumPy's generator takes numbers of 32 bits")
     _whole(position, 0, 624, "the position of NumPy's generator")
     _whole(has_gauss, 0, 1, "NumPy's has_gauss")
     _real(gauss, "NumPy's gauss", least=-math.inf)
+    python = state["python"]
+    fits = isinstance(python, tuple) and len(python) == 3 and type(python[0]) is int
+    if not fits or not isinstance(python[1], tuple) or not all(type(each) is int for each in python[1]):
+        raise ValueError(f"Python's generator has no state {short(python)}")
     try:
         np.random.RandomState().set_state((name, key.numpy().astype(np.uint32), *numbers[2:]))
         random.Random().setstate(state["python"])
@@ -203,6 +215,11 @@ def _tensors(value: Any, where: str) -> Mapping[str, Tensor]:
         if not isinstance(name, str) or not isinstance(each, Tensor):
             raise ValueError(f"{where} must hold tensors by name, not {short(each)} for {short(name)}")
     return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two plain values are equal; tensors among them would be compared element by element."""
+    return type(one) is type(other) and repr(one) == repr(other)
 
 
 def _whole(value: Any, least: int, most: int, what: str) -> None:

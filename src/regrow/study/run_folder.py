@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regrow.atomic import write_bytes
 from regrow.reading import from_json, read_file
+from regrow.shipping.stored import CHECKSUM, checksum
 from regrow.study import records
 from regrow.study.checkpoints import MOST_BYTES, from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
@@ -122,8 +123,8 @@ def _clear(folder: Path) -> None:
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write ``state`` as safetensors, whole or not at all."""
-    write_bytes(path, save(state))
+    """Write ``state`` and its checksum as safetensors, whole or not at all."""
+    write_bytes(path, save(state, {CHECKSUM: checksum(None, state)}))
 
 
 @contextmanager
