@@ -15,11 +15,11 @@ from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.log import first_line, gave_up
-from regrow.looking.calls import PassFailed
-from regrow.looking.copies import NotCopied
+from regrow.looking.calls import PassFailed, run
+from regrow.looking.copies import NotCopied, copied
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
-from regrow.repr.narrow import check_plan
+from regrow.repr.narrow import check_plan, narrow
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, phases_on
 from regrow.short import line, short
@@ -404,7 +404,21 @@ class RePr:
         if sub:
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan") is not None:
-                check_plan(self._model, CutPlan.from_dict(sub["plan"]))
+                self._try_plan(CutPlan.from_dict(sub["plan"]))
+
+    def _try_plan(self, plan: CutPlan) -> None:
+        """Raise ``ValueError`` if the model cannot run by ``plan``, which may fit each layer by itself."""
+        check_plan(self._model, plan)
+        device = device_of(self._model)
+        inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
+        try:
+            copy = copied(self._model)
+            with narrow(copy, plan):
+                run(copy, inputs, training=False)
+        except NotCopied as error:
+            gave_up("trying the plan of a state on a copy", error)
+        except PassFailed as error:
+            raise ValueError(f"the model cannot run by the state's plan: {first_line(error)}") from None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, even in the middle of a sub phase.
