@@ -15,7 +15,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
-    ("atomic", "given", "interrupts", "log", "suggest", "terminal", "torch_private"),
+    ("short",),
+    ("atomic", "given", "interrupts", "log", "reading", "suggest", "terminal", "torch_private"),
     ("indexing",),
     ("modules",),
     ("marks",),

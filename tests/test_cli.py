@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import forking
-from regrow.cli import app
+from regrow.cli import app, main
 from regrow.study import page
 from regrow.study.typed import Mistyped
 
@@ -301,3 +301,37 @@ def test_unknown_values_are_refused(tmp_path: Path) -> None:
         failed = CliRunner().invoke(app, [*arguments, *out])
         assert failed.exit_code == 1
         assert message in str(failed.exception)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x]\nb: *a", "anchor &a"),
+        ("seed: 18446744073709551616", "seed: "),
+        ("threads: 1000000000000", "threads: "),
+        ("device: meta", "device 'meta' cannot be used here"),
+        ("width: 10000\nmodel: vgg", "parameters"),
+        ("- " * 10_000, "nested deeper than 20"),
+        ("epochs: " + "9" * 5000, "characters"),
+        ("model: " + "x" * 9000, "model: "),
+    ],
+)
+def test_hostile_settings_end_in_one_short_line(
+    tmp_path: Path,
+    text: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    command = ["regrow", "train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert message in said
+    assert said.startswith("regrow: ")
+    assert said.count("\n") == 1
+    assert len(said) < 500
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

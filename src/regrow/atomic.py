@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from regrow.short import line, said
+
+# The longest part of a file's name in the name of its temporary folder, which may have 255 bytes at most.
+_SHORT = 50
 _TEMPORARY = re.compile(r"\..+\.regrow\.tmp")
 
 
@@ -25,7 +29,7 @@ def temporary_folder(place: Path, name: str) -> Iterator[Path]:
     """
     sweep(place)
     while True:
-        folder = Path(tempfile.mkdtemp(dir=place, prefix=f".{name}.", suffix=".regrow.tmp"))
+        folder = Path(tempfile.mkdtemp(dir=place, prefix=f".{name[:_SHORT]}.", suffix=".regrow.tmp"))
         lock = _lock(folder)
         if folder.exists():  # if not, another process swept it before the lock was there
             break
@@ -78,12 +82,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: it cannot be written; the message names ``path``, and not the temporary file.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name!r} to.")
+        raise FileNotFoundError(f"there is no folder {line(path.parent)} to write {line(path.name)!r} to.")
     # In a folder beside path: a writer may put more files there, and all of them are removed with it.
-    with temporary_folder(path.parent, path.name) as folder:
+    with _named(path), temporary_folder(path.parent, path.name) as folder:
         temporary = folder / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -96,14 +101,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path``, whole or not at all, and wait until the disk has it.
 
     Raises:
-        OSError: it cannot be written. The old file, if there was one, is unchanged.
+        OSError: it cannot be written; the message names ``path``. The old file, if there was one, is
+            unchanged.
     """
     path = Path(path)
-    with temporary_folder(path.parent, path.name) as folder:
+    with _named(path), temporary_folder(path.parent, path.name) as folder:
         # Not under its own name: whoever looks for files of that name must not find this one.
         temporary = folder / "new"
         temporary.write_bytes(data)
         move(temporary, path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` of the block a message that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise said(error, path, "written") from error
 
 
 def move(temporary: Path, path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from regrow import __version__
 from regrow.interrupts import exit_status, uninterrupted
+from regrow.short import line
 from regrow.study.config import RunConfig, make_config, read_settings
 from regrow.study.processes import is_first
 from regrow.study.stopped import what_now
@@ -75,6 +76,7 @@ _which = partial(_opt, panel="Which filters")
 _network = partial(_opt, panel="Network")
 _output = partial(_opt, panel="Output")
 
+_LONGEST = 1000  # characters of an error message
 _RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random, …"
 Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
 Out = Annotated[Path, _run("Folder to write to.", "--out")]
@@ -390,6 +392,13 @@ def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
     _complain(f"warning: {message}")
 
 
+def _message(error: Exception) -> str:
+    """The error's message; without its number if it is one of the system."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main() -> None:
     """Run the command. An error that the user can correct ends it with one line on stderr.
 
@@ -400,5 +409,5 @@ def main() -> None:
     try:
         app(prog_name="regrow", standalone_mode=True)
     except (ValueError, ArithmeticError, OSError) as error:
-        _complain(str(error), "red")
+        _complain(line(_message(error), _LONGEST), "red")
         sys.exit(2 if isinstance(error, Mistyped) else 1)

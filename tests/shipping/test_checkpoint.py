@@ -599,3 +599,84 @@ assert torch.equal(net(x), loaded(x)) and loaded[0].out_channels == 2
     command = [sys.executable, "-c", code, str(tmp_path / "net.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def without_checksum(header, **_):
+    del header["__metadata__"]["regrow-sha256"]
+
+
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_loads_other_values(one_file, make_net, where, bit):
+    whole = bytearray(one_file.read_bytes())
+    whole[int(where * len(whole))] ^= 1 << bit
+    damaged = one_file.with_name("flipped.safetensors")
+    damaged.write_bytes(whole)
+    fresh = make_net((4, 2))
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match=r"flipped.safetensors") as refused:
+        load(fresh, damaged)
+    assert len(str(refused.value)) < 500
+    assert_untouched(fresh, before)
+
+
+@pytest.mark.parametrize("part", ["weights", "cuts", "checksum"])
+def test_other_values_than_were_saved_are_damage(saved, make_net, part):
+    def change(header, described, body):
+        if part == "weights":
+            return body[:-1] + bytes([body[-1] ^ 1])
+        if part == "cuts":  # another plan of the same shapes
+            described["cuts"][0]["plan"]["rows"]["conv1"] = [0, 1, 2, 3]
+            described["cuts"][0]["plan"]["channels"]["norm1"] = [0, 1, 2, 3]
+            described["cuts"][0]["plan"]["columns"]["conv2"] = [0, 1, 2, 3]
+        else:
+            header["__metadata__"]["regrow-sha256"] = "0" * 64
+        return body
+
+    tamper(saved, change)
+    fresh = make_net()
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match="is damaged: its checksum is not that of what it holds"):
+        load(fresh, saved)
+    assert_untouched(fresh, before)
+
+
+def test_a_file_from_before_there_was_a_checksum_is_loaded(saved, trained, make_net):
+    tamper(saved, without_checksum)
+    assert_same_state(load(make_net(), saved), trained)
+
+
+def test_an_entry_of_the_metadata_that_nobody_wrote_is_refused(saved, make_net):
+    tamper(saved, lambda header, **_: header["__metadata__"].update(other="x"))
+    with pytest.raises(ValueError, match="has an unknown entry 'other'"):
+        load(make_net(), saved)
+
+
+def test_what_is_no_plain_file_is_refused_at_once(make_net, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, message in ((tmp_path / "pipe", "is not a plain file"), ("/dev/zero", "is not a plain file")):
+        with pytest.raises(ValueError, match=message):
+            load(make_net(), path)
+    with pytest.raises(OSError, match=r"loop cannot be read: Too many levels"):
+        load(make_net(), tmp_path / "loop")
+
+
+def test_a_file_that_cannot_be_written_is_named_without_numbers(trained, tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="cannot be written: File name too long") as refused:
+        save(trained, tmp_path / ("n" * 300))
+    assert "Errno" not in str(refused.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder cannot be written: Is a directory"):
+        save(trained, tmp_path / "folder")
+    monkeypatch.setattr(
+        os, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
+    with pytest.raises(OSError, match=r"net.safetensors cannot be written: Read-only file system\.$"):
+        save(trained, tmp_path / "net.safetensors")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_name_of_255_bytes_is_written(trained, make_net, tmp_path):
+    path = tmp_path / ("n" * 243 + ".safetensors")
+    save(trained, path)
+    assert_same_state(load(make_net(), path), trained)

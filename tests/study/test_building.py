@@ -233,7 +233,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device_of("auto") == torch.device(expected)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cuda:99", "cuda:-1", "cuda:99999999999999999999", "cpu:3", "cpu:99999", "cpu:", "CPU", "gpu", ""),
+        *("meta", "meta:0", "mkldnn", "opengl", "xla", "lazy", "privateuseone", "hpu", "xpu", "vulkan"),
+    ],
+)
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"device '{name}' cannot be used here \(.+\)\. Write --device cpu\."

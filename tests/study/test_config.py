@@ -65,6 +65,56 @@ def test_bad_settings_say_what_to_write(settings: dict[str, Any], message: str) 
         make_config(settings)
 
 
+BEYOND: dict[str, list[Any]] = {
+    "image_size": [3, -1, 4097, 10**12, 2**64],
+    "train_size": [0, -5, 10**12, 2**64, 10**5000],
+    "split_seed": [-1, 2**63, 2**64, 10**400, "1" * 5000],
+    "seed": [-1, 2**63, 2**64, 10**400, 1e300],
+    "depth": [0, -3, 201, 10**6, 2**64],
+    "width": [0, -1, 10_001, 1e12, 2**64, float("nan"), float("inf"), -float("inf")],
+    "epochs": [0, -1, 100_001, 1e12, 2**64],
+    "batch_size": [1, -2, 10**7, 2**64],
+    "lr": [0, -0.1, 1e31, 1e308, float("nan"), float("inf")],
+    "weight_decay": [-1, 1e31, float("nan"), float("inf")],
+    "momentum": [1, -0.1, float("nan")],
+    "cycles": [0, 10**12, 2**64],
+    "full": [0, 10**12, 2**64],
+    "sub": [0, 10**12, 2**64],
+    "q": [0, 1e12, float("nan"), float("inf")],
+    "threads": [0, -1, 1025, 10**6, 1e12, 2**64],
+    "model": ["x" * 10**6, 3],
+    "device": ["cuda:" + "9" * 100, "c" * 10**6],
+    "data_dir": ["a\0b", "d" * 5000],
+    "exclude": [["x" * 10**6], ["a"] * 10_001, "conv1", {"a": 1}, [3]],
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_size_beyond_reason_is_refused_by_its_name(name: str) -> None:
+    for value in BEYOND[name]:
+        with pytest.raises(ValueError, match=f"^{name}(\\.0)?: .*, got ") as refused:
+            make_config({name: value})
+        assert len(str(refused.value)) < 400
+        assert str(refused.value).isprintable()
+
+
+def test_every_number_has_an_upper_bound() -> None:
+    for name, field in RunConfig.model_fields.items():
+        if field.annotation in (int, float, int | None, float | None):
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                make_config({name: 10**31})
+
+
+def test_of_many_wrong_settings_the_first_three_are_shown() -> None:
+    wrong = dict.fromkeys(RunConfig.model_fields, "x" * 10**6)
+    with pytest.raises(ValueError, match=r"; and [0-9]+ more settings are wrong$") as refused:
+        make_config(wrong)
+    assert len(str(refused.value)) < 700
+    with pytest.raises(ValueError, match="unknown setting") as refused:
+        make_config({"k" * 10**7: 1})
+    assert len(str(refused.value)) < 700
+
+
 def test_a_yaml_file_holds_settings(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("version: 1\nepochs: 7\nexclude: [features.0]\n")
     config = make_config({**read_settings(tmp_path / "run.yaml"), "epochs": 8})

@@ -49,3 +49,22 @@ def test_a_share_or_one_for_each_of_some_layers():
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(ValueError, match=r"--fraction takes .* layer3=0\.6,layer4=0\.5"):
         parse_shares(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0-90:0.0000000001",
+        "0-90:0.0000000000000000000000000001",
+        "0-90,5,0-90:0.01",
+        "0-" + "9" * 30,
+        "0-" + "9" * 5000,
+        "1" * 400,
+        "0-90:" + "0" * 5000,
+        "5," * 10**6,
+    ],
+)
+def test_too_many_points_or_digits_are_refused_at_once(text):
+    with pytest.raises(ValueError, match=r"^--fractions") as refused:
+        parse_fractions(text)
+    assert len(str(refused.value)) < 300

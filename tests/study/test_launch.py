@@ -270,6 +270,7 @@ def test_an_interrupt_stops_the_workers_and_the_same_command_goes_on(
     ("name", "options", "message"),
     [
         ("local", {"jobs": 0}, "1 or more"),
+        ("local", {"jobs": 10**12}, "1024 at most"),
         ("local", {"address": "auto"}, "--address are for --launcher ray"),
         ("ray", {"jobs": 2}, "--jobs is for local"),
         ("rai", {}, "did you mean 'ray'"),

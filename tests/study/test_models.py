@@ -136,3 +136,28 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         build("timm:resnet18")
     with pytest.raises(ValueError, match="unknown model 'test_resnet'"):
         build("test_resnet")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convnet", {"width": 10_000}),
+        ("convnet", {"width": 1000, "depth": 200}),
+        ("vgg", {"width": 10_000}),
+        ("vgg", {"width": 60, "depth": 19}),
+        ("resnet", {"width": 10_000, "depth": 110}),
+        ("wrn", {"width": 10_000}),
+    ],
+)
+def test_a_net_too_large_for_memory_is_refused_before_it_is_built(name: str, options: dict) -> None:
+    with pytest.raises(ValueError, match=r"width [0-9,e+.]+.* would have [0-9,]+ parameters; 1,000,000,000"):
+        build(name, **options)
+
+
+def test_the_count_of_parameters_leaves_the_generator_alone() -> None:
+    torch.manual_seed(1)
+    plain = build("convnet")
+    torch.manual_seed(1)
+    sized = build("convnet", width=32, depth=3)
+    for one, other in zip(plain.parameters(), sized.parameters(), strict=True):
+        assert torch.equal(one, other)

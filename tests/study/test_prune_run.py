@@ -188,6 +188,26 @@ def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("threads", 0), ("threads", -1), ("threads", 10**6), ("threads", 2**64)),
+        *(("image-size", 10**6), ("image-size", -3), ("data-dir", "a" * 9999)),
+        *(("device", "meta"), ("device", "cpu:3"), ("device", "d" * 9999)),
+    ],
+)
+def test_sizes_beyond_reason_are_refused_by_name_and_nothing_written(
+    tmp_path: Path, flag: str, value: object
+) -> None:
+    done = prune(
+        "resnet18", "--fraction", 0.5, "--out", tmp_path / "out", f"--{flag}", value, "--weights", "none"
+    )
+    assert isinstance(done.exception, ValueError)
+    assert flag.replace("-", "_") in str(done.exception)
+    assert len(str(done.exception)) < 400
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_never_imports_pytorch() -> None:
     code = (
         "import sys; sys.argv = ['regrow', 'prune', '--help']\n"

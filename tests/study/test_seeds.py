@@ -55,3 +55,19 @@ def test_methods() -> None:
     assert parse_methods("backprop,bridgeout") == ["standard", "bridgeout"]
     with pytest.raises(ValueError, match="standard,repr"):
         parse_methods(" , ")
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "0-" + "9" * 5000, "1" * 31, "0," * 50_000 + "x", "0-3" * 10**6]
+)
+def test_seeds_of_any_length_are_refused_in_a_short_line(text: str) -> None:
+    for read in (parse_seeds, seeds_of):
+        with pytest.raises(ValueError, match="seeds") as refused:
+            read(text)
+        assert len(str(refused.value)) < 300
+
+
+def test_of_many_seeds_that_are_there_twice_some_are_shown() -> None:
+    with pytest.raises(ValueError, match=r"names 0, 1, 2.* twice") as refused:
+        parse_seeds("0-4999,0-4999")
+    assert len(str(refused.value)) < 400

@@ -163,6 +163,25 @@ def test_exclude_is_a_list_and_a_list_of_lists_an_axis(tmp_path: Path) -> None:
         ),
         ("methods: repr\nseeds: 0\nsettings: {epochs: 5, full: 9, sub: 9}", "cycles of 9 full and 9 sub"),
         ("methods: [standard", "is not YAML"),
+        ("methods: &a [standard]\nseeds: *a", "line 1 has the anchor &a"),
+        ("methods: standard\nseeds: 0\nsettings:\n  <<: {epochs: 3}", "line 4 has the merge key <<"),
+        ("methods: standard\nseeds: !!int '3'", "line 2 has the tag"),
+        ("methods: standard\nseeds: " + "9" * 5000, "line 2 has a number of more than 1,000 characters"),
+        ("methods: standard\nseeds: '" + "9" * 5000 + "'", "seeds takes numbers"),
+        ("methods: standard\nseeds: 18446744073709551616", "seed: .*got 18446744073709551616"),
+        ("methods: standard\nseeds: 0\nsettings: {width: 1e12}", "width: "),
+        ("methods: standard\nseeds: 0\nsettings: {epochs: [3, 1000000000000]}", "epochs: .*1000000000000"),
+        ("methods: standard\nseeds: 0\nsettings: {threads: 1000000}", "threads: .*1000000"),
+        (
+            f"methods: standard\nseeds: 0\nsettings: {{epochs: {list(range(1, 10_002))}}}",
+            "epochs has 10,001 values",
+        ),
+        (f"methods: standard\nseeds: 0\nsettings: {{epochs: {[3] * 40_000}}}", "epochs has 40,000 values"),
+        (f"methods: {['a'] * 40_000}\nseeds: 0", "methods names a twice"),
+        (f"methods: [{'a' * 9000}]\nseeds: 0", "methods: unknown 'aaa"),
+        (f"{'k' * 900}: 1\nmethods: standard\nseeds: 0", "unknown key 'kkk"),
+        (f"name: {'n' * 101}\nmethods: standard\nseeds: 0", "name must be a folder name of at most 100"),
+        ("methods: standard\nseeds: 0\nsettings: {exclude: " + "[" * 30 + "]" * 30 + "}", "nested deeper"),
     ],
 )
 def test_bad_studies(tmp_path: Path, text: str, message: str) -> None:
@@ -170,6 +189,7 @@ def test_bad_studies(tmp_path: Path, text: str, message: str) -> None:
         study(tmp_path, text)
     assert str(refused.value).startswith(str(tmp_path / "grid.yaml"))
     assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
 
 
 def test_no_such_file(tmp_path: Path) -> None:

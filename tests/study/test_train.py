@@ -61,6 +61,11 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
 
 
+def test_the_last_seed_trains(tmp_path: Path) -> None:
+    last = 2**63 - 1
+    assert run(tmp_path / "run", method="repr", seed=last, split_seed=last).result is not None
+
+
 def test_the_runs_of_a_pair_are_the_same_until_the_first_cut(tmp_path: Path) -> None:
     settings = {"epochs": 8, "full": 3, "sub": 1, "cycles": 1}
     standard = run(tmp_path / "standard", **settings)

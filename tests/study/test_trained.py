@@ -1,6 +1,7 @@
 """Trained networks from run folders and by name, with pictures fed the way the weights want them."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from regrow.study.config import make_config
 from regrow.study.data import load_data
 from regrow.study.images import Images
 from regrow.study.libraries import LibraryModel
+from regrow.study.run_folder import save_weights
 from regrow.study.trained import Loader, by_name, from_run
 
 SMALL: dict[str, Any] = {"width": 2, "train_size": 20, "threads": 1, "device": "cpu", "seed": 3}
@@ -132,6 +134,38 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused(tmp_path: Path) -> N
         from_run(folder)
     path.unlink()
     with pytest.raises(ValueError, match="is missing: train the run again with --rerun"):
+        from_run(folder)
+
+
+def _flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@pytest.mark.parametrize(
+    "change", [_flipped, lambda data: data[:-1], lambda data: data + b"0", lambda _: b""]
+)
+def test_damaged_weights_are_refused_by_name(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    folder = make_run(tmp_path / "run")
+    path = records.weights_path(folder)
+    save_weights(load_file(path), path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"weights.safetensors does not fit the network") as refused:
+        from_run(folder)
+    assert len(str(refused.value)) < 500
+
+
+def test_weights_from_before_there_was_a_checksum_and_those_of_another_type(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = records.weights_path(folder)
+    tensors = load_file(path)
+    save_file(tensors, path)
+    assert from_run(folder).model.state_dict().keys() == tensors.keys()
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"is torch.float64 in the file and torch.float32 in the model"):
+        from_run(folder)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
         from_run(folder)
 
 

@@ -24,10 +24,11 @@ from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
 from regrow.repr.averaged import Averaged
-from regrow.repr.narrow import check_plan
+from regrow.repr.narrow import check_plan, narrow
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
+from regrow.short import line, short
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -227,10 +228,13 @@ class RePr:
     @property
     def phase(self) -> str:
         """``"full"``, ``"sub"``, or ``"done"`` after the last restore."""
+        return self._phase_at(self._step)
+
+    def _phase_at(self, step: int) -> str:
         length = self._settings["full"] + self._settings["sub"]
-        if self._step >= length * self._settings["cycles"]:
+        if step >= length * self._settings["cycles"]:
             return "done"
-        return "full" if self._step % length < self._settings["full"] else "sub"
+        return "full" if step % length < self._settings["full"] else "sub"
 
     @property
     def keep(self) -> dict[str, Tensor]:
@@ -460,6 +464,62 @@ class RePr:
             "copies": dict(self._copies.known),
         }
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless ``load_state_dict`` would take ``state``; nothing is changed."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"not a state of RePr, what cycle.state_dict() gives, but {kind_of(state)}.")
+        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
+        if missing:
+            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
+        if type(state["version"]) is not int or state["version"] != _VERSION:
+            raise ValueError(
+                f"this regrow reads RePr states of version {_VERSION}, got {short(state['version'])}."
+            )
+        if not isinstance(state["settings"], Mapping):
+            raise ValueError(f"not a state of RePr: its settings are {kind_of(state['settings'])}.")
+        copies = state.get("copies", {})  # states of earlier releases have none
+        if not isinstance(copies, Mapping) or not all(type(value) is bool for value in copies.values()):
+            raise ValueError(f"copies in a state of RePr says yes or no of slots, got {short(copies)}.")
+        theirs = state["settings"]
+        other = [
+            f"{key}={short(theirs.get(key))} (here {short(ours)})"
+            for key, ours in self._settings.items()
+            if not isinstance(theirs.get(key), bool | int | float | str | list) or theirs[key] != ours
+        ]
+        if other:
+            raise ValueError(
+                f"the state was saved with other settings: {line(', '.join(other), 400)}. Build RePr with "
+                "the same ones."
+            )
+        step, rate, sub = state["step"], state["highest_rate"], state["sub_phase"]
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
+            raise ValueError(f"step in a state of RePr is a number of calls, got {short(step)}.")
+        if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
+            raise ValueError(f"highest_rate in a state of RePr is a learning rate, got {short(rate)}.")
+        if sub is not None and not isinstance(sub, Mapping):
+            raise ValueError(f"sub_phase in a state of RePr is a mapping, got {short(sub)}.")
+        if (self._phase_at(step) == "sub") != bool(sub):
+            raise ValueError(
+                f"after {step} calls RePr is in its {self._phase_at(step)} phase, and the state has "
+                f"{'a' if sub else 'no'} sub phase."
+            )
+        if sub:
+            check_memory(self._model, self._layers, self._settings["consumers"], sub)
+            if self._compact and sub.get("plan") is not None:
+                self._try_plan(CutPlan.from_dict(sub["plan"]))
+
+    def _try_plan(self, plan: CutPlan) -> None:
+        """Raise ``ValueError`` if the model cannot run by ``plan``, which may fit each layer by itself."""
+        check_plan(self._model, plan)
+        try:
+            copy = copied(self._model)
+            with narrow(copy, plan):
+                run(copy, self._inputs(), training=False)
+        except NotCopied as error:
+            gave_up("trying the plan of a state on a copy", error)
+        except PassFailed as error:
+            raise ValueError(f"the model cannot run by the state's plan: {first_line(error)}") from None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where ``state_dict`` was taken, even in the middle of a sub phase.
 
@@ -471,27 +531,8 @@ class RePr:
                 Nothing is changed.
         """
         self._check_not_removed()
-        if not isinstance(state, Mapping):
-            raise ValueError(f"not a state of RePr, what cycle.state_dict() gives, but {kind_of(state)}.")
-        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
-        if missing:
-            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
-        if state["version"] != _VERSION:
-            raise ValueError(
-                f"this regrow reads RePr states of version {_VERSION}, got {state['version']!r}."
-            )
-        if not isinstance(state["settings"], Mapping):
-            raise ValueError(f"not a state of RePr: its settings are {kind_of(state['settings'])}.")
-        other = [
-            f"{key}={state['settings'].get(key)!r} (here {ours!r})"
-            for key, ours in self._settings.items()
-            if state["settings"].get(key) != ours
-        ]
-        if other:
-            raise ValueError(
-                f"the state was saved with other settings: {', '.join(other)}. Build RePr with the same ones."
-            )
         with _outside_inference_mode():
+            self.check_state_dict(state)
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -499,11 +540,9 @@ class RePr:
         plan, silenced = None, {}
         if sub:
             silenced = sub.get("silenced", {})
-            check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan"):
                 # A new plan could round differently.
                 plan = CutPlan.from_dict(sub["plan"])
-                check_plan(self._model, plan)
             else:
                 plan = self._plan(sub["dropped"])[0]
         with uninterrupted():
@@ -511,7 +550,7 @@ class RePr:
                 self._sub.release()
             self._step = int(state["step"])
             self._highest_rate = float(state["highest_rate"])
-            self._copies.known = dict(state.get("copies", {}))  # states of earlier releases have none
+            self._copies.known = dict(state.get("copies", {}))
             self._sub = self._begin(sub["dropped"], sub, plan, silenced) if sub else None
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -19,6 +19,7 @@ from regrow.repr.hold import Hold
 from regrow.repr.narrow import narrow
 from regrow.repr.regrowth import orthogonal_rows
 from regrow.repr.slots import Copies, readable, refresh_slots
+from regrow.short import short
 from regrow.structure.readers import (
     Readers,
     column_mask,
@@ -317,29 +318,57 @@ def check_memory(
     model: nn.Module, readers: Mapping[str, Readers], consumers: str, state: Mapping[str, Any]
 ) -> None:
     """Raise a ``ValueError`` with the layer's name if ``state`` of a ``SubPhase`` does not fit ``model``."""
+    _check_parts(state)
     for name, indices in state["dropped"].items():
         if name not in readers:
-            raise ValueError(f"the state names {name!r}, which this RePr does not work on.")
+            raise ValueError(f"the state names {short(name)}, which this RePr does not work on.")
         layer: Any = model.get_submodule(name)
         weight = filters_first(layer, layer.weight)
         old = state["old_rows"].get(name)
-        if old is None or old.shape != (len(indices), *weight.shape[1:]) or max(indices) >= len(weight):
+        shape = (len(indices), *weight.shape[1:]) if _are_indices(indices, len(weight)) else None
+        if old is None or old.shape != shape or len(indices) == len(weight):
             raise ValueError(f"the state does not fit {name!r} of shape {list(weight.shape)}.")
     modules = dict(model.named_modules())
     for name, channels in state.get("silenced", {}).items():
         tensors = per_channel_tensors(modules[name]) if name in modules else {}
         old = {key: state.get("old_norms", {}).get(f"{name}.{key}") for key in tensors}
-        fits = tensors and all(v is not None and v.shape == (len(channels),) for v in old.values())
-        if not fits or max(channels) >= min(map(len, tensors.values())):
-            raise ValueError(f"the state does not fit {name!r}, a norm whose channels it names.")
+        fits = tensors and _are_indices(channels, min(map(len, tensors.values())))
+        if not fits or any(v is None or v.shape != (len(channels),) for v in old.values()):
+            raise ValueError(f"the state does not fit {short(name)}, a norm whose channels it names.")
     if consumers == "keep":
         columns = private_columns(model, readers, state["dropped"])
         shapes = {name: weight[mask].shape for name, weight, mask in columns}
         if other := shapes.items() ^ {name: old.shape for name, old in state["old_columns"].items()}.items():
             raise ValueError(
-                f"the state was saved from a model in which other channels were read by {min(other)[0]!r}: "
-                "load it into a model of the same structure."
+                "the state was saved from a model in which other channels were read by "
+                f"{short(min(name for name, _ in other))}: load it into a model of the same structure."
             )
+
+
+def _check_parts(state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the parts of a ``SubPhase``'s ``state`` are mappings, three of tensors."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of a sub phase is a mapping, got {short(state)}.")
+    for part in ("dropped", "old_rows", "old_columns", "silenced", "old_norms"):
+        # States of earlier versions have no silenced norms.
+        values = state.get(part, {} if part in ("silenced", "old_norms") else None)
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ValueError(f"{part} in a state of RePr maps layers to values, got {short(values)}.")
+        for name, value in values.items():
+            if part.startswith("old_") and not (isinstance(value, Tensor) and value.is_floating_point()):
+                raise ValueError(
+                    f"{part} in a state of RePr holds tensors of real numbers, not {short(value)}."
+                )
+            if not part.startswith("old_") and not isinstance(value, list):
+                raise ValueError(
+                    f"{part} in a state of RePr has lists of indices, not {short(value)} for {short(name)}."
+                )
+
+
+def _are_indices(value: Sequence[Any], width: int) -> bool:
+    """Whether ``value`` holds indices below ``width``, at least one, and none twice."""
+    whole = all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < width for each in value)
+    return whole and 0 < len(value) == len(set(value))
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

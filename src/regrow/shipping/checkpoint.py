@@ -18,6 +18,9 @@ from regrow.given import check_path
 from regrow.looking.copies import NotCopied, copied
 from regrow.marks import check
 from regrow.modules import unwrap
+from regrow.reading import check_plain, from_json
+from regrow.shipping.stored import CHECKSUM, check_stored, checksum
+from regrow.short import line, said, short
 from regrow.suggest import nearest
 from regrow.surgery.layers import apply_plan
 from regrow.surgery.plan import CutPlan
@@ -31,7 +34,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model``'s weights and its cuts to one safetensors file, for ``load``.
 
     The file holds everything in ``state_dict()``, tensors that share memory once. Its metadata (JSON,
-    versioned) says which filters and channels the cuts left. A model that was never cut can be saved too.
+    versioned) says which filters and channels the cuts left, and has a SHA-256 of all that is stored, by
+    which ``load`` notices damage. A model that was never cut can be saved too.
 
     Args:
         model: any module; wrappers are looked through, so names in the file carry no prefix of a wrapper.
@@ -42,20 +46,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensor, a layer without weights yet, an object that is not a tensor), the model and a part of
             it were both cut, or its norms are folded. Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: it cannot be written; the message names ``path``.
     """
     check(model, "save")
     check_path(path, "save")
     model = unwrap(model)
     tensors, shared = _tensors(model)
     described = {"version": _VERSION, "cuts": _cuts(model), "shared": shared}
-    metadata = {_METADATA: json.dumps(described, separators=(",", ":"))}
+    text = json.dumps(described, separators=(",", ":"))
+    metadata = {_METADATA: text, CHECKSUM: checksum(described, tensors)}
     with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
+            _order_header(temporary)
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise OSError(f"{line(path)} cannot be written: {line(error)}") from error
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"the model cannot be stored as safetensors: {error}") from error
+            raise ValueError(f"the model cannot be stored as safetensors: {line(error)}") from error
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -72,8 +79,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ValueError: the file is damaged, was not written by ``save``, has a newer version, or does not fit
-            the model; the message says where.
+            the model; the message says where. Files from before there was a checksum are loaded without one.
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
     """
     check(model, "load")
     check_path(path, "load")
@@ -82,7 +90,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     present = _cuts(inner)
     if present and present != stored.cuts:
         raise ValueError(
-            f"the model has been cut before, and not as the one in {path} was: build it afresh, then load."
+            f"the model has been cut before, and not as the one in {line(path)} was: build it afresh, then "
+            "load."
         )
     cuts = [] if present else stored.cuts
     if cuts:
@@ -93,7 +102,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     except NotCopied as error:
         raise ValueError(f"{error}, so the file cannot be tried on a copy of it.") from error
     except (ValueError, RuntimeError) as error:  # load_state_dict raises RuntimeError
-        raise ValueError(f"{path} does not fit the model: {error}") from error
+        raise ValueError(f"{line(path)} does not fit the model: {line(error)}") from error
+    if stored.checksum not in (None, checksum(stored.described, stored.tensors)):
+        raise ValueError(
+            f"{line(path)} is damaged: its checksum is not that of what it holds. Nothing was loaded; save "
+            "the model again, or take another copy of the file."
+        )
     _apply(inner, cuts, stored)
     return model
 
@@ -105,22 +119,31 @@ class _Stored:
         cuts: [{module: qualified name of the module cut, plan: CutPlan.to_dict()}], oldest first.
         tensors: {name: stored tensor}.
         shared: {name of a tensor that is not stored: name in ``tensors`` that it shares memory with}.
+        described: the cuts, the shared tensors and the version, as they are stored.
+        checksum: of ``described`` and ``tensors`` when they were saved; None in older files.
     """
 
-    def __init__(self, metadata: str, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
         try:
-            found = json.loads(metadata)
-        except (ValueError, RecursionError) as error:
+            found = from_json(metadata[_METADATA])
+        except ValueError as error:
             raise ValueError(f"its metadata is not JSON ({error})") from error
         version = found.get("version") if isinstance(found, dict) else None
         if type(version) is not int or version < 1:
             raise ValueError("its metadata has no version number")
         if version > _VERSION:
             raise ValueError(
-                f"it has version {version}, and this regrow reads version {_VERSION}: install a newer regrow"
+                f"it has version {short(version)}, and this regrow reads version {_VERSION}: install a newer "
+                "regrow"
             )
         if found.keys() != {"version", "cuts", "shared"}:
-            raise ValueError(f"its metadata has the keys {sorted(found)}, not cuts, shared and version")
+            raise ValueError(
+                f"its metadata has the keys {short(sorted(found))}, not cuts, shared and version"
+            )
+        if unknown := metadata.keys() - {_METADATA, CHECKSUM}:
+            raise ValueError(f"its metadata has an unknown entry {short(min(unknown))}")
+        self.described = found
+        self.checksum = metadata.get(CHECKSUM)
         self.cuts: list[dict[str, Any]] = found["cuts"]
         self.shared: dict[str, str] = found["shared"]
         self.tensors = tensors
@@ -139,18 +162,21 @@ def _is_cut(cut: Any) -> bool:
 
 
 def _read(path: Path) -> _Stored:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a file that regrow.save wrote.")
     try:
+        check_plain(path, os.stat(path))
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if _METADATA not in metadata:
                 raise ValueError("it holds no cuts (plain safetensors are loaded with safetensors.torch)")
             names = file.keys()
             # The tensors are views of the mapped file: their values are read when a model copies them.
-            return _Stored(metadata[_METADATA], {name: file.get_tensor(name) for name in names})
+            return _Stored(metadata, {name: file.get_tensor(name) for name in names})
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole file written by regrow.save: {error}.") from error
+        raise ValueError(
+            f"{line(path)} is not a whole file written by regrow.save: {line(error)}."
+        ) from error
+    except OSError as error:
+        raise said(error, path, "read") from error
 
 
 @torch.no_grad()
@@ -159,7 +185,7 @@ def _apply(model: nn.Module, cuts: list[dict[str, Any]], stored: _Stored) -> Non
     modules = dict(model.named_modules())
     for cut in cuts:
         if (name := cut["module"]) not in modules:
-            raise ValueError(f"it cuts {name!r}, which the model lacks{nearest(name, modules)}")
+            raise ValueError(f"it cuts {short(name)}, which the model lacks{nearest(name, modules)}")
         apply_plan(modules[name], CutPlan.from_dict(cut["plan"]))
     values = {**stored.tensors, **{name: stored.tensors[home] for name, home in stored.shared.items()}}
     _check_fit(model, values, stored.shared)
@@ -175,22 +201,9 @@ def _check_fit(model: nn.Module, values: Mapping[str, Tensor], shared: Mapping[s
     expected = model.state_dict()
     for name, tensor in expected.items():
         _check_plain(name, tensor)
-    if missing := [name for name in expected if name not in values]:
-        raise ValueError(f"the model has {missing[0]!r}, which the file lacks{nearest(missing[0], values)}")
-    if extra := [name for name in values if name not in expected]:
-        raise ValueError(f"the file has {extra[0]!r}, which the model lacks{nearest(extra[0], expected)}")
+    check_stored(expected, values)
     homes: dict[Any, str] = {}
     for name, tensor in expected.items():
-        if tensor.shape != values[name].shape:
-            raise ValueError(
-                f"{name!r} has shape {list(values[name].shape)} in the file and {list(tensor.shape)} in the "
-                "model cut as the file says."
-            )
-        if tensor.dtype != values[name].dtype:
-            raise ValueError(
-                f"{name!r} is {values[name].dtype} in the file and {tensor.dtype} in the model: bring the "
-                f"model to that precision first, as with model.to({values[name].dtype})."
-            )
         home = shared.get(name, name)
         if (first := homes.setdefault(_place(name, tensor), home)) != home:
             raise ValueError(
@@ -247,6 +260,18 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         memory.add(storage.data_ptr())
         tensors[name] = value
     return tensors, shared
+
+
+def _order_header(path: Path) -> None:
+    """Put the entries of the metadata in their order: safetensors writes them in any order."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _check_plain(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from regrow.noise.layers import add_bridgeout
 from regrow.repr.cycle import RePr
+from regrow.short import line, short
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits, load_data
 from regrow.study.models import build_model
@@ -118,9 +120,15 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}). Write --device cpu.") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # names of devices that PyTorch does not have any more
+            device = torch.device(name)
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one CPU device, and threads say how many cores it takes")
+        # Some devices that hold tensors do not compute, and one holds no values.
+        torch.ones(2, device=device).add(1).sum().item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"device {short(name)} cannot be used here ({line(error, 100)}). Write --device cpu."
+        ) from None
     return device

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from regrow.atomic import write_bytes
+from regrow.reading import from_json, read_file
+from regrow.short import line, short
 
 VERSION = 1
 _KEPT = 2
 _HEADER = "regrow-checkpoint"
+# The states of all networks that can be trained here are smaller.
+MOST_BYTES = 1 << 36
 _NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{16})\.safetensors")
 
 
@@ -49,24 +53,33 @@ def write_checkpoint(folder: Path, number: int, state: Mapping[str, Any]) -> Pat
     return path
 
 
-def read_checkpoint(folder: Path) -> bytes | None:
+def read_checkpoint(
+    folder: Path, check: Callable[[dict[str, Any]], None] | None = None, most: int = MOST_BYTES
+) -> bytes | None:
     """The bytes of the last good checkpoint, for ``from_bytes``; None when there is none.
 
+    Args:
+        folder: of the run.
+        check: raises ``ValueError`` for a state that does not fit the run.
+        most: the size in bytes that no checkpoint of the run can exceed.
+
     Warns:
-        UserWarning: a checkpoint is damaged or of another version; the one before it is tried.
+        UserWarning: a checkpoint is damaged, of another version or does not fit; the one before it is tried.
     """
     paths = find_checkpoints(folder)
     for path in paths:
         try:
-            data = path.read_bytes()
+            data = read_file(path, most)
             match = _NAME.fullmatch(path.name)
             assert match is not None
             if _digest(data) != match[2]:
                 raise ValueError("its bytes are not those that were written")
-            from_bytes(data)
+            state = from_bytes(data)
+            if check is not None:
+                check(state)
         except (OSError, ValueError) as error:
             rest = "trying the one before it" if path != paths[-1] else "starting from the beginning"
-            warnings.warn(f"{path} is damaged ({error}): {rest}.", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({line(error)}): {rest}.", stacklevel=2)
         else:
             return data
     return None
@@ -100,13 +113,17 @@ def from_bytes(data: bytes) -> dict[str, Any]:
     try:
         tensors = load(data)
         size = int.from_bytes(data[:8], "little")
-        tree = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_HEADER])
+        tree = from_json(from_json(data[8 : 8 + size])["__metadata__"][_HEADER], constants=True)
         version, packed = tree["version"], tree["state"]
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"it is not a checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"it is not a checkpoint: {type(error).__name__}: {line(error)}") from error
     if version != VERSION:
-        raise ValueError(f"it is of version {version!r}, and this regrow reads version {VERSION}")
-    state: dict[str, Any] = _unpack(packed, tensors)
+        raise ValueError(f"it is of version {short(version)}, and this regrow reads version {VERSION}")
+    state = _unpack(packed, tensors)
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__} in place of a state")
+    if tensors:
+        raise ValueError(f"nothing refers to its tensor {short(min(tensors))}")
     return state
 
 
@@ -116,8 +133,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         # A copy, because safetensors takes only contiguous tensors that share no memory with others.
         tensors[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value.detach())
         # A kernel may round differently when the strides change.
-        strides = {} if value.is_contiguous() and _plain(value) else {"strides": list(value.stride())}
-        return {"$tensor": name, **strides}
+        kept = not (value.is_contiguous() and _plain(value)) and _dense(value.shape, value.stride())
+        return {"$tensor": name, **({"strides": list(value.stride())} if kept else {})}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _pack(item, tensors) for key, item in value.items()}
@@ -131,21 +148,56 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise ValueError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}")
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that ``_pack`` made ``value`` of; each tensor is taken out of ``tensors``.
+
+    A tensor that stood at many places could make a small file fill the memory.
+    """
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if "$tensor" in value:
-        tensor = tensors[value["$tensor"]]
-        if "strides" in value:
-            return torch.empty_strided(tensor.shape, value["strides"], dtype=tensor.dtype).copy_(tensor)
-        return tensor
-    if "$pairs" in value:
-        return {_unpack(key, tensors): _unpack(item, tensors) for key, item in value["$pairs"]}
-    if "$tuple" in value:
-        return tuple(_unpack(item, tensors) for item in value["$tuple"])
-    return {key: _unpack(item, tensors) for key, item in value.items()}
+    special = [key for key in value if key.startswith("$")]
+    if not special:
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    kind, rest = special[0], value[special[0]]
+    if kind == "$tensor" and value.keys() <= {"$tensor", "strides"}:
+        if not isinstance(rest, str) or rest not in tensors:
+            raise ValueError(f"it has no tensor {short(rest)}, or refers to it twice")
+        tensor = tensors.pop(rest)
+        return _strided(tensor, value["strides"]) if "strides" in value else tensor
+    if kind == "$tuple" and len(value) == 1 and isinstance(rest, list):
+        return tuple(_unpack(item, tensors) for item in rest)
+    if kind == "$pairs" and len(value) == 1 and isinstance(rest, list):
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in rest):
+            raise ValueError(f"its pairs are not pairs: {short(rest)}")
+        pairs = [(_unpack(key, tensors), _unpack(item, tensors)) for key, item in rest]
+        if not all(key is None or isinstance(key, bool | int | float | str) for key, _ in pairs):
+            raise ValueError("it has a list, a mapping or a tensor for a key")
+        return dict(pairs)
+    raise ValueError(f"it holds {short(value)}, which regrow does not write")
+
+
+def _strided(tensor: Tensor, strides: Any) -> Tensor:
+    if not isinstance(strides, list) or not _dense(tensor.shape, strides):
+        raise ValueError(
+            f"a tensor of shape {short(list(tensor.shape))} cannot have strides {short(strides)}"
+        )
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
+def _dense(shape: Sequence[int], strides: Sequence[Any]) -> bool:
+    """Whether a tensor of ``shape`` with ``strides`` fills its memory, without gaps and without overlaps."""
+    if len(strides) != len(shape) or not all(type(each) is int and 0 <= each < 2**40 for each in strides):
+        return False
+    filled = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1
+    ):
+        if stride != filled:
+            return False
+        filled *= size
+    return 0 not in shape
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from regrow.short import short
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.cpus import available_cpus
@@ -65,8 +66,11 @@ def ray_cluster(
         ValueError: Ray is not installed, the address is invalid or does not answer, or no node has that
             many CPUs and GPUs. The yielded function raises it when a node does not see the folder.
     """
-    if cpus < 1 or gpus < 0:
-        raise ValueError(f"a run needs 1 CPU or more and 0 GPUs or more, not {cpus} and {gpus}.")
+    if not (1 <= cpus <= 10_000 and 0 <= gpus <= 1_000):
+        raise ValueError(
+            "a run needs 1 CPU or more, 10,000 at most, and 0 GPUs or more, 1,000 at most, not "
+            f"{short(cpus)} and {short(gpus)}."
+        )
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher ray needs Ray, which is not installed: pip install 'regrow[ray]'.")
     here, there = multiprocessing.Pipe()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES
 from regrow.study.schedule import Cycle, place_cycle
+from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
 
+_LISTED = 3
+# Beyond these a run ends in an error of PyTorch or the system, or never.
+_LONGEST, _MANY = 100_000, 10**9
+_LAST_SEED = 2**63 - 1  # of PyTorch's generators
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
 _DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
     "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
@@ -32,38 +37,51 @@ class RunConfig(BaseModel):
         "digits", _DATA, "Pictures to train on. digits come with scikit-learn."
     )
     data_dir: str | None = _setting(
-        None, _DATA, "Where the data lies or is downloaded to (default: $REGROW_DATA, or ./data)."
+        None,
+        _DATA,
+        "Where the data lies or is downloaded to (default: $REGROW_DATA, or ./data).",
+        max_length=4096,
+        pattern=r"^[^\x00]*$",
     )
     image_size: int | None = _setting(
-        None, _DATA, "Side of the pictures in pixels: --data folder needs it, others shrink to it.", ge=4
+        None,
+        _DATA,
+        "Side of the pictures in pixels: --data folder needs it, others shrink to it.",
+        ge=4,
+        le=4096,
     )
-    train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1)
+    train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1, le=_MANY)
     label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
-    split_seed: int = _setting(0, _DATA, "Fixes the split into train, validation and test.", ge=0)
+    split_seed: int = _setting(
+        0, _DATA, "Fixes the split into train, validation and test.", ge=0, le=_LAST_SEED
+    )
 
     model: str = _setting(
-        "convnet", _MODEL, "convnet, vgg, resnet (CIFAR family), wrn, or any torchvision or timm name."
+        "convnet",
+        _MODEL,
+        "convnet, vgg, resnet (CIFAR family), wrn, or any torchvision or timm name.",
+        max_length=200,
     )
     depth: int | None = _setting(
-        None, _MODEL, "Layers: convnet 3, vgg 16 (7 to 19), resnet 20, wrn 16.", ge=1
+        None, _MODEL, "Layers: convnet 3, vgg 16 (7 to 19), resnet 20, wrn 16.", ge=1, le=200
     )
     width: float | None = _setting(
-        None, _MODEL, "Filters: convnet 32, resnet 16; factor: vgg 1, wrn 4.", gt=0
+        None, _MODEL, "Filters: convnet 32, resnet 16; factor: vgg 1, wrn 4.", gt=0, le=10_000
     )
     batch_norm: bool = _setting(True, _MODEL, "Batch norm behind the convolutions (convnet, vgg).")
     pooling: Literal["max", "avg", "none"] = _setting(
         "max", _MODEL, "Pooling between the convolutions of convnet."
     )
 
-    epochs: int = _setting(30, _TRAINING, "Passes over the training pictures.", ge=1)
-    batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2)
+    epochs: int = _setting(30, _TRAINING, "Passes over the training pictures.", ge=1, le=_LONGEST)
+    batch_size: int = _setting(128, _TRAINING, "Pictures per step.", ge=2, le=1_000_000)
     optimizer: Literal["sgd", "adam", "adamw"] = _setting("sgd", _TRAINING, "sgd has Nesterov momentum.")
     lr: float | None = _setting(
-        None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0
+        None, _TRAINING, "Highest learning rate (default: sgd 0.1, adam and adamw 0.002).", gt=0, le=1e30
     )
     momentum: float = _setting(0.9, _TRAINING, "Momentum of sgd.", ge=0, lt=1)
-    weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0)
+    weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0, le=1e30)
     schedule: Literal["hold-cosine", "cosine", "step", "constant"] = _setting(
         "hold-cosine",
         _TRAINING,
@@ -85,11 +103,13 @@ class RunConfig(BaseModel):
     )
     fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
     cycles: int | None = _setting(
-        None, _REPR, "How often to drop and restore (default: placed in the epochs).", ge=1
+        None, _REPR, "How often to drop and restore (default: placed in the epochs).", ge=1, le=_LONGEST
     )
-    full: int | None = _setting(None, _REPR, "Epochs of a cycle with all filters (default: placed).", ge=1)
+    full: int | None = _setting(
+        None, _REPR, "Epochs of a cycle with all filters (default: placed).", ge=1, le=_LONGEST
+    )
     sub: int | None = _setting(
-        None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1
+        None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1, le=_LONGEST
     )
     criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
         "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
@@ -103,7 +123,9 @@ class RunConfig(BaseModel):
         "global", _REPR, "Rank over the whole net or within each layer."
     )
     floor: float = _setting(0.1, _REPR, "Share of each layer that always stays alive.", ge=0, le=1)
-    exclude: tuple[str, ...] = _setting((), _REPR, "Layers to leave alone; may be given several times.")
+    exclude: tuple[Annotated[str, Field(max_length=1000)], ...] = _setting(
+        (), _REPR, "Layers to leave alone; may be given several times.", max_length=10_000
+    )
     skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
     compact: bool = _setting(
         True,
@@ -114,7 +136,9 @@ class RunConfig(BaseModel):
     p: float = _setting(
         0.3, _NOISE, "Probability that Bridgeout drops a weight, or dropout an activation.", ge=0, lt=1
     )
-    q: float = _setting(1.5, _NOISE, "The norm of the penalty that Bridgeout's noise amounts to.", gt=0)
+    q: float = _setting(
+        1.5, _NOISE, "The norm of the penalty that Bridgeout's noise amounts to.", gt=0, le=1000
+    )
     target_fraction: float = _setting(
         0.75, _NOISE, "targeted-* methods drop only among this share, the smallest in magnitude.", gt=0, le=1
     )
@@ -123,10 +147,12 @@ class RunConfig(BaseModel):
     )
 
     seed: int = _setting(
-        0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0
+        0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0, le=_LAST_SEED
     )
-    device: str = _setting("auto", _RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")
-    threads: int | None = _setting(None, _RUN, "CPU threads (default: PyTorch's choice).", ge=1)
+    device: str = _setting(
+        "auto", _RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.", max_length=40
+    )
+    threads: int | None = _setting(None, _RUN, "CPU threads (default: PyTorch's choice).", ge=1, le=1024)
 
     @field_validator("method", mode="before")
     @classmethod
@@ -157,16 +183,11 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
     _check_names(settings)
     for key in settings:
         if key not in RunConfig.model_fields:
-            raise ValueError(f"unknown setting {key!r}{nearest(str(key), RunConfig.model_fields)}")
+            raise ValueError(f"unknown setting {short(key)}{nearest(str(key), RunConfig.model_fields)}")
     try:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
-        raise ValueError(
-            "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]}, got {e['input']!r}"
-                for e in error.errors()
-            )
-        ) from None
+        raise ValueError(_listed(error)) from None
     if config.method == "repr":
         config.cycle.check(config.epochs)
     return config
@@ -185,16 +206,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file: a flat mapping of the names in ``RunConfig``.
 
     Raises:
-        ValueError: the file is not there or does not hold a mapping.
+        ValueError: the file is not there, is not YAML as ``read_yaml`` takes it, or does not hold a mapping.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded, _ = read_yaml(path)
     except FileNotFoundError:
-        raise ValueError(f"there is no configuration file {path}.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise ValueError(f"there is no configuration file {line(path)}.") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold settings, one 'name: value' a line, such as 'epochs: 30'.")
+        raise ValueError(f"{line(path)} must hold settings, one 'name: value' a line, such as 'epochs: 30'.")
     return loaded
+
+
+def _listed(error: ValidationError) -> str:
+    """What is wrong with the first three settings that are wrong, and the number of the others."""
+    errors = error.errors(include_url=False)
+    listed = [
+        f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{line(e['msg'][1:])}, got {short(e['input'])}"
+        for e in errors[:_LISTED]
+    ]
+    rest = len(errors) - _LISTED
+    return "; ".join(listed) + (f"; and {rest:,} more settings are wrong" if rest > 0 else "")

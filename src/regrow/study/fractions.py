@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-_NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
+from regrow.short import short
+
+_NUMBER = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*"
+_MOST = 1000
 
 
 def parse_fractions(text: str) -> list[float]:
@@ -14,17 +17,24 @@ def parse_fractions(text: str) -> list[float]:
         ValueError: any other text, 100 % or more, or a number that looks like a fraction.
     """
     found: list[float] = []
-    for part in text.split(","):
+    parts = text.split(",")
+    if len(parts) > _MOST:
+        raise ValueError(f"--fractions: {short(text)} are more than {_MOST:,} points.")
+    for part in parts:
         match = re.fullmatch(rf"{_NUMBER}(?:-{_NUMBER}(?::{_NUMBER})?)?", part)
         first, last, step = (
             float(number) if number else None for number in (match.groups() if match else [None] * 3)
         )
         if first is None or step == 0 or (last is not None and last < first):
-            raise ValueError(f"--fractions takes per cent such as 0-90, 0-95:5 or 0,25,50, got {text!r}.")
+            raise ValueError(
+                f"--fractions takes per cent such as 0-90, 0-95:5 or 0,25,50, got {short(text)}."
+            )
         if last is None:
             found.append(first)
             continue
         step = step or 10.0
+        if (last - first) / step >= _MOST:
+            raise ValueError(f"--fractions: {short(text)} are more than {_MOST:,} points.")
         found += [first + index * step for index in range(int((last - first) / step + 1e-9) + 1)]
     for percent in found:
         if 0 < percent < 1:

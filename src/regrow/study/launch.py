@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from regrow.short import short
 from regrow.study import records
 from regrow.study.compare import check_comparable, headline, summarise, table
 from regrow.study.config import RunConfig, make_config
@@ -35,16 +36,20 @@ from regrow.suggest import nearest
 Launcher = AbstractContextManager[Callable[[Sequence[Job], Watch], dict[Path, str]]]
 
 REPORT = "report.html"
+_MOST_AT_A_TIME = 1024
 
 
 def local(workers: int | None = None, *, rerun: bool = False) -> Launcher:
     """Train in processes of this machine, ``workers`` at a time (default: as many as there are CPUs).
 
     Raises:
-        ValueError: ``workers`` is below 1.
+        ValueError: ``workers`` is below 1 or above 1,024.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"--jobs is how many runs to train at a time, 1 or more, not {workers}.")
+    if workers is not None and not 1 <= workers <= _MOST_AT_A_TIME:
+        raise ValueError(
+            f"--jobs is how many runs to train at a time, 1 or more and {_MOST_AT_A_TIME} at most, not "
+            f"{short(workers)}."
+        )
     return nullcontext(partial(run_local, workers=workers, rerun=rerun))
 
 
@@ -68,7 +73,7 @@ def choose_launcher(
             raise ValueError(f"{', '.join(given)} are for --launcher ray.")
         return local(jobs)
     if name != "ray":
-        raise ValueError(f"unknown launcher {name!r}{nearest(name, ['local', 'ray'])}")
+        raise ValueError(f"unknown launcher {short(name)}{nearest(name, ['local', 'ray'])}")
     if jobs is not None:
         raise ValueError("--jobs is for local processes: with Ray, --cpus-per-run says how many runs fit.")
     from regrow.study.cluster import ray_cluster

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from regrow.reading import from_json
 from regrow.study import records
 from regrow.study.plan import Job
 from regrow.study.watching import log_path
@@ -182,10 +182,10 @@ def progress_of(folder: Path) -> tuple[int, float | None]:
         with records.epochs_path(folder).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4000))
             lines = file.read().split(b"\n")[:-1]
-        last = json.loads(lines[-1])
+        last = from_json(lines[-1])
         accuracy = last["validation_accuracy"]
         return int(last["epoch"]), None if accuracy is None else float(accuracy)
-    except (OSError, IndexError, ValueError, KeyError, TypeError):
+    except (OSError, IndexError, ValueError, KeyError, TypeError, OverflowError):
         return 0, None
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from regrow.short import short
 from regrow.study import families
 from regrow.study.names import MODEL_FAMILIES
 from regrow.study.typed import Mistyped
@@ -19,6 +22,9 @@ _TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+
+
+MOST_PARAMETERS = 10**9
 
 
 def build_model(
@@ -65,16 +71,17 @@ def build_model(
     given = {key: value for key, value in given.items() if value is not None}
     plain = batch_norm and pooling == "max"
     if source == "house":
-        build = getattr(families, bare)
+        build = partial(getattr(families, bare), classes, reads, **given)
         if bare in ("convnet", "vgg"):
-            model = build(classes, reads, size, batch_norm=batch_norm, pooling=pooling, **given)
-        elif plain:
-            model = build(classes, reads, **given)
-        else:
+            build = partial(build, size, batch_norm=batch_norm, pooling=pooling)
+        elif not plain:
             raise ValueError(
                 f"{bare} takes depth and width only: it always has batch norm, and strides in place of "
                 "pooling. Leave batch_norm and pooling out, or use convnet or vgg."
             )
+        if given:
+            _check_size(build, given)
+        model = build()
     elif given or not plain:
         raise ValueError(
             f"{name} is built as its library has it: leave depth, width, batch_norm and pooling out. "
@@ -86,6 +93,18 @@ def build_model(
         model = _timm_model(bare, classes, reads)
     _try(model, name, reads, size)
     return model
+
+
+def _check_size(build: Callable[[], nn.Module], given: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if the net would have too many parameters; no memory is taken for them."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build().parameters())
+    if count > MOST_PARAMETERS:
+        settings = " and ".join(f"{key} {value:g}" for key, value in given.items())
+        raise ValueError(
+            f"with {settings} the network would have {count:,} parameters; {MOST_PARAMETERS:,} are the most. "
+            "Choose a smaller width or depth."
+        )
 
 
 def model_channels(name: str, channels: int) -> int:
@@ -110,7 +129,7 @@ def _find(name: str) -> tuple[str, str]:
         return "timm", bare
     if prefix == "timm" and not _has_timm():
         raise ValueError(f"{name} needs timm, which is not installed: pip install 'regrow[timm]'.")
-    raise Mistyped(f"unknown model {name!r}. {_nearest(prefix, bare)}")
+    raise Mistyped(f"unknown model {short(name)}. {_nearest(prefix, bare)}")
 
 
 def _nearest(prefix: str, bare: str) -> str:

@@ -6,15 +6,14 @@ only for people. So no run is trained again because its folder would get another
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from regrow.reading import from_json, read_file
+from regrow.short import line, short
 from regrow.study import records
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import (
@@ -31,13 +30,14 @@ from regrow.study.identity import (
 from regrow.study.recorded import find_recorded
 from regrow.study.studyfile import Study, Wanted, read_study
 from regrow.study.variants import known_numbers, variant_names, variant_numbers
+from regrow.study.yamls import read_yaml
 
 # File names of a study folder, beside the comparisons' folders.
 STUDY_FILE = "study.yaml"
 STUDY_RECORD = records.study_path("").name
 _LONGEST = 120
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if libyaml is there
 _VERSION = 1
+_MOST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def check_folder(study: Study, folder: Path) -> None:
     name = _recorded_name(folder / STUDY_RECORD)
     if name != study.name:
         raise ValueError(
-            f"{folder} holds another study, {name!r}, not {study.name!r}: choose another --out; or, if it is "
-            f"the same one under a new file name, write 'name: {name}' into it."
+            f"{folder} holds another study, {short(name)}, not {short(study.name)}: choose another --out; "
+            f"or, if it is the same one under a new file name, write 'name: {line(name)}' into it."
         )
     there = {run_key(each.config) for each in read_study(folder / STUDY_FILE, name).runs}
     if there.isdisjoint(run_key(each.config) for each in study.runs):
@@ -183,11 +183,11 @@ def _below(folder: Path, job: Job) -> str:
 
 def _recorded_name(path: Path) -> str:
     try:
-        about = json.loads(path.read_bytes())
+        about = from_json(read_file(path, _MOST_BYTES))
         if int(about["version"]) <= _VERSION:
             return str(about["name"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): choose another --out.") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged ({short(error)}): choose another --out.") from None
     raise ValueError(f"{path} was written by a newer regrow: upgrade regrow.")
 
 
@@ -201,8 +201,8 @@ def _scan(folder: Path) -> _Disk:
     disk = _Disk()
     for path in sorted(folder.glob("*/*/config.yaml")):
         try:
-            config = make_config(yaml.load(path.read_bytes(), _LOADER))
-        except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError):
+            config = make_config(read_yaml(path)[0])
+        except (ValueError, TypeError, AttributeError, OSError):
             disk.unreadable.append(path.parent)
             continue
         found = _Found(config, path.parent, records.is_finished(path.parent))

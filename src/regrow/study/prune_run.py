@@ -81,6 +81,8 @@ def run_prune(
             make_config({"data": data})
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
+    given = {"threads": threads, "image_size": image_size, "device": device, "data_dir": data_dir}
+    make_config({key: value for key, value in given.items() if value is not None})
     if threads is not None:
         torch.set_num_threads(threads)
     trained = _find(network, weights, data, data_dir, image_size, device)

@@ -35,9 +35,15 @@ from pathlib import Path
 from typing import Any
 
 from regrow import atomic
+from regrow.reading import from_json, read_file
+from regrow.short import said, short
 
 VERSION = 2
 
+# More than the records of the longest run that the settings allow.
+_MOST_BYTES = 1 << 26
+# No accuracy, time or number of operations is beyond it, and its square is a float.
+_MOST = 1e100
 _INTEGER = (int,)
 _INTEGER_OR_NONE = (int, type(None))
 _NUMBER = (int, float)
@@ -169,7 +175,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data``, whole or not at all; missing parent folders are made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     atomic.write_bytes(path, data)
 
 
@@ -209,11 +215,14 @@ def append_line(path: str | Path, data: Mapping[str, Any]) -> None:
         ValueError: a value that JSON cannot hold.
     """
     path = Path(path)
-    line = _to_json(path, data) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _cut_torn_line(path)
-    with path.open("ab") as file:
-        file.write(line.encode())
+    text = _to_json(path, data) + "\n"
+    _make_folder(path)
+    try:
+        _cut_torn_line(path)
+        with path.open("ab") as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise said(error, path, "written") from error
 
 
 def write_lines(path: str | Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -240,8 +249,8 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    lines = read_file(path, _MOST_BYTES).split(b"\n")[:-1]
+    return [_from_json(each, f"{path}, line {number}") for number, each in enumerate(lines, start=1)]
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -377,7 +386,9 @@ def read_curve(path: str | Path) -> dict[str, Any]:
         where = f"{path}, point {number}"
         _check_keys(point, _POINT, where)
         if not 0 <= point["fraction"] < 1:
-            raise ValueError(f"{where}: 'fraction' must be from 0 to below 1, got {point['fraction']!r}.")
+            raise ValueError(
+                f"{where}: 'fraction' must be from 0 to below 1, got {short(point['fraction'])}."
+            )
     return record
 
 
@@ -402,12 +413,12 @@ def read_study(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
+    from regrow.study.yamls import MOST_BYTES, from_yaml
 
+    text = read_file(path, MOST_BYTES)
     try:
-        # libyaml, which is in the wheels of PyYAML, takes a tenth of the time.
-        data = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = from_yaml(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return _check(data, _CONFIG, str(path))
 
@@ -415,13 +426,44 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_json(path: Path, kinds: _Kinds) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} is missing from a finished run.")
-    return _check(_from_json(path.read_bytes(), str(path)), kinds, str(path))
+    return _check(_from_json(read_file(path, _MOST_BYTES), str(path)), kinds, str(path))
 
 
 def _read_records(path: Path, kinds: _Kinds) -> list[dict[str, Any]]:
     return [
-        _check(line, kinds, f"{path}, line {number}") for number, line in enumerate(read_lines(path), start=1)
+        _check(each, kinds, f"{path}, line {number}") for number, each in enumerate(read_lines(path), start=1)
     ]
+
+
+def check_epochs(lines: object, count: int) -> None:
+    """Raise ``ValueError`` unless ``lines`` are the records of the epochs from 1 to ``count``.
+
+    Numbers may be NaN or infinite where they are written as None.
+    """
+    if not isinstance(lines, list) or len(lines) != count:
+        raise ValueError(f"epochs must list the records of {count} epochs")
+    for number, each in enumerate(lines, start=1):
+        if _check(_plain(each), _EPOCH, f"the record of epoch {number}")["epoch"] != number:
+            raise ValueError(f"the record of epoch {number} is that of epoch {short(each['epoch'])}.")
+
+
+def check_events(lines: object, count: int) -> None:
+    """Raise ``ValueError`` unless ``lines`` record drops and restores in the first ``count`` epochs."""
+    if not isinstance(lines, list):
+        raise ValueError("events must be a list of records")
+    for number, each in enumerate(lines, start=1):
+        event = _check(_plain(each), _EVENT, f"event {number}")
+        if not 1 <= event["epoch"] <= count:
+            raise ValueError(f"event {number} is in epoch {short(event['epoch'])} of {count}.")
+    _check_drops(lines, None, "event")
+
+
+def _plain(line: object) -> object:
+    """``line`` as it is written; it must be JSON-able."""
+    try:
+        return from_json(json.dumps(_without_nan(line), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"it holds what no record can: {short(error)}") from None
 
 
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
@@ -447,9 +489,11 @@ def _check_keys(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
         wrong = not isinstance(value, types) or isinstance(value, bool)
         if wrong or (isinstance(value, float) and not math.isfinite(value)):
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-            raise ValueError(f"{where}: {key!r} must be {names}, got {value!r}.")
+            raise ValueError(f"{where}: {key!r} must be {names}, got {short(value)}.")
+        if isinstance(value, int | float) and abs(value) > _MOST:
+            raise ValueError(f"{where}: {key!r} cannot be beyond {_MOST:g}, got {short(value)}.")
         if key.endswith("accuracy") and value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{where}: {key!r} must be a fraction from 0 to 1, got {value!r}.")
+            raise ValueError(f"{where}: {key!r} must be a fraction from 0 to 1, got {short(value)}.")
     return data
 
 
@@ -463,19 +507,24 @@ def _checked(run: RunRecord) -> RunRecord:
     sizes = None if run.result is None else run.result["filters"]
     if sizes is not None and not all(_is_index(size) for size in sizes.values()):
         raise ValueError(f"{result_path(run.folder)}: 'filters' must give each layer's number of filters.")
-    for line, event in enumerate(run.events, start=1):
-        where = f"{events_path(run.folder)}, line {line}"
+    _check_drops(run.events, sizes, f"{events_path(run.folder)}, line")
+    return run
+
+
+def _check_drops(events: list[dict[str, Any]], sizes: Mapping[str, int] | None, place: str) -> None:
+    """Check the filters of ``events`` against ``sizes``, the number of filters of each layer, if known."""
+    for number, event in enumerate(events, start=1):
+        where = f"{place} {number}"
         if event["kind"] not in ("drop", "restore"):
-            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {event['kind']!r}.")
+            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {short(event['kind'])}.")
         for layer, indices in event["filters"].items():
             if not isinstance(indices, list) or not all(_is_index(index) for index in indices):
-                raise ValueError(f"{where}: 'filters' must give a list of indices for {layer!r}.")
+                raise ValueError(f"{where}: 'filters' must give a list of indices for {short(layer)}.")
             if sizes is not None and any(index >= sizes.get(layer, 0) for index in indices):
                 raise ValueError(
-                    f"{where}: {layer!r} has {sizes.get(layer, 0)} filters by result.json, so there is no "
-                    f"filter {max(indices)}."
+                    f"{where}: {short(layer)} has {sizes.get(layer, 0)} filters by result.json, so there is "
+                    f"no filter {short(max(indices))}."
                 )
-    return run
 
 
 def _is_index(value: object) -> bool:
@@ -493,12 +542,9 @@ def _to_json(path: str | Path, data: Mapping[str, Any], indent: int | None = Non
 
 
 def _from_json(text: bytes, where: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        data = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        data = from_json(text)
+    except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{where} must hold a JSON object, got {type(data).__name__}.")
@@ -525,6 +571,14 @@ def _cut_torn_line(path: Path) -> None:
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder of ``path``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise said(error, path.parent, "made") from error
 
 
 def _installed(name: str) -> str | None:

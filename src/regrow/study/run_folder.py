@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regrow.atomic import sweep, write_bytes
+from regrow.reading import from_json, read_file
+from regrow.shipping.stored import CHECKSUM, checksum
 from regrow.study import records
-from regrow.study.checkpoints import from_bytes, read_checkpoint, remove_checkpoints
+from regrow.study.checkpoints import MOST_BYTES, from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
 from regrow.study.identity import check_same_run, resolved
 
 # A resumed run ends bit for bit as if it had not been stopped only if these are as in its earlier part.
+_MOST_BYTES = 1 << 20
 _ALIKE = ("torch", "processor", "device", "threads", "processes")
 
 
@@ -50,13 +52,20 @@ def check_not_foreign(folder: Path) -> None:
 
 
 def begin(
-    config: RunConfig, folder: Path, environment: dict[str, Any], *, rerun: bool
+    config: RunConfig,
+    folder: Path,
+    environment: dict[str, Any],
+    *,
+    rerun: bool,
+    check: Callable[[dict[str, Any]], None] | None = None,
+    most: int = MOST_BYTES,
 ) -> tuple[bytes | None, int]:
     """Make the locked ``folder`` ready for training, from the beginning or from its last checkpoint.
 
     Args:
         environment: of this process, as ``records.environment`` gives it.
         rerun: start from the beginning, even if the folder holds a run.
+        check, most: as ``read_checkpoint`` takes them.
 
     Returns:
         The checkpoint to resume from, for ``from_bytes``, or None at the beginning; and how often the run
@@ -71,7 +80,7 @@ def begin(
             path.unlink(missing_ok=True)
     last_good_path(folder).unlink(missing_ok=True)
     unfinished = not rerun and records.config_path(folder).exists()
-    checkpoint = read_checkpoint(folder) if unfinished else None
+    checkpoint = read_checkpoint(folder, check, most) if unfinished else None
     if checkpoint is None:
         _clear(folder)
         records.write_yaml(records.config_path(folder), {"version": records.VERSION, **resolved(config)})
@@ -96,8 +105,9 @@ def begin(
 def _resumed(folder: Path, state: dict[str, Any]) -> int:
     """How often the run was resumed before; times after the checkpoint count if they can still be read."""
     before = int(state["environment"]["resumed"])
-    with suppress(OSError, ValueError, KeyError):
-        before = max(before, int(json.loads(records.environment_path(folder).read_bytes())["resumed"]))
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        there = from_json(read_file(records.environment_path(folder), _MOST_BYTES))
+        before = max(before, int(there["resumed"]))
     return before
 
 
@@ -115,8 +125,8 @@ def _clear(folder: Path) -> None:
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write ``state`` as safetensors, whole or not at all."""
-    write_bytes(path, save(state))
+    """Write ``state`` and its checksum as safetensors, whole or not at all."""
+    write_bytes(path, save(state, {CHECKSUM: checksum(None, state)}))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TypeVar
 
+from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES
 
 T = TypeVar("T", int, str)
@@ -25,12 +26,12 @@ def parse_seeds(text: str, where: str = "--seeds") -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,30})\s*(?:-\s*(\d{1,30})\s*)?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"{where} takes numbers such as 0,1,2 or 0-4, got {text!r}.")
+            raise ValueError(f"{where} takes numbers such as 0,1,2 or 0-4, got {short(text)}.")
         first, last = int(match[1]), int(match[2] or match[1])
         if last - first >= MOST_RUNS - len(seeds):
-            raise ValueError(f"{where}: {text!r} are more than {MOST_RUNS:,} seeds.")
+            raise ValueError(f"{where}: {short(text)} are more than {MOST_RUNS:,} seeds.")
         seeds += range(first, last + 1)
     return _once(where, seeds)
 
@@ -45,7 +46,7 @@ def seeds_of(value: object, where: str = "seeds") -> list[int]:
     if not values:
         raise ValueError(f"{where} is an empty list: write 0-4, or [0, 1, 2].")
     if any(isinstance(each, bool) or not isinstance(each, int | str) for each in values):
-        raise ValueError(f"{where} takes numbers such as 0-4 or [0, 1, 2], got {value!r}.")
+        raise ValueError(f"{where} takes numbers such as 0-4 or [0, 1, 2], got {short(value)}.")
     return parse_seeds(",".join(map(str, values)), where)
 
 
@@ -77,6 +78,6 @@ def _once(where: str, values: list[T]) -> list[T]:
     twice = [value for value, times in Counter(values).items() if times > 1]
     if twice:
         raise ValueError(
-            f"{where} names {', '.join(map(str, twice))} twice: a pair must not be counted twice."
+            f"{where} names {line(', '.join(map(str, twice)))} twice: a pair must not be counted twice."
         )
     return values

@@ -66,8 +66,8 @@ def random_state() -> dict[str, Any]:
 def load_random_state(state: dict[str, Any]) -> None:
     """Set every generator to the state that ``random_state`` returned."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():  # a run may go on on a machine with fewer GPUs
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     name, key, *rest = state["numpy"]
     np.random.set_state((name, key.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     random.setstate(state["python"])

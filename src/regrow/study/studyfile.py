@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
+from regrow.short import line, short
 from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import WHERE, normalised, own_settings, run_key
 from regrow.study.names import DATA_NAMES, METHOD_ALIASES
 from regrow.study.seeds import MOST_RUNS, seeds_of
 from regrow.study.unused import check_used
+from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
 
 _KEYS = ("name", "methods", "models", "data", "seeds", "settings")
@@ -61,39 +62,25 @@ def read_study(path: Path, name: str | None = None) -> Study:
             the key, and the nearest known one.
     """
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"there is no study file {path}.") from None
-    try:
-        content = yaml.load(text.decode("utf-8"), _NoKeyTwice)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if path.is_dir():
+            raise FileNotFoundError
+        content, text = read_yaml(path)
+    except FileNotFoundError:
+        raise ValueError(f"there is no study file {line(path)}.") from None
     try:
         return Study(_name(content, name or path.stem), text, _expand(content))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-class _NoKeyTwice(yaml.SafeLoader):
-    """Loads YAML, but refuses a key that stands twice in one mapping, where YAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"line {line} has {key.value!r} for the second time: say it once.")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        raise ValueError(f"{line(path)}: {error}") from None
 
 
 def _name(content: object, default: str) -> str:
     _check_mapping(content)
     assert isinstance(content, dict)
     name = content.get("name", default)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.+-]*", name):
-        raise ValueError(f"name must be a folder name of letters, digits, . _ + and -, got {name!r}.")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise ValueError(
+            f"name must be a folder name of at most 100 letters, digits, . _ + and -, got {short(name)}."
+        )
     return name
 
 
@@ -102,9 +89,9 @@ def _check_mapping(content: object) -> None:
         raise ValueError("a study is a mapping: methods: [standard, repr] and seeds: 0-4, at the least.")
     for key in content:
         if key in _SHARED:
-            raise ValueError(f"{key!r} is a setting of the runs: write it under settings.")
+            raise ValueError(f"{short(key)} is a setting of the runs: write it under settings.")
         if key not in _KEYS:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), _KEYS)}")
+            raise ValueError(f"unknown key {short(key)}{nearest(str(key), _KEYS)}")
     for key in ("methods", "seeds"):
         if content.get(key) is None:
             example = {"methods": "methods: [standard, repr]", "seeds": "seeds: 0-4"}[key]
@@ -121,7 +108,7 @@ def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
     for kind, known in (("methods", _METHODS), ("data", DATA_NAMES)):
         for name in {"methods": methods, "data": data}[kind]:
             if name not in known:
-                raise ValueError(f"{kind}: unknown {name!r}{nearest(name, known)}")
+                raise ValueError(f"{kind}: unknown {short(name)}{nearest(name, known)}")
     methods = _by_one_name(methods)
     for method, own in methods.items():
         _check_own(method, own)
@@ -179,18 +166,20 @@ def _options(value: object, where: str) -> _Options:
         value = [value]
     if isinstance(value, list):
         if not all(isinstance(name, str) for name in value):
-            raise ValueError(f"{where} takes names, such as [a, b], got {value!r}.")
-        twice = [name for name in dict.fromkeys(value) if value.count(name) > 1]
+            raise ValueError(f"{where} takes names, such as [a, b], got {short(value)}.")
+        twice = [name for name, times in Counter(value).items() if times > 1]
         if twice:
-            raise ValueError(f"{where} names {', '.join(twice)} twice.")
+            raise ValueError(f"{where} names {line(', '.join(twice))} twice.")
         value = dict.fromkeys(value)
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{where} takes a name, a list of names, or names with settings, got {value!r}.")
+        raise ValueError(
+            f"{where} takes a name, a list of names, or names with settings, got {short(value)}."
+        )
     if not value:
         raise ValueError(f"{where} is empty: name one at least.")
     options = {name: {} if settings is None else settings for name, settings in value.items()}
     for name, settings in options.items():
-        _check_settings(settings, f"{where}: {name}")
+        _check_settings(settings, f"{where}: {line(name, 80)}")
     return options
 
 
@@ -206,22 +195,27 @@ def _by_one_name(methods: _Options) -> _Options:
 
 def _check_settings(settings: object, where: str) -> None:
     if not isinstance(settings, dict):
-        raise ValueError(f"{where} takes settings, such as {{epochs: 30}}, got {settings!r}.")
+        raise ValueError(f"{where} takes settings, such as {{epochs: 30}}, got {short(settings)}.")
     for key, value in settings.items():
         if key in _ELSEWHERE:
             raise ValueError(
                 f"{where}: {key!r} has its place at the top of the file, as {_ELSEWHERE[key]!r}."
             )
         if key not in _SHARED:
-            raise ValueError(f"{where}: unknown setting {key!r}{nearest(str(key), _SHARED)}")
+            raise ValueError(f"{where}: unknown setting {short(key)}{nearest(str(key), _SHARED)}")
         values = _values(key, value)
         if key in WHERE and isinstance(value, list):
             raise ValueError(f"{where}: {key} only says where a run is trained, so it cannot vary.")
         if not values:
             raise ValueError(f"{where}: {key} is an empty list: give it a value, or leave it out.")
-        for place, each in enumerate(values):
-            if any(type(each) is type(other) and each == other for other in values[:place]):
-                raise ValueError(f"{where}: {key} has {each!r} twice.")
+        if len(values) > MOST_RUNS:
+            raise ValueError(f"{where}: {key} has {len(values):,} values; {MOST_RUNS:,} are the most.")
+        # 1, 1.0 and True are equal in Python, and are different values of a setting.
+        known = set()
+        for each in values:
+            if (written := repr(each)) in known:
+                raise ValueError(f"{where}: {key} has {short(each)} twice.")
+            known.add(written)
 
 
 def _check_own(method: str, own: Mapping[str, Any]) -> None:
@@ -230,7 +224,7 @@ def _check_own(method: str, own: Mapping[str, Any]) -> None:
         if key not in allowed:
             others = [other for other, theirs in METHOD_SETTINGS.items() if key in theirs]
             raise ValueError(
-                f"methods: {method}: {key!r} "
+                f"methods: {method}: {short(key)} "
                 + (
                     f"belongs to {', '.join(others)}, and {method} would ignore it"
                     if others

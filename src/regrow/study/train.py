@@ -33,6 +33,7 @@ from regrow.study.checkpoints import from_bytes, remove_checkpoints, to_bytes, w
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits
 from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.fits import check_fits
 from regrow.study.flops import step_flops
 from regrow.study.lock import locked
 from regrow.study.models import model_channels
@@ -108,7 +109,14 @@ def _train(config: RunConfig, folder: Path, rerun: bool, progress: Progress | No
 
         def prepare() -> int:
             with writing(folder):
-                checkpoint, resumed = begin(config, folder, environment, rerun=rerun)
+                checkpoint, resumed = begin(
+                    config,
+                    folder,
+                    environment,
+                    rerun=rerun,
+                    check=lambda done: check_fits(done, config.epochs, len(run.train), *run.trained),
+                    most=_most_bytes(run.model),
+                )
             begun.append(checkpoint)
             return resumed
 
@@ -310,6 +318,11 @@ def _finish(
             remove_checkpoints(folder)
 
     ranks.first(write)
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """More than the size of any checkpoint: weights, the optimizer's two slots, RePr's memory and records."""
+    return 5 * sum(tensor.nbytes for tensor in model.state_dict().values()) + (1 << 27)
 
 
 def _pictures(batches: Batches) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from regrow.reading import check_plain
+from regrow.shipping.stored import CHECKSUM, check_stored, checksum
+from regrow.short import line, said
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.data import Images, Splits, load_data
@@ -85,12 +88,23 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
         model = build(config, splits)
     weights = records.weights_path(folder)
     try:
-        model.load_state_dict(load_file(weights))
+        check_plain(weights, os.stat(weights))
+        with safe_open(weights, framework="pt") as file:
+            there = (file.metadata() or {}).get(CHECKSUM)  # runs of earlier versions have none
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        check_stored(model.state_dict(), tensors)
+        if there not in (None, checksum(None, tensors)):
+            raise ValueError("it is damaged: its checksum is not that of what it holds")
     except FileNotFoundError:
         raise ValueError(f"{weights} is missing: train the run again with --rerun.") from None
-    except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{weights} does not fit the network of its config.yaml: {reason}") from None
+    except OSError as error:
+        raise said(error, weights, "read") from None
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{line(weights)} does not fit the network of its config.yaml: {line(error)}"
+        ) from None
+    model.load_state_dict(tensors)
     source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
     place = device_of(device or config.device)
     channels = model_channels(config.model, splits.channels)
