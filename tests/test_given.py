@@ -43,12 +43,16 @@ CALLS = {
         lambda m, **k: regrow.compensate(m, k.pop("keep"), k.pop("calibration"), **k),
         {"keep": KEEP, "calibration": [X], "example_inputs": X},
     ),
+    "bridgeout_state": (regrow.bridgeout_state, {}),
     "cut": (lambda m, **k: regrow.cut(m, k.pop("keep"), **k), {"keep": KEEP, "example_inputs": X}),
     "export_onnx": (
         lambda m, **k: regrow.export_onnx(m, k.pop("path"), **k),
         {"path": "x.onnx", "example_inputs": X},
     ),
     "fold_norms": (regrow.fold_norms, {"example_inputs": X}),
+    "keep_of_masks": (regrow.keep_of_masks, {}),
+    "load_bridgeout_state": (lambda m, **k: regrow.load_bridgeout_state(m, {}), {}),
+    "plain_layers": (regrow.plain_layers, {}),
     "load": (lambda m, path: regrow.load(m, path), {"path": "x.safetensors"}),
     "prune": (regrow.prune, {"fraction": 0.25, "example_inputs": X, "calibration": [X]}),
     "read_as": (

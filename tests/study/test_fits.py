@@ -241,7 +241,7 @@ def test_states_of_repr_that_do_not_agree_with_themselves(run: tuple[_Parts, dic
         ({"step": 2**64}, "step in a state"),
         ({"highest_rate": float("nan")}, "highest_rate"),
         ({"highest_rate": "x"}, "highest_rate"),
-        ({"settings": []}, "other settings"),
+        ({"settings": []}, "its settings are a list"),
         ({"settings": {"fraction": "x" * 10**6}}, "other settings"),
         ({"version": "x" * 10**6}, "version"),
     ):

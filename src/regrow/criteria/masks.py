@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import convolutions
+from regrow.given import check_module
 from regrow.modules import filters_first
 from regrow.torch_private import own_buffers, own_parameters
 
@@ -32,6 +33,7 @@ def keep_of_masks(model: nn.Module) -> dict[str, Tensor]:
     Warns:
         UserWarning: filters of a layer have no weight left, and still emit their bias. They are kept.
     """
+    check_module(model, "keep_of_masks")
     keep, masked = {}, False
     for name, conv in convolutions(model).items():
         mask = own_buffers(conv).get("weight_mask")

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.filters import excluded
-from regrow.given import names_given
+from regrow.given import check_module, names_given
 from regrow.marks import Mark, borrowed_weight, check, is_spread
 from regrow.modules import CONSUMER_CLASSES, CONVOLUTION_CLASSES, as_weight, filters_first, unwrap
 from regrow.noise.kernels import check_compiler
@@ -134,6 +134,7 @@ def bridgeout_state(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: ``model`` was not given to ``add_bridgeout``.
     """
+    check_module(model, "bridgeout_state")
     passes = _passes(unwrap(model))
     return {"version": _VERSION, "settings": copy.deepcopy(passes.settings), "passes": int(passes.number)}
 
@@ -149,6 +150,7 @@ def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: ``state`` is something else, of another version or has other settings, or ``model`` was
             not given to ``add_bridgeout``. Nothing is changed.
     """
+    check_module(model, "load_bridgeout_state")
     passes = _passes(unwrap(model))
     if not isinstance(state, Mapping) or {"version", "settings", "passes"} - set(state):
         raise ValueError(
