@@ -51,7 +51,7 @@ CALLS = {
     ),
     "fold_norms": (regrow.fold_norms, {"example_inputs": X}),
     "keep_of_masks": (regrow.keep_of_masks, {}),
-    "load_bridgeout_state": (lambda m, **k: regrow.load_bridgeout_state(m, {}), {}),
+    "load_bridgeout_state": (lambda m: regrow.load_bridgeout_state(m, {}), {}),
     "plain_layers": (regrow.plain_layers, {}),
     "load": (lambda m, path: regrow.load(m, path), {"path": "x.safetensors"}),
     "prune": (regrow.prune, {"fraction": 0.25, "example_inputs": X, "calibration": [X]}),
