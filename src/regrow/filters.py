@@ -25,6 +25,9 @@ def unit_rows(matrix: Tensor) -> Tensor:
     return nn.functional.normalize(_scaled(matrix)[1], dim=1)
 
 
+_SAFE = (1e-12, 1e12)  # the squares of such lengths are in the range of float32
+
+
 def row_lengths(matrix: Tensor, order: int = 2) -> Tensor:
     """Return the length of each row of ``matrix`` [n, D]: its L2 norm, or for ``order`` 1 its L1 norm.
 
@@ -32,9 +35,13 @@ def row_lengths(matrix: Tensor, order: int = 2) -> Tensor:
         Tensor[n], float64 (float32 on devices without it), in which 1e±30 in place of each weight changes
         neither the order of the rows nor makes lengths 0 or infinite.
     """
-    largest, scaled = _scaled(matrix if matrix.dtype == torch.float64 else matrix.float())
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    wide = matrix.dtype if matrix.device.type == "mps" else torch.float64
+    lengths = torch.linalg.vector_norm(matrix, order, dim=1)
+    if bool(((lengths > _SAFE[0]) & (lengths < _SAFE[1])).all()):
+        return lengths.to(wide)
+    largest, scaled = _scaled(matrix)
     lengths = torch.linalg.vector_norm(scaled, order, dim=1)
-    wide = lengths.dtype if lengths.device.type == "mps" else torch.float64
     return largest.flatten().to(wide) * lengths.to(wide)
 
 

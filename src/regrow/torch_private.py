@@ -6,6 +6,7 @@ The rest of the library calls the functions below, so a release that renames som
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -100,7 +101,9 @@ def writes_to(tensor: Tensor) -> int:
 
 def storage_key(storage: torch.UntypedStorage) -> int:
     """What is equal for two tensors that share ``storage``, also for storages without a byte."""
-    return int(getattr(storage, "_cdata", storage.data_ptr()))
+    # Asking a lazy copy for its address would have it copy.
+    key = getattr(storage, "_cdata", None)
+    return int(storage.data_ptr() if key is None else key)
 
 
 def is_transformed(tensor: Tensor) -> bool:
@@ -141,9 +144,10 @@ def made_as(node: Any) -> int:
     return 0 if number is None else int(number())
 
 
-def operator_arguments(operation: Any) -> list[tuple[str, bool]]:
+@functools.lru_cache(maxsize=1024)
+def operator_arguments(operation: Any) -> tuple[tuple[str, bool], ...]:
     """The arguments of an ATen operator in order: their names, and whether it writes to them."""
-    return [(argument.name, argument.is_write) for argument in operation._schema.arguments]
+    return tuple((argument.name, bool(argument.is_write)) for argument in operation._schema.arguments)
 
 
 class _Place(NamedTuple):

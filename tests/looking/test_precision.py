@@ -1,16 +1,18 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from autocasts import HALVES
 from regrow.looking.calls import call, undisturbed
-from regrow.looking.precision import FullPrecision
+from regrow.looking.precision import full_precision
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_autocast_inside_of_the_block_computes_in_float32(dtype) -> None:
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
-    with FullPrecision("cpu"), torch.autocast("cpu", dtype):
+    with full_precision("cpu"), torch.autocast("cpu", dtype):
         assert torch.equal(layer(x), layer.weight.new_tensor((x @ layer.weight.T + layer.bias).tolist()))
         # Code that relies on autocast where two types meet goes on.
         assert layer(x.to(dtype)).dtype == torch.float32
@@ -19,12 +21,12 @@ def test_autocast_inside_of_the_block_computes_in_float32(dtype) -> None:
 def test_autocast_is_as_before_behind_the_block() -> None:
     before = torch.get_autocast_dtype("cpu")
     layer, x = nn.Linear(3, 3), torch.randn(2, 3)
-    with FullPrecision("cpu"):
+    with full_precision("cpu"):
         with torch.autocast("cpu", torch.float16):
             layer(x)
         assert torch.get_autocast_dtype("cpu") == before
     with torch.autocast("cpu", torch.bfloat16):
-        with FullPrecision("cpu"), torch.autocast("cpu", torch.float16):
+        with full_precision("cpu"), torch.autocast("cpu", torch.float16):
             layer(x)
         assert layer(x).dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
@@ -32,7 +34,7 @@ def test_autocast_is_as_before_behind_the_block() -> None:
 
 def test_without_autocast_nothing_is_set() -> None:
     before = torch.get_autocast_dtype("cpu")
-    with FullPrecision("cpu"):
+    with full_precision("cpu"):
         torch.ones(2) + 1
     assert torch.get_autocast_dtype("cpu") == before
 
@@ -52,3 +54,25 @@ def test_a_pass_does_not_compute_with_old_copies_of_weights() -> None:
         assert call(layer, x) == 3
         layer.weight.zero_()
         assert call(layer, x) == 0
+
+
+def test_other_threads_go_on_as_they_were_and_nothing_of_it_stays() -> None:
+    enter = torch.autocast.__enter__
+    layer, x, ready, done, seen = nn.Linear(3, 3), torch.randn(2, 3), threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with full_precision("cpu"), torch.autocast("cpu", torch.bfloat16):
+            ready.set()
+            done.wait(10)
+            seen.append(layer(x).dtype)
+
+    thread = threading.Thread(target=other)
+    with full_precision("cpu"):
+        thread.start()
+        ready.wait(10)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(layer(x).dtype)
+    done.set()
+    thread.join()
+    assert seen == [torch.bfloat16, torch.float32]
+    assert torch.autocast.__enter__ is enter

@@ -14,18 +14,18 @@ import regrow
 from nets import Drawn, conv, head
 from outputs import KINDS, STATES, RandomNet
 from regrow.looking.copies import copied
-from regrow.structure.escapes import OUTPUT, escapes
+from regrow.structure.escapes import OUTPUT, follow
 from regrow.structure.read import read_structure
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def found(model, x=X, **settings):
-    return escapes(copied(model, requires_grad=False).eval(), x, **settings)
+    return follow(copied(model, requires_grad=False).eval(), x, **settings).escapes
 
 
 def drawn(draw, **layers):
-    """The layers that ``escapes`` names, for a network that computes ``draw(self, x)``."""
+    """The layers that ``follow`` names, for a network that computes ``draw(self, x)``."""
     return set(found(Drawn(draw, **layers)))
 
 
@@ -278,7 +278,7 @@ def test_weights_that_are_computed_are_weights():
         old = torch.nn.utils.weight_norm(conv(4, 4))
     spectral = torch.nn.utils.parametrizations.spectral_norm(conv(4, 2))
     model = nn.Sequential(standardised, normed, nn.ReLU(), old, nn.ReLU(), spectral)
-    assert set(escapes(model.requires_grad_(False).eval(), X)) == {"5"}
+    assert set(found(model)) == {"5"}
 
 
 class Weighted(nn.Module):

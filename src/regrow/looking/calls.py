@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.log import first_line
 from regrow.looking.dropout import NoDropout
-from regrow.looking.precision import FullPrecision
+from regrow.looking.precision import full_precision
 from regrow.modules import device_of
 from regrow.torch_private import set_grad_enabled, tree_map
 
@@ -74,7 +74,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
-        FullPrecision(device.type) if whole else nullcontext(),
+        full_precision(device.type) if whole else nullcontext(),
     ):
         yield
 

@@ -391,7 +391,7 @@ class RePr:
         except (NotCopied, PassFailed) as error:
             gave_up("comparing the output before and after a restore", error)
             return []
-        return [float(tensor.abs().max()) for tensor in floating(output) if tensor.numel()]
+        return [float(tensor.detach().abs().max()) for tensor in floating(output) if tensor.numel()]
 
     def _warn_of_a_jump(self, before: list[float], after: list[float]) -> None:
         for small, large in zip(before, after, strict=False):

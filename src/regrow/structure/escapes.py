@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ from torch.overrides import TorchFunctionMode
 from regrow.looking.calls import run, tensors
 from regrow.looking.hooks import carrying, hooked
 from regrow.modules import CONSUMER_CLASSES, channel_dim
-from regrow.structure.labels import MOST, both, compact, contracted, lies_along, moved, numbered, simplest
+from regrow.structure.labels import (
+    MOST,
+    NOWHERE,
+    Where,
+    both,
+    compact,
+    contracted,
+    keeps_apart,
+    lies_along,
+    moved,
+    written_out,
+)
 from regrow.torch_private import TorchDispatchMode, operator_arguments, storage_key
 
 OUTPUT = "its filters are the network's output, like a classifier's"
@@ -33,12 +45,25 @@ _LOST = f"its filters reach a tensor without plain memory (a sparse one, say), {
 _EMPTY = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"}
 _EMPTY |= {"new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
 _READERS = {"numpy", "tolist", "item", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__"}
-_OFTEN = 16  # memories
 _READERS |= {"__reduce_ex__", "__deepcopy__", "__repr__", "__format__"}
 
 
-def escapes(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> dict[str, str]:
-    """The convolutions and linear layers whose channels leave ``probe`` with no weights behind them.
+@dataclass
+class Followed:
+    """What a pass shows of the ways that channels take.
+
+    Attributes:
+        escapes: convolution or linear layer → why its channels count as an output, as it follows "the filters
+            cannot be removed: ".
+        apart: no operation was seen that may compute a number of several channels without weights.
+    """
+
+    escapes: dict[str, str] = field(default_factory=dict)
+    apart: bool = True
+
+
+def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> Followed:
+    """Find the layers whose channels leave ``probe`` with no weights behind them.
 
     Args:
         probe: a copy of a model, whose parameters need no gradient: a graph would hold what a pass computes.
@@ -46,22 +71,19 @@ def escapes(probe: nn.Module, example_inputs: Any, *, training: bool = False) ->
         example_inputs: what it takes.
         training: whether the pass is in train mode.
 
-    Returns:
-        {qualified name: the reason, as it follows "the filters cannot be removed: "}.
-
     Raises:
         PassFailed: the model raised an error.
     """
-    follow = _Follow(probe)
+    following = _Follow(probe)
     layers = [
         (name, module) for name, module in probe.named_modules() if isinstance(module, CONSUMER_CLASSES)
     ]
     # Statistics are no outputs. In evaluation only single numbers are taken for statistics.
     kept = [buffer for buffer in probe.buffers() if training or buffer.numel() < 2]
-    with hooked(layers, follow.after, follow.before), follow, _Reading(follow):
+    with hooked(layers, following.after, following.before), following, _Reading(following):
         output, _ = run(probe, example_inputs, training=training)
-    follow.end(list(tensors(output)), kept)
-    return follow.found
+    following.end(list(tensors(output)), kept)
+    return following.found
 
 
 class _Memory:
@@ -86,60 +108,68 @@ class _Memory:
         """The layers whose channels are in it."""
         return set().union(*(names for names, _ in self.parts))
 
-    def labels(self, tensor: Tensor) -> list[tuple[set[str], Tensor | None]]:
-        """The labels of a tensor that lies in this memory, part by part."""
+    def find(self, tensor: Tensor) -> list[tuple[set[str], Where]]:
+        """Where the channels lie in a tensor of this memory, part by part."""
         return [(names, labels.of(tensor)) for names, labels in self.parts]
 
     def forget(self) -> None:
-        """Drop the labels."""
+        """Drop what is known of where they lie."""
         self.parts = [(names, labels.unknown()) for names, labels in self.parts]
 
-    def add(self, tensor: Tensor, names: set[str], labels: Tensor | None) -> None:
-        """Note that channels of the layers ``names`` are in a tensor that lies in this memory."""
-        labels = simplest(labels, tensor.shape)
+    def add(self, tensor: Tensor, names: set[str], where: Where) -> None:
+        """Note that channels of the layers ``names`` are in a tensor of this memory."""
         for others, known in self.parts:
-            if known.is_just(tensor, labels):
+            if known.is_just(tensor, where):
                 others |= names
                 return
             if names <= others:
-                known.write(tensor, labels)
+                known.write(tensor, where)
                 return
-        self.parts.append((set(names), _Labels(tensor, labels)))
+        self.parts.append((set(names), _Labels(tensor, where)))
 
 
 class _Labels:
-    """The labels of all elements of a memory, written tensor by tensor."""
+    """Where channels lie in a memory, written tensor by tensor.
 
-    def __init__(self, tensor: Tensor, labels: Tensor | None) -> None:
+    Attributes:
+        heavy: there is a label for each element.
+    """
+
+    def __init__(self, tensor: Tensor, where: Where) -> None:
         self._size = tensor.element_size()
-        # As long as one tensor alone was written to, its labels stay small: see ``compact``.
-        self._one: tuple[Any, Tensor | None] | None = (_geometry(tensor), labels)
+        # As long as one tensor alone was written to, it is kept how.
+        self._one: tuple[Any, Where] | None = (_geometry(tensor), where)
         self._all: Tensor | None = None
+
+    @property
+    def heavy(self) -> bool:
+        """Whether there is a label for each element."""
+        return self._all is not None
 
     def unknown(self) -> _Labels:
         """These labels, when nothing is known of them any more."""
         self._one, self._all = None, None
         return self
 
-    def is_just(self, tensor: Tensor, labels: Tensor | None) -> bool:
-        """Whether these labels were written to this tensor, and nothing else was."""
+    def is_just(self, tensor: Tensor, where: Where) -> bool:
+        """Whether this was written to this tensor, and nothing else was."""
         if self._one is None or self._one[0] != _geometry(tensor):
             return False
         known = self._one[1]
-        if known is None or labels is None:
-            return known is labels
-        return known.shape == labels.shape and torch.equal(known, labels)
+        if isinstance(known, Tensor) and isinstance(where, Tensor):
+            return known.shape == where.shape and torch.equal(known, where)
+        return type(known) is type(where) and known == where
 
-    def of(self, tensor: Tensor) -> Tensor | None:
-        """The labels of a tensor, with size 1 in the dimensions along which they are the same."""
+    def of(self, tensor: Tensor) -> Where:
+        """Where the channels lie in a tensor."""
         if self._one is not None and self._one[0] == _geometry(tensor):
             return self._one[1]
         every = self._every(tensor)
-        return None if every is None else compact(_at(every, tensor)).clone()
+        return None if every is None else compact(_at(every, tensor))
 
-    def write(self, tensor: Tensor, labels: Tensor | None) -> None:
-        """Give the elements of a tensor further labels."""
-        every = self._every(tensor)
+    def write(self, tensor: Tensor, where: Where) -> None:
+        """Note where further channels lie in a tensor."""
+        every, labels = self._every(tensor), written_out(where, tensor.shape)
         self._one = None
         if every is None or labels is None:
             self._all = None
@@ -152,24 +182,23 @@ class _Labels:
         count = tensor.untyped_storage().nbytes() // self._size
         if tensor.element_size() != self._size or count > MOST:
             return None
-        if self._one is not None and self._one[1] is not None:
-            self._all = torch.zeros(count, dtype=torch.int32)
-            self._all.as_strided(*self._one[0]).copy_(self._one[1])
+        if self._one is not None and self._all is None:
+            (shape, *lies), where = self._one
+            labels = written_out(where, shape)
+            if labels is not None:
+                self._all = torch.zeros(count, dtype=torch.int32)
+                self._all.as_strided(shape, *lies).copy_(labels)
         return None if self._all is None or len(self._all) != count else self._all
 
 
 class _Follow(TorchDispatchMode):
-    """Follows the channels of layers through the operations of a pass.
-
-    Attributes:
-        found: layer → why its channels count as an output.
-    """
+    """Follows the channels of layers through the operations of a pass; ``found`` is what it finds."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.found: dict[str, str] = {}
+        self.found = Followed()
         self._memories: dict[int, _Memory] = {}
-        self._lasting: list[_Memory] = []  # those whose tensors were still there when it was looked
+        self._heavy: list[_Memory] = []
         self._inside: list[str] = []
         self._labelling = False
         self._noted = carrying(self._note)
@@ -207,9 +236,8 @@ class _Follow(TorchDispatchMode):
         if memory is None:
             self._leave([name], _LOST)
             return
-        for names, _ in memory.parts:
-            names.discard(name)
-        memory.add(output, {name}, numbered(output.shape, channel_dim(module, output)))
+        memory.parts = [(left, labels) for names, labels in memory.parts if (left := names - {name})]
+        memory.add(output, {name}, channel_dim(module, output))
 
     def read(self, tensor: Tensor) -> None:
         """Note that the model takes a tensor's numbers out of PyTorch."""
@@ -238,79 +266,79 @@ class _Follow(TorchDispatchMode):
 
     def _leave(self, names: Iterable[str], reason: str) -> None:
         for name in names:
-            self.found.setdefault(name, reason)
+            self.found.escapes.setdefault(name, reason)
 
     def _memory(self, tensor: Tensor) -> _Memory | None:
         """The memory of ``tensor``; None if it has none of the plain kind."""
         key = _key(tensor)
         if key is not None and key not in self._memories:
             self._memories[key] = _Memory(tensor)
-            self._lasting.append(self._memories[key])
-            if len(self._memories) % _OFTEN == 0:
-                self._forget()
         return None if key is None else self._memories[key]
 
-    def _forget(self) -> None:
-        """Drop the labels of tensors that are no more."""
-        for memory in self._lasting:
+    def _forget(self, used: Iterable[_Memory]) -> None:
+        """Drop the labels of tensors that are no more: with one for each element they take much room."""
+        self._heavy += [
+            memory
+            for memory in used
+            if memory not in self._heavy and any(labels.heavy for _, labels in memory.parts)
+        ]
+        for memory in self._heavy:
             if memory.alive.expired():
                 memory.forget()
-        self._lasting = [memory for memory in self._lasting if not memory.alive.expired()]
+        self._heavy = [memory for memory in self._heavy if not memory.alive.expired()]
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         operation = func.overloadpacket.__name__.rstrip("_")
         if operation in _EMPTY:
             return
-        given = [(tensor, self._memory(tensor)) for tensor in _tensors_in((args, kwargs))]
+        given = [(tensor, self._memory(tensor)) for tensor in _tensors_in((*args, *kwargs.values()))]
+        memories = [memory for _, memory in given if memory is not None]
         written = _written(func, args, kwargs)
         made = [tensor for tensor in _tensors_in(result) if not any(tensor is other for other in written)]
-        results = {_key(tensor) for tensor in (*made, *written)}
+        results = [*((tensor, True) for tensor in written), *((tensor, False) for tensor in made)]
+        filled = [(tensor, self._memory(tensor), changed) for tensor, changed in results]
         sums = contracted(operation, args)
-        memories = [memory for _, memory in given if memory is not None]
-        moving: list[tuple[set[str], Tensor, Tensor | None]] = []
+        moving: list[tuple[set[str], Tensor, Where]] = []
         for tensor, memory in given:
             if memory is None:
                 continue
-            if _key(tensor) not in results:
-                memory.read = True
-            if not (operation == "copy" and tensor is args[0]):  # which is overwritten
+            memory.read |= all(memory is not other for _, other, _ in filled)
+            if memory.parts and not (operation == "copy" and tensor is args[0]):  # which is overwritten
                 moving += [
-                    (names, tensor, labels)
-                    for names, labels in memory.labels(tensor)
-                    if not self._mixes(sums, args, tensor, labels)
+                    (names, tensor, where)
+                    for names, where in memory.find(tensor)
+                    if not self._mixes(sums, args, tensor, where)
                 ]
         fed = any(memory.fed for memory in memories)
         inside = {self._inside[-1]} if self._inside and fed else set()
         if not results:  # a number of Python's
             self._leave({*inside, *(name for names, _, _ in moving for name in names)}, _READ)
-        before = {_key(tensor) for tensor, _ in given}
-        for place, tensor in enumerate((*written, *made)):
-            if place >= len(written) and _key(tensor) in before:
-                continue  # a view, whose labels lie in the memory
-            memory = self._memory(tensor)
+        for place, (tensor, memory, changed) in enumerate(filled):
             if memory is None:
                 self._leave({*inside, *(name for names, _, _ in moving for name in names)}, _LOST)
                 continue
+            if not changed and any(memory is other for other in memories):
+                continue  # a view, whose labels lie in the memory
             known = [other for other in memories if other is not memory]
             memory.fed |= fed
-            memory.weights = (
-                bool(known)
-                and all(other.weights or not (other.parts or other.fed or sums) for other in known)
-                and any(other.weights for other in known)
-            )
+            pure = all(other.weights or not (other.parts or other.fed or sums) for other in known)
+            memory.weights = pure and (memory.weights if changed else any(each.weights for each in known))
             memory.first = memory.first and place <= len(written)
-            for names, operand, labels in moving:
-                memory.add(tensor, names, moved(func, args, kwargs, operand, labels, tensor.shape))
+            for names, operand, where in moving:
+                if self.found.apart and not self._inside:
+                    self.found.apart = keeps_apart(func, args, kwargs, operand, where)
+                memory.add(tensor, names, moved(func, args, kwargs, operand, where, tensor.shape))
             if inside:
-                memory.add(tensor, inside, torch.zeros((1,) * tensor.dim(), dtype=torch.int32))
+                memory.add(tensor, inside, NOWHERE)
+        self._forget(memories)
 
-    def _mixes(self, sums: Any, args: Any, tensor: Tensor, labels: Tensor | None) -> bool:
+    def _mixes(self, sums: Any, args: Any, tensor: Tensor, where: Where) -> bool:
         """Whether an operation multiplies the channels in ``tensor`` by weights and sums over all of them."""
         for place, dim in sums:
             if args[place] is tensor:
                 by = next((args[other] for other, _ in sums if other != place), args[1])
                 weights = [self._memory(part) for part in _tensors_in(by)]
-                return lies_along(labels, dim) and all(map(self._is_weight, weights))
+                return lies_along(where, dim, tensor.dim()) and all(map(self._is_weight, weights))
         return False
 
     def _is_weight(self, memory: _Memory | None) -> bool:

@@ -1,12 +1,14 @@
 """Where the channels of a layer lie in the tensors that are computed from its output.
 
-A label is a number for each element of a tensor: elements of different channels have different labels. Labels
-lie in memory as the elements do, so a view of a tensor has the labels that lie where it looks. Where a tensor
-has size 1 in its labels, the channels do not vary; None stands for labels that nothing is known of.
+Mostly they lie along one dimension, and its number says all. Else a *label* for each element says where:
+elements of different channels have different labels. Labels lie in memory as the elements do, so a view of a
+tensor has the labels that lie where it looks. So an answer is one of three: a dimension, or ``NOWHERE`` if
+each element depends on all channels; labels, of size 1 where they do not vary; and None if nothing is known.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +18,15 @@ from torch import Tensor
 
 from regrow.torch_private import operator_arguments
 
+Where = int | Tensor | None
+NOWHERE = -1
+MOST = 1 << 24  # labels that are written out; a larger tensor may have its channels anywhere
 # Operations that take elements to other places: they are done to the labels too.
 _MOVES = {"pixel_shuffle", "pixel_unshuffle", "native_channel_shuffle", "channel_shuffle", "repeat", "roll"}
 _MOVES |= {"flip", "index", "index_select", "stack", "reshape", "flatten", "contiguous"}
 _MOVES |= {"transpose_copy", "permute_copy"}
 _JOINS = {"cat", "concat", "concatenate"}
 _PRIME = 1_000_003
-MOST = 1 << 24  # labels that are written out; a larger tensor may have its channels anywhere
 _CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable", "conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 # operation → (place of an operand, its dimension that is multiplied by weights and summed), for each operand
@@ -39,12 +43,69 @@ _CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def numbered(shape: Sequence[int], dim: int) -> Tensor:
-    """Labels of a layer's output [shape] with its channels in ``dim``."""
+# Operations that keep channels apart: element by element, or of elements that are only taken elsewhere.
+_APART = {"relu", "hardtanh", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "mish", "elu", "tanh"}
+_APART |= {"leaky_relu", "softplus", "prelu", "_prelu_kernel", "exp", "log", "sqrt", "rsqrt", "abs", "neg"}
+_APART |= {"square", "pow", "clamp", "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "where"}
+_APART |= {"maximum", "minimum", "addcmul", "lerp", "native_dropout", "dropout", "bernoulli", "fill", "zero"}
+_APART |= {"native_batch_norm", "batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit"}
+_APART |= {"_native_batch_norm_legit_no_training", "cat", "concat", "stack", "clone", "copy", "detach"}
+_APART |= {"view", "_unsafe_view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze"}
+_APART |= {"expand", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "alias"}
+_APART |= {"contiguous", "_to_copy", "to", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"}
+_APART |= {"channel_shuffle", "native_channel_shuffle", *_CONVOLUTIONS, *_TRANSPOSED}
+_POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool") + (
+    "upsample_", "reflection_pad", "replication_pad",
+)  # fmt: skip
+_SUMS = {"mean", "sum", "amax", "amin", "max", "min", "std", "var", "linalg_vector_norm"}
+
+
+def keeps_apart(operation: Any, args: Any, kwargs: Any, operand: Tensor, where: Where) -> bool:
+    """Whether ``operation`` is known to compute nothing of several channels that lie in ``operand``.
+
+    Where not, a channel may change others. What happens to the result, such as a sum of two parts of a tensor,
+    the graph knows.
+    """
+    name = operation.overloadpacket.__name__.rstrip("_")
+    if name in _APART:
+        return True
+    if not isinstance(where, int) or where == NOWHERE:
+        return False
+    if name in _SUMS:
+        summed = _summed(operation, args, kwargs)
+        return bool(summed) and where not in {dim % operand.dim() for dim in summed or ()}
+    sides = next((int(letter) for letter in name if letter in "123"), 0) if name.startswith(_POOLS) else 0
+    return bool(sides) and where < operand.dim() - sides
+
+
+def written_out(where: Where, shape: Sequence[int]) -> Tensor | None:
+    """The labels of a tensor [shape] that has its channels at ``where``; they broadcast to its shape."""
+    if not isinstance(where, int):
+        return where
     sides = [1] * len(shape)
-    if sides:
-        sides[dim] = shape[dim]
+    if where != NOWHERE:
+        sides[where] = shape[where]
     return torch.arange(1, math.prod(sides) + 1, dtype=torch.int32).view(sides)
+
+
+def compact(labels: Tensor) -> Where:
+    """``labels`` with size 1 where they do not vary; or the one dimension along which all of them differ."""
+    for dim, size in enumerate(labels.shape):
+        if size > 1:
+            first, second = labels.narrow(dim, 0, 1), labels.narrow(dim, 1, 1)
+            # One number tells most of the dimensions along which they vary.
+            if labels.stride(dim) == 0 or (
+                _corner(first) == _corner(second) and bool((labels == first).all())
+            ):
+                labels = first
+    along = [dim for dim, size in enumerate(labels.shape) if size > 1]
+    if not along:
+        return NOWHERE
+    if len(along) > 1:
+        return labels.clone()
+    # Labels that repeat along a dimension (of pictures and channels in one, say) may come apart again.
+    own = labels[labels > 0]
+    return along[0] if len(own.unique()) == len(own) else labels.clone()
 
 
 def both(one: Tensor, other: Tensor) -> Tensor:
@@ -53,39 +114,12 @@ def both(one: Tensor, other: Tensor) -> Tensor:
     return one if same else one * _PRIME + other
 
 
-def compact(labels: Tensor) -> Tensor:
-    """``labels`` with size 1 in each dimension along which they are the same."""
-    for dim, size in enumerate(labels.shape):
-        if size > 1:
-            first, second = labels.narrow(dim, 0, 1), labels.narrow(dim, 1, 1)
-            # One number tells most of the dimensions along which they are not.
-            if labels.stride(dim) == 0 or (
-                _corner(first) == _corner(second) and bool((labels == first).all())
-            ):
-                labels = first
-    return labels
-
-
-def simplest(labels: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """``labels`` of a tensor [shape]; where they all differ along one dimension, it is all that counts."""
-    if labels is None:
-        return None
-    along = [dim for dim, size in enumerate(labels.shape) if size > 1]
-    if not along:
-        return torch.ones((1,) * len(shape), dtype=torch.int32)
-    if len(along) > 1:
-        return labels
-    # Labels that repeat along a dimension (of pictures and channels in one, say) may come apart again.
-    own = labels[labels > 0]
-    return numbered(shape, along[0]) if len(own.unique()) == len(own) else labels
-
-
-def lies_along(labels: Tensor | None, dim: int) -> bool:
-    """Whether the channels lie in the dimension ``dim`` alone, so that a weighted sum over it mixes them."""
-    if labels is None:
-        return False
-    sizes = labels.shape
-    return not sizes or all(size == 1 for other, size in enumerate(sizes) if other != dim % len(sizes))
+def lies_along(where: Where, dim: int, dims: int) -> bool:
+    """Whether the channels of a tensor of ``dims`` dimensions lie in ``dim`` alone, so that a weighted sum
+    over it mixes all of them."""
+    if isinstance(where, Tensor):
+        return all(size == 1 for other, size in enumerate(where.shape) if other != dim % dims)
+    return where is not None and (where == NOWHERE or where == dim % dims)
 
 
 def contracted(operation: str, args: Sequence[Any]) -> tuple[tuple[int, int], ...]:
@@ -119,29 +153,31 @@ def _hands_on(weight: Tensor, groups: int, transposed: bool) -> bool:
 
 
 def moved(
-    operation: Any, args: Any, kwargs: Any, operand: Tensor, labels: Tensor | None, shape: Sequence[int]
-) -> Tensor | None:
-    """Labels of what ``operation``, an ATen operator, makes of one of its operands.
+    operation: Any, args: Any, kwargs: Any, operand: Tensor, where: Where, shape: Sequence[int]
+) -> Where:
+    """Where the channels lie in the result [shape] of ``operation``, an ATen operator.
 
     Args:
-        operand: the tensor among the arguments.
-        labels: its labels.
-        shape: of the result.
+        operand: the tensor among the arguments that carries the channels.
+        where: they lie in it.
     """
-    shape = tuple(shape)
-    if labels is None:
-        return None
-    if operation.overloadpacket.__name__ in _MOVES:
-        if math.prod(shape) > MOST:
+    shape, name = tuple(shape), operation.overloadpacket.__name__
+    if where is None or (isinstance(where, int) and where == NOWHERE):
+        return where
+    if name in _MOVES:
+        labels = written_out(where, operand.shape)
+        if labels is None or math.prod(shape) > MOST:
             return None
         try:
             made: Tensor = operation(*_on_labels(args, operand, labels.expand(operand.shape)), **kwargs)
         except (RuntimeError, IndexError, NotImplementedError):
             return None
         return compact(made) if made.shape == shape else None
-    if operation.overloadpacket.__name__ in _JOINS:
-        return _joined(args, operand, labels, args[1] if len(args) > 1 else kwargs.get("dim", 0))
-    return _fitted(labels, tuple(operand.shape), shape, _summed(operation, args, kwargs))
+    if name in _JOINS:
+        if isinstance(where, int):
+            return where
+        return _joined(args, operand, where, args[1] if len(args) > 1 else kwargs.get("dim", 0))
+    return _fitted(where, tuple(operand.shape), shape, _summed(operation, args, kwargs))
 
 
 def _joined(args: Any, operand: Tensor, labels: Tensor, dim: int) -> Tensor:
@@ -171,34 +207,44 @@ def _on_labels(args: Any, operand: Tensor, labels: Tensor) -> list[Any]:
     return [swapped(args[0]), *map(here, args[1:])]
 
 
+@functools.lru_cache(maxsize=1024)
+def _place_of_dim(operation: Any) -> int | None:
+    names = [name for name, _ in operator_arguments(operation)]
+    return names.index("dim") if "dim" in names else None
+
+
 def _summed(operation: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[int] | None:
     """The dimensions that an operation works along, its argument ``dim``; None if it has no such argument."""
-    names = [name for name, _ in operator_arguments(operation)]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    dims = given.get("dim")
+    place = _place_of_dim(operation)
+    if place is None:
+        return None
+    dims = args[place] if place < len(args) else kwargs.get("dim")
     if type(dims) is int:
         return [dims]
     return list(dims) if isinstance(dims, list | tuple) and all(type(dim) is int for dim in dims) else None
 
 
-def _fitted(
-    labels: Tensor, sizes: tuple[int, ...], shape: tuple[int, ...], summed: Sequence[int] | None
-) -> Tensor | None:
-    """The labels of one operand [sizes] in the result [shape] of an operation; None where unknown."""
+def _fitted(where: int | Tensor, sizes: tuple[int, ...], shape: tuple[int, ...], summed: Any) -> Where:
+    """Where channels of an operand [sizes] lie in the result [shape]; None where that is unknown."""
     added = len(shape) - len(sizes)
     if added >= 0 and all(mine in (1, theirs) for mine, theirs in zip(sizes, shape[added:], strict=True)):
-        return labels.view((1,) * added + tuple(labels.shape))
+        return where + added if isinstance(where, int) else where.view((1,) * added + tuple(where.shape))
     if not added:
         # Pools, pads, resizing, gates: the channels stay in their dimension.
+        if isinstance(where, int):
+            return where if shape[where] > 1 else NOWHERE
         for dim, size in enumerate(shape):
-            if size != sizes[dim] and labels.shape[dim] != 1:
-                kept = labels.sum(dim, keepdim=True) if not labels.numel() else labels.amax(dim, keepdim=True)
-                labels = both(kept, numbered(shape, dim)) if size > 1 else kept
-        return labels
-    gone = {dim % len(sizes) for dim in summed or ()} if sizes and labels.numel() else set()
-    if tuple(size for dim, size in enumerate(sizes) if dim not in gone) == shape:
-        return labels.amax(list(gone)) if gone else labels
-    return None
+            if size != sizes[dim] and where.shape[dim] != 1:
+                kept = where.amax(dim, keepdim=True) if where.numel() else where.sum(dim, keepdim=True)
+                numbers = written_out(dim, shape)
+                where = both(kept, numbers) if size > 1 and numbers is not None else kept
+        return where
+    gone = {dim % len(sizes) for dim in summed or ()} if sizes else set()
+    if tuple(size for dim, size in enumerate(sizes) if dim not in gone) != shape:
+        return None
+    if isinstance(where, int):
+        return NOWHERE if where in gone else where - sum(dim < where for dim in gone)
+    return where.amax(list(gone)) if gone and where.numel() else None
 
 
 def _corner(labels: Tensor) -> float:

@@ -32,6 +32,11 @@ _LENGTH, _STEP = 131_071, 40_009
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
+def has_mixers(model: nn.Module) -> bool:
+    """Whether a layer of ``model`` is known to compute each channel from several."""
+    return any(isinstance(module, MIXERS) for module in model.modules())
+
+
 def rule_out_mixing(model: nn.Module, example_inputs: Any, readers: Mapping[str, Readers]) -> None:
     """Note in ``readers`` that channels change others on their way: they must stay in their places.
 

@@ -16,9 +16,9 @@ from regrow.looking.noise import noise_like
 from regrow.looking.small_inputs import smaller_picture
 from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
-from regrow.structure.escapes import escapes
+from regrow.structure.escapes import follow
 from regrow.structure.graph import Graph, LostCount
-from regrow.structure.mixing import rule_out_mixing
+from regrow.structure.mixing import has_mixers, rule_out_mixing
 from regrow.structure.norms import NormFinder
 from regrow.structure.readers import Readers, Reads
 
@@ -83,7 +83,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     norms, reason, graph, output = NormFinder(), "", None, None
     quiet = copied(model, requires_grad=False).eval()
     try:
-        left = escapes(quiet, example_inputs)
+        followed = follow(quiet, example_inputs)
     except PassFailed as error:
         raise PassFailed(
             f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "
@@ -97,7 +97,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
 
         def after(name: str, module: nn.Module, inputs: Any, made: Tensor) -> None:
             norms.note(name, module, inputs, made)
-            if name in left:  # the model may return it without its gradient, or not at all
+            if name in followed.escapes:  # the model may return it without its gradient, or not at all
                 ends.append(made)
 
         with hooked(channel_layers(probe), after), GradientKept():
@@ -128,18 +128,19 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     if graph is not None:
         graph.close()
     rule_out(probe, readers)
-    rule_out_mixing(model, example_inputs, readers)
-    for name, why in (_escapes_in_training(quiet, example_inputs) | left).items():
+    if not followed.apart or has_mixers(model):
+        rule_out_mixing(model, example_inputs, readers)
+    for name, why in (_escapes_in_training(quiet, example_inputs) | followed.escapes).items():
         if name in readers:
             readers[name].output = why
     return Proposal(model, example_inputs, readers)
 
 
 def _escapes_in_training(probe: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """What ``escapes`` finds in train mode, in which a model may return more."""
+    """What ``follow`` finds in train mode, in which a model may return more."""
     for inputs in (example_inputs, noise_like(example_inputs, 2)):  # norms may need two pictures to train
         try:
-            return escapes(probe, inputs, training=True)
+            return follow(probe, inputs, training=True).escapes
         except PassFailed as error:
             failure = error
     gave_up("looking for outputs in train mode", failure)  # a model that needs targets to train, say
