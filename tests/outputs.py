@@ -88,7 +88,7 @@ KINDS = {
     "half seen": lambda _, y: {"seg": y.argmax(1), "depth": y[:, :1].mean()},
     "added in place": lambda _, y: torch.zeros_like(y).add_(y),
     "written": lambda _, y: y.new_zeros(y.shape[0], y.shape[1] + 1, *y.shape[2:]).index_copy_(
-        1, torch.arange(y.shape[1]), y
+        1, torch.arange(y.shape[1], device=y.device), y
     ),
     "sliced in": lambda _, y: _written_to_a_slice(y),
     "clamped mean": lambda _, y: y.flatten(2).mean(2).clamp(0, 1),

@@ -309,6 +309,9 @@ class _Follow(TorchDispatchMode):
                     for names, where in memory.find(tensor)
                     if not self._mixes(sums, args, tensor, where)
                 ]
+        if not self._inside and self.found.apart and moving:
+            places = [(operand, where) for _, operand, where in moving]
+            self.found.apart = keeps_apart(func, args, kwargs, places)
         fed = any(memory.fed for memory in memories)
         inside = {self._inside[-1]} if self._inside and fed else set()
         if not results:  # a number of Python's
@@ -325,8 +328,6 @@ class _Follow(TorchDispatchMode):
             memory.weights = pure and (memory.weights if changed else any(each.weights for each in known))
             memory.first = memory.first and place <= len(written)
             for names, operand, where in moving:
-                if self.found.apart and not self._inside:
-                    self.found.apart = keeps_apart(func, args, kwargs, operand, where)
                 memory.add(tensor, names, moved(func, args, kwargs, operand, where, tensor.shape))
             if inside:
                 memory.add(tensor, inside, NOWHERE)

@@ -51,31 +51,44 @@ _APART |= {"maximum", "minimum", "addcmul", "lerp", "native_dropout", "dropout",
 _APART |= {"native_batch_norm", "batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit"}
 _APART |= {"_native_batch_norm_legit_no_training", "cat", "concat", "stack", "clone", "copy", "detach"}
 _APART |= {"view", "_unsafe_view", "reshape", "flatten", "permute", "transpose", "t", "squeeze", "unsqueeze"}
-_APART |= {"expand", "slice", "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "alias"}
+_APART |= {"expand", "split", "split_with_sizes", "chunk", "alias"}
 _APART |= {"contiguous", "_to_copy", "to", "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle"}
 _APART |= {"channel_shuffle", "native_channel_shuffle", *_CONVOLUTIONS, *_TRANSPOSED}
-_POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool") + (
-    "upsample_", "reflection_pad", "replication_pad",
-)  # fmt: skip
+_POOLS = ("avg_pool", "max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "upsample_")
+_PADS = ("reflection_pad", "replication_pad")
+_PARTS = {"slice", "select", "narrow", "unbind"}
 _SUMS = {"mean", "sum", "amax", "amin", "max", "min", "std", "var", "linalg_vector_norm"}
 
 
-def keeps_apart(operation: Any, args: Any, kwargs: Any, operand: Tensor, where: Where) -> bool:
-    """Whether ``operation`` is known to compute nothing of several channels that lie in ``operand``.
+def keeps_apart(operation: Any, args: Any, kwargs: Any, operands: Sequence[tuple[Tensor, Where]]) -> bool:
+    """Whether ``operation`` is known to compute nothing of several channels of a layer.
 
-    Where not, a channel may change others. What happens to the result, such as a sum of two parts of a tensor,
-    the graph knows.
+    Where it is not known, a channel may change others, which the graph does not see. It knows the sums, and the
+    parts of equal sizes.
+
+    Args:
+        operands: the tensors among the arguments that carry channels, and where.
     """
     name = operation.overloadpacket.__name__.rstrip("_")
     if name in _APART:
-        return True
-    if not isinstance(where, int) or where == NOWHERE:
-        return False
-    if name in _SUMS:
-        summed = _summed(operation, args, kwargs)
-        return bool(summed) and where not in {dim % operand.dim() for dim in summed or ()}
-    sides = next((int(letter) for letter in name if letter in "123"), 0) if name.startswith(_POOLS) else 0
-    return bool(sides) and where < operand.dim() - sides
+        # Counted from the last dimension, as operands of fewer dimensions are placed.
+        places = {where - operand.dim() if isinstance(where, int) else None for operand, where in operands}
+        return len(operands) < 2 or (len(places) == 1 and None not in places)
+    for operand, where in operands:
+        if not isinstance(where, int) or where == NOWHERE:
+            return False
+        along = {dim % operand.dim() for dim in _summed(operation, args, kwargs) or ()}
+        sides = (
+            next((int(each) for each in name if each in "123"), 0) if name.startswith(_POOLS + _PADS) else 0
+        )
+        apart = (
+            where < operand.dim() - sides
+            if sides
+            else name in _SUMS | _PARTS and along and where not in along
+        )
+        if not apart:
+            return False
+    return True
 
 
 def written_out(where: Where, shape: Sequence[int]) -> Tensor | None:
