@@ -63,8 +63,8 @@ _SUMS = {"mean", "sum", "amax", "amin", "max", "min", "std", "var", "linalg_vect
 def keeps_apart(operation: Any, args: Any, kwargs: Any, operands: Sequence[tuple[Tensor, Where]]) -> bool:
     """Whether ``operation`` is known to compute nothing of several channels of a layer.
 
-    Where it is not known, a channel may change others, which the graph does not see. It knows the sums, and the
-    parts of equal sizes.
+    Where it is not known, a channel may change others, which the graph does not see. It knows sums, and parts
+    of a tensor that a split makes.
 
     Args:
         operands: the tensors among the arguments that carry channels, and where.
@@ -77,16 +77,13 @@ def keeps_apart(operation: Any, args: Any, kwargs: Any, operands: Sequence[tuple
     for operand, where in operands:
         if not isinstance(where, int) or where == NOWHERE:
             return False
-        along = {dim % operand.dim() for dim in _summed(operation, args, kwargs) or ()}
-        sides = (
-            next((int(each) for each in name if each in "123"), 0) if name.startswith(_POOLS + _PADS) else 0
-        )
-        apart = (
-            where < operand.dim() - sides
-            if sides
-            else name in _SUMS | _PARTS and along and where not in along
-        )
-        if not apart:
+        if name.startswith(_POOLS + _PADS):
+            sides = next((int(letter) for letter in name if letter in "123"), operand.dim())
+            along = set(range(operand.dim() - sides, operand.dim()))
+        else:
+            dims = _summed(operation, args, kwargs) if name in _SUMS | _PARTS else None
+            along = {dim % operand.dim() for dim in dims or range(operand.dim())}
+        if where in along:
             return False
     return True
 
