@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
-from regrow.given import check_inputs, check_module, check_optimizer, kind_of, names_given
+from regrow.given import check_inputs, check_module, check_optimizer, names_given
 from regrow.interrupts import uninterrupted
 from regrow.log import first_line, gave_up
 from regrow.looking.calls import PassFailed, floating, run
@@ -27,8 +27,8 @@ from regrow.repr.averaged import Averaged
 from regrow.repr.narrow import check_plan, narrow
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.slots import Copies, keeps_tensors, stepping
+from regrow.repr.state import VERSION, check_state, phase_at
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
-from regrow.short import line, short
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -37,7 +37,6 @@ from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal
 from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
 
-_VERSION = 1
 # At less than this share of the highest learning rate, a network heals too slowly after a drop or restore.
 _LOW_RATE = 0.1
 # A restore that makes an output so many times as large sends gradients of that size through the network.
@@ -228,13 +227,7 @@ class RePr:
     @property
     def phase(self) -> str:
         """``"full"``, ``"sub"``, or ``"done"`` after the last restore."""
-        return self._phase_at(self._step)
-
-    def _phase_at(self, step: int) -> str:
-        length = self._settings["full"] + self._settings["sub"]
-        if step >= length * self._settings["cycles"]:
-            return "done"
-        return "full" if step % length < self._settings["full"] else "sub"
+        return phase_at(self._settings, self._step)
 
     @property
     def keep(self) -> dict[str, Tensor]:
@@ -456,7 +449,7 @@ class RePr:
     def state_dict(self) -> dict[str, Any]:
         """All that RePr needs to continue exactly: tensors, numbers, strings and lists of these."""
         return {
-            "version": _VERSION,
+            "version": VERSION,
             "settings": dict(self._settings),
             "step": self._step,
             "highest_rate": self._highest_rate,
@@ -466,43 +459,8 @@ class RePr:
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless ``load_state_dict`` would take ``state``; nothing is changed."""
-        if not isinstance(state, Mapping):
-            raise ValueError(f"not a state of RePr, what cycle.state_dict() gives, but {kind_of(state)}.")
-        missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)
-        if missing:
-            raise ValueError(f"not a state of RePr: {', '.join(sorted(missing))} missing.")
-        if type(state["version"]) is not int or state["version"] != _VERSION:
-            raise ValueError(
-                f"this regrow reads RePr states of version {_VERSION}, got {short(state['version'])}."
-            )
-        if not isinstance(state["settings"], Mapping):
-            raise ValueError(f"not a state of RePr: its settings are {kind_of(state['settings'])}.")
-        copies = state.get("copies", {})  # states of earlier releases have none
-        if not isinstance(copies, Mapping) or not all(type(value) is bool for value in copies.values()):
-            raise ValueError(f"copies in a state of RePr says yes or no of slots, got {short(copies)}.")
-        theirs = state["settings"]
-        other = [
-            f"{key}={short(theirs.get(key))} (here {short(ours)})"
-            for key, ours in self._settings.items()
-            if not isinstance(theirs.get(key), bool | int | float | str | list) or theirs[key] != ours
-        ]
-        if other:
-            raise ValueError(
-                f"the state was saved with other settings: {line(', '.join(other), 400)}. Build RePr with "
-                "the same ones."
-            )
-        step, rate, sub = state["step"], state["highest_rate"], state["sub_phase"]
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**63:
-            raise ValueError(f"step in a state of RePr is a number of calls, got {short(step)}.")
-        if not isinstance(rate, int | float) or not 0 <= rate < float("inf"):
-            raise ValueError(f"highest_rate in a state of RePr is a learning rate, got {short(rate)}.")
-        if sub is not None and not isinstance(sub, Mapping):
-            raise ValueError(f"sub_phase in a state of RePr is a mapping, got {short(sub)}.")
-        if (self._phase_at(step) == "sub") != bool(sub):
-            raise ValueError(
-                f"after {step} calls RePr is in its {self._phase_at(step)} phase, and the state has "
-                f"{'a' if sub else 'no'} sub phase."
-            )
+        check_state(state, self._settings)
+        sub = state["sub_phase"]
         if sub:
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
             if self._compact and sub.get("plan") is not None:
@@ -637,7 +595,7 @@ def release(model: nn.Module) -> dict[str, Any]:
     for _, module, mark in list(marks_on(model)):
         if isinstance(mark, _InCycle):
             mark.undo(module)
-    return {"version": _VERSION, "dropped": dropped}
+    return {"version": VERSION, "dropped": dropped}
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:
