@@ -56,5 +56,6 @@ def check_state(state: Any, settings: Mapping[str, Any]) -> None:
     phase = phase_at(settings, step)
     if (phase == "sub") != bool(sub):
         raise ValueError(
-            f"after {step} calls RePr is in its {phase} phase, and the state has {'a' if sub else 'no'} sub phase."
+            f"after {step} calls RePr is in its {phase} phase, and the state has {'a' if sub else 'no'} sub "
+            "phase."
         )
