@@ -254,8 +254,8 @@ class _Follow(TorchDispatchMode):
         returned = [memory for tensor in outputs if (memory := self._memory(tensor)) is not None]
         for memory in returned:
             self._leave(memory.names, OUTPUT)
-        passed = [*returned, *(self._memory(tensor) for tensor in kept)]
-        others = [memory for memory in self._memories.values() if memory.parts and memory not in passed]
+        passed = {id(memory) for memory in (*returned, *(self._memory(tensor) for tensor in kept))}
+        others = [memory for memory in self._memories.values() if memory.parts and id(memory) not in passed]
         if any(not memory.alive.expired() for memory in others):
             gc.collect()  # a circle of references holds tensors for a while
         for memory in others:
@@ -314,11 +314,12 @@ class _Follow(TorchDispatchMode):
             self.found.apart = keeps_apart(func, args, kwargs, places)
         fed = any(memory.fed for memory in memories)
         inside = {self._inside[-1]} if self._inside and fed else set()
+        carried = inside.union(*(names for names, _, _ in moving))
         if not results:  # a number of Python's
-            self._leave({*inside, *(name for names, _, _ in moving for name in names)}, _READ)
+            self._leave(carried, _READ)
         for place, (tensor, memory, changed) in enumerate(filled):
             if memory is None:
-                self._leave({*inside, *(name for names, _, _ in moving for name in names)}, _LOST)
+                self._leave(carried, _LOST)
                 continue
             if not changed and any(memory is other for other in memories):
                 continue  # a view, whose labels lie in the memory
