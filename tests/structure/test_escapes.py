@@ -363,6 +363,35 @@ def test_the_classifier_alone_is_the_output_of_a_classifier(name):
     assert len(found(model, x)) == len(found(model, x, training=True)) == 1
 
 
+def test_tensors_without_elements_are_followed():
+    """A detector whose boxes are all below the threshold calls its head with nothing."""
+
+    def draw(s, x):
+        y = s.a(x).flatten(2).transpose(1, 2).reshape(-1, 4)
+        none = y[torch.zeros(len(y), dtype=torch.bool)]
+        return s.out(none[none[:, 0].sort()[1]]), s.b(x)
+
+    assert {"out", "b"} <= drawn(draw, a=conv(3, 4), out=nn.Linear(4, 2), b=conv(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("retinanet_resnet50_fpn", {"head.classification_head.cls_logits", "head.regression_head.bbox_reg"}),
+        (
+            "fasterrcnn_mobilenet_v3_large_320_fpn",
+            {"rpn.head.cls_logits", "rpn.head.bbox_pred"}
+            | {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"},
+        ),
+    ],
+)
+def test_detectors(name, outputs):
+    detection = torchvision.models.detection
+    small = {"min_size": 96, "max_size": 96} if name.startswith("retina") else {"min_size": 96}
+    model = getattr(detection, name)(weights=None, weights_backbone=None, **small)
+    assert set(found(model, ([torch.rand(3, 96, 96)],))) == outputs
+
+
 def test_scripted_code_is_followed():
     between = torch.jit.script(_squared)
     assert drawn(lambda s, x: s.b(between(s.a(x))), a=conv(3, 4), b=conv(4, 2)) == {"b"}

@@ -27,6 +27,7 @@ def test_labels_written_out_and_back():
     repeated = compact(flat)
     assert repeated.tolist() == [[1], [2], [3], [4]] * 2
     assert compact(repeated.expand(8, 9).reshape(2, 4, 9)) == 1
+    assert compact(torch.zeros(0, 4, dtype=torch.int32)) is None
     # Channels that lie beside others are told apart all the same.
     assert compact(torch.tensor([[0, 0, 1, 2]])) == 1
     assert both(torch.tensor([1, 2]), torch.tensor([1, 2])).tolist() == [1, 2]

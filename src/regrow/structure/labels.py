@@ -99,7 +99,12 @@ def written_out(where: Where, shape: Sequence[int]) -> Tensor | None:
 
 
 def compact(labels: Tensor) -> Where:
-    """``labels`` with size 1 where they do not vary; or the one dimension along which all of them differ."""
+    """``labels`` with size 1 where they do not vary; or the one dimension along which all of them differ.
+
+    None for a tensor without elements, such as the boxes of a detector that found nothing.
+    """
+    if not labels.numel():
+        return None
     for dim, size in enumerate(labels.shape):
         if size > 1:
             first, second = labels.narrow(dim, 0, 1), labels.narrow(dim, 1, 1)
