@@ -34,6 +34,8 @@ NAMES = {
     "_get_sequence_nr": torch.autograd,
     "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
     "_HybridIndex": torch_pruning._helpers,
+    "_set_grad_enabled": torch._C,
+    "_schema": torch.ops.aten.relu.default,
 }
 
 

@@ -84,17 +84,29 @@ def confirm(probe: nn.Module, example_inputs: Any, readers: Mapping[str, Readers
 
 def _apart(readers: Mapping[str, Readers]) -> list[list[str]]:
     """The convolutions in groups; no two convolutions of a group share an index of a reader."""
-    groups: list[tuple[list[str], set[tuple[str, int]]]] = []
-    for name, found in readers.items():
-        both = [*found.norms.items(), *found.consumers.items()]
-        used = {(reader, index) for reader, reads in both for index in reads.indices}
+    return disjoint_groups(
+        {
+            name: {
+                (reader, index)
+                for reader, reads in [*found.norms.items(), *found.consumers.items()]
+                for index in reads.indices
+            }
+            for name, found in readers.items()
+        }
+    )
+
+
+def disjoint_groups(used: Mapping[str, set[Any]]) -> list[list[str]]:
+    """The names in groups; no two names of a group use the same thing."""
+    groups: list[tuple[list[str], set[Any]]] = []
+    for name, things in used.items():
         for names, taken in groups:
-            if taken.isdisjoint(used):
+            if taken.isdisjoint(things):
                 names.append(name)
-                taken.update(used)
+                taken.update(things)
                 break
         else:
-            groups.append(([name], used))
+            groups.append(([name], set(things)))
     return [names for names, _ in groups]
 
 

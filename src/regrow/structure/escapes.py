@@ -129,11 +129,7 @@ class _Memory:
 
 
 class _Labels:
-    """Where channels lie in a memory, written tensor by tensor.
-
-    Attributes:
-        heavy: there is a label for each element.
-    """
+    """Where channels lie in a memory, written tensor by tensor."""
 
     def __init__(self, tensor: Tensor, where: Where) -> None:
         self._size = tensor.element_size()

@@ -21,6 +21,7 @@ from regrow.looking.copies import copied, inputs_as
 from regrow.looking.hooks import hooked, idle
 from regrow.looking.noise import unsettle
 from regrow.modules import CONSUMER_CLASSES, channel_dim, device_of, is_stock
+from regrow.structure.confirm import disjoint_groups
 from regrow.structure.flows import Flows
 from regrow.structure.readers import Readers
 from regrow.torch_private import own_buffers, own_parameters
@@ -101,17 +102,7 @@ class _Passes:
 
     def _apart(self, names: Sequence[str]) -> list[list[str]]:
         """The convolutions in groups; no two convolutions of a group reach the same layer."""
-        groups: list[tuple[list[str], set[str]]] = []
-        for name in names:
-            reached = set(self._flows.reached[name])
-            for group, taken in groups:
-                if taken.isdisjoint(reached):
-                    group.append(name)
-                    taken.update(reached)
-                    break
-            else:
-                groups.append(([name], reached))
-        return [group for group, _ in groups]
+        return disjoint_groups({name: set(self._flows.reached[name]) for name in names})
 
     def _why(self, shown: set[str]) -> str:
         mixers = [each for each in self._layers if isinstance(each[1], MIXERS) and each[0] in shown]
