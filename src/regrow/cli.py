@@ -108,7 +108,7 @@ def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]
 
 
 def _configs(file: Path | None, settings: dict[str, Any], each: Sequence[dict[str, Any]]) -> list[RunConfig]:
-    """The checked settings of each run: those of ``file``, of the flags, and its own; the later ones win."""
+    """Merge and check each run's settings: flags replace the file's, and the run's own replace both."""
     from regrow.study.launch import check_models
     from regrow.study.unused import check_used
 

@@ -141,7 +141,7 @@ def grouped(layer: nn.Module, tensor: Tensor) -> Tensor:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether a layer hands each input channel on to filters of its own."""
+    """Whether each group of a layer reads a single input channel."""
     groups = getattr(layer, "groups", 1)
     return groups > 1 and groups == channels_read(layer)
 

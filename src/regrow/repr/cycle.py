@@ -427,7 +427,7 @@ class RePr:
             self._sub.silence_in(copy)
 
     def _warn_of_others(self) -> None:
-        """Warn of whatever moves weights in the sub phase, and is not a step of the optimizer."""
+        """Warn if dropped filters have moved, or if weights train and no step of the optimizer was seen."""
         if self._sub is None:
             return
         if names := self._sub.moved():

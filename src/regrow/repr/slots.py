@@ -50,7 +50,7 @@ def parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Those of ``parts`` that run hooks behind their steps.
+    """The optimizers among ``parts`` that run hooks after their steps.
 
     A wrapper that skips ``Optimizer.__init__`` runs none, even where it takes them.
     """

@@ -87,7 +87,7 @@ def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> 
 
 
 class _Memory:
-    """What is known of the memory of some tensors.
+    """A block of memory, and what a pass has shown of the tensors that lie in it.
 
     Attributes:
         alive: a reference that does not hold it.
@@ -113,7 +113,7 @@ class _Memory:
         return [(names, labels.of(tensor)) for names, labels in self.parts]
 
     def forget(self) -> None:
-        """Drop what is known of where they lie."""
+        """Drop the labels, and keep the names of the layers."""
         self.parts = [(names, labels.unknown()) for names, labels in self.parts]
 
     def add(self, tensor: Tensor, names: set[str], where: Where) -> None:
@@ -340,7 +340,7 @@ class _Follow(TorchDispatchMode):
         return False
 
     def _is_weight(self, memory: _Memory | None) -> bool:
-        """Whether a memory holds weights: what is computed from parameters, or any constant in a layer."""
+        """Whether a memory holds weights: values made from parameters alone, or any constant in a layer."""
         if memory is None or memory.parts:
             return False
         return memory.weights or bool(self._inside and not memory.fed)

@@ -220,7 +220,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _listed(error: ValidationError) -> str:
-    """What is wrong with the first three settings that are wrong, and the number of the others."""
+    """A message about the first three wrong settings, with the number of the other wrong ones."""
     errors = error.errors(include_url=False)
     listed = [
         f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{line(e['msg'][1:])}, got {short(e['input'])}"

@@ -91,7 +91,7 @@ def known_numbers(
 def variant_styles(
     groups: Mapping[str, Mapping[str, Any]], known: Mapping[str, int] | None = None
 ) -> dict[str, Style]:
-    """How to draw each method or variant. The arguments are those of ``variant_numbers``."""
+    """How to draw each method or variant. ``variant_numbers`` describes the arguments."""
     numbers = variant_numbers(groups, known)
     return styles(list(groups), {name: (each["method"], numbers[name]) for name, each in groups.items()})
 
