@@ -35,6 +35,7 @@ NAMES = {
     "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
     "_HybridIndex": torch_pruning._helpers,
     "_set_grad_enabled": torch._C,
+    "_top_saved_tensors_default_hooks": torch._C._autograd,
     "_schema": torch.ops.aten.relu.default,
 }
 

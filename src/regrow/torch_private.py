@@ -150,6 +150,13 @@ def operator_arguments(operation: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((argument.name, bool(argument.is_write)) for argument in operation._schema.arguments)
 
 
+def saved_tensors_go_elsewhere() -> bool:
+    """Whether autograd hands the tensors that it saves to somebody's hooks, as in a checkpointed part of a
+    model; True where that cannot be seen."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 class _Place(NamedTuple):
     idx: int
     root_idx: int
