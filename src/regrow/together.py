@@ -30,7 +30,8 @@ class Together(Generic[T]):
     another part has made; and while transforms of torch.func or forward-mode derivatives run.
 
     Args:
-        make: returns one value for each of the layers given, which are of one kind.
+        make: returns one value for each of the layers given, which are of one kind; None for a layer that
+            computes by itself after all.
         kind: what the layers of a group have in common, such as device and type; None for a layer that
             computes by itself now. It is asked in every pass.
         size: bytes of a layer's part.
@@ -40,7 +41,7 @@ class Together(Generic[T]):
 
     def __init__(
         self,
-        make: Callable[[Sequence[nn.Module]], Sequence[T]],
+        make: Callable[[Sequence[nn.Module]], Sequence[T | None]],
         kind: Callable[[nn.Module], Hashable],
         size: Callable[[nn.Module], int],
         stamp: Callable[[nn.Module], Any],

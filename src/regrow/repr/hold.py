@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.indexing import Where, clear, on
+from regrow.repr.joined import At, Layout, is_dense, take_vector
 from regrow.repr.slots import readable, stepping
 
 Entries = Sequence[tuple[nn.Parameter, Where]]
@@ -16,7 +17,7 @@ Entries = Sequence[tuple[nn.Parameter, Where]]
 
 # torch.optim's own classes move no weight of 0 that has a gradient of 0 and no memory; all were tried.
 _STILL = "torch.optim"
-_WATCHED = 3  # steps after which that is believed
+_WATCHED = 2  # steps after which that is believed
 
 
 class Hold:
@@ -46,6 +47,7 @@ class Hold:
     ) -> None:
         self._entries = list(entries)
         self._stepped = self._trained = False
+        self._layouts: dict[Hashable, Layout] = {}
         # Gradients accumulated before this call would reach gradient clipping and the next step.
         for parameter, rows in entries:
             if parameter.grad is not None:
@@ -79,10 +81,9 @@ class Hold:
         self._unmasked, self._to_watch = [], None
         self.zero()
 
-    @torch.no_grad()
     def _have_gradients(self) -> bool:
         """Whether rows have gradients, from a loss that reads whole parameters."""
-        return bool(_not_zero([(p.grad, rows) for p, rows in self._unmasked if p.grad is not None]))
+        return any(self._values([(p.grad, rows) for p, rows in self._unmasked if p.grad is not None]))
 
     @torch.no_grad()
     def zero(self) -> None:
@@ -90,11 +91,27 @@ class Hold:
         for parameter, rows in self._entries:
             clear(parameter, rows)
 
-    @torch.no_grad()
     def moved(self) -> list[nn.Parameter]:
         """The parameters whose rows are not 0. The answer is waited for once per device, not per layer."""
-        found = _not_zero(self._entries)
-        return [self._entries[number][0] for number in found]
+        if not any(self._values(self._entries)):
+            return []
+        return [parameter for parameter, rows in self._entries if parameter[rows].any()]
+
+    @torch.no_grad()
+    def _values(self, entries: Sequence[tuple[Tensor, Where]]) -> Iterator[Tensor]:
+        """What ``entries`` hold, each device and type in one operation."""
+        alike: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Where]]] = {}
+        for tensor, where in entries:
+            alike.setdefault((tensor.device, tensor.dtype), []).append((tensor, where))
+        for (device, _), those in alike.items():
+            tensors = [tensor for tensor, _ in those]
+            if not all(map(is_dense, tensors)):
+                yield torch.stack([tensor[on(where, device)].any() for tensor, where in those]).any()
+                continue
+            key = device, tuple([(id(where), tensor.stride()) for tensor, where in those])
+            if key not in self._layouts:
+                self._layouts[key] = Layout(tensors, [At(on(where, device)) for _, where in those])
+            yield take_vector(tensors, self._layouts[key]).any()
 
     def missed_steps(self) -> bool:
         """Whether the parameters are trained and have moved, and yet no step of the optimizer was seen.
@@ -127,15 +144,3 @@ def _without(rows: Where) -> Callable[[Tensor], Tensor]:
         return masked
 
     return masked
-
-
-def _not_zero(entries: Sequence[tuple[Tensor, Where]]) -> list[int]:
-    """The numbers of the entries with other values than 0."""
-    found: list[int] = []
-    for device in {tensor.device for tensor, _ in entries}:
-        here = [
-            (i, tensor[on(w, device)]) for i, (tensor, w) in enumerate(entries) if tensor.device == device
-        ]
-        if torch.cat([values.flatten() for _, values in here]).any():
-            found += [number for number, values in here if values.any()]
-    return sorted(found)

@@ -7,15 +7,16 @@ index. On a CPU only small tensors are: there memory costs more than launches.
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regrow.indexing import Where, place, take, take_block
+from regrow.indexing import Where, clear, place, take, take_block
 
 _ALIGNED = 64  # entries: a part begins at a multiple of 256 bytes in float32, as PyTorch's own memory does
 _SMALL = 2**15  # entries: larger tensors are not joined on a CPU
@@ -28,7 +29,7 @@ class Slice:
     Attributes:
         rows, columns: the indices that stay in dim 0 and dim 1, [kept] int64; None keeps all.
         spread: (width, [kept] int64): the places of what stays among zeros in ``dim``.
-        dead: where the tensor, and so its gradient, is held at 0.
+        dead: where what stays, and so its gradient, is held at 0, as an index into the whole tensor.
     """
 
     rows: Tensor | None = None
@@ -40,26 +41,40 @@ class Slice:
     def of(self, tensor: Tensor) -> Tensor:
         """What stays of ``tensor``."""
         if self.dead is not None:
-            tensor = cleared(tensor, self.dead)
+            tensor = _cleared(tensor, self.dead)
         block = take_block(tensor, self.rows, self.columns)
         return block if self.spread is None else place(block, self.spread[1], self.dim, self.spread[0])
+
+    def back(self, gradient: Tensor, out: Tensor) -> None:
+        """The derivative of ``of``: write ``gradient`` to its places in ``out``, and zeros elsewhere."""
+        if self.spread is not None:
+            gradient = take(gradient, self.spread[1], self.dim)
+        if self.columns is not None:
+            gradient = place(gradient, self.columns, 1, out.shape[1])
+        if self.rows is None:
+            out.copy_(gradient)
+        else:
+            out.zero_().index_copy_(0, self.rows, gradient)
+        if self.dead is not None:
+            clear(out, self.dead)
 
     def is_whole(self) -> bool:
         """Whether all of the tensor stays."""
         return self.rows is None and self.columns is None and self.spread is None
 
-    def back(self, gradient: Tensor, whole: Tensor) -> Tensor:
-        """The derivative of ``of``: ``gradient`` at its places in zeros of the shape of ``whole``."""
-        if self.spread is not None:
-            gradient = take(gradient, self.spread[1], self.dim)
-        if self.columns is not None:
-            gradient = place(gradient, self.columns, 1, whole.shape[1])
-        if self.rows is not None:
-            gradient = place(gradient, self.rows, 0, whole.shape[0])
-        return gradient if self.dead is None else cleared(gradient, self.dead)
+
+@dataclass(frozen=True, eq=False)
+class At:
+    """The entries of a tensor at an index, as another kind of slice; they are only read."""
+
+    where: Where
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The entries."""
+        return tensor[self.where]
 
 
-def cleared(tensor: Tensor, where: Where) -> Tensor:
+def _cleared(tensor: Tensor, where: Where) -> Tensor:
     """``tensor`` with zeros at ``where``; it can be differentiated."""
     if isinstance(where, Tensor):
         return tensor.index_fill(0, where, 0)
@@ -68,23 +83,40 @@ def cleared(tensor: Tensor, where: Where) -> Tensor:
     return tensor.masked_fill(mask.view(*mask.shape, *[1] * (tensor.dim() - 2)), 0)
 
 
-@dataclass
-class _Part:
-    """A tensor in a vector: where it begins, and its shape and strides there."""
+class _Vector:
+    """How tensors of given shapes and strides lie in one vector, each from a multiple of 256 bytes on.
 
-    begin: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    Args:
+        shapes: (shape, strides) of each tensor.
+        joined: which of them lie ahead of the others.
+    """
 
-    def of(self, vector: Tensor) -> Tensor:
-        return vector.as_strided(self.shape, self.strides, self.begin)
+    def __init__(self, shapes: Sequence[tuple[torch.Size, tuple[int, ...]]], joined: Sequence[bool]) -> None:
+        self.shapes = list(shapes)
+        self.counts = [math.prod(shape) for shape, _ in shapes]
+        self.begins = [0] * len(shapes)
+        self._order = sorted(range(len(shapes)), key=lambda number: not joined[number])
+        self._sizes: list[int] = []
+        self.length = self.joined_length = 0
+        for number in self._order:
+            self.begins[number] = self.length
+            gap = -self.counts[number] % _ALIGNED
+            self._sizes += [self.counts[number], gap]
+            self.length += self.counts[number] + gap
+            if joined[number]:
+                self.joined_length = self.length
 
-    @property
-    def count(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """The tensors, as views of the vector."""
+        pieces = vector.split(self._sizes)
+        parts: list[Tensor] = [vector] * len(self.shapes)
+        for turn, number in enumerate(self._order):
+            shape, strides = self.shapes[number]
+            flat = len(shape) == 1
+            parts[number] = (
+                pieces[2 * turn] if flat else vector.as_strided(shape, strides, self.begins[number])
+            )
+        return parts
 
 
 class Layout:
@@ -95,60 +127,47 @@ class Layout:
         slices: what stays of each.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], slices: Sequence[Slice]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], slices: Sequence[Slice | At]) -> None:
         self.slices = list(slices)
+        self.whole_already = all(isinstance(one, Slice) and one.is_whole() for one in slices)
         self.joined = [not tensor.is_cpu or tensor.numel() <= _SMALL for tensor in tensors]
-        self.whole_length = self.small_length = self.whole_joined = self.small_joined = 0
         with torch.no_grad():
-            positions = [_numbered(tensor) for tensor in tensors]
-            kept = [one.of(each) for one, each in zip(slices, positions, strict=True)]
-        # Joined tensors lie ahead of the others.
-        order = sorted(range(len(tensors)), key=lambda i: not self.joined[i])
-        parts: dict[int, tuple[_Part, _Part]] = {}
-        for i in order:
-            whole = _part(self.whole_length, tensors[i])
-            small = _part(self.small_length, kept[i])
-            self.whole_length += _aligned(whole.count)
-            self.small_length += _aligned(small.count)
-            parts[i] = whole, small
-            if self.joined[i]:
-                self.whole_joined, self.small_joined = self.whole_length, self.small_length
-        self.whole = [parts[i][0] for i in range(len(tensors))]
-        self.small = [parts[i][1] for i in range(len(tensors))]
+            # Of a joined tensor: the position in memory, from 1, of each entry that stays.
+            kept = [
+                one.of(_numbered(tensor) if joined else tensor)
+                for one, tensor, joined in zip(slices, tensors, self.joined, strict=True)
+            ]
+        self.whole = _Vector([(tensor.shape, tensor.stride()) for tensor in tensors], self.joined)
+        self.small = _Vector([(one.shape, _dense_strides(one)) for one in kept], self.joined)
         if any(self.joined):
-            self._number(tensors, kept)
+            self._number(kept, tensors[0])
         self.number = next(_numbers)
         _layouts[self.number] = self
 
-    def parts(self, vector: Tensor) -> list[Tensor]:
-        """The parts that stay, as views of the vector in which they lie."""
-        return [part.of(vector) for part in self.small]
-
-    def _number(self, tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    def _number(self, kept: Sequence[Tensor], like: Tensor) -> None:
         """The indices by which joined tensors are taken and spread; a joined vector ends in a 0."""
-        device = tensors[0].device
-        among = [i for i, joined in enumerate(self.joined) if joined]
-        whole = sum(tensors[i].numel() for i in among)
-        small = sum(kept[i].numel() for i in among)
-        taken = torch.full((self.small_joined,), whole, device=device)
-        spread = torch.full((self.whole_joined,), small, device=device)
+        whole, small, device = self.whole, self.small, like.device
+        among = [number for number, joined in enumerate(self.joined) if joined]
+        last, last_small = (sum(vector.counts[i] for i in among) for vector in (whole, small))
+        taken = torch.full((small.joined_length,), last, device=device)
+        spread = torch.full((whole.joined_length,), last_small, device=device)
         # What is not taken keeps its own value when statistics are written back.
-        written = torch.full((self.whole_joined,), self.small_joined + whole, device=device)
+        written = torch.full((whole.joined_length,), small.joined_length + last, device=device)
         begins = begun = 0
         for i in among:
-            part, here = self.small[i], _in_memory(kept[i], self.small[i].strides)
+            here = _in_memory(kept[i], small.shapes[i][1])
             present = here > 0
             at = here[present] - 1
-            places = torch.arange(part.count, device=device)[present]
-            taken[part.begin : part.begin + part.count][present] = begins + at
-            spread[self.whole[i].begin + at] = begun + places
-            mine = self.whole[i].begin + torch.arange(tensors[i].numel(), device=device)
-            written[mine] = self.small_joined + begins + mine - self.whole[i].begin
-            written[self.whole[i].begin + at] = part.begin + places
-            begins += tensors[i].numel()
-            begun += part.count
+            places = torch.arange(small.counts[i], device=device)[present]
+            taken[small.begins[i] + places] = begins + at
+            spread[whole.begins[i] + at] = begun + places
+            mine = torch.arange(whole.counts[i], device=device)
+            written[whole.begins[i] + mine] = small.joined_length + begins + mine
+            written[whole.begins[i] + at] = small.begins[i] + places
+            begins += whole.counts[i]
+            begun += small.counts[i]
         self.taken, self.spread, self.written = taken.int(), spread.int(), written.int()
-        self.zero = torch.zeros(1, dtype=tensors[0].dtype, device=device)
+        self.zero = like.new_zeros(1)
 
 
 _numbers = itertools.count()
@@ -157,7 +176,11 @@ _layouts: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether ``tensor`` fills its memory, each entry once."""
-    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    return _dense_strides(tensor) == tensor.stride()
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(torch.empty_like(tensor, device="meta").stride())
 
 
 def _numbered(tensor: Tensor) -> Tensor:
@@ -166,25 +189,29 @@ def _numbered(tensor: Tensor) -> Tensor:
     return vector.as_strided(tensor.shape, tensor.stride())
 
 
-def _part(begin: int, tensor: Tensor) -> _Part:
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return _Part(begin, tuple(tensor.shape), tuple(strides))
-
-
-def _aligned(count: int) -> int:
-    return -(-count // _ALIGNED) * _ALIGNED
-
-
-def _in_memory(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+def _in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor`` as a vector in the order in which it lies in memory with ``strides``."""
-    if tensor.stride() != tuple(strides):
+    if tensor.stride() != strides:
         ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)
+    if tensor.dim() == 1:
+        return tensor
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _picked(tensors: Sequence[Tensor], layout: Layout, index: Tensor, out: Tensor) -> None:
-    torch.index_select(torch.cat([*tensors, layout.zero]), 0, index, out=out)
+def _joined(tensors: Sequence[Tensor], vector: _Vector, layout: Layout) -> list[Tensor]:
+    """The tensors that are joined, each as a vector, and the zero at the end."""
+    found = [
+        _in_memory(tensor, strides)
+        for tensor, (_, strides), joined in zip(tensors, vector.shapes, layout.joined, strict=True)
+        if joined
+    ]
+    return [*found, layout.zero] if found else []
+
+
+def _alone(layout: Layout) -> Iterator[tuple[int, Any]]:
+    """The tensors that are not joined, by number, each with what stays of it."""
+    return ((number, layout.slices[number]) for number, joined in enumerate(layout.joined) if not joined)
 
 
 # Custom operators: PyTorch sees one operation for all tensors, whatever the device makes of it.
@@ -192,12 +219,14 @@ def _picked(tensors: Sequence[Tensor], layout: Layout, index: Tensor, out: Tenso
 def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
     """What stays of the tensors ``whole``, one vector."""
     to = _layouts[layout]
-    out = whole[0].new_empty(to.small_length)
-    if among := [_in_memory(t, p.strides) for t, p, j in zip(whole, to.whole, to.joined, strict=True) if j]:
-        _picked(among, to, to.taken, out[: to.small_joined])
-    for tensor, part, one, joined in zip(whole, to.small, to.slices, to.joined, strict=True):
-        if not joined:
-            part.of(out).copy_(one.of(tensor))
+    if len(joined := _joined(whole, to.whole, to)) > len(whole):
+        return torch.cat(joined).index_select(0, to.taken)
+    out = whole[0].new_zeros(to.small.length)
+    if joined:
+        torch.index_select(torch.cat(joined), 0, to.taken, out=out[: to.small.joined_length])
+    parts = to.small.parts(out)
+    for number, one in _alone(to):
+        parts[number].copy_(one.of(whole[number]))
     return out
 
 
@@ -205,13 +234,14 @@ def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
 def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     """The tensors ``small`` at their places among zeros, one vector."""
     to = _layouts[layout]
-    out = small[0].new_empty(to.whole_length)
-    if among := [_in_memory(t, p.strides) for t, p, j in zip(small, to.small, to.joined, strict=True) if j]:
-        _picked(among, to, to.spread, out[: to.whole_joined])
-    for tensor, part, one, joined in zip(small, to.whole, to.slices, to.joined, strict=True):
-        if not joined:
-            whole = part.of(out)
-            whole.copy_(one.back(tensor, whole))
+    if len(joined := _joined(small, to.small, to)) > len(small):
+        return torch.cat(joined).index_select(0, to.spread)
+    out = small[0].new_empty(to.whole.length)
+    if joined:
+        torch.index_select(torch.cat(joined), 0, to.spread, out=out[: to.whole.joined_length])
+    parts = to.whole.parts(out)
+    for number, one in _alone(to):
+        one.back(small[number], parts[number])
     return out
 
 
@@ -219,14 +249,15 @@ def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
 def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
     """The tensors ``whole`` with the entries of ``small``, from ``take_parts``, in place of theirs."""
     to = _layouts[layout]
-    out = small.new_empty(to.whole_length)
-    among = [_in_memory(t, p.strides) for t, p, j in zip(whole, to.whole, to.joined, strict=True) if j]
-    if among:
-        _picked([small[: to.small_joined], *among], to, to.written, out[: to.whole_joined])
-    for tensor, part, taken, one, joined in zip(whole, to.whole, to.small, to.slices, to.joined, strict=True):
-        if not joined:
-            assert one.rows is not None
-            part.of(out).copy_(tensor).index_copy_(0, one.rows, taken.of(small))
+    if len(joined := _joined(whole, to.whole, to)) > len(whole):
+        return torch.cat([small, *joined]).index_select(0, to.written)
+    out = small.new_empty(to.whole.length)
+    if joined:
+        joined = [small[: to.small.joined_length], *joined]
+        torch.index_select(torch.cat(joined), 0, to.written, out=out[: to.whole.joined_length])
+    parts, taken = to.whole.parts(out), to.small.parts(small)
+    for number, one in _alone(to):
+        parts[number].copy_(whole[number]).index_copy_(0, one.rows, taken[number])
     return out
 
 
@@ -235,11 +266,10 @@ class _Take(torch.autograd.Function):
     def forward(ctx: Any, layout: Layout, *whole: Tensor) -> tuple[Tensor, ...]:
         ctx.layout = layout
         ctx.set_materialize_grads(False)
-        if all(one.is_whole() for one in layout.slices):
+        if layout.whole_already:
             parts = tuple(tensor.view_as(tensor) for tensor in whole)
         else:
-            small = _take_parts(list(whole), layout.number)
-            parts = tuple(layout.parts(small))
+            parts = tuple(layout.small.parts(_take_parts(list(whole), layout.number)))
         fixed = [part for part, tensor in zip(parts, whole, strict=True) if not tensor.requires_grad]
         ctx.mark_non_differentiable(*fixed)
         return parts
@@ -258,35 +288,36 @@ class _Spread(torch.autograd.Function):
         if some is None:
             return (None,) * len(small)
         # A layer that did not take part in the loss has no gradient.
-        full = [
-            some.new_zeros(part.shape) if tensor is None else tensor
-            for tensor, part in zip(small, layout.small, strict=True)
-        ]
-        whole = _spread_parts(full, layout.number)
-        return tuple(
-            None if tensor is None else part.of(whole)
-            for tensor, part in zip(small, layout.whole, strict=True)
-        )
+        full = _filled(small, some, layout.small)
+        parts = layout.whole.parts(_spread_parts(full, layout.number))
+        return tuple(None if given is None else part for given, part in zip(small, parts, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         some = next(tensor for tensor in gradients if tensor is not None)
-        full = [
-            some.new_zeros(part.shape) if tensor is None else tensor
-            for tensor, part in zip(gradients, ctx.layout.whole, strict=True)
-        ]
-        return None, *_Take.apply(ctx.layout, *full)
+        return None, *_Take.apply(ctx.layout, *_filled(gradients, some, ctx.layout.whole))
+
+
+def _filled(tensors: Sequence[Tensor | None], like: Tensor, vector: _Vector) -> list[Tensor]:
+    """``tensors`` with zeros in place of None."""
+    return [
+        like.new_zeros(shape) if tensor is None else tensor
+        for tensor, (shape, _) in zip(tensors, vector.shapes, strict=True)
+    ]
 
 
 def take_vector(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
-    """What stays of all tensors as one vector, without gradients; ``Layout.parts`` has the pieces."""
-    return _take_parts([tensor.detach() for tensor in tensors], layout.number)
+    """What stays of all tensors as one vector, without gradients; ``layout.small.parts`` has the pieces.
+
+    What lies between the pieces is 0.
+    """
+    with torch.no_grad():
+        return _take_parts(list(tensors), layout.number)
 
 
 def written(tensors: Sequence[Tensor], vector: Tensor, layout: Layout) -> list[Tensor]:
     """``tensors`` with the entries of ``vector``, from ``take_vector``, in place of their own."""
-    whole = _write_parts([tensor.detach() for tensor in tensors], vector, layout.number)
-    return [part.of(whole) for part in layout.whole]
+    return layout.whole.parts(_write_parts(list(tensors), vector, layout.number))
 
 
 def take_parts(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:

@@ -271,9 +271,11 @@ def _add_dead(
             if module not in found and ("forward" in vars(module) or isinstance(module, _Narrowed)):
                 held.discard(own)
                 continue
-            slices = found.setdefault(module, _Slices({}, {}))
-            one = slices.tensors.get(key, Slice())
-            slices.tensors[key] = replace(one, dead=_joined(entries[id(own)][1], own))
+            one = found[module].tensors.get(key, Slice()) if module in found else Slice()
+            where = _joined(entries[id(own)][1], own)
+            if _stays(where, one.rows):
+                slices = found.setdefault(module, _Slices({}, {}))
+                slices.tensors[key] = replace(one, dead=where)
     return held
 
 
@@ -286,3 +288,8 @@ def _joined(places: Sequence[Where], parameter: Tensor) -> Where:
         mask[on(where, parameter.device)] = True
     first, second = mask.nonzero(as_tuple=True)
     return first, second
+
+
+def _stays(where: Where, rows: Tensor | None) -> bool:
+    """Whether a slice of ``rows`` has an entry at ``where``."""
+    return rows is None or not isinstance(where, Tensor) or bool(torch.isin(where, rows).any())

@@ -20,6 +20,7 @@ from regrow.torch_private import (
 )
 
 Tensors = dict[str, Tensor]
+_Entry = tuple[nn.Module, str, Tensor, Tensors]  # a layer, the name of a tensor, it, and what is made
 
 
 class Parts:
@@ -33,11 +34,16 @@ class Parts:
     """
 
     def __init__(self, slices: Mapping[nn.Module, Mapping[str, Slice]]) -> None:
-        self._slices, order = slices, list(slices)
-        self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, order)
-        self._layouts: dict[Hashable, Layout] = {}
-        self._read: dict[nn.Module, list[_Statistics]] = {}
+        self._slices = slices
+        self._computed = {
+            layer
+            for layer, names in slices.items()
+            if any(isinstance(getattr(type(layer), name, None), property) for name in names)
+        }
+        self._layouts: dict[Hashable, Layout | None] = {}
+        self._read: dict[nn.Module, dict[int, _Statistics]] = {}
         self._changed: dict[nn.Module, None] = {}
+        self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, list(slices))
 
     def has(self, module: nn.Module) -> bool:
         """Whether ``module`` is one of the layers."""
@@ -69,61 +75,59 @@ class Parts:
         self._together.end(whole)
 
     def _kind(self, layer: nn.Module) -> Hashable:
+        """The device of a layer that can share an operation; None for one that takes its tensors itself."""
         # A hook of the user's may change the weights, and of Bridgeout's w̃ slices are taken too.
-        if has_pre_hooks(layer) or not self._slices[layer]:
+        if layer in self._computed or has_pre_hooks(layer):
             return None
-        own, wide = _own(layer), type(layer).__mro__[2]
-        tensors = [own.get(name) for name in self._slices[layer]]
-        if any(isinstance(getattr(wide, name, None), property) for name in self._slices[layer]):
-            return None
-        if any(tensor is None or not is_dense(tensor) for tensor in tensors):
-            return None
-        return next(tensor.device for tensor in tensors if tensor is not None)
+        own, buffers = own_parameters(layer), own_buffers(layer)
+        tensors = [own.get(name, buffers.get(name)) for name in self._slices[layer]]
+        whole = [tensor for tensor in tensors if tensor is not None]
+        return whole[0].device if whole and len(whole) == len(tensors) else None
 
     def _stamp(self, layer: nn.Module) -> Hashable:
         own = own_parameters(layer)
-        return tuple(
-            (id(own[name]), writes_to(own[name])) for name in self._slices[layer] if own.get(name) is not None
-        )
+        tensors = [own[name] for name in self._slices[layer] if name in own]
+        return tuple([(id(tensor), writes_to(tensor)) for tensor in tensors])
 
-    def _make(self, layers: Sequence[nn.Module]) -> list[Tensors]:
+    def _make(self, layers: Sequence[nn.Module]) -> list[Tensors | None]:
         made: list[Tensors] = [{} for _ in layers]
         alike: dict[tuple[torch.dtype, bool], list[_Entry]] = {}
-        for number, layer in enumerate(layers):
-            own, buffers = _own(layer), own_buffers(layer)
+        for layer, tensors in zip(layers, made, strict=True):
+            own, buffers = own_parameters(layer), own_buffers(layer)
             for name in self._slices[layer]:
-                tensor = own[name]
-                alike.setdefault((tensor.dtype, name in buffers), []).append(
-                    _Entry(number, layer, name, tensor)
-                )
-        for (_, are_buffers), entries in alike.items():
-            layout = self._layout(entries)
-            tensors = [entry.tensor for entry in entries]
+                is_buffer = name in buffers
+                tensor = buffers[name] if is_buffer else own[name]
+                alike.setdefault((tensor.dtype, is_buffer), []).append((layer, name, tensor, tensors))
+        for (dtype, are_buffers), entries in alike.items():
+            whole = [tensor for _, _, tensor, _ in entries]
+            # A model may be moved, or change its memory format, between two passes.
+            place = whole[0].device, dtype, are_buffers
+            key = place, tuple(map(id, layers)), tuple([tensor.stride() for tensor in whole])
+            if key not in self._layouts:
+                slices = [self._slices[layer][name] for layer, name, _, _ in entries]
+                self._layouts[key] = Layout(whole, slices) if all(map(is_dense, whole)) else None
+            layout = self._layouts[key]
+            if layout is None:
+                return [None] * len(layers)
             if are_buffers:
-                vector = take_vector(tensors, layout)
-                slices = layout.parts(vector)
-                statistics = _Statistics(layout, vector, [(entry.layer, entry.tensor) for entry in entries])
-                for entry in entries:
-                    self._read.setdefault(entry.layer, []).append(statistics)
+                vector = take_vector(whole, layout)
+                parts = layout.small.parts(vector)
+                statistics = _Statistics(layout, vector, [(layer, buffer) for layer, _, buffer, _ in entries])
+                for layer, *_ in entries:
+                    self._read.setdefault(layer, {})[id(statistics)] = statistics
             else:
-                slices = take_parts(tensors, layout)
-            for entry, one in zip(entries, slices, strict=True):
-                made[entry.number][entry.name] = one
-        return made
-
-    def _layout(self, entries: Sequence[_Entry]) -> Layout:
-        # A model may be moved, or change its memory format, between two passes.
-        key = tuple((id(e.layer), e.name, e.tensor.device, e.tensor.stride()) for e in entries)
-        if key not in self._layouts:
-            slices = [self._slices[entry.layer][entry.name] for entry in entries]
-            self._layouts[key] = Layout([entry.tensor for entry in entries], slices)
-        return self._layouts[key]
+                parts = take_parts(whole, layout)
+            for (_, name, _, tensors), part in zip(entries, parts, strict=True):
+                tensors[name] = part
+        return [*made]
 
     @torch.no_grad()
     def _write(self, layers: Sequence[nn.Module]) -> None:
         """Write the statistics of ``layers`` from their slices into the buffers."""
         among = {layer: self._changed.pop(layer, None) for layer in layers}
-        read = {id(each): each for layer in among for each in self._read[layer]}
+        read: dict[int, _Statistics] = {}
+        for layer in among:
+            read.update(self._read[layer])
         for statistics in read.values():
             buffers = [buffer for _, buffer in statistics.entries]
             whole = written(buffers, statistics.vector, statistics.layout)
@@ -136,14 +140,6 @@ class Parts:
             copy_all(*zip(*pairs, strict=True))
 
 
-@dataclass(frozen=True)
-class _Entry:
-    number: int  # of the layer, in its group
-    layer: nn.Module
-    name: str
-    tensor: Tensor
-
-
 @dataclass(eq=False)
 class _Statistics:
     """What stays of some buffers, in a vector, while a pass runs."""
@@ -151,10 +147,6 @@ class _Statistics:
     layout: Layout
     vector: Tensor
     entries: list[tuple[nn.Module, Tensor]]
-
-
-def _own(layer: nn.Module) -> Mapping[str, Any]:
-    return own_parameters(layer) | own_buffers(layer)
 
 
 def _size(layer: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """What happens ahead of and behind every pass of a model.
 
-It is done by a class in front of the model's class, of which copies of the model know nothing; a hook would be
-copied with the model.
+It is done by a class in front of the model's class, of which copies of the model know nothing; a hook would
+be copied with the model.
 """
 
 from __future__ import annotations

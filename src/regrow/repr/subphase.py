@@ -31,6 +31,7 @@ from regrow.structure.readers import (
 )
 from regrow.structure.sums import silence_norms
 from regrow.surgery.plan import CutPlan
+from regrow.torch_private import own_parameters
 
 CONSUMERS = ("zero", "keep", "init")
 
@@ -130,8 +131,11 @@ class SubPhase:
         for copy in averaged:
             self.silence_in(copy)
         self.notes = self._forget() if memory is None else []
-        held = self._narrowing.held if self._narrowing is not None else ()
-        self._hold = Hold(self._dead_entries(), optimizer, held)
+        dead, held = self._dead_entries(), set[nn.Parameter]()
+        if self._narrowing is not None:
+            pushed = {parameter for parameter, _ in self._pushed_entries()}
+            held = {*self._narrowing.held} | {parameter for parameter, _ in dead if parameter not in pushed}
+        self._hold = Hold(dead, optimizer, held)
         names = {*self.dropped, *self._silenced, *(plan.layers() if plan is not None else ())}
         names.update(norm for name in self.dropped for norm in readers[name].norms)
         self._marked = [model.get_submodule(name) for name in names]
@@ -184,7 +188,7 @@ class SubPhase:
         return self._hold.missed_steps()
 
     def _narrowed(self, plan: CutPlan) -> Narrowing:
-        return narrow(self._model, plan, self._before_pass, self._dead_entries())
+        return narrow(self._model, plan, self._before_pass, self._pushed_entries())
 
     def _before_pass(self, training: bool, arguments: Any) -> None:
         self.captured = self.captured or capturing()
@@ -279,9 +283,31 @@ class SubPhase:
                     tensor[reads.of(indices)] = value
 
     def _dead_entries(self) -> list[tuple[nn.Parameter, Where]]:
-        entries = silent_entries(self._model, self._readers, self.dropped)
-        for name, channels in self._silenced.items():
-            entries += entries_of(self._model.get_submodule(name), index_tensor(channels))
+        return silent_entries(self._model, self._readers, self.dropped) + self._silenced_norms()
+
+    def _silenced_norms(self) -> list[tuple[nn.Parameter, Where]]:
+        return [
+            entry
+            for name, channels in self._silenced.items()
+            for entry in entries_of(self._model.get_submodule(name), index_tensor(channels))
+        ]
+
+    def _pushed_entries(self) -> list[tuple[nn.Parameter, Where]]:
+        """Of ``_dead_entries`` those that get gradients if nothing masks them.
+
+        Behind a filter of 0 that is read by norms with weights of 0 alone, only the biases of the norms do:
+        the norm hands back a gradient of 0 times its weight, and its input, which the gradient of its weight
+        is a multiple of, is 0.
+        """
+        quiet = {name for name in self.dropped if self._readers[name].norm_first}
+        others = {name: filters for name, filters in self.dropped.items() if name not in quiet}
+        entries = silent_entries(self._model, self._readers, others) + self._silenced_norms()
+        for name in quiet:
+            for norm, reads in self._readers[name].norms.items():
+                module = self._model.get_submodule(norm)
+                bias = own_parameters(module).get("bias")
+                if bias is not None:
+                    entries.append((bias, place_in(module, bias, index_tensor(reads.of(self.dropped[name])))))
         return entries
 
     def _entries(self) -> Iterator[tuple[str, Tensor, Where]]:
