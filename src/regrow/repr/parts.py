@@ -44,6 +44,8 @@ class Parts:
         self._read: dict[nn.Module, dict[int, _Statistics]] = {}
         self._changed: dict[nn.Module, None] = {}
         self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, list(slices))
+        self._together.prepare()
+        self._read = {}
 
     def has(self, module: nn.Module) -> bool:
         """Whether ``module`` is one of the layers."""
