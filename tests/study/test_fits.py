@@ -51,10 +51,7 @@ def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
     progress = Progress(quiet=True)
     progress.start("run", 4)
     for epoch in (1, 2):
-        loss, accuracy = train_epoch(
-            parts.wrapped, parts.train, epoch, parts.optimizer, parts.scheduler, parts.scaler, torch.float32,
-            ranks, progress,
-        )  # fmt: skip
+        loss, accuracy = train_epoch(parts.step, parts.train, epoch, parts.scheduler, ranks, progress)
         line = {
             "version": 2, "epoch": epoch, "phase": "full", "learning_rate": 0.1, "train_loss": loss,
             "train_accuracy": accuracy, "validation_loss": 1.0, "validation_accuracy": 0.5, "overlap": None,
