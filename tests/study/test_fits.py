@@ -80,6 +80,17 @@ def test_a_state_of_the_run_itself_fits(run: tuple[_Parts, dict[str, Any]]) -> N
     load_random_state(state["random"][0])
 
 
+def test_a_state_from_a_gpu_fits(run: tuple[_Parts, dict[str, Any]]) -> None:
+    """Adam is capturable there, and stays here what it is here."""
+    parts, state = run
+    if not isinstance(parts.optimizer, torch.optim.Adam):
+        pytest.skip("SGD is the same everywhere")
+    at = ("trained", "optimizer", "param_groups", 0, "capturable")
+    check(parts, changed(state, at, replaced(True)))
+    with pytest.raises(ValueError, match="capturable is 1, and here False"):
+        check(parts, changed(state, at, replaced(1)))
+
+
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to every value inside ``value``; of a long list, to the first values only."""
     yield at

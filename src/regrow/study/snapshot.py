@@ -64,8 +64,8 @@ def _of_this_device(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
 def keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """A function that puts back, in place, what training steps change; it can be called several times.
 
-    It puts back parameters, buffers, the number of Bridgeout's draws, the random generators and the optimizer's
-    slots. A slot that did not exist becomes 0, from which SGD and Adam start as they do without one.
+    It puts back parameters, buffers, the number of Bridgeout's draws, the random generators and the
+    optimizer's slots. A slot that did not exist becomes 0, from which SGD and Adam start as without one.
 
     Args:
         model: in its wrappers or without.

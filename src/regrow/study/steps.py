@@ -136,14 +136,18 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks | None = None) -> 
         ranks: the processes that measure together; their weights must be equal.
     """
     model.eval()
-    loss, correct, seen = 0.0, 0, 0
+    found, seen = [], 0
     for images, labels in batches.epoch(0):
         if len(labels) == 0:
             continue
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
+        total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        found.append((total, (logits.argmax(1) == labels).sum()))
         seen += len(labels)
+    loss, correct = 0.0, 0
+    for total, right in found:  # not in the loop above: reading a number makes a GPU wait
+        loss += float(total)
+        correct += int(right)
     if ranks is not None and ranks.count > 1:
         loss, correct, seen = ranks.add(torch.tensor([loss, correct, seen], dtype=torch.float64)).tolist()
     return {"loss": loss / seen, "accuracy": correct / seen}
