@@ -3,9 +3,9 @@
     python benchmarks/gpu_loop.py --out benchmarks/gpu_loop.md
 
 The net is C3(32), the pictures are random, 32×32 in colour, shifted and mirrored. Each round trains an epoch
-both ways, in turn: augmentation, schedule and the reading of losses are in the time; evaluation and checkpoints
-are timed on their own. RePr is measured in its full phase and in its sub phase. With `--device cpu` nothing is
-captured.
+both ways, in turn: augmentation, schedule and the reading of losses are in the time; evaluation and
+checkpoints are timed on their own. RePr is measured in its full phase and in its sub phase. With
+`--device cpu` nothing is captured.
 """
 
 from __future__ import annotations
@@ -164,13 +164,14 @@ def main() -> None:
         f"`python benchmarks/gpu_loop.py --rounds {arguments.rounds} --steps {arguments.steps} --precision "
         f"{arguments.precision}{' --free' if arguments.free else ''}`: n = {arguments.rounds} rounds, "
         f"alternating, each an epoch of {arguments.steps} batches of 128 pictures of {arguments.side}×"
-        f"{arguments.side}; C3(32), {arguments.precision}. Median (lowest to highest). “Same” says whether two "
-        "runs from one seed had the same weights after an epoch, bit for bit.",
+        f"{arguments.side}; C3(32), {arguments.precision}. Median (lowest to highest). “Same” says whether "
+        "two runs from one seed had the same weights after an epoch, bit for bit.",
         "",
-        f"{card}; Python {platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
+        f"{card}; Python {platform.python_version()}, torch {torch.__version__}, regrow "
+        f"{regrow.__version__}.",
         "",
-        "| method | kernel by kernel, steps/s | same | captured, steps/s | same | ratio | evaluation of 5,000, "
-        "ms | checkpoint, ms |",
+        "| method | kernel by kernel, steps/s | same | captured, steps/s | same | ratio | evaluation of "
+        "5,000, ms | checkpoint, ms |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in arguments.only or METHODS:

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_runs.py --out benchmarks/gpu_runs.md
 
-Each run is a process of its own that trains C3(32) on random pictures of Fashion-MNIST's size, with its start,
-its evaluations and its checkpoints in the time. Standard training, RePr and Bridgeout take turns.
+Each run is a process of its own that trains C3(32) on random pictures of Fashion-MNIST's size, with its
+start, its evaluations and its checkpoints in the time. Standard training, RePr and Bridgeout take turns.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_pictures(folder: Path, train: int, test: int) -> None:
 def minutes(
     folder: Path, data: Path, device: str, *, runs: int, workers: int, epochs: int
 ) -> tuple[float, float]:
-    """How long ``runs`` runs take, ``workers`` at a time, and the mean time that one of them trained, in s."""
+    """How long ``runs`` runs take, ``workers`` at a time; and for how many seconds one of them trained."""
     settings = {
         "data": "fashion-mnist", "data_dir": str(data), "device": device, "epochs": epochs, "width": 32,
         "precision": "bfloat16" if device != "cpu" else "float32", "p": 0.1, "augmentation": "shift",
@@ -105,8 +105,8 @@ def main() -> None:
         f"{arguments.pictures}`: {arguments.runs} runs of C3(32) for each row, once, on pictures of 28×28; "
         "standard training, RePr and Bridgeout take turns. A run's start and end are in the time.",
         "",
-        f"{card}, {where['cores']} CPU cores; Python {platform.python_version()}, torch {where['torch']}, regrow "
-        f"{regrow.__version__}.",
+        f"{card}, {where['cores']} CPU cores; Python {platform.python_version()}, torch {where['torch']}, "
+        f"regrow {regrow.__version__}.",
         "",
         "| at a time | runs per minute | beside one at a time | training of one run, s |",
         "|---|---|---|---|",

@@ -93,9 +93,7 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
             weight_decay=config.weight_decay,
         )
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    # On a GPU its count of steps lies there too, so that a CUDA graph can take it on.
-    capturable = parameters[0].device.type == "cuda"
-    return kind(parameters, config.rate, weight_decay=config.weight_decay, capturable=capturable)
+    return kind(parameters, config.rate, weight_decay=config.weight_decay)
 
 
 def make_scheduler(

@@ -10,6 +10,7 @@ that the same steps give one launch after another.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -164,6 +165,9 @@ class CapturedStep(Step):
         self._size, self._make_graph = size, make_graph or CudaGraph
         self._graph: Graph | None = None
         self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            if "capturable" in group and self.device.type == "cuda":
+                group["capturable"] = True  # Adam counts its steps on the GPU then
 
     def __call__(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
         if len(labels) == self._size and self._graph is None:
@@ -190,7 +194,9 @@ class CapturedStep(Step):
         graph = self._make_graph(self.device)
         put_back = keeper(self.model, self.optimizer)
         try:
-            with self._rates_in_tensors():
+            with self._rates_in_tensors(), warnings.catch_warnings():
+                # Adam warns, once, when it steps outside of a capture.
+                warnings.filterwarnings("ignore", ".*capturable=True")
                 seen = graph.rehearse(self._work, _REHEARSALS)
                 put_back()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -242,7 +248,7 @@ def _align(optimizer: torch.optim.Optimizer, *_: object) -> None:
         if parameter.grad is not None:
             parameter.grad = _strided_as(parameter.grad, parameter)
         for key, slot in optimizer.state.get(parameter, {}).items():
-            if slot.shape == parameter.shape:
+            if isinstance(slot, Tensor) and slot.shape == parameter.shape:
                 optimizer.state[parameter][key] = _strided_as(slot, parameter)
 
 

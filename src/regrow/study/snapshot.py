@@ -69,12 +69,12 @@ def keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], N
 
     Args:
         model: in its wrappers or without.
-        optimizer: SGD, Adam or AdamW of PyTorch, whose slots are tensors.
+        optimizer: SGD, Adam or AdamW of PyTorch, whose slots are tensors or None.
     """
     tensors = [*model.parameters(), *model.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
     slots = {
-        parameter: {key: value.clone() for key, value in held.items()}
+        parameter: {key: value.clone() for key, value in held.items() if value is not None}
         for parameter, held in optimizer.state.items()
     }
     noise = bridgeout_state(model) if "bridgeout" in states_of(model) else None
@@ -87,7 +87,10 @@ def keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], N
         for parameter, held in optimizer.state.items():
             before = slots.get(parameter, {})
             for key, slot in held.items():
-                slot.copy_(before[key]) if key in before else slot.zero_()
+                if key in before:
+                    slot.copy_(before[key])
+                elif slot is not None:
+                    slot.zero_()
         if noise is not None:
             load_bridgeout_state(model, noise)
         load_random_state(drawn)
