@@ -71,6 +71,9 @@ def prepared(config: RunConfig, splits: Splits, device: torch.device, *, capture
     if not captured:
         dtype = _DTYPES[config.precision]
         parts.step = Step(parts.wrapped, parts.optimizer, parts.scaler, dtype)
+        for group in parts.optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = False  # as without a graph
     return parts
 
 
