@@ -27,8 +27,8 @@ Work = Callable[[], tuple[Tensor, Tensor]]
 
 # Launched one by one before the capture: lazily made things are made then, and kernels are chosen.
 _REHEARSALS = 3
-# The losses of a graph differ by no more from those of the rehearsal; bfloat16 has three digits.
-_TOLERANCE = 1e-3
+# By how much the losses of a graph may differ from those of the rehearsal, relatively or in all.
+_TOLERANCE, _LEAST = 1e-3, 1e-6
 
 
 class NotCaptured(Exception):
@@ -61,11 +61,13 @@ class CudaGraph:
             torch.cuda.reset_peak_memory_stats()
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(here)
-            with torch.cuda.stream(side):  # a capture needs another stream than the default one
-                seen = [work()[0].clone() for _ in range(times - 1)]
-                with _no_waiting():
-                    seen.append(work()[0].clone())
-            here.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):  # a capture needs another stream than the default one
+                    seen = [work()[0].clone() for _ in range(times - 1)]
+                    with _no_waiting():
+                        seen.append(work()[0].clone())
+            finally:
+                here.wait_stream(side)
             # The graph keeps the memory of a step for itself, and evaluation and smaller batches need theirs.
             needed, free = torch.cuda.max_memory_allocated() - before, torch.cuda.mem_get_info()[0]
             if needed > free:
@@ -164,7 +166,10 @@ class CapturedStep(Step):
         super().__init__(model, optimizer, scaler, dtype)
         self._size, self._make_graph = size, make_graph or CudaGraph
         self._graph: Graph | None = None
-        self._rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+        # Of the type that SGD's kernel reads.
+        self._rates = [
+            torch.zeros((), dtype=torch.float32, device=self.device) for _ in optimizer.param_groups
+        ]
         for group in optimizer.param_groups:
             if "capturable" in group and self.device.type == "cuda":
                 group["capturable"] = True  # Adam counts its steps on the GPU then
@@ -209,7 +214,7 @@ class CapturedStep(Step):
         finally:
             put_back()
         for one, other in zip(torch.stack(seen).tolist(), torch.stack(again).tolist(), strict=True):
-            if not math.isclose(one, other, rel_tol=_TOLERANCE):
+            if not math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=_LEAST):
                 raise NotCaptured(f"its loss is {other:.6g}, and one launch after another it is {one:.6g}")
         self._graph = graph
 
