@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regrow.short import line, short
-from regrow.study.names import METHOD_ALIASES
+from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -88,10 +88,10 @@ class RunConfig(BaseModel):
         "Learning rate. hold-cosine holds it through the cycles and anneals after the last restore; "
         "standard training gets the same.",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = _setting(
+    precision: Literal["float32", "bfloat16", "bf16", "float16"] = _setting(
         "float32",
         _TRAINING,
-        "bfloat16 and float16 train by autocast; weights and measurements stay float32.",
+        "bfloat16 (or bf16) and float16 train by autocast; weights and measurements stay float32.",
     )
 
     method: Literal[
@@ -158,6 +158,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_name(cls, method: object) -> object:
         return METHOD_ALIASES.get(method, method) if isinstance(method, str) else method
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _long_name(cls, precision: object) -> object:
+        return PRECISION_ALIASES.get(precision, precision) if isinstance(precision, str) else precision
 
     @property
     def rate(self) -> float:
