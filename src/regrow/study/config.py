@@ -127,10 +127,11 @@ class RunConfig(BaseModel):
         (), _REPR, "Layers to leave alone; may be given several times.", max_length=10_000
     )
     skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
-    compact: bool = _setting(
-        True,
+    compact: bool | None = _setting(
+        None,
         _REPR,
-        "Do not compute dropped filters in the sub phase; with --no-compact they are computed and masked.",
+        "Do not compute dropped filters in the sub phase; with --no-compact they are computed and masked "
+        "(default: what is quicker on this device).",
     )
 
     p: float = _setting(
