@@ -6,6 +6,7 @@ index. On a CPU only small tensors are: there memory costs more than launches.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -152,35 +153,56 @@ class Layout:
             ]
         self.whole = _Vector([(tensor.shape, tensor.stride()) for tensor in tensors], self.joined)
         self.small = _Vector([(one.shape, _dense_strides(one)) for one in kept], self.joined)
-        if any(self.joined):
-            self._number(kept, tensors[0])
+        self._among = [number for number, joined in enumerate(self.joined) if joined]
+        self._zero_at = sum(self.whole.counts[i] for i in self._among)
+        self.zero = tensors[0].new_zeros(1)
+        self.taken = torch.full((self.small.joined_length,), self._zero_at, device=self.zero.device)
+        begins = 0  # in the joined vector, which has no gaps
+        for i in self._among:
+            positions = _in_memory(kept[i], self.small.shapes[i][1])
+            places = positions.nonzero().flatten()
+            self.taken[self.small.begins[i] + places] = begins + positions[places] - 1
+            begins += self.whole.counts[i]
+        self.taken = self.taken.int()
         self.number = next(_numbers)
         _layouts[self.number] = self
 
-    def _number(self, kept: Sequence[Tensor], like: Tensor) -> None:
-        """The indices by which joined tensors are taken and spread; a joined vector ends in a 0."""
-        whole, small, device = self.whole, self.small, like.device
-        among = [number for number, joined in enumerate(self.joined) if joined]
-        last, last_small = (sum(vector.counts[i] for i in among) for vector in (whole, small))
-        taken = torch.full((small.joined_length,), last, device=device)
-        spread = torch.full((whole.joined_length,), last_small, device=device)
-        # What is not taken keeps its own value when statistics are written back.
-        written = torch.full((whole.joined_length,), small.joined_length + last, device=device)
-        begins = begun = 0
-        for i in among:
-            here = _in_memory(kept[i], small.shapes[i][1])
-            present = here > 0
-            at = here[present] - 1
-            places = torch.arange(small.counts[i], device=device)[present]
-            taken[small.begins[i] + places] = begins + at
-            spread[whole.begins[i] + at] = begun + places
-            mine = torch.arange(whole.counts[i], device=device)
-            written[whole.begins[i] + mine] = small.joined_length + begins + mine
-            written[whole.begins[i] + at] = small.begins[i] + places
-            begins += whole.counts[i]
-            begun += small.counts[i]
-        self.taken, self.spread, self.written = taken.int(), spread.int(), written.int()
-        self.zero = like.new_zeros(1)
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """For each entry of the joined tensors: where it lies in the joined parts, which end in a 0."""
+        last = sum(self.small.counts[i] for i in self._among)
+        spread = torch.full((self.whole.joined_length,), last, device=self.zero.device)
+        begins = 0
+        for i, at, places in self._places():
+            spread[at] = begins + places
+            begins += self.small.counts[i]
+        return spread.int()
+
+    @functools.cached_property
+    def written(self) -> Tensor:
+        """The same for statistics that are written back: what is not taken keeps its own value.
+
+        The vector of the parts comes first, and the joined tensors behind it.
+        """
+        begins = self.small.joined_length
+        written = torch.full((self.whole.joined_length,), begins + self._zero_at, device=self.zero.device)
+        for i, at, places in self._places():
+            count = self.whole.counts[i]
+            own = torch.arange(count, device=self.zero.device)
+            written[self.whole.begins[i] + own] = begins + own
+            written[at] = self.small.begins[i] + places
+            begins += count
+        return written.int()
+
+    def _places(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each joined tensor: its number, where the entries that stay lie in the vector of the whole
+        tensors, and where among its own entries that stay."""
+        begins = 0
+        for i in self._among:
+            taken = self.taken[self.small.begins[i] :][: self.small.counts[i]].long()
+            places = (taken != self._zero_at).nonzero().flatten()
+            yield i, self.whole.begins[i] + taken[places] - begins, places
+            begins += self.whole.counts[i]
 
 
 _numbers = itertools.count()

@@ -149,6 +149,8 @@ class Parts:
                 self._layouts[key] = layout = Layout(whole, slices) if all(map(is_dense, whole)) else None
                 if layout is not None:
                     names = [(layer, self._numbers[layer], name) for layer, name, _, _ in entries]
+                    # A CUDA graph that is captured later finds the indices there.
+                    _ = layout.written if are_buffers else layout.spread
                     self._batches.append(_Batch(layout, list(key[2]), are_buffers, names))
             layout = self._layouts[key]
             if layout is None:
