@@ -45,6 +45,7 @@ CALLS = {
     ),
     "bridgeout_state": (regrow.bridgeout_state, {}),
     "cut": (lambda m, **k: regrow.cut(m, k.pop("keep"), **k), {"keep": KEEP, "example_inputs": X}),
+    "deploy": (regrow.deploy, {"example_inputs": X}),
     "export_onnx": (
         lambda m, **k: regrow.export_onnx(m, k.pop("path"), **k),
         {"path": "x.onnx", "example_inputs": X},

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from regrow.pruning.prune import prune
     from regrow.repr.cycle import Event, RePr, release
     from regrow.shipping.checkpoint import load, save
+    from regrow.shipping.deploy import deploy
     from regrow.shipping.fold import fold_norms
     from regrow.shipping.onnx import export_onnx
     from regrow.shipping.plain import plain_layers
@@ -35,6 +36,7 @@ _HOMES = {
     "bridgeout_state": "regrow.noise.layers",
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
+    "deploy": "regrow.shipping.deploy",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "keep_of_masks": "regrow.criteria.masks",
@@ -60,6 +62,7 @@ __all__ = [
     "bridgeout_state",
     "compensate",
     "cut",
+    "deploy",
     "export_onnx",
     "fold_norms",
     "keep_of_masks",
