@@ -55,6 +55,11 @@ class Form:
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {short(self.mode)}{nearest(str(self.mode), MODES)}")
 
+    def record(self) -> dict[str, Any]:
+        """JSON-able: the three options."""
+        dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "channels_last": self.channels_last, "mode": self.mode}
+
     def check(self, device: torch.device) -> None:
         """Raise ``ValueError`` if a network on ``device`` has no such form."""
         if self.mode == "graph" and device.type != "cuda":
