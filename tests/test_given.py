@@ -39,6 +39,10 @@ CALLS = {
         {"optimizer": lambda: sgd(Net()), "example_inputs": X},
     ),
     "add_bridgeout": (regrow.add_bridgeout, {}),
+    "compare_latency": (
+        lambda m, **k: regrow.compare_latency({"net": m}, **k),
+        {"example_inputs": X},
+    ),
     "compensate": (
         lambda m, **k: regrow.compensate(m, k.pop("keep"), k.pop("calibration"), **k),
         {"keep": KEEP, "calibration": [X], "example_inputs": X},

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
+    from regrow.pruning.side_by_side import compare_latency
     from regrow.repr.cycle import Event, RePr, release
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.deploy import deploy
@@ -34,6 +35,7 @@ _HOMES = {
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
     "bridgeout_state": "regrow.noise.layers",
+    "compare_latency": "regrow.pruning.side_by_side",
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
     "deploy": "regrow.shipping.deploy",
@@ -60,6 +62,7 @@ __all__ = [
     "add_bridgeout",
     "bridgeout",
     "bridgeout_state",
+    "compare_latency",
     "compensate",
     "cut",
     "deploy",

@@ -14,7 +14,7 @@ from torch import nn
 from regrow.looking.calls import call, evaluating
 from regrow.modules import device_of, unwrap
 from regrow.shipping.deploy import Form, in_form
-from regrow.shipping.deployed import Deployed, Graphed
+from regrow.shipping.deployed import is_deployed
 
 _WARM_UP = 3
 _PASSES = (5, 200)  # at least, at most
@@ -37,7 +37,7 @@ def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[di
     Returns:
         A JSON-able dict per model: median, lowest and highest time of a pass in seconds, number of passes.
     """
-    models = [model if _is_deployed(model) else unwrap(model) for model in models]
+    models = [model if is_deployed(model) else unwrap(model) for model in models]
     times: list[list[float]] = [[] for _ in models]
     warm = [_seconds(model, example_inputs) for _ in range(_WARM_UP) for model in models]
     least, most = _PASSES
@@ -73,14 +73,10 @@ def launching(model: nn.Module, example_inputs: Any) -> float | None:
     return statistics.median(shares)
 
 
-def _is_deployed(model: nn.Module) -> bool:
-    return isinstance(model, Deployed | Graphed)
-
-
 @contextmanager
 def _running(model: nn.Module) -> Iterator[None]:
     """Passes run in evaluation mode without gradients, and by no compiled code but that of ``deploy``."""
-    if _is_deployed(model):
+    if is_deployed(model):
         with torch.no_grad():  # code compiled under it is compiled anew for torch.inference_mode
             yield
     else:

@@ -128,6 +128,11 @@ class Graphed(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
+def is_deployed(model: nn.Module) -> bool:
+    """Whether ``deploy`` made ``model``."""
+    return isinstance(model, Deployed | Graphed)
+
+
 def _positional(example: Any) -> tuple[Any, ...]:
     return tuple(example) if isinstance(example, tuple | list) else (example,)
 

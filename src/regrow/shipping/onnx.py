@@ -24,6 +24,7 @@ from regrow.looking.copies import copied
 from regrow.looking.precision import without_tf32
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
+from regrow.shipping.agreement import difference
 from regrow.torch_private import tree_leaves, tree_map
 
 _VERSION = 1
@@ -203,19 +204,14 @@ def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch
         )
     differences = []
     for node, ours, theirs in zip(session.get_outputs(), expected, found, strict=True):
-        wide = torch.complex128 if ours.is_complex() else torch.float64
-        ours, theirs = ours.cpu().to(wide), theirs.to(wide)
-        largest = float(ours.abs().max()) if ours.numel() else 0.0
-        # Equal infinite entries differ by 0. Where either entry is NaN the difference is NaN: refused below.
-        apart = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
-        difference = float(apart.max()) if ours.numel() else 0.0
-        if not difference <= _TOLERANCE * largest:
+        off = difference(ours, theirs)
+        if not off <= _TOLERANCE:
             raise ValueError(
-                f"for a batch of {batch} onnxruntime's output {node.name!r} is off by {difference:.3g}, "
-                f"where the largest value is {largest:.3g} and {_TOLERANCE:g} of it is allowed: this model "
-                "cannot be exported faithfully (random numbers in evaluation mode, or half precision?)."
+                f"for a batch of {batch} onnxruntime's output {node.name!r} is off by {off:.3g} of the "
+                f"largest value, and {_TOLERANCE:g} of it is allowed: this model cannot be exported "
+                "faithfully (random numbers in evaluation mode, or half precision?)."
             )
-        differences.append(difference / largest if largest else 0.0)
+        differences.append(off)
     return max(differences)
 
 
