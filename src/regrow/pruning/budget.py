@@ -229,10 +229,12 @@ class Search:
             if launched > _WAITS
             else "most of the time is what each operation costs whatever its size"
         )
-        as_deployed = "" if self.form else "deployed=True, which times networks as regrow.deploy makes them, "
+        as_deployed = (
+            "" if self.form else "write deployed=True, to time networks as regrow.deploy makes them, "
+        )
         return (
-            f"The smallest cut leaves {share:.1%} of the multiply-accumulates: {why}. Write {as_deployed}"
-            f"a larger batch as example_inputs, or macs={limit_of(share):g} in place of latency."
+            f"The smallest cut leaves {share:.1%} of the multiply-accumulates: {why}. What helps: {as_deployed}"
+            f"give a larger batch as example_inputs, or ask for macs={limit_of(share):g}."
         )
 
 
