@@ -3,14 +3,14 @@
     python benchmarks/deployed.py --out benchmarks/deployed.md
     python benchmarks/deployed.py --weights cifar10-resnet56.safetensors --data cifar10.npz --device cuda
 
-Torch-Pruning (``BasePruner``, L2 importance, its defaults) takes a share of the channels away; regrow cuts to
-the multiply-accumulates that this leaves. Torch-Pruning's network is treated alike in all else: its batch norms
-take their statistics from the same pictures, and ``deploy`` makes the same form of it. Nobody is trained after
-the cut.
+Torch-Pruning (``BasePruner``, L2 importance, its defaults) takes a share of the channels away; regrow cuts
+to the multiply-accumulates that this leaves. Torch-Pruning's network is treated alike in all else: its batch
+norms take their statistics from the same pictures, and ``deploy`` makes the same form of it. Neither is
+trained after the cut.
 
 ``--weights`` takes CIFAR-10 ResNets of the authors of akamaster/pytorch_resnet_cifar10 as safetensors, and
-``--data`` an .npz with train_images, test_images [n, 3, 32, 32] (uint8), train_labels and test_labels, such as
-torchvision's CIFAR-10 gives. The networks of ``--nets`` are torchvision's, with random weights: time only.
+``--data`` an .npz with train_images, test_images [n, 3, 32, 32] (uint8), train_labels and test_labels, such
+as torchvision's CIFAR-10 gives. The networks of ``--nets`` are torchvision's, with random weights: time only.
 """
 
 from __future__ import annotations
@@ -235,17 +235,17 @@ def main() -> None:
         "",
         f"`{shlex.join(['python', 'benchmarks/deployed.py', *sys.argv[1:]])}`. Torch-Pruning "
         f"{version('torch-pruning')} (`BasePruner`, L2 importance, its defaults) takes "
-        f"{100 * arguments.channels:g} % of the channels away; regrow cuts to the multiply-accumulates (MACs, as "
-        "a share) that this leaves. Both have batch-norm statistics of the same "
+        f"{100 * arguments.channels:g} % of the channels away; regrow cuts to the multiply-accumulates "
+        "(MACs, as a share) that this leaves. Both have batch-norm statistics of the same "
         f"{CALIBRATION} pictures, and neither is trained after the cut.",
         "",
         "*Deployed*: as `regrow.deploy` makes it, with batch norms folded and in channels-last order. Times: "
-        "median (lowest–highest) of 5 to 200 passes, all networks in turn; bold: the share of the uncut network's "
-        "time as it is. *Off by*: the largest difference of an output, as a share of the largest output.",
+        "median (lowest–highest) of 5 to 200 passes, all networks in turn; bold: the share of the uncut "
+        "network's time as it is. *Off by*: the largest difference of an output, as a share of the largest output.",
         "",
         f"{gpu or where['processor']}, {where['cores']} cores, {arguments.threads} threads; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, regrow "
-        f"{regrow.__version__}.",
+        f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"regrow {regrow.__version__}.",
         *sections,
     ]
     text = "\n".join(lines) + "\n"

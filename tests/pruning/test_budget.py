@@ -129,12 +129,12 @@ def flat(models, _inputs):
         (
             None,
             None,
-            r"most of the time is what each operation costs .*write deployed=True, .* macs=0\.0\d ",
+            r"most of the time is what each operation costs .*write deployed=True, .* macs=0\.0\d\.",
         ),
         (
             Form(),
             None,
-            r"most of the time is what each operation costs whatever its size\. What helps: give a larger batch",
+            r"what each operation costs whatever its size\. What helps: give a larger batch",
         ),
         (None, 0.95, r"as long as the host needs to launch their operations.*write deployed=True"),
         (None, 0.3, r"most of the time is what each operation costs"),

@@ -233,8 +233,8 @@ class Search:
             "" if self.form else "write deployed=True, to time networks as regrow.deploy makes them, "
         )
         return (
-            f"The smallest cut leaves {share:.1%} of the multiply-accumulates: {why}. What helps: {as_deployed}"
-            f"give a larger batch as example_inputs, or ask for macs={limit_of(share):g}."
+            f"The smallest cut leaves {share:.1%} of the multiply-accumulates: {why}. What helps: "
+            f"{as_deployed}give a larger batch as example_inputs, or ask for macs={limit_of(share):g}."
         )
 
 
