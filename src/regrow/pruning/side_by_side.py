@@ -31,6 +31,7 @@ def compare_latency(
     dtype: torch.dtype | None = None,
     channels_last: bool = True,
     mode: str = "auto",
+    tolerance: float | None = None,
 ) -> dict[str, Any]:
     """Measure what a cut saves in use: each network as it is and as ``deploy`` makes it, batch by batch.
 
@@ -43,7 +44,7 @@ def compare_latency(
             first dimension of every tensor is the batch. Real ones: outputs are compared on them.
         batches: the sizes to time; ``example_inputs`` are repeated, or cut, to each of them.
         validation: batches of (inputs, labels [n]) for the accuracy; None for none.
-        dtype, channels_last, mode: as ``deploy`` takes them.
+        dtype, channels_last, mode, tolerance: as ``deploy`` takes them.
 
     Returns:
         A JSON-able dict: version; device; threads; form (the options of ``deploy``); batches; rows, one for
@@ -70,9 +71,7 @@ def compare_latency(
         inputs = _resized(example_inputs, size)
         runs: list[nn.Module] = []
         for number, model in enumerate(models.values()):
-            used, record = deploy(
-                model, example_inputs=inputs, dtype=dtype, channels_last=channels_last, mode=mode
-            )
+            used, record = deploy(model, example_inputs=inputs, tolerance=tolerance, **vars(form))
             row = rows[2 * number + 1]
             row["mode"] = record["mode"]
             row["difference"] = max(row["difference"], record["difference"])

@@ -63,7 +63,8 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def deployed_table(record: Mapping[str, Any]) -> Table:
-    """The time of each network, as it is and deployed, for each batch, with its accuracy.
+    """The time of each network, as it is and deployed, for each batch, its accuracy, and how far its outputs
+    are off as a share of the largest.
 
     Args:
         record: what ``regrow.compare_latency`` returned.
@@ -74,13 +75,14 @@ def deployed_table(record: Mapping[str, Any]) -> Table:
 
     rows, batches = record["rows"], list(map(str, record["batches"]))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(f"deployed: {form_of(record)}", overflow="fold")
+    table.add_column(form_of(record), overflow="fold")
     for batch in batches:
         table.add_column(f"batch of {batch}", justify="right", no_wrap=True)
         table.add_column("left", justify="right", no_wrap=True)
     judged = rows[0]["accuracy"] is not None
     if judged:
         table.add_column("accuracy", justify="right", no_wrap=True)
+    table.add_column("off by", justify="right", no_wrap=True)
     for row in rows:
         cells = [f"{row['network']}, deployed" if row["deployed"] else row["network"]]
         for batch in batches:
@@ -89,7 +91,8 @@ def deployed_table(record: Mapping[str, Any]) -> Table:
                 milliseconds(median),
                 share({"before": rows[0]["latency"][batch]["median"], "after": median}),
             ]
-        table.add_row(*map(Text, [*cells, *([f"{row['accuracy']:.2%}"] if judged else [])]))
+        cells += [f"{row['accuracy']:.2%}"] if judged else []
+        table.add_row(*map(Text, [*cells, "" if row["difference"] is None else f"{row['difference']:.1e}"]))
     return table
 
 
