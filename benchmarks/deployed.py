@@ -230,12 +230,14 @@ def main() -> None:
             records[f"{case.name}, {dtype}"] = record
             sections += ["", f"Deployed in {dtype}:", "", *table(record, sizes)]
             print("\n".join(sections[-len(record["rows"]) - 2 :]), flush=True)
+    # Paths name where the files lie on one machine: their last part says what they are.
+    command = [Path(each).name if "/" in each else each for each in sys.argv[1:]]
     where = environment(arguments.device, arguments.threads)
     gpu = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else ""
     lines = [
         "# What a cut saves in use",
         "",
-        f"`{shlex.join(['python', 'benchmarks/deployed.py', *sys.argv[1:]])}`. Torch-Pruning "
+        f"`{shlex.join(['python', 'benchmarks/deployed.py', *command])}`. Torch-Pruning "
         f"{version('torch-pruning')} (`BasePruner`, L2 importance, its defaults) takes "
         f"{100 * arguments.channels:g} % of the channels away; regrow cuts to the multiply-accumulates "
         "(MACs, as a share) that this leaves. Both have batch-norm statistics of the same "
