@@ -189,7 +189,7 @@ def in_form(model: nn.Module, example_inputs: Any, form: Form) -> tuple[nn.Modul
         try:
             with _drawing_aside(model):
                 whole = Graphed(whole, example_inputs)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError) as error:  # of the capture, or of a pass in it
             why = first_line(error)
             if form.mode != "auto":
                 raise ValueError(
