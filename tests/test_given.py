@@ -39,12 +39,17 @@ CALLS = {
         {"optimizer": lambda: sgd(Net()), "example_inputs": X},
     ),
     "add_bridgeout": (regrow.add_bridgeout, {}),
+    "compare_latency": (
+        lambda m, **k: regrow.compare_latency({"net": m}, **k),
+        {"example_inputs": X},
+    ),
     "compensate": (
         lambda m, **k: regrow.compensate(m, k.pop("keep"), k.pop("calibration"), **k),
         {"keep": KEEP, "calibration": [X], "example_inputs": X},
     ),
     "bridgeout_state": (regrow.bridgeout_state, {}),
     "cut": (lambda m, **k: regrow.cut(m, k.pop("keep"), **k), {"keep": KEEP, "example_inputs": X}),
+    "deploy": (regrow.deploy, {"example_inputs": X}),
     "export_onnx": (
         lambda m, **k: regrow.export_onnx(m, k.pop("path"), **k),
         {"path": "x.onnx", "example_inputs": X},

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
+    from regrow.pruning.side_by_side import compare_latency
     from regrow.repr.cycle import Event, RePr, release
     from regrow.shipping.checkpoint import load, save
+    from regrow.shipping.deploy import deploy
     from regrow.shipping.fold import fold_norms
     from regrow.shipping.onnx import export_onnx
     from regrow.shipping.plain import plain_layers
@@ -33,8 +35,10 @@ _HOMES = {
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
     "bridgeout_state": "regrow.noise.layers",
+    "compare_latency": "regrow.pruning.side_by_side",
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
+    "deploy": "regrow.shipping.deploy",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "keep_of_masks": "regrow.criteria.masks",
@@ -58,8 +62,10 @@ __all__ = [
     "add_bridgeout",
     "bridgeout",
     "bridgeout_state",
+    "compare_latency",
     "compensate",
     "cut",
+    "deploy",
     "export_onnx",
     "fold_norms",
     "keep_of_masks",

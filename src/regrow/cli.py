@@ -355,6 +355,13 @@ def prune(
     device: Annotated[str | None, _network("cpu, cuda, … (default: the run's).")] = None,
     threads: Annotated[int | None, _network("CPU threads.")] = None,
     onnx: Annotated[bool, _output("Write ONNX too.", "--onnx")] = False,
+    deploy: Annotated[
+        str | None,
+        _output(
+            "Time the network deployed too, in this precision: float32, float16, bfloat16; --latency counts "
+            "so then."
+        ),
+    ] = None,
 ) -> None:
     """Make a trained network smaller for good, by a fraction or within a budget, without training.
 
@@ -385,6 +392,7 @@ def prune(
         device=device,
         threads=threads,
         onnx=onnx,
+        deploy=deploy,
     )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from autocasts import HALVES
 from regrow.looking.calls import call, undisturbed
-from regrow.looking.precision import full_precision
+from regrow.looking.precision import full_precision, without_tf32
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -76,3 +76,36 @@ def test_other_threads_go_on_as_they_were_and_nothing_of_it_stays() -> None:
     thread.join()
     assert seen == [torch.bfloat16, torch.float32]
     assert torch.autocast.__enter__ is enter
+
+
+@pytest.fixture
+def _settings_as_before():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.usefixtures("_settings_as_before")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_off_in_the_block_and_as_before_behind_the_last(precision, allowed) -> None:
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = allowed
+    with without_tf32():
+        with without_tf32():
+            pass
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == allowed
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.usefixtures("_settings_as_before")
+def test_tf32_switched_by_its_newer_names() -> None:
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    chosen = ["tf32", "ieee", "tf32"]
+    for each, precision in zip(settings, chosen, strict=True):
+        each.fp32_precision = precision
+    with without_tf32():
+        assert [each.fp32_precision for each in settings] == ["ieee"] * 3
+    assert [each.fp32_precision for each in settings] == chosen

@@ -1,5 +1,6 @@
 """Searches for a budget, on nets small enough to see that no better cut was there."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -13,6 +14,8 @@ from regrow.pruning.budget import Search, check_target, removed
 from regrow.pruning.choosing import Choice, choose
 from regrow.pruning.cost import count_macs, count_parameters
 from regrow.pruning.trials import Bench
+from regrow.shipping.deploy import Form
+from regrow.shipping.deployed import Deployed
 from regrow.structure.read import read_structure
 
 X = torch.randn(2, 3, 8, 8)
@@ -112,6 +115,60 @@ def test_a_latency_that_was_met_by_chance_is_looked_at_again(model, monkeypatch,
 def test_a_budget_that_cannot_be_met_names_the_best(model, kind, limit, settings, message):
     with pytest.raises(ValueError, match=message):
         search(model, **settings).run(kind, limit)
+
+
+def flat(models, _inputs):
+    """A clock for which filters hardly count: nine tenths of the time are the same for all."""
+    sizes = [count_macs(each, X) for each in models]
+    return [{"median": 0.9 + 0.1 * size / sizes[0]} for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("form", "launched", "message"),
+    [
+        (
+            None,
+            None,
+            r"most of the time is what each operation costs .*write deployed=True, .* macs=0\.0\d\.",
+        ),
+        (
+            Form(),
+            None,
+            r"what each operation costs whatever its size\. What helps: give a larger batch",
+        ),
+        (None, 0.95, r"as long as the host needs to launch their operations.*write deployed=True"),
+        (None, 0.3, r"most of the time is what each operation costs"),
+    ],
+)
+def test_a_latency_that_hardly_depends_on_filters_says_so(model, monkeypatch, form, launched, message):
+    monkeypatch.setattr(regrow.pruning.budget, "measure_latency", flat)
+    monkeypatch.setattr(regrow.pruning.budget, "launching", lambda *_: launched)
+    looking = dataclasses.replace(search(model), form=form)
+    with pytest.raises(
+        ValueError, match=r"latency=0\.5 cannot be met: the best cut leaves 9\d\.\d% of .*" + message
+    ):
+        looking.run("latency", 0.5)
+
+
+def test_a_latency_that_the_floor_keeps_up_names_the_floor(model, monkeypatch):
+    monkeypatch.setattr(regrow.pruning.budget, "measure_latency", flat)
+    with pytest.raises(ValueError, match=r"floor, round_to and exclude allow no larger cut"):
+        search(model, floor=0.7).run("latency", 0.5)
+
+
+def test_latency_of_networks_as_deployed(model, monkeypatch):
+    seen = []
+
+    def clock(models, _inputs):
+        seen.append(models)
+        return [{"median": float(count_parameters(each))} for each in models]
+
+    monkeypatch.setattr(regrow.pruning.budget, "measure_latency", clock)
+    met = dataclasses.replace(search(model), form=Form(dtype=torch.bfloat16)).run("latency", 0.6)
+    assert met.reached <= 0.6
+    assert all(isinstance(each, Deployed) for pair in seen for each in pair)
+    assert {str(p.dtype) for pair in seen for each in pair for p in each.parameters()} == {"torch.bfloat16"}
+    assert len({id(pair[0]) for pair in seen}) == 1  # the dense network is deployed once
 
 
 NONE = dict.fromkeys(("fraction", "max_drop", "macs", "params", "latency"))

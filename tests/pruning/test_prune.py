@@ -358,3 +358,28 @@ def test_class_scores_that_fixed_weights_scale_up_are_kept():
     assert {"score_a", "score_b", "up_b", "up"} == set(report["left_out"])
     assert net.score_a.out_channels == net.score_b.out_channels == net.up_b.out_channels == 4
     assert (net.a.out_channels, net.b.out_channels) == (3, 3)
+
+
+def test_the_report_of_networks_as_deployed(make_net, monkeypatch):
+    seen = []
+
+    def clock(models, _inputs):
+        seen.extend(type(each).__name__ for each in models)
+        return [{"median": 1.0}, {"median": 0.5}]
+
+    monkeypatch.setattr("regrow.pruning.prune.measure_latency", clock)
+    settings = {"fraction": 0.5, "example_inputs": X, "compensate": False}
+    report = prune(make_net(), deployed={"dtype": torch.bfloat16}, **settings)
+    assert report == json.loads(json.dumps(report))
+    assert report["settings"]["deployed"] == {"dtype": "bfloat16", "channels_last": True, "mode": "auto"}
+    assert report["latency"] == {"before": {"median": 1.0}, "after": {"median": 0.5}}
+    assert seen == ["Deployed"] * 2
+    assert prune(make_net(), **settings)["settings"]["deployed"] is None
+    model = make_net()
+    for deployed, message in (
+        ({"mode": "graph"}, "the model is on cpu"),
+        (3, "deployed is True, or options"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prune(model, deployed=deployed, **settings)
+    assert model.conv1.out_channels == 6

@@ -59,6 +59,21 @@ def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
     assert top1(small, before.test) == (report["test_accuracy"]["after"], report["test_accuracy"]["images"])
 
 
+def test_timed_as_deployed_too(run: Path, tmp_path: Path) -> None:
+    done = prune(run, "--fraction", 0.25, "--deploy", "bfloat16", "--out", tmp_path, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert report["settings"]["deployed"] == {"dtype": "bfloat16", "channels_last": True, "mode": "auto"}
+    rows = report["deployed"]["rows"]
+    kinds = [("before", False), ("before", True), ("after", False), ("after", True)]
+    assert [(row["network"], row["deployed"]) for row in rows] == kinds
+    assert rows[0]["accuracy"] == report["test_accuracy"]["before"]
+    assert rows[2]["accuracy"] == report["test_accuracy"]["after"]
+    assert rows[3]["accuracy"] == pytest.approx(rows[2]["accuracy"], abs=0.02)
+    assert set(rows[3]["latency"]) == {"1", "32"}
+    assert "after, deployed" in done.output
+
+
 def test_within_a_drop_that_the_validation_pictures_decide(run: Path, tmp_path: Path) -> None:
     done = prune(run, "--max-drop", 20, "--out", tmp_path, "--scope", "global", "--exclude", "features.0")
     assert done.exit_code == 0, done.output
@@ -176,6 +191,10 @@ def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp
         ([run, "--fraction", 0.5, "--criterion", "l3", *out], "did you mean 'l2'"),
         ([tmp_path / "empty", "--fraction", 0.5, *out], "not a run folder"),
         (["vgg", "--fraction", 0.5, *out], "give its run folder"),
+        (
+            [run, "--fraction", 0.5, "--deploy", "half", *out],
+            "unknown precision 'half'; choose from 'float32'",
+        ),
         (["alexnot", "--fraction", 0.5, *out], "did you mean 'alexnet'"),
         (
             ["squeezenet1_1", "--weights", "none", "--max-drop", 1, "--no-compensate", *out],

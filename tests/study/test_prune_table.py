@@ -37,6 +37,26 @@ def shown(report: dict, width: int = 80) -> list[str]:
     return [" ".join(line.split()) for line in capture.get().splitlines()]
 
 
+def timed(network: str, deployed: bool, first: float, second: float, accuracy: float | None) -> dict:
+    latency = {"1": LATENCY | {"median": first}, "32": LATENCY | {"median": second}}
+    mode = "graph" if deployed else "eager"
+    row = {"network": network, "deployed": deployed, "mode": mode, "latency": latency, "accuracy": accuracy}
+    return row | {"difference": 0.0123 if deployed else None}
+
+
+@pytest.mark.parametrize("accuracy", [0.912, None])
+def test_the_table_of_the_deployed_network(accuracy: float | None) -> None:
+    rows = [timed("before", False, 0.002, 0.02, accuracy), timed("after", True, 0.0005, 0.004, accuracy)]
+    record = {"batches": [1, 32], "form": {"dtype": "float16"}, "rows": rows}
+    lines = shown(REPORT | {"deployed": record, "settings": {"deployed": record["form"]}})
+    judged = "" if accuracy is None else " 91.20%"
+    assert f"before 2 ms 100 % 20 ms 100 %{judged}" in lines
+    assert f"after, deployed 0.5 ms 25 % 4 ms 20 %{judged} 1.2e-02" in lines
+    assert lines[-4].startswith("float16, graph batch of 1 left batch of 32 left")
+    assert "latency deployed, median 2 ms 1 ms 50 %" in lines
+    assert not any("deployed" in line for line in shown(REPORT))
+
+
 def test_every_number_with_its_unit():
     lines = shown(REPORT)
     for line in (

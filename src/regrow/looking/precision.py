@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ class _Inside(threading.local):
 
 _inside, _lock = _Inside(), threading.Lock()
 _plain: list[Any] = []  # ``torch.autocast.__enter__`` as PyTorch has it, once for each block of any thread
+_coarse: list[list[Callable[[], None]]] = []  # what switches TF32 back, likewise
 
 
 @contextmanager
@@ -43,6 +44,57 @@ def full_precision(device_type: str) -> Iterator[None]:
             plain = _plain.pop()
             if not _plain:
                 torch.autocast.__enter__ = plain  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions and matrix products of float32 are computed in float32 in the ``with`` block, in every
+    thread: by PyTorch's default a GPU rounds the inputs of convolutions to TF32, and is off by 1e-3."""
+    with _lock:
+        _coarse.append(_coarse[0] if _coarse else [_convolutions_in_full(), _products_in_full()])
+    try:
+        yield
+    finally:
+        with _lock:
+            restore = _coarse.pop()
+            if not _coarse:
+                for each in restore:
+                    each()
+
+
+def _convolutions_in_full() -> Callable[[], None]:
+    """Switch TF32 off for cuDNN; return what switches it back."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # the user set the newer names, which do not go together with this one
+        return _all_ieee(cudnn.conv, cudnn.rnn)
+    cudnn.allow_tf32 = False
+    return lambda: setattr(cudnn, "allow_tf32", before)
+
+
+def _products_in_full() -> Callable[[], None]:
+    """Switch TF32 off for matrix products; return what switches it back."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _all_ieee(torch.backends.cuda.matmul)
+    if before == "highest":
+        return lambda: None
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+def _all_ieee(*settings: Any) -> Callable[[], None]:
+    before = [each.fp32_precision for each in settings]
+    for each in settings:
+        each.fp32_precision = "ieee"
+
+    def restore() -> None:
+        for each, value in zip(settings, before, strict=True):
+            each.fp32_precision = value
+
+    return restore
 
 
 def _watched(enter: Any) -> Any:

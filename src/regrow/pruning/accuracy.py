@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from regrow.looking.calls import evaluating
 from regrow.modules import device_of, unwrap
+from regrow.shipping.deployed import is_deployed
 
 
 @torch.no_grad()
@@ -17,16 +19,18 @@ def top1(model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
     """Return the share of pictures whose highest logit is that of their label, and the number of pictures.
 
     Args:
-        model: inputs → logits [n, classes], in any mode; it is run in evaluation mode.
+        model: inputs → logits [n, classes], in any mode; it is run in evaluation mode. What ``deploy`` made
+            runs as deployed, any other compiled network operation by operation.
         batches: pairs of inputs and labels [n], as a DataLoader yields them.
 
     Raises:
         ValueError: a batch or an output is of another kind, or there is no batch.
     """
-    model = unwrap(model)
+    deployed = is_deployed(model)
+    model = model if deployed else unwrap(model)
     device = device_of(model)
     correct = seen = 0
-    with evaluating(model):
+    with nullcontext() if deployed else evaluating(model):
         for batch in batches:
             if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
                 raise ValueError("a validation batch is a pair of inputs and labels, as from a DataLoader.")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from regrow.criteria.select import check_selection
 from regrow.pruning.accuracy import top1
-from regrow.pruning.cost import count_macs, count_parameters, measure_latency
+from regrow.pruning.cost import count_macs, count_parameters
 from regrow.pruning.ladder import first_within
+from regrow.pruning.latency import as_used, launching, measure_latency
 from regrow.pruning.shares import check_shares
 from regrow.pruning.trials import Bench, Trial
+from regrow.shipping.deploy import Form
 
 Timing = list[dict[str, Any]]
 _UNITS = {"macs": "multiply-accumulates", "params": "parameters", "latency": "latency"}
@@ -25,6 +27,8 @@ _CLOSE = {"macs": 0.005, "params": 0.005, "latency": 0.02, "max_drop": 0.0}
 _RUNGS = {"macs": 1000, "params": 1000, "latency": 250, "max_drop": 125}
 # How many rungs, from the one found, are cut and measured again until one is still within the budget.
 _TRIES = 5
+# A latency from this share on has hardly fallen. A GPU waits for the host that needs this share of a pass.
+_HARDLY, _WAITS = 0.75, 0.8
 
 
 def check_target(targets: Mapping[str, Any], scope: str = "layer") -> tuple[str, Any]:
@@ -88,6 +92,7 @@ class Search:
         filters: the number of filters to choose from.
         validation, accuracy: for ``max_drop``: batches, and the dense network's accuracy on them.
         tell: called as ``prune``'s ``progress``.
+        form: the form in which networks are timed; None for the form they have.
     """
 
     model: nn.Module
@@ -98,6 +103,7 @@ class Search:
     validation: Iterable[Any]
     accuracy: float
     tell: Callable[[float, str], object]
+    form: Form | None = None
 
     def run(self, kind: str, limit: float) -> Met:
         """Return the smallest cut whose ``kind`` is at most ``limit``; for ``max_drop`` the largest such cut.
@@ -171,7 +177,8 @@ class Search:
             # Round, because 100 · (0.92 - 0.91) is a little more than 1.
             return round(100 * (self.accuracy - top1(small, self.validation)[0]), 9), None
         if kind == "latency":
-            timing = measure_latency([self.model, small], self.example_inputs)
+            used = [self._used, as_used(small, self.example_inputs, self.form)]
+            timing = measure_latency(used, self.example_inputs)
             return timing[1]["median"] / timing[0]["median"], timing
         if kind == "params":
             return count_parameters(small) / count_parameters(self.model), None
@@ -180,6 +187,10 @@ class Search:
     @functools.cached_property
     def _macs(self) -> int:
         return count_macs(self.model, self.example_inputs)
+
+    @functools.cached_property
+    def _used(self) -> nn.Module:
+        return as_used(self.model, self.example_inputs, self.form)
 
     def _refusal(self, kind: str, limit: float, known: Mapping[int, float]) -> str:
         tried = {count: found for count, found in known.items() if count}
@@ -193,11 +204,43 @@ class Search:
                 "calibrate with more images, or try another criterion or scope."
             )
         least = min(tried.values())
+        best = f"{kind}={limit:g} cannot be met: the best cut leaves {least:.1%} of the {_UNITS[kind]}"
+        if kind == "latency" and (reason := self._fixed(least)):
+            return f"{best}. {reason}"
         return (
-            f"{kind}={limit:g} cannot be met: the best cut leaves {least:.1%} of the {_UNITS[kind]}, and "
-            "floor, round_to and exclude allow no larger cut. Lower the floor, exclude fewer layers, or ask "
-            f"for {kind}={math.ceil(100 * least) / 100:g}."
+            f"{best}, and floor, round_to and exclude allow no larger cut. Lower the floor, exclude fewer "
+            f"layers, or ask for {kind}={limit_of(least):g}."
         )
+
+    def _fixed(self, least: float) -> str:
+        """Why the time does not fall with the filters, and what to write instead; "" if it does.
+
+        Args:
+            least: the share of the latency that the best cut leaves.
+        """
+        rungs = self._rungs("latency")
+        small = self.bench.cut(self.choose(rungs / (rungs + 1)), compensated=False).model
+        share = self._look("macs", small)[0]
+        if least < _HARDLY or share > least / 2:
+            return ""
+        launched = launching(as_used(small, self.example_inputs, self.form), self.example_inputs) or 0.0
+        why = (
+            "on this GPU its passes take as long as the host needs to launch their operations"
+            if launched > _WAITS
+            else "most of the time is what each operation costs whatever its size"
+        )
+        as_deployed = (
+            "" if self.form else "write deployed=True, to time networks as regrow.deploy makes them, "
+        )
+        return (
+            f"The smallest cut leaves {share:.1%} of the multiply-accumulates: {why}. What helps: "
+            f"{as_deployed}give a larger batch as example_inputs, or ask for macs={limit_of(share):g}."
+        )
+
+
+def limit_of(share: float) -> float:
+    """``share`` rounded up to a hundredth: a budget that it meets."""
+    return math.ceil(100 * share) / 100
 
 
 def removed(keep: Mapping[str, Tensor]) -> int:

@@ -1,10 +1,7 @@
-"""Measure what a network costs: parameters, multiply-accumulates, latency on this machine, memory."""
+"""Count what a network costs on any machine: parameters, multiply-accumulates, memory."""
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,12 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.looking.calls import call, evaluating
-from regrow.modules import device_of, unwrap
+from regrow.modules import unwrap
 from regrow.torch_private import TorchDispatchMode, storage_key, tree_leaves
-
-_WARM_UP = 3
-_PASSES = (5, 200)  # at least, at most
-_SECONDS = 1.5
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -38,47 +31,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     with evaluating(model), FlopCounterMode(display=False) as counter:
         call(model, example_inputs)
     return int(counter.get_total_flops()) // 2
-
-
-def measure_latency(models: Sequence[nn.Module], example_inputs: Any) -> list[dict[str, Any]]:
-    """Measure how long a pass over ``example_inputs`` takes on this machine, for each of ``models``.
-
-    The passes run in evaluation mode under ``torch.inference_mode``, after three passes each to warm up. The
-    models take turns, so that a slowdown of the machine affects all of them. Each model runs 5 to 200
-    passes, as many as fit into about 1.5 seconds for all models together.
-
-    Returns:
-        A JSON-able dict per model: median, lowest and highest time of a pass in seconds, number of passes.
-    """
-    models = [unwrap(model) for model in models]
-    times: list[list[float]] = [[] for _ in models]
-    with contextlib.ExitStack() as stack, torch.inference_mode():
-        for model in models:
-            stack.enter_context(evaluating(model))
-        warm = [_seconds(model, example_inputs) for _ in range(_WARM_UP) for model in models]
-        least, most = _PASSES
-        passes = min(most, max(least, int(_SECONDS / max(sum(warm[-len(models) :]), 1e-9))))
-        for _ in range(passes):
-            for model, taken in zip(models, times, strict=True):
-                taken.append(_seconds(model, example_inputs))
-    return [
-        {"median": statistics.median(taken), "lowest": min(taken), "highest": max(taken), "passes": passes}
-        for taken in times
-    ]
-
-
-def _seconds(model: nn.Module, example_inputs: Any) -> float:
-    device = device_of(model)
-    _wait(device)
-    begun = time.perf_counter()
-    call(model, example_inputs)
-    _wait(device)
-    return time.perf_counter() - begun
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -21,9 +21,11 @@ from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import Search, check_target, removed
-from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, measure_latency, weight_bytes
+from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, weight_bytes
+from regrow.pruning.latency import as_used, measure_latency
 from regrow.pruning.shares import check_reach, layer_shares
 from regrow.pruning.trials import Bench, become, uncut
+from regrow.shipping.deploy import form_of
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import filter_counts, keep_of_uncut
 from regrow.surgery.removal import unremovable
@@ -50,6 +52,7 @@ def prune(
     floor: float = 0.1,
     exclude: Iterable[str] = (),
     compensate: bool = True,
+    deployed: bool | Mapping[str, Any] = False,
     seed: int | None = None,
     progress: Callable[[float, str], object] | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +89,9 @@ def prune(
         floor: share of each layer that stays.
         exclude: names of convolutions, or of containers of them, to leave alone.
         compensate: False removes the filters without making up for them, and needs no images.
+        deployed: True measures latency, also a budget of it, with both networks in the form that ``deploy``
+            gives them; {"dtype": torch.float16, "mode": "graph"} with such options of ``deploy``. False: with
+            the networks as they are, operation by operation.
         seed: for the criterion ``"random"``.
         progress: called with the share done, 0 to 1, and the name of the present step.
 
@@ -112,6 +118,9 @@ def prune(
     )
     check_criterion(criterion)
     choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
+    form = form_of(deployed)
+    if form is not None:
+        form.check(device_of(unwrap(model)))
     if progress is not None and not callable(progress):
         raise ValueError(f"progress is a function of a share and a text, and got {kind_of(progress)}.")
     if compensate and calibration is None:
@@ -161,7 +170,7 @@ def prune(
     def searching(way: str) -> Search:
         filters, labelled = _count(scores), validation or ()
         choose = functools.partial(choosing.choose, scores, choice=choices(way))
-        return Search(base, example_inputs, bench, choose, filters, labelled, accuracy or 0.0, tell)
+        return Search(base, example_inputs, bench, choose, filters, labelled, accuracy or 0.0, tell, form)
 
     if coupled is None and kind == "latency":
         tell(0.1, "comparing two ways to cut")
@@ -181,7 +190,9 @@ def prune(
     tell(0.9, "measuring")
     small = trial.model
     before, after = filter_counts(base), filter_counts(small)
-    timing = timing or measure_latency([base, small], example_inputs)
+    if timing is None:
+        used = [as_used(each, example_inputs, form) for each in (base, small)]
+        timing = measure_latency(used, example_inputs)
     report: dict[str, Any] = {
         "version": _VERSION,
         "target": {"kind": kind, "value": value, "reached": reached},
@@ -193,6 +204,7 @@ def prune(
             "floor": floor,
             "exclude": names,
             "compensate": compensate,
+            "deployed": form and form.record(),
             "seed": seed,
         },
         "device": str(device_of(base)),

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.given import check_inputs
 from regrow.log import gave_up, log
 from regrow.looking.calls import PassFailed, call, floating
 from regrow.looking.copies import NotCopied, copied, copied_as, inputs_as
 from regrow.looking.noise import noise_like, unsettle
+from regrow.looking.precision import without_tf32
 from regrow.marks import borrowed_weight, check, is_spread, strip
 from regrow.modules import Convolution, filter_count, grouped, unwrap
+from regrow.shipping.agreement import difference
 from regrow.shipping.plain import placing, replace_modules
 from regrow.structure.norms import own_norms
 from regrow.surgery.evidence import Refuted, compare, see
@@ -54,7 +56,8 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
     try:
         whole = copied(model, torch.clone).eval()
         strip(whole)
-        expected = floating(call(whole, example_inputs))
+        with without_tf32():
+            expected = floating(call(whole, example_inputs))
         own = own_norms(whole, example_inputs)
     except (NotCopied, PassFailed) as error:
         raise ValueError(
@@ -70,14 +73,15 @@ def fold_norms(model: nn.Module, *, example_inputs: Any) -> tuple[nn.Module, dic
     folded = _confirmed(whole, wished, example_inputs)
     left |= {norm: "forward passes did not confirm it" for norm in wished if norm not in folded}
     _fold(whole, folded)
-    found = floating(call(whole, example_inputs))
+    with without_tf32():
+        found = floating(call(whole, example_inputs))
     for conv in folded.values():
         whole.get_submodule(conv)._regrow_folded = True  # type: ignore[assignment]
     record = {
         "version": _VERSION,
         "folded": folded,
         "left": left,
-        "difference": max((_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0),
+        "difference": max(map(difference, expected, found), default=0.0),
     }
     return whole, record
 
@@ -177,8 +181,3 @@ def _stand_in(norm: Any) -> nn.Module:
     if not steps:
         return nn.Identity()
     return steps[0] if len(steps) == 1 else nn.Sequential(*steps)
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    largest = float(expected.abs().max()) if expected.numel() else 0.0
-    return float((expected - found).abs().max()) / largest if largest else 0.0

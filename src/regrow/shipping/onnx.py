@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 from regrow.atomic import replacing
 from regrow.given import check_inputs, check_path
-from regrow.log import first_line
+from regrow.log import first_line, log
 from regrow.looking.calls import PassFailed, call, evaluating, undisturbed
+from regrow.looking.copies import copied
+from regrow.looking.precision import without_tf32
 from regrow.marks import check
-from regrow.modules import unwrap
+from regrow.modules import device_of, unwrap
+from regrow.shipping.agreement import difference
 from regrow.torch_private import tree_leaves, tree_map
 
 _VERSION = 1
 _TOLERANCE = 1e-4
+_CUDNN_BATCH = 65535
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
     # torch.export would make a first dimension of 1 a constant.
     traced = max(inputs.batch, 2)
     batches = [inputs.batch, traced + 1]
-    with evaluating(model), undisturbed(model), replacing(path) as temporary:
+    with evaluating(model), undisturbed(model), without_tf32(), replacing(path) as temporary:
         expected = [_results(model, inputs.of(batch), batch) for batch in batches]
         with _quiet():
             _write(model, inputs.of(traced), temporary)
@@ -122,17 +126,9 @@ def _results(model: nn.Module, inputs: Any, batch: int) -> list[Tensor]:
 
 
 def _write(model: nn.Module, inputs: Any, path: Path) -> None:
-    named: dict[str, Any] = inputs if isinstance(inputs, dict) else {}
-    given = () if named else inputs
-    positional = tuple(given) if isinstance(given, tuple | list) else (given,)
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tree_map(
-        lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None,
-        dict(inspect.signature(model.forward).bind(*positional, **named).arguments),
-    )
     try:
+        program, shapes = _exported(model, inputs)
         # Given the module instead of a program, torch.onnx.export would fall back to a fixed batch.
-        program = torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False)
         onnx = torch.onnx.export(program, dynamic_shapes=shapes, verbose=False)
         assert onnx is not None
         onnx.save(path)
@@ -143,6 +139,36 @@ def _write(model: nn.Module, inputs: Any, path: Path) -> None:
         ) from error
     if len(list(path.parent.iterdir())) > 1:
         raise ValueError("the model is too large for one ONNX file (2 GB).")
+
+
+def _exported(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
+    """The program that ``torch.export`` makes of ``model``, and the shapes of its arguments.
+
+    On a GPU, PyTorch asks whether cuDNN takes a norm's input, for which a batch has 65,535 pictures at most,
+    and then refuses a batch of any size. So a copy on the CPU is exported. Only a model whose own code names
+    its device is exported there, for batches of up to that size.
+    """
+    if device_of(model).type == "cpu":
+        return _program(model, inputs)
+    try:
+        here = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, inputs)
+        return _program(copied(model, Tensor.cpu).cpu(), here)
+    except Exception as error:  # the exporter may raise any kind of error
+        log.debug("a copy on the CPU was not exported: %s", first_line(error))
+        return _program(model, inputs, most=_CUDNN_BATCH)
+
+
+def _program(model: nn.Module, inputs: Any, most: int | None = None) -> tuple[Any, Any]:
+    """As ``_exported``, of ``model`` where it is, for batches of any size, or of at most ``most``."""
+    named: dict[str, Any] = inputs if isinstance(inputs, dict) else {}
+    given = () if named else inputs
+    positional = tuple(given) if isinstance(given, tuple | list) else (given,)
+    batch = torch.export.Dim("batch", min=1, max=most)
+    shapes = tree_map(
+        lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None,
+        dict(inspect.signature(model.forward).bind(*positional, **named).arguments),
+    )
+    return torch.export.export(model, positional, named, dynamic_shapes=shapes, strict=False), shapes
 
 
 def _run(path: Path, batches: list[Any]) -> tuple[Any, list[list[Tensor]]]:
@@ -178,19 +204,14 @@ def _difference(session: Any, expected: list[Tensor], found: list[Tensor], batch
         )
     differences = []
     for node, ours, theirs in zip(session.get_outputs(), expected, found, strict=True):
-        wide = torch.complex128 if ours.is_complex() else torch.float64
-        ours, theirs = ours.cpu().to(wide), theirs.to(wide)
-        largest = float(ours.abs().max()) if ours.numel() else 0.0
-        # Equal infinite entries differ by 0. Where either entry is NaN the difference is NaN: refused below.
-        apart = torch.where(ours == theirs, 0.0, (ours - theirs).abs())
-        difference = float(apart.max()) if ours.numel() else 0.0
-        if not difference <= _TOLERANCE * largest:
+        off = difference(ours, theirs)
+        if not off <= _TOLERANCE:
             raise ValueError(
-                f"for a batch of {batch} onnxruntime's output {node.name!r} is off by {difference:.3g}, "
-                f"where the largest value is {largest:.3g} and {_TOLERANCE:g} of it is allowed: this model "
-                "cannot be exported faithfully (random numbers in evaluation mode, or half precision?)."
+                f"for a batch of {batch} onnxruntime's output {node.name!r} is off by {off:.3g} of the "
+                f"largest value, and {_TOLERANCE:g} of it is allowed: this model cannot be exported "
+                "faithfully (random numbers in evaluation mode, or half precision?)."
             )
-        differences.append(difference / largest if largest else 0.0)
+        differences.append(off)
     return max(differences)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +16,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from regrow.atomic import move, temporary_folder
 from regrow.criteria.score import check_criterion
 from regrow.interrupts import uninterrupted
+from regrow.looking.copies import copied
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import check_target
 from regrow.pruning.choosing import check_choice
 from regrow.pruning.prune import prune
+from regrow.pruning.side_by_side import compare_latency
 from regrow.shipping.checkpoint import save
+from regrow.shipping.deploy import deploy as deployed_copy
 from regrow.shipping.onnx import export_onnx
+from regrow.short import short
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.prune_table import prune_tables
 from regrow.study.trained import Trained, by_name, from_run
 from regrow.study.typed import Mistyped, typed
+from regrow.suggest import nearest
 
+_PRECISIONS = ("float32", "float16", "bfloat16")
 WEIGHTS_FILE, REPORT_FILE, ONNX_FILE = "pruned.safetensors", "prune.json", "pruned.onnx"
 
 
@@ -49,6 +56,7 @@ def run_prune(
     device: str | None = None,
     threads: int | None = None,
     onnx: bool = False,
+    deploy: str | None = None,
 ) -> dict[str, Any]:
     """Prune a network, print what that changed, and write pruned.safetensors and prune.json.
 
@@ -64,10 +72,12 @@ def run_prune(
         data_dir, device: as ``from_run`` or ``by_name``.
         threads: CPU threads; None leaves their number as it is.
         onnx: write pruned.onnx as well.
+        deploy: float32, float16 or bfloat16: the networks before and after are timed as ``deploy`` makes
+            them in this precision, and ``prune`` times them so too. None: as they are.
 
     Returns:
-        What prune.json holds: the report of ``prune``, and source, environment and test_accuracy (before and
-        after, or None).
+        What prune.json holds: the report of ``prune``, and source, environment, test_accuracy (before and
+        after, or None) and deployed (the record of ``compare_latency``, or None).
 
     Raises:
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
@@ -77,6 +87,8 @@ def run_prune(
         check_target(targets, scope)
         check_criterion(criterion)
         check_choice(scope, floor, round_to, "jointly" if coupled is None else coupled)
+        if deploy not in (None, *_PRECISIONS):
+            raise ValueError(f"unknown precision {short(deploy)}{nearest(str(deploy), _PRECISIONS)}")
         if data is not None:
             make_config({"data": data})
     if out.exists() and not out.is_dir():
@@ -104,6 +116,13 @@ def run_prune(
         warnings.warn(f"the accuracy is not measured: {trained.unjudged}.", stacklevel=2)
     console = Console()
     before = top1(trained.model, trained.test) if trained.test is not None else None
+    form = {} if deploy is None else {"dtype": getattr(torch, deploy)}
+    pictures = trained.example if trained.calibration is None else trained.calibration[0]
+    uncut = None
+    if deploy is not None:
+        uncut = copied(trained.model, torch.clone)
+        # What cannot be deployed is refused before the search.
+        deployed_copy(uncut, example_inputs=pictures[:1], **form)
     with _Bar() as bar:
         report = prune(
             trained.model,
@@ -117,6 +136,7 @@ def run_prune(
             floor=floor,
             exclude=exclude,
             compensate=compensate,
+            deployed=False if deploy is None else form,
             seed=trained.seed if criterion == "random" else None,
             progress=bar.show,
             **targets,
@@ -127,6 +147,15 @@ def run_prune(
     if before is not None and trained.test is not None:
         after = top1(trained.model, trained.test)
         report["test_accuracy"] = {"before": before[0], "after": after[0], "images": after[1]}
+    report["deployed"] = None
+    if uncut is not None:
+        report["deployed"] = compare_latency(
+            {"before": uncut, "after": trained.model},
+            example_inputs=pictures,
+            validation=trained.validation if trained.test is None else trained.test,
+            tolerance=math.inf,  # the table says how far it is off
+            **form,
+        )
     out.mkdir(parents=True, exist_ok=True)
     written = _write(trained, report, out, onnx)
     for table in prune_tables(report):

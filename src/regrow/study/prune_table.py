@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def prune_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The filters of each layer, and the network's cost and accuracy, before and after.
+    """The filters of each layer, the network's cost and accuracy, before and after, and its time deployed.
 
     Args:
         report: what ``regrow.prune`` returned, or prune.json.
@@ -46,7 +46,7 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
     latency = report["latency"]
     medians = {when: latency[when]["median"] for when in ("before", "after")}
     whole.add_row(
-        *map(Text, ["latency, median", *(milliseconds(each) for each in medians.values()), share(medians)])
+        *map(Text, [_latency(report), *(milliseconds(each) for each in medians.values()), share(medians)])
     )
     spread = [
         f"{milliseconds(latency[when]['lowest'])} – {milliseconds(latency[when]['highest'])}"
@@ -58,7 +58,53 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
             points = 100 * (pair["after"] - pair["before"])
             cells = [name, *(f"{pair[w]:.2%}" for w in medians)]
             whole.add_row(*map(Text, [*cells, f"{points:+.2f} points".replace("-", "−")]))
-    return [layers, whole]
+    deployed = report.get("deployed")
+    return [layers, whole, *([deployed_table(deployed)] if deployed else [])]
+
+
+def deployed_table(record: Mapping[str, Any]) -> Table:
+    """The time of each network, as it is and deployed, for each batch, its accuracy, and how far its outputs
+    are off as a share of the largest.
+
+    Args:
+        record: what ``regrow.compare_latency`` returned.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows, batches = record["rows"], list(map(str, record["batches"]))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(form_of(record), overflow="fold")
+    for batch in batches:
+        table.add_column(f"batch of {batch}", justify="right", no_wrap=True)
+        table.add_column("left", justify="right", no_wrap=True)
+    judged = rows[0]["accuracy"] is not None
+    if judged:
+        table.add_column("accuracy", justify="right", no_wrap=True)
+    table.add_column("off by", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{row['network']}, deployed" if row["deployed"] else row["network"]]
+        for batch in batches:
+            median = row["latency"][batch]["median"]
+            cells += [
+                milliseconds(median),
+                share({"before": rows[0]["latency"][batch]["median"], "after": median}),
+            ]
+        cells += [f"{row['accuracy']:.2%}"] if judged else []
+        table.add_row(*map(Text, [*cells, "" if row["difference"] is None else f"{row['difference']:.1e}"]))
+    return table
+
+
+def form_of(record: Mapping[str, Any]) -> str:
+    """How networks were deployed: "float16, graph"."""
+    modes = dict.fromkeys(row["mode"] for row in record["rows"] if row["deployed"])
+    return ", ".join(filter(None, [record["form"]["dtype"], *modes]))
+
+
+def _latency(report: Mapping[str, Any]) -> str:
+    deployed = report.get("settings", {}).get("deployed")
+    return "latency deployed, median" if deployed else "latency, median"
 
 
 def share(pair: Mapping[str, float]) -> str:
