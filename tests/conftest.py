@@ -36,15 +36,20 @@ def pytest_configure() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.definition.get_closest_marker("devices") is not None:
-        metafunc.parametrize("device", devices.places(metafunc.definition.name), indirect=True)
+    cuda = metafunc.definition.get_closest_marker("cuda") is not None
+    if cuda or metafunc.definition.get_closest_marker("devices") is not None:
+        metafunc.parametrize("device", devices.places(metafunc.definition.name, cuda=cuda), indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where a test marked ``devices`` runs; the CPU for all others."""
+    """Where a test marked ``devices`` or ``cuda`` runs; the CPU for all others.
+
+    What a test marked ``devices`` makes is there; one marked ``cuda`` moves it itself.
+    """
     place = getattr(request, "param", None)
-    with nullcontext() if place is None else devices.on(place):
+    moved = place is not None and request.node.get_closest_marker("cuda") is None
+    with devices.on(place) if moved else nullcontext():
         yield torch.device("cpu") if place is None else place
 
 

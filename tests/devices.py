@@ -2,9 +2,9 @@
 
     REGROW_TEST_DEVICE=cuda make test
 
-What the test itself makes is then on the device: its tensors and the layers of its nets, with the values that
-they have on the CPU. What regrow makes is left where regrow puts it, so that a tensor of regrow's on the wrong
-device is an error, as it is for a user.
+What the test itself makes is then on the device: its tensors and the layers of its nets, with the values
+that they have on the CPU. What regrow makes is left where regrow puts it, so that a tensor of regrow's on the
+wrong device is an error, as it is for a user.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 VARIABLE = "REGROW_TEST_DEVICE"
 _TESTS = f"{Path(__file__).parent}{os.sep}"
-_LAYERS = f"{Path(nn.__file__).parent}{os.sep}"
+_INSTALLED = Path(torch.__file__).parents[1]
+_LAYERS = tuple(f"{_INSTALLED / name}{os.sep}" for name in ("torch/nn", "torchvision", "timm"))
 
 _MAKES = {
     torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint,
@@ -47,7 +48,9 @@ def device_wanted() -> tuple[torch.device | None, str]:
         return None, f"runs on a GPU: set {VARIABLE}=cuda"
     try:
         device = torch.device(wanted)
-        count = int(torch.get_device_module(device).device_count()) if device.type not in ("cpu", "meta") else -1
+        count = (
+            int(torch.get_device_module(device).device_count()) if device.type not in ("cpu", "meta") else -1
+        )
     except (RuntimeError, AttributeError):
         count = -1
     if count < 0:
@@ -57,15 +60,24 @@ def device_wanted() -> tuple[torch.device | None, str]:
     if count == 0:
         return None, f"runs on a GPU: {VARIABLE}={wanted}, and PyTorch finds no such device here"
     if (device.index or 0) >= count:
-        raise pytest.UsageError(f"{VARIABLE}={wanted}: PyTorch finds {count} such devices; the first has number 0.")
+        raise pytest.UsageError(
+            f"{VARIABLE}={wanted}: PyTorch finds {count} such devices; the first has number 0."
+        )
     return device, ""
 
 
-def places(name: str) -> list[Any]:
-    """The parameters of a test marked ``devices``; the device is skipped by ``name`` where there is none."""
+def places(name: str, *, cuda: bool = False) -> list[Any]:
+    """The parameters of a test marked ``devices``; the device is skipped by ``name`` where there is none.
+
+    Args:
+        cuda: as for a test marked ``cuda``: the device alone, and a GPU of CUDA's only.
+    """
     device, reason = device_wanted()
+    if cuda and device is not None and device.type != "cuda":
+        device, reason = None, f"runs on a GPU of CUDA's only, and {VARIABLE}={device}"
     marks = [] if device else [pytest.mark.skip(reason=f"{name}: {reason}")]
-    return [pytest.param(None, id="cpu"), pytest.param(device, id="device", marks=marks)]
+    there = pytest.param(device, id="device", marks=marks)
+    return [there] if cuda else [pytest.param(None, id="cpu"), there]
 
 
 @contextmanager
@@ -81,7 +93,10 @@ def on(device: torch.device) -> Iterator[None]:
                     if isinstance(value, Tensor):
                         patch.setattr(module, name, value.to(device))
                     elif isinstance(value, FunctionType) and value.__defaults__:
-                        given = [each.to(device) if isinstance(each, Tensor) else each for each in value.__defaults__]
+                        given = [
+                            each.to(device) if isinstance(each, Tensor) else each
+                            for each in value.__defaults__
+                        ]
                         patch.setattr(value, "__defaults__", tuple(given))
         with _OnDevice(device):
             yield
@@ -107,7 +122,9 @@ class _OnDevice(TorchFunctionMode):
         elif func in _DRAWS_LIKE:
             if _asked_by_a_test():
                 return func(args[0].cpu(), *args[1:], **kwargs).to(self.device)
-        elif (func in _DRAWS_IN_PLACE or getattr(func, "__module__", "") == "torch.nn.init") and _asked_by_a_test():
+        elif (
+            func in _DRAWS_IN_PLACE or getattr(func, "__module__", "") == "torch.nn.init"
+        ) and _asked_by_a_test():
             given = args[0] if args else kwargs.pop("tensor")
             drawn = func(given.detach().cpu(), *args[1:], **kwargs)
             with torch.no_grad():
@@ -116,8 +133,8 @@ class _OnDevice(TorchFunctionMode):
 
 
 def _asked_by_a_test() -> bool:
-    """Whether a test made this call, itself or by making a layer of PyTorch's."""
+    """Whether a test made this call, itself or by building a net."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith((_LAYERS, torch.overrides.__file__)):
+    while frame is not None and frame.f_code.co_filename.startswith((*_LAYERS, torch.overrides.__file__)):
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None and frame.f_code.co_filename.startswith(_TESTS)

@@ -96,4 +96,5 @@ def _command(encoding: str | None, stop: tuple[str, int, int] | None, arguments:
 
 def _script(arguments: list[str]) -> None:
     sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))  # as Python does
     runpy.run_path(arguments[0], run_name="__main__")
