@@ -8,7 +8,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP imports it, and once there is a group, its default arguments would hold that
+import torch.distributed.nn  # DDP imports it; where there is a group, its default arguments hold it
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
