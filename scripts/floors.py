@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 FLOORS = (
     ("short",),
     ("atomic", "given", "interrupts", "log", "reading", "suggest", "terminal", "torch_private"),
-    ("indexing",),
+    ("indexing", "together"),
     ("modules",),
     ("marks",),
     ("filters", "looking"),

@@ -7,6 +7,7 @@ The rest of the library calls the functions below, so a release that renames som
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -60,6 +61,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(vars(module).get(kind, True) for kind in kinds)
 
 
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hook runs ahead of the forward method of ``module``; True if that is unknown."""
+    return bool(vars(module).get("_forward_pre_hooks", True))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each of ``sources`` to its target, in one operation."""
+    together = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
 def compiled_from(model: nn.Module) -> nn.Module | None:
     """The module inside a ``torch.compile`` wrapper; None for any other model."""
     inner = getattr(model, "_orig_mod", None)
@@ -106,13 +122,22 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage.data_ptr() if key is None else key)
 
 
+def _in_transform() -> bool:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and bool(active())
+
+
+def transforms_run() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode derivatives is active; True if unknown."""
+    return _in_transform() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
 
     False where transforms cannot be seen: PyTorch then refuses autograd functions without rules for them.
     """
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and active():
+    if _in_transform():
         return True
     return forward_ad.unpack_dual(tensor).tangent is not None
 
@@ -148,6 +173,13 @@ def made_as(node: Any) -> int:
 def operator_arguments(operation: Any) -> tuple[tuple[str, bool], ...]:
     """The arguments of an ATen operator in order: their names, and whether it writes to them."""
     return tuple((argument.name, bool(argument.is_write)) for argument in operation._schema.arguments)
+
+
+def saved_tensors_go_elsewhere() -> bool:
+    """Whether autograd hands the tensors that it saves to somebody's hooks, as in a checkpointed part of a
+    model; True where that cannot be seen."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 class _Place(NamedTuple):
