@@ -467,6 +467,13 @@ def tests(part: Part) -> None:
     part.row("summary", {"summary": summary, "failed": bad}, summary)
     for line in bad[:40]:
         part.row(line.split(" - ")[0], line, line.partition(" - ")[2].replace("|", "/")[:200])
+    if not part.smoke:
+        example = subprocess.run(
+            [sys.executable, "examples/ddp.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        said = (example.stdout + example.stderr).strip().splitlines() or ["nothing was printed"]
+        part.row("DDP over nccl, one process", said, said[-1].replace("|", "/")[:200])
 
 
 # The parts and their shares of the time. A capture that fails may harm what this process does after it.

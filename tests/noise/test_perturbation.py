@@ -51,7 +51,7 @@ def test_mean_and_variance(p, q):
 @pytest.mark.devices
 @pytest.mark.parametrize("target_fraction", [1.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_device_draws_what_the_cpu_draws(device, dtype, target_fraction):
+def test_every_device_drops_the_same_weights(device, dtype, target_fraction):
     for weight in (torch.randn(24, 10, 3, 3), torch.randn(40, 7, 2, 2).to(memory_format=torch.channels_last)):
         weight = weight.to(dtype).requires_grad_()
         other = weight.detach().cpu().requires_grad_()
