@@ -47,6 +47,7 @@ from gpu_steps import (
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 9
+Times = dict[str, list[float]]
 # (kind, beside what, at most, in which nets)
 EVERYWHERE = tuple(net.name for net in (*NETS, *SMOKE_NETS))
 AIMS = (
@@ -121,6 +122,12 @@ class Part:
         self.report.put(self.name, self.data, [*self.heads, *self.rows])
 
 
+def timed(part: Part, steps: dict[str, Any], until: float | None = None, block: float = 60) -> Times:
+    """``in_turns`` until the end of the part, or ``until``; a trial has two rounds of one step."""
+    until = part.until if until is None else until
+    return in_turns(steps, part.device, *((2, until, 0) if part.smoke else (ROUNDS, until, block)))
+
+
 def shown(found: dict[str, float]) -> str:
     return f"**{found['median']:.3f}** ({found['low']:.3f}–{found['high']:.3f})"
 
@@ -161,10 +168,7 @@ def step_rows(part: Part, net: Net, until: float) -> None:
         for training in made.values():
             training.bfloat16 = bfloat16
         end = time.monotonic() + (until - time.monotonic()) / left
-        taken = in_turns(
-            {kind: training.step for kind, training in made.items()}, part.device,
-            2 if part.smoke else ROUNDS, end, 1 if part.smoke else 60,
-        )  # fmt: skip
+        taken = timed(part, {kind: training.step for kind, training in made.items()}, end)
         found = {kind: ratios(taken, kind, "plain") for kind in made}
         kernels = {kind: launches(training.step, part.device) for kind, training in made.items()}
         missed = [
@@ -233,7 +237,7 @@ def deployed_forms(model: nn.Module, x: Tensor, part: Part, key: str) -> dict[st
     small = copy.deepcopy(model)
     cut_half(small, x[:1])
     folded, _ = regrow.fold_norms(small, example_inputs=x)
-    folded = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folded = folded.to(memory_format=torch.channels_last)
     rounded, half = copy.deepcopy(folded).half(), x.half()
     forms: dict[str, Callable[[], object]] = {
         "uncut": lambda: model(x), "cut": lambda: small(x), "folded": lambda: folded(x),
@@ -273,7 +277,7 @@ def latency(part: Part) -> None:
                 x = torch.randn(batch, 3, size, size).to(part.device, memory_format=torch.channels_last)
                 with torch.enable_grad():
                     forms = deployed_forms(model, x, part, key)
-                taken = in_turns(forms, part.device, rounds(part), part.until, 1 if part.smoke else 30)
+                taken = timed(part, forms, block=30)
                 found = {form: ratios(taken, form, "uncut") for form in forms}
                 kernels = {form: launches(work, part.device) for form, work in forms.items()}
                 part.row(
@@ -285,158 +289,7 @@ def latency(part: Part) -> None:
                 part.failed(key)
 
 
-# --- 4: compiled, and captured in a graph ------------------------------------------------------------------
-
-
-def compiled(part: Part) -> None:
-    part.columns("ResNet-20", "ratio", "what else")
-    net = SMOKE_NETS[0] if part.smoke else NETS[1]
-    works: dict[str, Callable[[Part, Net], None]] = {
-        "sub : full": compiled_sub_phase, "Bridgeout : plain": compiled_bridgeout,
-    }  # fmt: skip
-    if part.device.type == "cuda":
-        works["reduce-overhead"] = reduced_overhead
-        works["graph"] = captured
-    for key, work in works.items():
-        if part.over:
-            part.skipped(key)
-            continue
-        try:
-            torch._dynamo.reset()
-            work(part, net)
-        except Exception:
-            part.failed(key)
-
-
-def backend(part: Part) -> dict[str, Any]:
-    return {"backend": "eager"} if part.smoke else {}
-
-
-def graphs_compiled() -> int:
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def rounds(part: Part) -> int:
-    return 2 if part.smoke else ROUNDS
-
-
-def compiled_sub_phase(part: Part, net: Net) -> None:
-    """The steps of a compiled net in its sub phase beside those of one in its full phase."""
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    made = {kind: Training(net, part.device) for kind in ("full", "sub")}
-    made["full"].begin(full=10**6)
-    made["sub"].begin(full=1)
-    for training in made.values():
-        training.model.compile(**backend(part))
-        training.step()
-    before = graphs_compiled()
-    made["sub"].drop()
-    made["sub"].step()
-    made["sub"].step()
-    again = graphs_compiled() - before
-    steps = {kind: training.step for kind, training in made.items()}
-    taken = in_turns(steps, part.device, rounds(part), part.until)
-    found = ratios(taken, "sub", "full")
-    later = graphs_compiled() - before - again
-    breaks = sum(counters["graph_break"].values())
-    part.row(
-        "sub : full, torch.compile",
-        {"milliseconds": taken, "ratio": found, "compiled at the drop": again, "later": later},
-        shown(found), f"graphs compiled at the drop: {again}, later: {later}; graph breaks: {breaks}",
-    )  # fmt: skip
-
-
-def compiled_bridgeout(part: Part, net: Net) -> None:
-    made = {kind: Training(net, part.device) for kind in ("plain", "Bridgeout")}
-    regrow.add_bridgeout(made["Bridgeout"].model)
-    for training in made.values():
-        training.model.compile(**backend(part))
-        training.step()
-    before = graphs_compiled()
-    taken = in_turns({kind: each.step for kind, each in made.items()}, part.device, rounds(part), part.until)
-    found = ratios(taken, "Bridgeout", "plain")
-    again = graphs_compiled() - before
-    part.row(
-        "Bridgeout : plain, torch.compile",
-        {"milliseconds": taken, "ratio": found, "recompilations": again},
-        shown(found), f"recompilations: {again}",
-    )  # fmt: skip
-
-
-def one_layer(device: torch.device) -> tuple[nn.Module, Tensor]:
-    """A convolution with Bridgeout, and a picture of one bright pixel: the output is w̃, mirrored."""
-    torch.manual_seed(0)
-    layer = nn.Conv2d(1, 64, 3, bias=False).to(device)
-    regrow.add_bridgeout(layer, p=0.5)
-    picture = torch.zeros(1, 1, 5, 5)
-    picture[0, 0, 2, 2] = 1
-    return layer, picture.to(device)
-
-
-def draws_differ(part: Part, key: str, layer: nn.Module, noisy: Callable[[], Tensor]) -> None:
-    """Whether eight calls of ``noisy`` drop other weights each time, about half of them."""
-    weight = layer.weight.detach().flatten()  # type: ignore[operator, union-attr]
-    dropped = [(noisy().flip(2, 3).flatten() < weight).tolist() for _ in range(8)]
-    shares = spread([sum(each) / len(each) for each in dropped])
-    different = len({tuple(each) for each in dropped})
-    words = (
-        f"{different} of 8 draws differ, {shares['low']:.2f} to {shares['high']:.2f} of the weights dropped"
-    )
-    part.row(key, {"different": different, "shares": shares}, "right" if different == 8 else "WRONG", words)
-
-
-@torch.no_grad()
-def check_replays(part: Part) -> None:
-    layer, picture = one_layer(part.device)
-    seen: dict[str, Tensor] = {}
-    graph = capture(lambda: seen.update(noisy=layer(picture)))
-
-    def noisy() -> Tensor:
-        graph.replay()
-        return seen["noisy"].clone()
-
-    draws_differ(part, "a graph's replays draw anew", layer, noisy)
-
-
-def captured(part: Part, net: Net) -> None:
-    check_replays(part)
-    made = {kind: Training(net, part.device) for kind in ("eager", "plain", "Bridgeout", "sub")}
-    regrow.add_bridgeout(made["Bridgeout"].model)
-    made["sub"].begin(full=1)
-    made["sub"].drop()
-    steps: dict[str, Any] = {"eager": made["eager"].step}
-    for kind in ("plain", "Bridgeout", "sub"):
-        steps[kind] = capture(made[kind].step).replay
-    taken = in_turns(steps, part.device, rounds(part), part.until)
-    for one, to in (("plain", "eager"), ("Bridgeout", "plain"), ("sub", "plain")):
-        found = ratios(taken, one, to)
-        name = f"{one} : {to if to == 'eager' else 'plain'}, a captured step"
-        part.row(name, {"milliseconds": taken, "ratio": found}, shown(found), "")
-
-
-def reduced_overhead(part: Part, net: Net) -> None:
-    layer, picture = one_layer(part.device)
-    quick = torch.compile(layer, mode="reduce-overhead")
-    with torch.no_grad():
-        for _ in range(3):
-            quick(picture)
-        draws_differ(part, "reduce-overhead draws anew", layer, lambda: quick(picture).clone())
-    if part.over:
-        return
-    made = {kind: Training(net, part.device) for kind in ("plain", "Bridgeout")}
-    regrow.add_bridgeout(made["Bridgeout"].model)
-    for training in made.values():
-        training.model.compile(mode="reduce-overhead")
-    taken = in_turns({kind: each.step for kind, each in made.items()}, part.device, rounds(part), part.until)
-    found = ratios(taken, "Bridgeout", "plain")
-    part.row("Bridgeout : plain, reduce-overhead", {"milliseconds": taken, "ratio": found}, shown(found), "")
-
-
-# --- 5: tests ----------------------------------------------------------------------------------------------
+# --- 4: tests ----------------------------------------------------------------------------------------------
 
 
 def tests(part: Part) -> None:
@@ -476,13 +329,161 @@ def tests(part: Part) -> None:
         part.row("DDP over nccl, one process", said, said[-1].replace("|", "/")[:200])
 
 
-# The parts and their shares of the time. A capture that fails may harm what this process does after it.
+# --- 5: compiled, and captured in a graph ------------------------------------------------------------------
+
+
+def compiled(part: Part) -> None:
+    part.columns("ResNet-20", "ratio", "what else")
+    net = SMOKE_NETS[0] if part.smoke else NETS[1]
+    works: dict[str, Callable[[Part, Net], None]] = {
+        "Bridgeout : plain": compiled_bridgeout, "sub : full": compiled_sub_phase,
+    }  # fmt: skip
+    if part.device.type == "cuda":
+        works["graph"] = captured
+        works["reduce-overhead"] = reduced_overhead
+    for key, work in works.items():
+        if part.over:
+            part.skipped(key)
+            continue
+        try:
+            torch._dynamo.reset()
+            work(part, net)
+        except Exception:
+            part.failed(key)
+
+
+def backend(part: Part) -> dict[str, Any]:
+    return {"backend": "eager"} if part.smoke else {}
+
+
+def graphs_compiled() -> int:
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def compiled_sub_phase(part: Part, net: Net) -> None:
+    """The steps of a compiled net in its sub phase beside those of one in its full phase."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    made = {kind: Training(net, part.device) for kind in ("full", "sub")}
+    made["full"].begin(full=10**6)
+    made["sub"].begin(full=1)
+    for training in made.values():
+        training.model.compile(**backend(part))
+        training.step()
+    before = graphs_compiled()
+    made["sub"].drop()
+    made["sub"].step()
+    made["sub"].step()
+    again = graphs_compiled() - before
+    steps = {kind: training.step for kind, training in made.items()}
+    taken = timed(part, steps)
+    found = ratios(taken, "sub", "full")
+    later = graphs_compiled() - before - again
+    breaks = sum(counters["graph_break"].values())
+    part.row(
+        "sub : full, torch.compile",
+        {"milliseconds": taken, "ratio": found, "compiled at the drop": again, "later": later},
+        shown(found), f"graphs compiled at the drop: {again}, later: {later}; graph breaks: {breaks}",
+    )  # fmt: skip
+
+
+def compiled_bridgeout(part: Part, net: Net) -> None:
+    made = {kind: Training(net, part.device) for kind in ("plain", "Bridgeout")}
+    regrow.add_bridgeout(made["Bridgeout"].model)
+    for training in made.values():
+        training.model.compile(**backend(part))
+        training.step()
+    before = graphs_compiled()
+    taken = timed(part, {kind: each.step for kind, each in made.items()})
+    found = ratios(taken, "Bridgeout", "plain")
+    again = graphs_compiled() - before
+    part.row(
+        "Bridgeout : plain, torch.compile",
+        {"milliseconds": taken, "ratio": found, "recompilations": again},
+        shown(found), f"recompilations: {again}",
+    )  # fmt: skip
+
+
+def one_layer(device: torch.device) -> tuple[nn.Module, Tensor]:
+    """A convolution with Bridgeout, and a picture of one bright pixel: the output is w̃, mirrored."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 64, 3, bias=False).to(device)
+    regrow.add_bridgeout(layer, p=0.5)
+    picture = torch.zeros(1, 1, 5, 5)
+    picture[0, 0, 2, 2] = 1
+    return layer, picture.to(device)
+
+
+def draws_differ(part: Part, key: str, layer: nn.Module, noisy: Callable[[], Tensor]) -> None:
+    """Whether eight calls of ``noisy`` drop other weights each time, about half of them."""
+    weight = layer.weight.detach().flatten()
+    dropped = [(noisy().flip(2, 3).flatten() < weight).tolist() for _ in range(8)]
+    shares = spread([sum(each) / len(each) for each in dropped])
+    different = len({tuple(each) for each in dropped})
+    words = (
+        f"{different} of 8 draws differ, {shares['low']:.2f} to {shares['high']:.2f} of the weights dropped"
+    )
+    part.row(key, {"different": different, "shares": shares}, "right" if different == 8 else "WRONG", words)
+
+
+@torch.no_grad()
+def check_replays(part: Part) -> None:
+    layer, picture = one_layer(part.device)
+    seen: dict[str, Tensor] = {}
+    graph = capture(lambda: seen.update(noisy=layer(picture)))
+
+    def noisy() -> Tensor:
+        graph.replay()
+        return seen["noisy"].clone()
+
+    draws_differ(part, "a graph's replays draw anew", layer, noisy)
+
+
+def captured(part: Part, net: Net) -> None:
+    check_replays(part)
+    made = {kind: Training(net, part.device) for kind in ("eager", "plain", "Bridgeout", "sub")}
+    regrow.add_bridgeout(made["Bridgeout"].model)
+    made["sub"].begin(full=1)
+    made["sub"].drop()
+    steps: dict[str, Any] = {"eager": made["eager"].step}
+    for kind in ("plain", "Bridgeout", "sub"):
+        steps[kind] = capture(made[kind].step).replay
+    taken = timed(part, steps)
+    for one, to in (("plain", "eager"), ("Bridgeout", "plain"), ("sub", "plain")):
+        found = ratios(taken, one, to)
+        name = f"{one} : {to if to == 'eager' else 'plain'}, a captured step"
+        part.row(name, {"milliseconds": taken, "ratio": found}, shown(found), "")
+
+
+def reduced_overhead(part: Part, net: Net) -> None:
+    layer, picture = one_layer(part.device)
+    quick = torch.compile(layer, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            quick(picture)
+        draws_differ(part, "reduce-overhead draws anew", layer, lambda: quick(picture).clone())
+    if part.over:
+        return
+    made = {kind: Training(net, part.device) for kind in ("plain", "Bridgeout")}
+    regrow.add_bridgeout(made["Bridgeout"].model)
+    for training in made.values():
+        training.model.compile(mode="reduce-overhead")
+    taken = timed(part, {kind: each.step for kind, each in made.items()})
+    found = ratios(taken, "Bridgeout", "plain")
+    part.row("Bridgeout : plain, reduce-overhead", {"milliseconds": taken, "ratio": found}, shown(found), "")
+
+
+# The parts and their shares of the time. Compiling cannot be cut short, and a capture that fails may harm
+# what this process does after it: both come last.
 PARTS: dict[str, tuple[Callable[[Part], None], float]] = {
-    "Steps": (steps, 0.40),
+    "Steps": (steps, 0.30),
     "Cuts": (cuts, 0.10),
     "Latency": (latency, 0.10),
-    "Compiled and captured": (compiled, 0.20),
     "Tests": (tests, 0.20),
+    "Compiled and captured": (compiled, 0.30),
 }
 
 

@@ -147,14 +147,15 @@ def in_turns(
 
     Args:
         rounds: at most; fewer if ``time.monotonic()`` reaches ``until``, and one at least.
-        block: milliseconds that the steps of one kind last in a round, 5 to 50 steps.
+        block: milliseconds that the steps of one kind last in a round, 5 to 50 steps; 0: one step.
     """
     long: dict[str, int] = {}
     for kind, step in steps.items():
         for _ in range(3):  # allocates, chooses kernels, judges
             step()
-        long[kind] = max(5, min(50, round(block / milliseconds(step, 3, device))))
-    shuffler, taken = random.Random(0), {kind: [] for kind in steps}
+        long[kind] = max(5, min(50, round(block / milliseconds(step, 3, device)))) if block else 1
+    shuffler = random.Random(0)
+    taken: dict[str, list[float]] = {kind: [] for kind in steps}
     for number in range(rounds):
         if number and time.monotonic() > until:
             break
@@ -174,7 +175,7 @@ def launches(step: Step, device: torch.device) -> int:
             wait(device)
     events = profiled.events() or []
     kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    return sum(event.device_type == kind for event in events)
+    return sum(event.device_type == kind and not event.name.startswith("Optimizer.") for event in events)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

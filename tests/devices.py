@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -83,24 +83,24 @@ def places(name: str, *, cuda: bool = False) -> list[Any]:
 @contextmanager
 def on(device: torch.device) -> Iterator[None]:
     """What tests make, and the tensors that test files hold as constants, are on ``device``."""
-    # TF32 rounds to 10 bits: tests compare with tolerances of float32.
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     with pytest.MonkeyPatch.context() as patch:
+        # TF32 rounds to 10 bits: tests compare with tolerances of float32.
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        patch.setattr(torch.backends.cudnn, "deterministic", True)
         for module in list(sys.modules.values()):
             if (getattr(module, "__file__", None) or "").startswith(_TESTS):
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, Tensor):
-                        patch.setattr(module, name, value.to(device))
-                    elif isinstance(value, FunctionType) and value.__defaults__:
-                        given = [
-                            each.to(device) if isinstance(each, Tensor) else each
-                            for each in value.__defaults__
-                        ]
-                        patch.setattr(value, "__defaults__", tuple(given))
+                _move_constants(module, device, patch)
         with _OnDevice(device):
             yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before
+
+
+def _move_constants(module: ModuleType, device: torch.device, patch: pytest.MonkeyPatch) -> None:
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor):
+            patch.setattr(module, name, value.to(device))
+        elif isinstance(value, FunctionType) and value.__defaults__:
+            moved = (each.to(device) if isinstance(each, Tensor) else each for each in value.__defaults__)
+            patch.setattr(value, "__defaults__", tuple(moved))
 
 
 class _OnDevice(TorchFunctionMode):

@@ -9,7 +9,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
 def test_the_benchmark_for_a_gpu(tmp_path: Path) -> None:
-    # Its last part runs tests.
+    # The part that is left out runs tests.
     parts = ["Steps", "Cuts", "Latency", "Compiled and captured"]
     arguments = ["--device", "cpu", "--smoke", "--out", tmp_path / "out", "--parts", *parts]
     done = forking.script(SCRIPT, *arguments, folder=tmp_path)
