@@ -54,6 +54,12 @@ class Together(Generic[T]):
         self._made: dict[nn.Module, tuple[T | None, Any]] = {}
         self._running = self._with_grad = False
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make everything once, and let it go: what ``make`` keeps for later passes is there then."""
+        for group in {id(group): group for group in self._groups.values()}.values():
+            self._make(group)
+
     def begin(self) -> None:
         """A pass begins."""
         self._ran, self._made = {}, {}

@@ -61,6 +61,7 @@ class Hold:
         still = all(type(part).__module__.startswith(_STILL) for part in parts)
         self._to_watch = _WATCHED if still and len(self._unmasked) == len(trained) else None
         self._sums = self._sum()
+        any(self._values(self._entries))  # the indices are there when the first step is watched
 
     def _mask(self, entries: Entries) -> None:
         self._handles += [parameter.register_hook(_without(rows)) for parameter, rows in entries]

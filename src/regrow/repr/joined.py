@@ -6,6 +6,7 @@ index. On a CPU only small tensors are: there memory costs more than launches.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import weakref
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from regrow.indexing import Where, clear, place, take, take_block
+from regrow.torch_private import copy_all
 
 _ALIGNED = 64  # entries: a part begins at a multiple of 256 bytes in float32, as PyTorch's own memory does
 _SMALL = 2**15  # entries: larger tensors are not joined on a CPU
@@ -96,6 +98,8 @@ class _Vector:
         self.counts = [math.prod(shape) for shape, _ in shapes]
         self.begins = [0] * len(shapes)
         self._order = sorted(range(len(shapes)), key=lambda number: not joined[number])
+        # The dimensions as they lie in memory, and where each of them is there.
+        self._dims = [sorted(range(len(shape)), key=lambda d: (-strides[d], d)) for shape, strides in shapes]
         self._sizes: list[int] = []
         self.length = self.joined_length = 0
         for number in self._order:
@@ -116,6 +120,16 @@ class _Vector:
             parts[number] = (
                 pieces[2 * turn] if flat else vector.as_strided(shape, strides, self.begins[number])
             )
+        return parts
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """``parts`` in operations whose derivatives are joined again: for compilers."""
+        pieces = vector.split(self._sizes)
+        parts: list[Tensor] = [vector] * len(self.shapes)
+        for turn, number in enumerate(self._order):
+            shape, dims = self.shapes[number][0], self._dims[number]
+            back = [dims.index(dim) for dim in range(len(dims))]
+            parts[number] = pieces[2 * turn].view([shape[dim] for dim in dims]).permute(back)
         return parts
 
 
@@ -139,35 +153,56 @@ class Layout:
             ]
         self.whole = _Vector([(tensor.shape, tensor.stride()) for tensor in tensors], self.joined)
         self.small = _Vector([(one.shape, _dense_strides(one)) for one in kept], self.joined)
-        if any(self.joined):
-            self._number(kept, tensors[0])
+        self._among = [number for number, joined in enumerate(self.joined) if joined]
+        self._zero_at = sum(self.whole.counts[i] for i in self._among)
+        self.zero = tensors[0].new_zeros(1)
+        self.taken = torch.full((self.small.joined_length,), self._zero_at, device=self.zero.device)
+        begins = 0  # in the joined vector, which has no gaps
+        for i in self._among:
+            positions = _in_memory(kept[i], self.small.shapes[i][1])
+            places = positions.nonzero().flatten()
+            self.taken[self.small.begins[i] + places] = begins + positions[places] - 1
+            begins += self.whole.counts[i]
+        self.taken = self.taken.int()
         self.number = next(_numbers)
         _layouts[self.number] = self
 
-    def _number(self, kept: Sequence[Tensor], like: Tensor) -> None:
-        """The indices by which joined tensors are taken and spread; a joined vector ends in a 0."""
-        whole, small, device = self.whole, self.small, like.device
-        among = [number for number, joined in enumerate(self.joined) if joined]
-        last, last_small = (sum(vector.counts[i] for i in among) for vector in (whole, small))
-        taken = torch.full((small.joined_length,), last, device=device)
-        spread = torch.full((whole.joined_length,), last_small, device=device)
-        # What is not taken keeps its own value when statistics are written back.
-        written = torch.full((whole.joined_length,), small.joined_length + last, device=device)
-        begins = begun = 0
-        for i in among:
-            here = _in_memory(kept[i], small.shapes[i][1])
-            present = here > 0
-            at = here[present] - 1
-            places = torch.arange(small.counts[i], device=device)[present]
-            taken[small.begins[i] + places] = begins + at
-            spread[whole.begins[i] + at] = begun + places
-            mine = torch.arange(whole.counts[i], device=device)
-            written[whole.begins[i] + mine] = small.joined_length + begins + mine
-            written[whole.begins[i] + at] = small.begins[i] + places
-            begins += whole.counts[i]
-            begun += small.counts[i]
-        self.taken, self.spread, self.written = taken.int(), spread.int(), written.int()
-        self.zero = like.new_zeros(1)
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """For each entry of the joined tensors: where it lies in the joined parts, which end in a 0."""
+        last = sum(self.small.counts[i] for i in self._among)
+        spread = torch.full((self.whole.joined_length,), last, device=self.zero.device)
+        begins = 0
+        for i, at, places in self._places():
+            spread[at] = begins + places
+            begins += self.small.counts[i]
+        return spread.int()
+
+    @functools.cached_property
+    def written(self) -> Tensor:
+        """The same for statistics that are written back: what is not taken keeps its own value.
+
+        The vector of the parts comes first, and the joined tensors behind it.
+        """
+        begins = self.small.joined_length
+        written = torch.full((self.whole.joined_length,), begins + self._zero_at, device=self.zero.device)
+        for i, at, places in self._places():
+            count = self.whole.counts[i]
+            own = torch.arange(count, device=self.zero.device)
+            written[self.whole.begins[i] + own] = begins + own
+            written[at] = self.small.begins[i] + places
+            begins += count
+        return written.int()
+
+    def _places(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each joined tensor: its number, where the entries that stay lie in the vector of the whole
+        tensors, and where among its own entries that stay."""
+        begins = 0
+        for i in self._among:
+            taken = self.taken[self.small.begins[i] :][: self.small.counts[i]].long()
+            places = (taken != self._zero_at).nonzero().flatten()
+            yield i, self.whole.begins[i] + taken[places] - begins, places
+            begins += self.whole.counts[i]
 
 
 _numbers = itertools.count()
@@ -191,7 +226,9 @@ def _numbered(tensor: Tensor) -> Tensor:
 
 def _in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``tensor`` as a vector in the order in which it lies in memory with ``strides``."""
-    if tensor.stride() != strides:
+    # A dimension of one entry has no place in memory.
+    there, sizes = tensor.stride(), tensor.shape
+    if there != strides and any(a != b for a, b, n in zip(there, strides, sizes, strict=True) if n > 1):
         ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)
     if tensor.dim() == 1:
@@ -230,6 +267,11 @@ def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
     return out
 
 
+@_take_parts.register_fake
+def _(whole: Sequence[Tensor], layout: int) -> Tensor:
+    return whole[0].new_empty(_layouts[layout].small.length)
+
+
 @torch.library.custom_op("regrow::spread_parts", mutates_args=())
 def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     """The tensors ``small`` at their places among zeros, one vector."""
@@ -243,6 +285,25 @@ def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     for number, one in _alone(to):
         one.back(small[number], parts[number])
     return out
+
+
+@_spread_parts.register_fake
+def _(small: Sequence[Tensor], layout: int) -> Tensor:
+    return small[0].new_empty(_layouts[layout].whole.length)
+
+
+def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.layout = inputs[1]
+
+
+def _spread_back(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None]:
+    to = _layouts[ctx.layout]
+    whole = _spread_parts(to.small.parts(gradient), ctx.layout)
+    return to.whole.parts(whole), None
+
+
+# For compilers; ``_Take`` gets the gradients of all parts without joining them once more.
+_take_parts.register_autograd(_spread_back, setup_context=_keep_layout)
 
 
 @torch.library.custom_op("regrow::write_parts", mutates_args=())
@@ -259,6 +320,17 @@ def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
     for number, one in _alone(to):
         parts[number].copy_(whole[number]).index_copy_(0, one.rows, taken[number])
     return out
+
+
+@_write_parts.register_fake
+def _(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:  # noqa: ARG001
+    return small.new_empty(_layouts[layout].whole.length)
+
+
+@torch.library.custom_op("regrow::store_parts", mutates_args=("whole",))
+def _store_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> None:
+    """``write_parts`` in place."""
+    copy_all(list(whole), _layouts[layout].whole.parts(_write_parts(whole, small, layout)))
 
 
 class _Take(torch.autograd.Function):
@@ -318,6 +390,18 @@ def take_vector(tensors: Sequence[Tensor], layout: Layout) -> Tensor:
 def written(tensors: Sequence[Tensor], vector: Tensor, layout: Layout) -> list[Tensor]:
     """``tensors`` with the entries of ``vector``, from ``take_vector``, in place of their own."""
     return layout.whole.parts(_write_parts(list(tensors), vector, layout.number))
+
+
+def store_parts(tensors: Sequence[Tensor], vector: Tensor, layout: Layout) -> None:
+    """Write the entries of ``vector``, from ``take_views``, into ``tensors``."""
+    with torch.no_grad():
+        _store_parts(list(tensors), vector, layout.number)
+
+
+def take_views(tensors: Sequence[Tensor], layout: Layout) -> tuple[list[Tensor], Tensor]:
+    """``take_parts`` for compilers, and the vector in which the parts lie."""
+    vector = _take_parts(list(tensors), layout.number)
+    return layout.small.views(vector), vector
 
 
 def take_parts(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:

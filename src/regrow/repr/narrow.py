@@ -133,6 +133,7 @@ class _Narrowed(nn.Module):
     _narrow: _Slices | None
     _wide: type[nn.Module]
     _input: str
+    _maybe_quick: bool  # whether ``batch_norm`` may stand for its forward method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slices = self._narrow
@@ -150,7 +151,7 @@ class _Narrowed(nn.Module):
         made = parts.of(self)
         slices.live = {} if made is None else made
         try:
-            if args and not kwargs and not plain_operations(args[0]) and _quick_norm(self, args):
+            if self._maybe_quick and not kwargs and _is_quick(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)
@@ -179,9 +180,8 @@ class _Narrowed(nn.Module):
         return (_blank, (self._wide,), state, *rest)
 
 
-def _quick_norm(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
-    plain = layer._wide.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
-    return plain and len(args) == 1 and norms_innermost(layer, args[0])
+def _is_quick(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and not plain_operations(args[0]) and norms_innermost(layer, args[0])
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
@@ -196,6 +196,7 @@ def _in_front(layer: _Narrowed) -> bool:
 @functools.cache
 def _narrowed(wide: type[nn.Module], tensors: tuple[str, ...], numbers: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {"_wide": wide, "_input": input_name(cast(Any, wide)), "__module__": __name__}
+    body["_maybe_quick"] = wide.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
     body |= {name: _tensor(wide, name) for name in tensors}
     body |= {name: _number(name) for name in numbers}
     return type(f"Narrow{wide.__name__}", (_Narrowed, wide), body)

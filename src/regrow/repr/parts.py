@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.repr.joined import Layout, Slice, is_dense, take_parts, take_vector, written
+from regrow.repr.joined import (
+    Layout,
+    Slice,
+    is_dense,
+    store_parts,
+    take_parts,
+    take_vector,
+    take_views,
+    written,
+)
 from regrow.together import Together
 from regrow.torch_private import (
     copy_all,
@@ -41,9 +50,16 @@ class Parts:
             if any(isinstance(getattr(type(layer), name, None), property) for name in names)
         }
         self._layouts: dict[Hashable, Layout | None] = {}
+        self._numbers = {layer: number for number, layer in enumerate(slices)}
+        self._batches: list[_Batch] = []
+        # What the layers compute with in compiled code, and the vectors in which it lies.
+        self._given: list[Tensors] | None = None
+        self._vectors: list[Tensor] = []
         self._read: dict[nn.Module, dict[int, _Statistics]] = {}
         self._changed: dict[nn.Module, None] = {}
         self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, list(slices))
+        self._together.prepare()
+        self._read = {}
 
     def has(self, module: nn.Module) -> bool:
         """Whether ``module`` is one of the layers."""
@@ -51,6 +67,8 @@ class Parts:
 
     def of(self, layer: nn.Module) -> Tensors | None:
         """The tensors that ``layer`` computes with, by name; None if it has to take them by itself."""
+        if torch.compiler.is_compiling():
+            return None if self._given is None else self._given[self._numbers[layer]]
         made = self._together.get(layer)
         if made is None and layer in self._changed:
             # It ran in this pass before, and its statistics are read from the buffers now.
@@ -60,7 +78,7 @@ class Parts:
 
     def changed(self, layer: nn.Module) -> None:
         """Tell that ``layer`` has written to the statistics among its tensors."""
-        if layer in self._read:
+        if not torch.compiler.is_compiling() and layer in self._read:
             self._changed[layer] = None
 
     def begin(self) -> None:
@@ -73,6 +91,29 @@ class Parts:
         self._write(list(self._changed))
         self._read, self._changed = {}, {}
         self._together.end(whole)
+
+    def begin_compiled(self) -> None:
+        """``begin`` in code that a compiler traces: all is taken at once, by operations without a group."""
+        given: list[Tensors] = [{} for _ in self._slices]
+        self._vectors = []
+        for batch in self._batches:
+            whole = batch.whole()
+            if [tensor.stride() for tensor in whole] != batch.strides:
+                given = []  # the memory format has changed: the layers take their tensors themselves
+                break
+            parts, vector = take_views(whole, batch.layout)
+            self._vectors.append(vector)
+            for (_, number, name), part in zip(batch.names, parts, strict=True):
+                given[number][name] = part
+        self._given = given or None
+
+    def end_compiled(self) -> None:
+        """``end`` in code that a compiler traces; statistics are written back."""
+        if self._given is not None:
+            for batch, vector in zip(self._batches, self._vectors, strict=True):
+                if batch.are_buffers and any(layer.training for layer, _, _ in batch.names):
+                    store_parts(batch.whole(), vector.detach(), batch.layout)
+        self._given, self._vectors = None, []
 
     def _kind(self, layer: nn.Module) -> Hashable:
         """The device of a layer that can share an operation; None for one that takes its tensors itself."""
@@ -105,7 +146,12 @@ class Parts:
             key = place, tuple(map(id, layers)), tuple([tensor.stride() for tensor in whole])
             if key not in self._layouts:
                 slices = [self._slices[layer][name] for layer, name, _, _ in entries]
-                self._layouts[key] = Layout(whole, slices) if all(map(is_dense, whole)) else None
+                self._layouts[key] = layout = Layout(whole, slices) if all(map(is_dense, whole)) else None
+                if layout is not None:
+                    names = [(layer, self._numbers[layer], name) for layer, name, _, _ in entries]
+                    # A CUDA graph that is captured later finds the indices there.
+                    _ = layout.written if are_buffers else layout.spread
+                    self._batches.append(_Batch(layout, list(key[2]), are_buffers, names))
             layout = self._layouts[key]
             if layout is None:
                 return [None] * len(layers)
@@ -138,6 +184,20 @@ class Parts:
             ]
             # A norm too writes through .data: a graph that holds the buffer stays valid.
             copy_all(*zip(*pairs, strict=True))
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Tensors that are taken in one operation: (layer, its number, name) of each, and their strides."""
+
+    layout: Layout
+    strides: list[tuple[int, ...]]
+    are_buffers: bool
+    names: list[tuple[nn.Module, int, str]]
+
+    def whole(self) -> list[Tensor]:
+        kept = own_buffers if self.are_buffers else own_parameters
+        return [kept(layer)[name] for layer, _, name in self.names]
 
 
 @dataclass(eq=False)

@@ -56,8 +56,14 @@ class _Passed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passing = vars(self).get("_regrow_passing")
-        if passing is None or torch.compiler.is_compiling() or backward_node() is not None:
+        if passing is None or backward_node() is not None:
             return super().forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            passing.parts.begin_compiled()
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                passing.parts.end_compiled()
         if passing.before is not None:
             passing.before(self.training, (args, kwargs))
         # What ``before`` decides may have put another object in place of this one.
