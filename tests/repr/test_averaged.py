@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -61,7 +60,7 @@ def of_torch_compiled(model):
 
 
 def of_timm(model):
-    averaged = timm.utils.ModelEmaV3(model, decay=0.9)
+    averaged = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.9)
     return averaged, averaged.update, lambda: averaged.module.state_dict()
 
 

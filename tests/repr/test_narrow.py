@@ -2,7 +2,6 @@ import copy
 import pickle
 
 import pytest
-import timm.layers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -365,9 +364,10 @@ def test_norms_of_every_kind(make_net, dim, kind):
 
 @pytest.mark.devices
 def test_layers_with_a_forward_method_of_their_own():
+    layers = pytest.importorskip("timm.layers")
     model = nn.Sequential(
-        timm.layers.Conv2dSame(3, 4, 3, stride=2),
-        timm.layers.BatchNormAct2d(4),
+        layers.Conv2dSame(3, 4, 3, stride=2),
+        layers.BatchNormAct2d(4),
         conv(4, 6, padding_mode="circular"),
         head(6),
     )
