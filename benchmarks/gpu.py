@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -306,20 +307,29 @@ def tests(part: Part) -> None:
     limit = max(10.0, part.until - time.monotonic())
     log = part.report.folder / "tests.txt"
     with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "REGROW_TEST_DEVICE": wanted},
+            stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        ended = ""
         try:
-            subprocess.run(
-                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "REGROW_TEST_DEVICE": wanted},
-                stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False,
-            )  # fmt: skip
-            ended = ""
+            process.wait(limit)
         except subprocess.TimeoutExpired:
             ended = f" (stopped after {limit:.0f} s)"
+            process.send_signal(signal.SIGINT)  # it prints what failed
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     summary = (lines[-1] if lines else "nothing was printed") + ended
     bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     part.row("summary", {"summary": summary, "failed": bad}, summary)
-    for line in bad[:40]:
+    for line in [line for line in bad if "::" in line][:40]:
         part.row(line.split(" - ")[0], line, line.partition(" - ")[2].replace("|", "/")[:200])
+    if files := [line.split()[1] for line in bad if "::" not in line]:
+        part.row("not read, as a package is not there", files, ", ".join(files))
     if not part.smoke:
         example = subprocess.run(
             [sys.executable, "examples/ddp.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
