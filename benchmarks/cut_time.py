@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import regrow
 from latency import NETS, build, torch_pruned
@@ -76,6 +75,8 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, float]:
 
 
 def row(name: str, threads: int, processes: int, rounds: int) -> str:
+    from tqdm import tqdm  # gpu.py takes this file's functions to machines without it
+
     command = [sys.executable, __file__, "--one", name, "--threads", str(threads), "--rounds", str(rounds)]
     found: list[dict[str, float]] = []
     for _ in tqdm(range(processes), desc=f"{name}, {threads} threads", disable=None):

@@ -4,12 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
 
+import devices
 from nets import chain
 
 torch.set_num_threads(1)
@@ -27,6 +29,28 @@ def _server() -> None:
     # The process that tests fork from takes seconds for its imports: they overlap with the first tests.
     if "forking" in sys.modules:
         sys.modules["forking"].start_server()
+
+
+def pytest_configure() -> None:
+    devices.device_wanted()  # a name that makes no sense ends the run before it begins
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cuda = metafunc.definition.get_closest_marker("cuda") is not None
+    if cuda or metafunc.definition.get_closest_marker("devices") is not None:
+        metafunc.parametrize("device", devices.places(metafunc.definition.name, cuda=cuda), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test marked ``devices`` or ``cuda`` runs; the CPU for all others.
+
+    What a test marked ``devices`` makes is there; one marked ``cuda`` moves it itself.
+    """
+    place = getattr(request, "param", None)
+    moved = place is not None and request.node.get_closest_marker("cuda") is None
+    with devices.on(place) if moved else nullcontext():
+        yield torch.device("cpu") if place is None else place
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -53,9 +53,16 @@ def regrow(
     return _printed(partial(_command, encoding, stop), list(map(str, arguments)), folder)
 
 
-def script(path: Path | str, *arguments: object, folder: Path) -> CompletedProcess[str]:
-    """Run a script with ``arguments``, in ``folder``; it finds the modules that the tests find."""
-    return _printed(_script, [str(path), *map(str, arguments)], folder)
+def script(
+    path: Path | str, *arguments: object, folder: Path, variables: Mapping[str, object] | None = None
+) -> CompletedProcess[str]:
+    """Run a script with ``arguments``, in ``folder``; it finds the modules that the tests find.
+
+    Args:
+        variables: of the environment, beside those that there are.
+    """
+    given = {name: str(value) for name, value in (variables or {}).items()}
+    return _printed(partial(_script, given), [str(path), *map(str, arguments)], folder)
 
 
 def _printed(work: Callable[[list[str]], None], arguments: list[str], folder: Path) -> CompletedProcess[str]:
@@ -94,6 +101,8 @@ def _command(encoding: str | None, stop: tuple[str, int, int] | None, arguments:
         command.main()
 
 
-def _script(arguments: list[str]) -> None:
+def _script(variables: dict[str, str], arguments: list[str]) -> None:
+    os.environ.update(variables)
     sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))  # as Python does
     runpy.run_path(arguments[0], run_name="__main__")

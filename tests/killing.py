@@ -26,17 +26,21 @@ def start(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None =
 
 def start_two(settings: dict[str, Any], folder: Path, kill: tuple[str, int] | None = None) -> list[Process]:
     """Begin to train in two processes together; with ``kill``, the second dies there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes: list[Process] = []
-    for rank in (0, 1):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
-        variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank, variables in enumerate(variables_of_two()):
         process = context.Process(target=_run, args=(settings, folder, kill if rank else None, variables))
         process.start()
         processes.append(process)
     return processes
+
+
+def variables_of_two() -> list[dict[str, Any]]:
+    """The variables by which torchrun tells each of two processes where it stands."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
 
 
 def _run(

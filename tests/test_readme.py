@@ -1,7 +1,9 @@
 """What the README and the examples show is what runs."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import forking
 import regrow
+from killing import variables_of_two
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +91,18 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
     done = forking.script(script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
+
+
+def test_the_example_of_ddp_runs_in_two_processes(tmp_path: Path) -> None:
+    def run(variables: dict[str, object]) -> CompletedProcess[str]:
+        folder = tmp_path / str(variables["RANK"])
+        folder.mkdir()
+        return forking.script(ROOT / "examples" / "ddp.py", folder=folder, variables=variables)
+
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(run, variables_of_two())
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 0, second.stderr
+    assert re.findall(r"^epoch (\d+): (\w+)", first.stdout, re.MULTILINE) == [("2", "drop"), ("4", "restore")]
+    assert "2 processes, equal weights" in first.stdout
+    assert second.stdout == ""

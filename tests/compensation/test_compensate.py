@@ -44,6 +44,7 @@ def hooks(net: nn.Module) -> int:
 # --- by hand ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 def test_a_constant_channel_goes_into_the_bias_of_a_convolution() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 2), nn.AdaptiveAvgPool2d(1))
     set_to(net[0].weight, [1.0, 0.0])
@@ -62,6 +63,7 @@ def test_a_constant_channel_goes_into_the_bias_of_a_convolution() -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.devices
 def test_in_float64_means_beyond_float32_are_folded_too() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1)).double()
     set_to(net[0].weight, [1.0, 0.0])
@@ -72,6 +74,7 @@ def test_in_float64_means_beyond_float32_are_folded_too() -> None:
     assert net[1].bias.item() == pytest.approx(6e60, rel=1e-12)
 
 
+@pytest.mark.devices
 @pytest.mark.gives_up  # PyTorch trains no batch norm with eps=0
 def test_the_mean_is_that_behind_norm_activation_and_pooling() -> None:
     net = nn.Sequential(
@@ -91,6 +94,7 @@ def test_the_mean_is_that_behind_norm_activation_and_pooling() -> None:
     assert net[4].bias.item() == pytest.approx(5 * (5 + 7 + 0 + 9) / 4)
 
 
+@pytest.mark.devices
 def test_behind_a_flatten_every_column_has_its_own_mean() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(8, 1))
     set_to(net[0].weight, [1.0, 2.0])
@@ -112,6 +116,7 @@ def test_at_a_padded_border_the_fold_is_right_on_average() -> None:
     assert net[1].bias.item() == pytest.approx(2 * (9 + 4 * 6 + 4 * 4) / 9)
 
 
+@pytest.mark.devices
 def test_batches_count_by_their_images() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Flatten(), nn.Linear(2, 1))
     set_to(net[0].weight, [1.0, 1.0])
@@ -164,6 +169,7 @@ def test_a_norm_behind_the_activation_takes_no_fold(inplace: bool) -> None:
     assert torch.equal(net[4].running_mean, mean)
 
 
+@pytest.mark.devices
 def test_the_last_of_two_cuts_is_folded_as_if_the_first_had_not_been() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1))
     set_to(net[0].weight, [1.0, 2.0])
@@ -388,6 +394,7 @@ def test_an_unknown_reading_and_a_missing_calibration_are_named(
     assert same(net, before)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("reading", READINGS)
 def test_with_nothing_dropped_every_reading_is_the_network_itself(
     make_net: Callable[..., nn.Sequential], reading: str
@@ -402,6 +409,7 @@ def test_with_nothing_dropped_every_reading_is_the_network_itself(
 # --- calibration -----------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 def test_labels_keywords_generators_and_wrappers_make_no_difference(
     make_net: Callable[..., nn.Sequential],
 ) -> None:
@@ -538,6 +546,7 @@ def test_compensation_recovers_much_of_what_removal_costs_on_real_digits() -> No
     assert accuracy("compensated") > accuracy("removed") + 0.1
 
 
+@pytest.mark.devices
 def test_known_readers_save_the_look_for_them(make_net, monkeypatch):
     model = make_net()
     readers = read_structure(model, torch.randn(1, 3, 8, 8))
@@ -550,6 +559,7 @@ def test_known_readers_save_the_look_for_them(make_net, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.devices
 @pytest.mark.gives_up
 def test_a_shift_of_channels_that_are_no_filters_goes_into_the_norm():
     class Shuffled(nn.Conv2d):

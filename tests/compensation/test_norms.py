@@ -24,6 +24,7 @@ def unsettled_tracked(net: nn.Module) -> nn.Module:
     return net
 
 
+@pytest.mark.devices
 def test_statistics_are_means_over_the_batches_by_hand() -> None:
     net = nn.Sequential(nn.BatchNorm1d(2))
     batches = [torch.tensor([[0.0, 1.0], [2, 1], [4, 1], [6, 9]]), torch.tensor([[10.0, 0.0], [12, 4]])]
@@ -34,6 +35,7 @@ def test_statistics_are_means_over_the_batches_by_hand() -> None:
     torch.testing.assert_close(net[0].running_var, torch.tensor([(80 / 3 + 4) / 6, (64 + 16) / 6]))
 
 
+@pytest.mark.devices
 def test_deeper_statistics_are_those_of_the_train_mode_batch() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, momentum=None)
@@ -49,6 +51,7 @@ def test_deeper_statistics_are_those_of_the_train_mode_batch() -> None:
     assert net[4].momentum is None
 
 
+@pytest.mark.devices
 def test_dropout_is_off_and_modes_come_back() -> None:
     net = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
     net[2].eval()

@@ -18,6 +18,7 @@ THREE = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
 THREE_OVERLAPS = torch.tensor([0.2357023, 0.4714045, 0.2357023])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (3, 2, 1, 1), (3, 1, 1, 2), (3, 1, 2, 1, 1)])
 def test_overlap_of_three_filters_by_hand(shape):
     torch.testing.assert_close(overlap(THREE.view(shape)), THREE_OVERLAPS)
@@ -28,6 +29,7 @@ def test_ortho_is_the_negative_overlap():
     torch.testing.assert_close(ortho(THREE), -THREE_OVERLAPS)
 
 
+@pytest.mark.devices
 def test_ortho_corrected_by_hand():
     # Chance gives sqrt(2 / (π·2)) = 0.5641896 in two dimensions: 0.2357023 / 0.5641896 = 0.4177714.
     torch.testing.assert_close(ortho_corrected(THREE), torch.tensor([-0.4177714, -0.8355428, -0.4177714]))
@@ -39,6 +41,7 @@ def test_ortho_corrected_undoes_what_short_filters_suffer_by_chance():
     assert ortho_corrected(short).mean() == pytest.approx(ortho_corrected(long).mean().item(), rel=0.05)
 
 
+@pytest.mark.devices
 def test_lengths_by_hand():
     weight = torch.tensor([[[3.0, -4.0]], [[0.0, 0.0]]])
     assert l1(weight).tolist() == [7, 0]
@@ -57,6 +60,7 @@ def test_the_sign_of_a_row_does_not_matter():
     torch.testing.assert_close(overlap(THREE * signs), THREE_OVERLAPS)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("factors", [(1e-30, 1, 1), (1e30, 1, 1), (1e30, 1e-30, 1e-38)])
 def test_tiny_and_huge_rows_count_by_direction_alone(factors):
     torch.testing.assert_close(overlap(THREE * torch.tensor(factors)[:, None]), THREE_OVERLAPS)
@@ -113,6 +117,7 @@ def test_the_ranking_over_all_layers_does_not_depend_on_the_scale(criterion, dty
     }
 
 
+@pytest.mark.devices
 def test_layers_of_very_different_scales_keep_their_order():
     model = nn.Sequential(*(nn.Conv2d(2, 3, 1) for _ in range(3)))
     for layer, factor in zip(model, (1e-30, 1.0, 1e30), strict=True):
@@ -166,6 +171,7 @@ def test_overlap_is_bounded_and_follows_permutations_and_not_scale(weight, rando
     torch.testing.assert_close(overlap(weight * 2**power), found, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.devices
 def test_score_names_every_usable_layer_in_order_and_only_reads(make_net):
     model = make_net((4, 5))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -177,6 +183,7 @@ def test_score_names_every_usable_layer_in_order_and_only_reads(make_net):
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_by_name(make_net, criterion):
     model = make_net((4, 5)).bfloat16()
@@ -186,6 +193,7 @@ def test_every_criterion_by_name(make_net, criterion):
     assert scores["conv2"].isfinite().all()
 
 
+@pytest.mark.devices
 def test_random_scores_follow_the_seed_alone(make_net):
     one, other = make_net((4, 5)), make_net((4, 5))
     first, again, third = (
@@ -218,6 +226,7 @@ def test_bad_input(make_net):
     assert list(score(model, exclude="conv2")) == ["conv1", "conv3"]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("criterion", WEIGHT_CRITERIA)
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_a_transposed_convolution_is_scored_as_the_convolution_with_its_filters(criterion, dim):

@@ -53,6 +53,7 @@ def test_a_model_on_the_cpu_leaves_the_generators_of_other_devices_alone(monkeyp
     assert seeded == []
 
 
+@pytest.mark.devices
 def test_inputs_that_a_pass_writes_to_are_copies():
     class Writing(nn.Module):
         def forward(self, x):
@@ -94,6 +95,7 @@ def test_every_module_is_back_in_its_mode():
     assert [module.training for module in model.modules()] == [True, False, True, True]
 
 
+@pytest.mark.devices
 def test_buffers_are_as_before_after_an_error_too():
     norm = nn.BatchNorm2d(1)
     with contextlib.suppress(KeyError), buffers_kept(norm):

@@ -77,6 +77,7 @@ def test_a_part_that_is_compiled_in_place_is_the_copy_s_own():
     assert model[0][1].num_batches_tracked == 0
 
 
+@pytest.mark.devices
 def test_renewed_parameters_and_all_buffers_are_the_copy_s_own():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     before = copy.deepcopy(model.state_dict())
@@ -156,6 +157,7 @@ def test_a_module_with_a_way_of_its_own_to_be_copied_is_asked():
     assert twin[1].restored
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "swin_t"])
 def test_the_same_as_deepcopy(name):
     model = torchvision.models.get_model(name, num_classes=4).eval()

@@ -74,6 +74,7 @@ def test_the_record_says_what_was_done(make_net):
     assert add_bridgeout(make_net())["layers"] == ["conv1", "conv2", "conv3"]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_every_kind_of_convolution_computes_with_the_perturbed_weight(dim, groups):
@@ -104,6 +105,7 @@ def test_linear_layers_on_request_but_not_those_inside_attention():
     assert not torch.equal(net(x), net(x))
 
 
+@pytest.mark.devices
 def test_a_layer_with_its_own_forward_method_reads_one_draw():
     layer = Centred(3, 4, 3)
     add_bridgeout(layer, seed=1)
@@ -132,6 +134,7 @@ def test_parameters_state_and_classes_stay_as_they_were(make_net):
     assert torch.equal(net.conv1.weight, other.conv1.weight)
 
 
+@pytest.mark.devices
 def test_evaluation_is_the_plain_net_bit_for_bit(make_net):
     net = make_net()
     plain = copy.deepcopy(net).eval()
@@ -139,6 +142,7 @@ def test_evaluation_is_the_plain_net_bit_for_bit(make_net):
     assert torch.equal(net.eval()(X), plain(X))
 
 
+@pytest.mark.devices
 def test_the_weight_can_be_replaced(make_net):
     net = make_net()
     add_bridgeout(net)
@@ -149,6 +153,7 @@ def test_the_weight_can_be_replaced(make_net):
     assert weight.grad is not None
 
 
+@pytest.mark.devices
 def test_same_seed_same_run_and_other_seed_other_run(make_net, train):
     def run(seed):
         torch.manual_seed(0)
@@ -170,6 +175,7 @@ def test_training_leaves_pytorchs_generator_alone(make_net):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.devices
 def test_layers_that_share_a_weight_and_a_layer_that_runs_twice_see_one_draw():
     net = TwoTiedOneEqual()
     add_bridgeout(net)
@@ -187,6 +193,7 @@ def test_layers_that_share_a_weight_and_a_layer_that_runs_twice_see_one_draw():
     torch.testing.assert_close(net.one.weight.grad, weight.grad)
 
 
+@pytest.mark.devices
 def test_evaluating_in_between_leaves_the_noise_as_it_is(make_net):
     net = make_net()
     add_bridgeout(net)
@@ -207,6 +214,7 @@ def test_layers_in_train_mode_inside_a_model_in_eval_mode_draw_anew_every_pass(m
     assert bridgeout_state(net)["passes"] == 2
 
 
+@pytest.mark.devices
 def test_gradients_accumulate_over_passes(make_net):
     net = make_net(norm=nn.Identity)
     add_bridgeout(net)
@@ -221,6 +229,7 @@ def test_gradients_accumulate_over_passes(make_net):
     torch.testing.assert_close(net.conv2.weight.grad, total)
 
 
+@pytest.mark.devices
 def test_deepcopy_goes_on_by_itself(make_net):
     net = make_net()
     add_bridgeout(net)
@@ -235,6 +244,7 @@ def test_deepcopy_goes_on_by_itself(make_net):
     assert not torch.equal(net(X), net(X))
 
 
+@pytest.mark.devices
 def test_resume_is_exact(make_net):
     net = make_net()
     add_bridgeout(net, seed=2)
@@ -264,6 +274,7 @@ def test_a_state_that_does_not_fit_is_refused(make_net):
     assert bridgeout_state(net) == state
 
 
+@pytest.mark.devices
 def test_remove_leaves_the_model_as_it_was(make_net):
     net = make_net()
     before = snapshot(net)
@@ -323,6 +334,7 @@ def test_compiled_whole_with_new_noise_in_every_pass(make_net):
     torch.testing.assert_close(net.conv1.weight.grad, eager.conv1.weight.grad)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("first", ["bridgeout", "repr"])
 def test_filters_that_repr_dropped_stay_exactly_0(make_net, train, first):
     net = make_net()
@@ -425,6 +437,7 @@ def test_a_parametrization_that_came_later_is_named(make_net):
     assert type(net.conv2) is nn.Conv2d
 
 
+@pytest.mark.devices
 def test_removed_with_images_the_norms_hold_the_statistics_of_the_weights_without_noise(make_net):
     net = make_net()
     quiet = copy.deepcopy(net)
@@ -497,6 +510,7 @@ def test_who_may_overwrite_a_gradient():
         assert not bridgeout_layers._reads_alone(net[0])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_transposed_convolutions_compute_with_the_perturbed_weight(dim, groups):
@@ -556,6 +570,7 @@ AROUND = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_update_bn_measures_without_noise_and_training_goes_on_with_the_same_noise(around, momentum):

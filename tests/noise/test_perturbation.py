@@ -22,6 +22,7 @@ def formula(weight, p, q, m):
     return weight + weight.abs() ** (q / 2) * (m / (1 - p) - 1)
 
 
+@pytest.mark.devices
 def test_by_hand():
     # With p = 0.5 the noise is ± the amplitude. |w|^(1/2), |w|^(3/4) and |w| of 16 are 4, 8 and 16.
     weight = torch.tensor([[16.0, -16.0, 0.0, 16.0], [16.0, 16.0, 16.0, -16.0]])
@@ -32,6 +33,7 @@ def test_by_hand():
         torch.testing.assert_close(noisy, weight + amplitude * sign * weight.ne(0))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("q", [0.5, 1, 1.5, 2, 3])
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.9])
 def test_mean_and_variance(p, q):
@@ -46,6 +48,25 @@ def test_mean_and_variance(p, q):
     assert ((draws.var(0) - variance).abs() < 5 * error).all()
 
 
+@pytest.mark.devices
+@pytest.mark.parametrize("target_fraction", [1.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_device_drops_the_same_weights(device, dtype, target_fraction):
+    for weight in (torch.randn(24, 10, 3, 3), torch.randn(40, 7, 2, 2).to(memory_format=torch.channels_last)):
+        weight = weight.to(dtype).requires_grad_()
+        other = weight.detach().cpu().requires_grad_()
+        settings = {"target_fraction": target_fraction}
+        ours, theirs = (bridgeout(each, **settings, generator=generator(5)) for each in (weight, other))
+        assert ours.device == weight.device
+        assert weight.device.type == device.type
+        for sign in (torch.lt, torch.gt):  # dropped weights become smaller, kept ones larger
+            assert torch.equal(sign(ours, weight).cpu(), sign(theirs, other))
+        torch.testing.assert_close(ours.cpu(), theirs)
+        ours.sum().backward()
+        theirs.sum().backward()
+        torch.testing.assert_close(weight.grad.cpu(), other.grad)
+
+
 def test_q_2_is_dropconnect_for_weights_that_are_not_negative():
     weight = torch.rand(16, 5, 3, 3)
     noisy = bridgeout(weight, p=0.3, q=2, generator=generator())
@@ -57,6 +78,7 @@ def test_q_2_is_dropconnect_for_weights_that_are_not_negative():
     torch.testing.assert_close(negative[~kept], -2 * weight[~kept])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("q", [0.7, 1.5, 2, 2.5])
 def test_gradient_is_that_of_the_formula_away_from_zero(q):
     weight = torch.randn(8, 5, 3, 3, dtype=torch.float64)
@@ -79,6 +101,7 @@ def test_gradient_by_finite_differences():
     )
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("q", [0.5, 1, 1.5])
 @pytest.mark.parametrize("p", [0.3, 0.8])
 def test_gradient_is_bounded_at_zero_and_has_mean_1(p, q):
@@ -96,6 +119,7 @@ def test_gradient_is_bounded_at_zero_and_has_mean_1(p, q):
         assert abs(p * dropped_slope + (1 - p) * kept_slope - 1) < 1e-6 * slope.abs().max()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(dtype):
     weight = (torch.randn(8, 40) * 0.02).to(dtype)
@@ -114,6 +138,7 @@ def test_low_precision_is_computed_in_float32(dtype):
     assert (weight.grad[0] == 1).all()
 
 
+@pytest.mark.devices
 def test_the_generator_decides_the_draw():
     weight = torch.randn(4, 30)
     first = bridgeout(weight, generator=generator(1))
@@ -129,6 +154,7 @@ def test_the_generator_decides_the_draw():
     assert torch.equal(free, bridgeout(weight))
 
 
+@pytest.mark.devices
 def test_seed_layer_and_number_each_change_the_draw():
     weight = torch.ones(4, 30)
     draws = [
@@ -146,6 +172,7 @@ def test_neighbours_are_drawn_from_the_whole_range():
     assert (torch.corrcoef(kept.T) - torch.eye(4)).abs().max() < 5 / math.sqrt(100_000)
 
 
+@pytest.mark.devices
 def test_a_large_weight_is_drawn_in_parts_that_differ(monkeypatch):
     monkeypatch.setattr(bridgeout_noise, "_PART", 1000)
     weight = torch.ones(70, 10, 3, 3, requires_grad=True)  # parts of 1000 weights, the last of 300
@@ -175,6 +202,7 @@ def test_p_is_exact_between_two_levels_of_the_random_numbers():
     assert abs(total - expected) < 4 * math.sqrt(expected + draws * 4)  # within a draw, and between draws
 
 
+@pytest.mark.devices
 def test_p_0_changes_nothing():
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     noisy = bridgeout(weight, p=0, q=1.5)
@@ -184,6 +212,7 @@ def test_p_0_changes_nothing():
     assert (weight.grad == 2).all()
 
 
+@pytest.mark.devices
 def test_memory_layout_is_kept_and_does_not_matter():
     images = torch.randn(16, 8, 3, 3).to(memory_format=torch.channels_last)
     transposed = torch.randn(50, 70).T
@@ -196,6 +225,7 @@ def test_memory_layout_is_kept_and_does_not_matter():
     assert bridgeout(torch.empty(0, 3, 3, 3)).shape == (0, 3, 3, 3)
 
 
+@pytest.mark.devices
 def test_target_fraction_perturbs_exactly_the_smallest_weights_of_each_filter():
     weight = torch.randn(20, 4, 5)
     noisy = bridgeout(weight, p=0.5, target_fraction=0.3, generator=generator())
@@ -229,6 +259,7 @@ def test_the_operator_meets_pytorchs_own_checks():
     torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3), False, False))
 
 
+@pytest.mark.devices
 def test_it_trains_as_a_pure_function():
     weight = torch.randn(6, 3, 3, 3, requires_grad=True)
     F.conv2d(torch.randn(2, 3, 8, 8), regrow.bridgeout(weight, p=0.3, q=1.5)).square().mean().backward()

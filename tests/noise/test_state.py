@@ -39,6 +39,7 @@ def by_safetensors(state):
     )
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("way", [by_json, by_torch, by_safetensors])
 @pytest.mark.parametrize("passes", [0, 3])
 def test_a_run_goes_on_with_the_same_noise(way, passes) -> None:
@@ -59,6 +60,7 @@ def test_a_run_goes_on_with_the_same_noise(way, passes) -> None:
     assert regrow.bridgeout_state(again) == regrow.bridgeout_state(model)
 
 
+@pytest.mark.devices
 def test_passes_without_noise_do_not_count() -> None:
     model, optimizer = noisy()
     fit(model, optimizer)

@@ -44,6 +44,7 @@ def model(make_net):
     return model
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("kind", "cost"), [("params", count_parameters), ("macs", lambda m: count_macs(m, X))]
 )
@@ -57,6 +58,7 @@ def test_the_smallest_cut_within_a_budget(model, kind, cost):
             assert cost(looking.bench.cut(keep, compensated=False).model) / cost(model) > 0.5
 
 
+@pytest.mark.devices
 def test_the_largest_cut_within_a_drop(model):
     looking = search(model)
     met = looking.run("max_drop", 60.0)

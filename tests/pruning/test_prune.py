@@ -22,6 +22,7 @@ def residual():
     return Residual(8, 8, normed=False)
 
 
+@pytest.mark.devices
 def test_a_fraction_by_hand_and_a_report_that_is_true(make_net, tmp_path):
     model = make_net().train()
     fresh = copy.deepcopy(model)
@@ -72,6 +73,7 @@ def test_lowest_l2_goes_in_each_layer(make_net):
     assert report["settings"]["exclude"] == ["conv1"]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.4}, {"max_drop": 30.0}])
 def test_a_budget_is_met(make_net, target):
     model = make_net((12, 12, 12)).eval()
@@ -94,6 +96,7 @@ def test_a_budget_is_met(make_net, target):
     assert report["filters"]["after"] < 36
 
 
+@pytest.mark.devices
 def test_coupled_filters_go_jointly_or_not():
     individual, joint = residual(), residual()
     joint.load_state_dict(individual.state_dict())
@@ -271,6 +274,7 @@ def test_a_ddp_model_is_refused(make_net, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("coupled", ["individually", "jointly"])
 def test_a_net_that_was_cut_is_pruned_again(coupled, tmp_path):
     model = residual().eval()
@@ -296,6 +300,7 @@ def test_a_net_that_was_cut_is_pruned_again(coupled, tmp_path):
     assert torch.equal(load(fresh, tmp_path / "twice.safetensors").eval()(X), model(X))
 
 
+@pytest.mark.devices
 def test_pruned_again_within_a_budget_and_compensated(make_net):
     model = make_net((12, 12, 12)).eval()
     inputs = torch.randn(50, 3, 8, 8)

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -61,7 +60,7 @@ def of_torch_compiled(model):
 
 
 def of_timm(model):
-    averaged = timm.utils.ModelEmaV3(model, decay=0.9)
+    averaged = pytest.importorskip("timm.utils").ModelEmaV3(model, decay=0.9)
     return averaged, averaged.update, lambda: averaged.module.state_dict()
 
 
@@ -101,6 +100,7 @@ def dead_entries(tensors, filters):
                 yield f"{norm}.{key}", tensors[f"{norm}.{key}"][indices]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_is_dead_where_the_model_is_and_gets_its_new_rows(kind, compact):
@@ -133,6 +133,7 @@ def test_a_copy_is_dead_where_the_model_is_and_gets_its_new_rows(kind, compact):
     assert alive.keys() == tensors().keys()
 
 
+@pytest.mark.devices
 def test_columns_and_norms_behind_sums_get_their_values_too():
     for net, consumers in ((Residual(6, 8), "zero"), (Ahead(), "keep")):
         model = away_from_zero(net)
@@ -162,6 +163,7 @@ def test_what_does_not_follow_is_not_touched_and_what_follows_later_is_dead_at_o
     assert not any(entry.any() for _, entry in dead_entries(late.state_dict(), drop.filters))
 
 
+@pytest.mark.devices
 def test_a_resumed_cycle_drops_in_the_copies_that_follow_it():
     model = build()
     optimizer = sgd(model)
@@ -176,6 +178,7 @@ def test_a_resumed_cycle_drops_in_the_copies_that_follow_it():
     assert not any(entry.any() for _, entry in dead_entries(averaged.state_dict(), drop.filters))
 
 
+@pytest.mark.devices
 def test_averages_that_follow_can_be_swapped_in_and_out():
     model = build()
     optimizer = sgd(model)

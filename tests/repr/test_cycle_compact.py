@@ -47,6 +47,7 @@ def losses(model, optimizer, cycle, steps):
     return seen, [event for event in events if event]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("net", [build, residual, separable])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_compact_and_masked_are_the_same_run(kind, net):
@@ -56,6 +57,7 @@ def test_compact_and_masked_are_the_same_run(kind, net):
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.devices
 def test_compact_computes_the_kept_filters_alone():
     model, optimizer, cycle = start_on(build, "sgd")
     whole = widths(model)
@@ -111,6 +113,7 @@ def test_what_cannot_be_planned_is_masked_and_the_event_says_so():
     assert widths(model) == {"conv1": 6, "conv2": 8, "conv3": 8}
 
 
+@pytest.mark.devices
 def test_depthwise_rows_go_on_behind_a_dropped_channel():
     model, *rest = start_on(separable, "sgd", scope="layer")
     _, (drop,) = losses(model, *rest, steps=2)
@@ -128,6 +131,7 @@ def test_a_layer_that_goes_on_computing_its_dropped_filters_is_named(monkeypatch
     assert drop.notes == ["conv2: its dropped filters are computed and held at 0, because it is a test."]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(("saved", "loaded"), [(True, False), (False, True), (True, True), (None, True)])
 def test_a_state_goes_on_compact_or_masked_as_the_one_that_loads_it(tmp_path, saved, loaded):
     model, optimizer, cycle = start("sgd", compact=saved is not False)
@@ -162,6 +166,7 @@ def test_a_plan_that_does_not_fit_is_refused_and_the_running_phase_goes_on():
     assert cycle.phase == "full"
 
 
+@pytest.mark.devices
 def test_the_user_may_hold_the_last_loss_and_averages_across_every_change():
     model, optimizer, cycle = start_on(build, "sgd", cycles=2)
     averaged = torch.optim.swa_utils.AveragedModel(
@@ -185,6 +190,7 @@ def test_the_user_may_hold_the_last_loss_and_averages_across_every_change():
     assert all(loss.grad_fn is not None for loss in held)
 
 
+@pytest.mark.devices
 def test_a_restore_leaves_what_was_kept_bit_for_bit_as_training_made_it():
     model, optimizer, cycle = start_on(build, "adam", cycles=1)
     losses(model, optimizer, cycle, 5)

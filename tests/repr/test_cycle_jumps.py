@@ -38,6 +38,7 @@ def restored(model, factor, *, consumers="keep", compact=True, caught=GROWN):
     return str(records[0].message)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("factor", [1e3, 1e6, 1e38])
 def test_a_restore_that_makes_the_output_large_is_told(factor, compact) -> None:
@@ -71,6 +72,7 @@ def test_an_ordinary_restore_is_not_told() -> None:
                 run(model, optimizer, cycle, 8)
 
 
+@pytest.mark.devices
 def test_by_default_the_output_does_not_move_at_a_restore() -> None:
     model = plain()
     optimizer = sgd(model)

@@ -7,6 +7,7 @@ from torch import nn
 from cycles import build, repr_on, sgd
 
 
+@pytest.mark.devices
 def test_scope_layer_and_floor():
     cycle = repr_on(build(), fraction=0.25, scope="layer")
     cycle.step()
@@ -80,6 +81,7 @@ def test_left_out_says_why():
         assert words[name] in reason
 
 
+@pytest.mark.devices
 def test_a_frozen_consumer_is_never_written():
     model = build()
     model.conv3.requires_grad_(False)

@@ -59,6 +59,7 @@ def go_on(folder):
     torch.save(model.state_dict(), f"{folder}/end.pt")
 
 
+@pytest.mark.devices
 def test_loading_over_a_running_sub_phase_replaces_it():
     model, optimizer, cycle = start("sgd")
     early = copy.deepcopy(cycle.state_dict()), copy.deepcopy(model.state_dict())
@@ -75,6 +76,7 @@ def test_loading_over_a_running_sub_phase_replaces_it():
         assert len(optimizer._optimizer_step_post_hooks) == 1
 
 
+@pytest.mark.devices
 def test_a_state_is_a_copy():
     model, optimizer, cycle = start("sgd")
     run(model, optimizer, cycle, 2)

@@ -13,6 +13,7 @@ from regrow.criteria.select import select
 from regrow.repr.cycle import Event
 
 
+@pytest.mark.devices
 def test_the_schedule_by_hand():
     model = build()
     optimizer = sgd(model)
@@ -40,6 +41,7 @@ def test_steps_count_alike_without_any_training_between():
     assert [bool(cycle.step()) for _ in range(9)] == [False, True, False, True] * 2 + [False]
 
 
+@pytest.mark.devices
 def test_events_say_what_was_dropped_and_survive_json():
     model = build()
     optimizer = sgd(model)
@@ -79,6 +81,7 @@ def test_a_fraction_of_zero_drops_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("criterion", ["ortho", "ortho-corrected", "l1", "l2", "random"])
 def test_every_criterion_runs_and_its_drops_follow_from_the_seed(criterion):
     def drops(seed):
@@ -93,6 +96,7 @@ def test_every_criterion_runs_and_its_drops_follow_from_the_seed(criterion):
         assert drops(3)[0] != drops(3)[1]
 
 
+@pytest.mark.devices
 def test_the_same_seed_gives_the_same_weights_whatever_the_global_generator_does():
     def weights(seed, noise):
         model = build()

@@ -24,6 +24,7 @@ def norms_of(model, channel, keys=("weight", "bias", "running_mean", "running_va
     return [[getattr(norm, key)[channel].item() for key in keys] for norm in (model.norm2, model.norm3)]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_a_channel_that_nothing_writes_to_leaves_the_norms_behind_the_sum_for_the_sub_phase(kind, compact):
@@ -90,6 +91,7 @@ def test_the_sub_phase_of_such_a_net_goes_on_from_a_state(tmp_path):
         again_cycle.load_state_dict(state)
 
 
+@pytest.mark.devices
 def test_such_a_net_trains_alike_compact_and_masked():
     found = []
     for compact in (True, False):

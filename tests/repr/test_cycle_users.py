@@ -47,6 +47,7 @@ def test_wrapped_models_train_alike_and_their_states_fit_plain_ones(order):
     assert same_weights(unwrapped.state_dict(), plain.state_dict())
 
 
+@pytest.mark.devices
 def test_gradient_accumulation_with_a_drop_in_the_middle():
     model = build()
     optimizer = sgd(model)
@@ -86,6 +87,7 @@ def test_scaled_gradients_and_skipped_steps():
     assert cycle.phase == "done"
 
 
+@pytest.mark.devices
 def test_bfloat16():
     model = build().bfloat16()
     optimizer = sgd(model)
@@ -141,6 +143,7 @@ def test_weight_norm_layers_are_left_alone_and_what_they_read_is_not_touched():
     assert torch.equal(model.conv2.weight, before)
 
 
+@pytest.mark.devices
 def test_a_model_used_under_checkpointing():
     from torch.utils.checkpoint import checkpoint
 

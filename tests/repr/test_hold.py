@@ -21,6 +21,7 @@ def push(weight, optimizer, steps=1):
         optimizer.step()
 
 
+@pytest.mark.devices
 def test_rows_stay_zero_where_memory_from_before_would_revive_them():
     def run(hold):
         weight = nn.Parameter(torch.ones(4, 3))
@@ -37,6 +38,7 @@ def test_rows_stay_zero_where_memory_from_before_would_revive_them():
     assert torch.equal(run(hold=False)[ALIVE], run(hold=True)[ALIVE])
 
 
+@pytest.mark.devices
 def test_dead_rows_have_no_gradient_and_the_others_keep_theirs():
     weight = parameter()
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -47,6 +49,7 @@ def test_dead_rows_have_no_gradient_and_the_others_keep_theirs():
     assert weight.grad.tolist() == [[0] * 3, [4] * 3, [0] * 3, [4] * 3]
 
 
+@pytest.mark.devices
 def test_gradients_accumulated_before_are_cleared_too():
     weight = parameter()
     weight.sum().backward()
@@ -54,6 +57,7 @@ def test_gradients_accumulated_before_are_cleared_too():
     assert weight.grad.tolist() == [[0] * 3, [1] * 3, [0] * 3, [1] * 3]
 
 
+@pytest.mark.devices
 def test_gradient_clipping_sees_the_living_rows_alone():
     weight = parameter()
     Hold([(weight, DEAD)], torch.optim.SGD([weight], lr=0.1))
@@ -61,6 +65,7 @@ def test_gradient_clipping_sees_the_living_rows_alone():
     assert nn.utils.clip_grad_norm_([weight], 1.0).item() == pytest.approx(6**0.5)
 
 
+@pytest.mark.devices
 def test_an_infinite_gradient_of_a_dead_row_does_no_harm():
     weight = parameter()
     optimizer = torch.optim.Adam([weight], lr=0.1)

@@ -2,7 +2,6 @@ import copy
 import pickle
 
 import pytest
-import timm.layers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +98,7 @@ def test_it_computes_what_a_net_born_at_that_size_does(make_net, training, fmt):
         assert torch.equal(tensor if kept is None or not tensor.dim() else tensor[kept], other), name
 
 
+@pytest.mark.devices
 def test_on_paper():
     # One pixel, three 1×1 filters on two channels; filter 1 is left out, and a linear layer reads the rest.
     model = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.Flatten(), nn.Linear(3, 1, bias=False))
@@ -115,6 +115,7 @@ def test_on_paper():
     assert model(x).item() == -1 - 10 - 100
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_running_statistics_land_where_they_belong(make_net, momentum):
     model = away_from_zero(make_net())
@@ -140,6 +141,7 @@ def test_running_statistics_land_where_they_belong(make_net, momentum):
             assert torch.equal(ours[dropped], before[f"{name}.{key}"][dropped])
 
 
+@pytest.mark.devices
 def test_parameters_keep_shape_and_identity_and_the_classes_come_back(make_net):
     model = make_net()
     parameters, state = list(model.parameters()), list(model.state_dict())
@@ -177,6 +179,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_optimizers_move_the_same_way_as_under_masks(make_net, train, kind):
     masked = away_from_zero(make_net()).double()
@@ -201,6 +204,7 @@ def test_optimizers_move_the_same_way_as_under_masks(make_net, train, kind):
         torch.testing.assert_close(dict(ours), dict(theirs))
 
 
+@pytest.mark.devices
 def test_release_moves_nothing_that_training_made(make_net, train):
     model = make_net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
@@ -210,6 +214,7 @@ def test_release_moves_nothing_that_training_made(make_net, train):
     assert all(torch.equal(tensor, made[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.devices
 def test_the_last_loss_and_its_graph_outlive_both_changes(make_net):
     model, twin = make_net(), make_net()
     twin.load_state_dict(model.state_dict())
@@ -251,6 +256,7 @@ def test_copies_made_meanwhile_are_plain_and_averaged_ones_go_on(make_net):
         assert averaged(X).shape == (8, 4)
 
 
+@pytest.mark.devices
 def test_gradients_accumulate_over_phases(make_net):
     model = make_net()
     loss_of(model).backward()
@@ -307,6 +313,7 @@ NETS = {
 }  # fmt: skip
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("net", NETS)
@@ -331,6 +338,7 @@ def test_masked_and_narrowed_are_one_network_whatever_its_shape(net, training, f
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["batch", "instance", "instance-tracked", "instance-plain", "group"])
 def test_norms_of_every_kind(make_net, dim, kind):
@@ -354,10 +362,12 @@ def test_norms_of_every_kind(make_net, dim, kind):
             torch.testing.assert_close(tensor[kept], masked.get_buffer(name)[kept])
 
 
+@pytest.mark.devices
 def test_layers_with_a_forward_method_of_their_own():
+    layers = pytest.importorskip("timm.layers")
     model = nn.Sequential(
-        timm.layers.Conv2dSame(3, 4, 3, stride=2),
-        timm.layers.BatchNormAct2d(4),
+        layers.Conv2dSame(3, 4, 3, stride=2),
+        layers.BatchNormAct2d(4),
         conv(4, 6, padding_mode="circular"),
         head(6),
     )
@@ -369,6 +379,7 @@ def test_layers_with_a_forward_method_of_their_own():
     torch.testing.assert_close(model[1].running_mean[[0, 2, 3]], masked[1].running_mean[[0, 2, 3]])
 
 
+@pytest.mark.devices
 def test_a_layer_that_runs_twice_and_a_picture_without_a_batch():
     model = Drawn(
         lambda s, x: s.head(F.relu(s.b(F.relu(s.b(F.relu(s.a(x))))))).flatten(),
@@ -502,6 +513,7 @@ def test_compiled_without_a_break_and_compiled_again_when_the_phase_changes(make
     torch.testing.assert_close(compiled(X), model(X))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed(make_net, reentrant):
     model = make_net()
@@ -526,6 +538,7 @@ def test_autocast(make_net):
     assert model.conv2.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("linear", [False, True])
 def test_bridgeout_draws_for_whole_weights(make_net, linear):
     model = silenced(away_from_zero(make_net()))

@@ -19,6 +19,7 @@ def largest_cosine_inside(matrix):
 
 
 # Much room, and room to the last dimension.
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("kept", "dropped", "dimension"), [(10, 4, 288), (22, 10, 42), (1, 1, 3), (5, 3, 11)]
 )
@@ -32,6 +33,7 @@ def test_new_rows_are_orthogonal_to_everything_there_was_and_to_each_other(kept,
     assert dropped == 1 or largest_cosine_inside(new) < 1e-5
 
 
+@pytest.mark.devices
 def test_length_is_the_mean_of_the_kept_rows():
     alive = torch.zeros(2, 8)
     alive[0, 0], alive[1, 1] = 1.0, 5.0
@@ -63,6 +65,7 @@ def test_two_rows_in_two_dimensions_come_least_covered_first():
     torch.testing.assert_close(new.abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
 
 
+@pytest.mark.devices
 def test_more_rows_than_dimensions():
     new, fallback = orthogonal_rows(torch.randn(4, 3), torch.randn(5, 3), generator=generator())
     assert fallback
@@ -115,6 +118,7 @@ def test_new_rows_have_the_mean_length_at_any_scale(power):
     torch.testing.assert_close(scaled / 10.0**power, plain)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dimension", [64, 6])
 def test_the_generator_alone_decides(dimension):
     alive, old = torch.randn(5, dimension), torch.randn(3, dimension)

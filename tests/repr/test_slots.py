@@ -22,6 +22,7 @@ FRESH[1] = True  # a whole row
 FRESH[2, 0] = True  # one column of another
 
 
+@pytest.mark.devices
 def test_momentum_is_forgotten_where_asked_and_kept_elsewhere():
     weight, optimizer, state = stepped(torch.optim.SGD, momentum=0.5)
     refresh_slots(optimizer, {weight: FRESH})
@@ -29,6 +30,7 @@ def test_momentum_is_forgotten_where_asked_and_kept_elsewhere():
     assert state["momentum_buffer"].flatten().tolist() == [1.5, 3, 0, 0, 0, 9]
 
 
+@pytest.mark.devices
 def test_adam_by_hand():
     weight, optimizer, state = stepped(torch.optim.Adam, betas=(0.5, 0.5), amsgrad=True)
     refresh_slots(optimizer, {weight: FRESH})
@@ -39,6 +41,7 @@ def test_adam_by_hand():
     assert state["step"] == 2
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("kind", "settings", "magnitudes", "signed"),
     [
@@ -225,6 +228,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copies_are_found_in_every_layout_and_take_the_new_values(layout):
     parameters, optimizer = bare()
@@ -243,6 +247,7 @@ def test_copies_are_found_in_every_layout_and_take_the_new_values(layout):
         assert torch.equal(slot[[0, 2, 3, 5]], old[[0, 2, 3, 5]])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_momenta_in_every_layout_are_cleared(layout):
     parameters, optimizer = bare()
@@ -333,6 +338,7 @@ def test_a_magnitude_of_another_name_is_known_where_none_of_many_is_negative():
     assert not optimizer.state[parameters[0]]["mean"][0].any()
 
 
+@pytest.mark.devices
 def test_a_history_of_all_weights_in_one_vector_is_forgotten_whole():
     parameters = weights((4, 3), (4,))
     optimizer = torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)

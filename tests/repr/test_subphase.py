@@ -38,6 +38,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_no_optimizer_revives_a_dropped_filter(make_net, train, name, foreach):
@@ -54,6 +55,7 @@ def test_no_optimizer_revives_a_dropped_filter(make_net, train, name, foreach):
     phase.release()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("name", ["lbfgs", "adam-fused", "sgd-fused", "adam-capturable"])
 def test_nor_do_optimizers_that_step_in_their_own_way(make_net, name):
     model = make_net((4, 6))
@@ -78,6 +80,7 @@ def test_nor_do_optimizers_that_step_in_their_own_way(make_net, name):
         assert not model.norm2.bias[[1, 4]].any()
 
 
+@pytest.mark.devices
 def test_the_optimizer_forgets_dropped_filters_at_once(make_net, train):
     model = make_net((4, 6))
     optimizer = torch.optim.Adam(model.parameters())
@@ -92,6 +95,7 @@ def test_the_optimizer_forgets_dropped_filters_at_once(make_net, train):
     assert not model.conv2.weight[[1, 4]].any()
 
 
+@pytest.mark.devices
 def test_clipping_sees_the_gradients_of_the_sub_network_alone(make_net):
     model = away_from_zero(make_net((4, 6)))
     dropped = {"conv1": [2], "conv2": [0, 3]}
@@ -104,6 +108,7 @@ def test_clipping_sees_the_gradients_of_the_sub_network_alone(make_net):
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(small.parameters(), 1e9))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dim", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["batch", "group", "instance", "instance-tracked", "batch-plain"])
 def test_a_dropped_channel_emits_exactly_zero_behind_its_norm(make_net, train, dim, kind):
@@ -177,6 +182,7 @@ NETS = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("net", NETS)
 def test_dropped_channels_are_zero_and_their_rows_dead_in_nets_of_every_shape(train, net, training):
@@ -232,6 +238,7 @@ def shrunk(model, dropped):
     return small.train(model.training)
 
 
+@pytest.mark.devices
 def test_the_masked_net_computes_and_trains_as_a_net_born_at_that_size(make_net, train):
     model = away_from_zero(make_net((6, 8, 8)))
     dropped = {"conv1": [0, 4], "conv2": [1, 2, 7], "conv3": [5]}
@@ -276,6 +283,7 @@ def cosines(new, others):
     return (unit_rows(new.flatten(1).double()) @ unit_rows(others.flatten(1).double()).T).abs().max()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("consumers", ["keep", "zero", "init"])
 def test_new_rows_are_orthogonal_to_kept_rows_as_they_are_now_and_to_old_dropped_rows(
     make_net, train, consumers
@@ -294,6 +302,7 @@ def test_new_rows_are_orthogonal_to_kept_rows_as_they_are_now_and_to_old_dropped
         torch.testing.assert_close(weight[dead].flatten(1).norm(dim=1), mean.expand(len(dead)))
 
 
+@pytest.mark.devices
 def test_norms_wake_fresh_and_biases_at_zero(make_net, train):
     model = away_from_zero(make_net())
     phase, _ = cycle_once(model, sgd(model), train, "keep")
@@ -307,6 +316,7 @@ def test_norms_wake_fresh_and_biases_at_zero(make_net, train):
         assert norm.running_var[dead].tolist() == [1] * len(dead)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("consumers", ["keep", "zero", "init"])
 def test_nothing_else_moves_at_the_restore(make_net, train, consumers):
     model = make_net()
@@ -326,6 +336,7 @@ def test_nothing_else_moves_at_the_restore(make_net, train, consumers):
         assert torch.equal(tensor[~touched[name]], before[name][~touched[name]]), name
 
 
+@pytest.mark.devices
 def test_keep_gives_the_columns_back_as_they_were_at_the_drop(make_net, train):
     model = make_net()
     phase, before = cycle_once(model, sgd(model), train, "keep")
@@ -335,6 +346,7 @@ def test_keep_gives_the_columns_back_as_they_were_at_the_drop(make_net, train):
     assert torch.equal(model.conv2.weight[alive][:, [1]], before["conv2.weight"][alive][:, [1]])
 
 
+@pytest.mark.devices
 def test_zero_columns(make_net, train):
     model = make_net()
     phase, _ = cycle_once(model, sgd(model), train, "zero")
@@ -360,6 +372,7 @@ def test_init_columns_are_drawn_as_pytorch_draws_them(make_net, train):
     assert drawn.std() == pytest.approx(bound / 3**0.5, rel=0.05)  # uniform
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("build", ["sgd", "adam"])
 def test_the_optimizer_forgets_what_it_knew_of_new_entries(make_net, train, build):
     model = make_net()
@@ -383,6 +396,7 @@ def test_the_optimizer_forgets_what_it_knew_of_new_entries(make_net, train, buil
         torch.testing.assert_close(bias[0], bias[[1, 2, 4, 5, 7]].mean())
 
 
+@pytest.mark.devices
 def test_restored_filters_train_again(make_net, train):
     model = make_net()
     optimizer = sgd(model)
@@ -404,6 +418,7 @@ def test_layers_too_small_for_orthogonal_rows_are_named(make_net, train):
     assert model.conv2.weight[DROPPED["conv2"]].flatten(1).norm(dim=1).all()
 
 
+@pytest.mark.devices
 def test_the_generator_decides_the_new_weights(make_net, train):
     def run(seed):
         torch.manual_seed(0)
@@ -437,6 +452,7 @@ def outputs(model, x):
     return [model.eval()(x), model.train()(x)]
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("net", NETS)
 def test_zero_does_not_move_the_output(train, net):
     build, dropped = NETS[net]
@@ -507,6 +523,7 @@ def test_a_convolution_that_reads_itself_is_restored_like_any_other(train):
 # --- memory --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 def test_a_state_brings_back_the_same_restore_in_another_model(make_net, train):
     model = make_net()
     optimizer = sgd(model)
@@ -575,6 +592,7 @@ def planned(model, dropped, x=X):
     return readers, plan_cut(model, keep, x[:1], readers=readers, followers=False)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("net", NETS)
 def test_with_a_plan_the_same_network_trains(train, net):
     build, dropped = NETS[net]
@@ -593,6 +611,7 @@ def test_with_a_plan_the_same_network_trains(train, net):
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+@pytest.mark.devices
 def test_release_and_restore_end_the_narrowing(make_net):
     model = make_net()
     readers, plan = planned(model, DROPPED)

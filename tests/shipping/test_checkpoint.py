@@ -96,6 +96,7 @@ def saved(trained, tmp_path):
     return tmp_path / "small.safetensors"
 
 
+@pytest.mark.devices
 def test_a_net_that_was_never_cut(trained, make_net, tmp_path):
     path = tmp_path / "net.safetensors"
     assert save(trained, path) is None
@@ -108,6 +109,7 @@ def test_a_net_that_was_never_cut(trained, make_net, tmp_path):
     assert torch.equal(fresh(X), trained.eval()(X))
 
 
+@pytest.mark.devices
 def test_a_cut_net_on_a_freshly_built_one(trained, saved, make_net):
     assert metadata(saved) == {
         "version": 1,
@@ -123,6 +125,7 @@ def test_a_cut_net_on_a_freshly_built_one(trained, saved, make_net):
     assert fresh.conv1.weight.grad.shape == (4, 3, 3, 3)
 
 
+@pytest.mark.devices
 def test_what_was_loaded_can_be_copied_cut_again_and_saved(saved, make_net, tmp_path):
     fresh = load(make_net(), saved)
     save(copy.deepcopy(fresh), tmp_path / "again.safetensors")
@@ -187,6 +190,7 @@ class Assorted(nn.Module):
         self.register_buffer("temporary", torch.tensor(7.0 + fill), persistent=False)
 
 
+@pytest.mark.devices
 def test_tensors_of_every_kind(tmp_path):
     net, path = Assorted(1), tmp_path / "net.safetensors"
     with torch.no_grad():
@@ -217,6 +221,7 @@ class TiedOrApart(nn.Module):
             self.again = self.norm
 
 
+@pytest.mark.devices
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     path = tmp_path / "net.safetensors"
     net = TiedOrApart()
@@ -273,6 +278,7 @@ def test_wrappers_leave_no_prefix(wrap, trained, make_net, tmp_path):
     assert_same_state(load(make_net(), path), trained)
 
 
+@pytest.mark.devices
 def test_cuts_and_wrappers(saved, make_net, trained):
     compiled = torch.compile(make_net())
     assert_same_state(load(compiled, saved)._orig_mod, trained)
@@ -284,6 +290,7 @@ def test_cuts_and_wrappers(saved, make_net, trained):
         assert_untouched(wrapped, before)
 
 
+@pytest.mark.devices
 def test_bridgeout_may_be_on_either_side(saved, trained, make_net, tmp_path):
     add_bridgeout(trained)
     save(trained, tmp_path / "noisy.safetensors")

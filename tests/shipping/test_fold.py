@@ -45,6 +45,7 @@ class NormedInput(nn.Module):
         return self.head(self.last(x).relu().mean((2, 3)))
 
 
+@pytest.mark.devices
 def test_by_hand():
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2, eps=0.0)).eval()
     conv, norm = net
@@ -63,6 +64,7 @@ def test_by_hand():
     assert isinstance(net[1], nn.BatchNorm2d)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_every_dimension_and_the_model_as_it_was(make_net, dim):
     model = settled(make_net(dim=dim)).train()
@@ -94,6 +96,7 @@ def test_a_cut_network_with_norms_that_place(coupled, tmp_path):
     assert export_onnx(folded, tmp_path / "small.onnx", example_inputs=X)["difference"] <= 1e-4
 
 
+@pytest.mark.devices
 def test_a_convolution_that_places_in_front_of_its_norm():
     class SumBehindActivations(NormedInput):
         """The norm serves two convolutions' sum in training, and one alone here."""
@@ -129,6 +132,7 @@ class WithActivation(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+@pytest.mark.devices
 def test_an_output_that_others_read_too_stays():
     model = settled(Peeking())
     folded, record = fold_norms(model, example_inputs=X)
@@ -149,6 +153,7 @@ def test_what_computes_its_weights_stays_and_what_a_norm_does_besides_is_kept():
     assert close(model(X), folded(X))
 
 
+@pytest.mark.devices
 def test_one_norm_twice_one_convolution_twice_and_tied_weights():
     class SharedNormsAndWeights(nn.Module):
         def __init__(self) -> None:
@@ -209,6 +214,7 @@ def test_left_alone_and_why(make_net):
     assert torch.equal(model(X), folded(X))
 
 
+@pytest.mark.devices
 def test_other_precisions_formats_and_inputs(make_net):
     model = settled(make_net()).to(memory_format=torch.channels_last).double()
     folded, _ = fold_norms(model, example_inputs=(X.double(),))
@@ -236,6 +242,7 @@ def test_what_is_folded_is_neither_cut_nor_saved(make_net, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(("dim", "groups"), [(1, 1), (2, 1), (2, 2), (2, 4), (3, 1)])
 def test_transposed_convolutions_take_the_norms_behind_them(dim, groups):
     up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dim - 1]
@@ -257,6 +264,7 @@ def test_transposed_convolutions_take_the_norms_behind_them(dim, groups):
     assert folded[0].weight.stride() == model[0].weight.stride()
 
 
+@pytest.mark.devices
 def test_a_folded_transposed_convolution_by_hand():
     net = nn.Sequential(nn.ConvTranspose1d(2, 3, 1), nn.BatchNorm1d(3, eps=0.0)).eval()
     with torch.no_grad():

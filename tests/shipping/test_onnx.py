@@ -98,6 +98,7 @@ def test_a_cut_model_in_batches_of_any_size(cut_net, tmp_path):
     assert {(3, 3, 3, 3), (8, 3, 3, 3)} <= sizes
 
 
+@pytest.mark.devices
 def test_a_cut_model_goes_through_torch_export(cut_net):
     cut_net.eval()
     batch = torch.export.Dim("batch", min=1)

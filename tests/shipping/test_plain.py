@@ -194,6 +194,7 @@ def test_dynamic_quantisation_and_training_aware_quantisation():
         assert quantised(quantize_fx.convert_fx(trained.eval()))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", NETS)
 def test_the_copy_has_ordinary_layers_and_the_model_stays(kind):
     net = NETS[kind]().train()
@@ -219,6 +220,7 @@ def test_the_copy_has_ordinary_layers_and_the_model_stays(kind):
             torch.testing.assert_close(grads[name], parameter.grad)
 
 
+@pytest.mark.devices
 def test_a_layer_with_its_weights_among_zeros_gets_them_as_its_own():
     norm = nn.BatchNorm2d(3)
     with torch.no_grad():
@@ -234,6 +236,7 @@ def test_a_layer_with_its_weights_among_zeros_gets_them_as_its_own():
     assert [p.shape for p in net.parameters()] == [(2,), (2,)]
 
 
+@pytest.mark.devices
 def test_a_model_that_is_one_layer_and_a_layer_with_two_names():
     layer = nn.Conv2d(3, 3, 1)
     apply_plan(

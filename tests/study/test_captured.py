@@ -385,9 +385,6 @@ def test_whole_runs_end_alike_captured_or_not_and_resumed_or_not(
     assert ended(tmp_path / "resumed") == ended(tmp_path / "plain")
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 def on_gpu(kind: type[Step], name: str, dtype: torch.dtype, rates: list[float]) -> list[float]:
     model = net().to("cuda", memory_format=torch.channels_last).train()
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -402,7 +399,7 @@ def on_gpu(kind: type[Step], name: str, dtype: torch.dtype, rates: list[float]) 
     return found
 
 
-@needs_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_gpu_steps_are_captured_and_give_the_same_losses(name: str, dtype: torch.dtype) -> None:
@@ -412,7 +409,7 @@ def test_on_a_gpu_steps_are_captured_and_give_the_same_losses(name: str, dtype: 
     assert found == pytest.approx(expected, rel=1e-3 if dtype is torch.float32 else 3e-2)
 
 
-@needs_gpu
+@pytest.mark.cuda
 @pytest.mark.gives_up
 def test_on_a_gpu_a_net_that_reads_a_number_trains_without_a_graph(given_up: list[str]) -> None:
     class Reading(nn.Module):
@@ -432,7 +429,7 @@ def test_on_a_gpu_a_net_that_reads_a_number_trains_without_a_graph(given_up: lis
     assert len(given_up) == 1
 
 
-@needs_gpu
+@pytest.mark.cuda
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu_a_resumed_run_ends_as_one_that_was_not(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch

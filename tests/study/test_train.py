@@ -288,3 +288,21 @@ def test_flops_of_an_epoch_by_hand(tmp_path: Path) -> None:
     assert record.result["train_flops"] == sum(flops)
     assert flops[0] == flops[2] == whole
     assert flops[1] < whole
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["standard", "repr", "bridgeout"])
+def test_a_run_on_a_gpu(tmp_path: Path, device: torch.device, method: str) -> None:
+    settings: dict[str, Any] = {"method": method, "epochs": 8, "train_size": 1000, "device": str(device)}
+    if method == "repr":
+        settings |= {"full": 2, "sub": 2, "cycles": 1}
+    record = run(tmp_path / "gpu", **settings)
+    assert record.result is not None
+    assert record.environment["device"].startswith(str(device))
+    assert record.result["test_accuracy"] > 0.25  # 0.1 by chance; under noise eight epochs are few
+    if method == "repr":
+        assert [event["kind"] for event in record.events] == ["drop", "restore"]
+        assert [line["alive"] for line in record.epochs] == [24, 24, 19, 19, 24, 24, 24, 24]
+    # The weights are a file that a machine without a GPU reads.
+    weights = load_file(tmp_path / "gpu" / "weights.safetensors")
+    assert all(tensor.device.type == "cpu" and tensor.isfinite().all() for tensor in weights.values())

@@ -37,6 +37,7 @@ def check_equal(small, whole):
         torch.testing.assert_close(small.train(training)(X), whole.train(training)(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.devices
 @pytest.mark.gives_up
 def test_three_filters_on_paper():
     """conv (3 filters, 1×1, one channel) → norm → conv (1×1): filter 1 leaves."""
@@ -71,6 +72,7 @@ def test_three_filters_on_paper():
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.devices
 def test_a_residual_stream_is_cut_filter_by_filter():
     net = residual()
     whole, keys = masked(net), list(net.state_dict())
@@ -95,6 +97,7 @@ def train(net, optimizer, steps=3):
         optimizer.step()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     "make",
     [
@@ -128,6 +131,7 @@ def test_the_optimizer_goes_on_with_what_is_left(make):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@pytest.mark.devices
 def test_a_scheduler_and_other_parameters_stay_with_the_optimizer():
     net, other = residual(), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([*net.parameters(), other], 0.1, momentum=0.9)
@@ -155,6 +159,7 @@ def test_an_optimizer_that_remembers_in_other_shapes_is_refused():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.devices
 def test_gradients_flags_and_memory_format_stay():
     net = residual().to(memory_format=torch.channels_last)
     net.a.requires_grad_(False)
@@ -173,6 +178,7 @@ def test_gradients_flags_and_memory_format_stay():
     assert net.training
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype):
     net = residual().to(dtype)
@@ -190,6 +196,7 @@ def small_net():
     return net.eval()
 
 
+@pytest.mark.devices
 def test_a_cut_model_is_copied_pickled_saved_and_loaded():
     net = small_net()
     expected = net(X)
@@ -212,6 +219,7 @@ def test_a_cut_model_is_compiled_and_exported():
         torch.testing.assert_close(exported.module()(X[:3]), expected[:3])
 
 
+@pytest.mark.devices
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_cut_model_is_traced(gradients):
@@ -230,6 +238,7 @@ def test_a_compiled_model_is_cut_inside_its_wrapper():
     assert net.stem.out_channels == 2
 
 
+@pytest.mark.devices
 def test_a_norm_over_groups_keeps_what_is_left_of_its_weights():
     net = nn.Sequential(conv(3, 4), nn.GroupNorm(2, 4), nn.ReLU(), conv(4, 4), head(4))
     nn.init.uniform_(net[1].bias, 0.2, 0.5)
@@ -246,6 +255,7 @@ def test_a_norm_over_groups_keeps_what_is_left_of_its_weights():
     torch.testing.assert_close(exported.module()(X), net(X))
 
 
+@pytest.mark.devices
 def test_filters_that_cannot_leave_alone_are_masked_and_named():
     net = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 6, groups=2), nn.ReLU(), conv(6, 4), head(4))
     keep = {"2": keep_but(6, 0)}
@@ -317,6 +327,7 @@ def test_what_is_no_plan_is_refused(data):
         CutPlan.from_dict(data)
 
 
+@pytest.mark.devices
 def test_cutting_again_counts_the_filters_that_are_left():
     net, once = residual(), residual()
     once.load_state_dict(net.state_dict())
@@ -339,6 +350,7 @@ def test_cutting_again_counts_the_filters_that_are_left():
     check_equal(net, once)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("name", ["sgd", "adafactor"])
 def test_training_between_two_cuts_is_remembered(name):
     make = {
@@ -427,6 +439,7 @@ def test_a_model_with_bridgeout_is_refused():
         cut(net, KEEP, example_inputs=X[:1])
 
 
+@pytest.mark.devices
 def test_bridgeout_on_a_cut_model():
     net = small_net()
     expected = net(X)

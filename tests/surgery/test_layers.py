@@ -68,6 +68,7 @@ def test_the_shapes_that_a_plan_leaves():
     assert not any(isinstance(module, Small) for module in model.modules())
 
 
+@pytest.mark.devices
 def test_the_values_that_a_plan_leaves():
     model, whole = net(), net()
     apply_plan(model, PLAN)
@@ -79,6 +80,7 @@ def test_the_values_that_a_plan_leaves():
     assert torch.equal(model.head.bias, whole.head.bias)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("layer", "parts", "left", "numbers"),
     [
@@ -255,6 +257,7 @@ def attributes(model):
     ]  # fmt: skip
 
 
+@pytest.mark.devices
 @settings(max_examples=30)
 @given(data=st.data())
 def test_widening_undoes_a_plan(data):
@@ -397,6 +400,7 @@ def test_a_slot_of_a_parameter_that_became_large_again():
     assert rows.of(torch.ones(1, 4)).tolist() == [[1] * 4]
 
 
+@pytest.mark.devices
 @given(data=st.data())
 def test_a_slot_is_there_again_after_both_ways(data):
     some = st.sets(st.integers(0, 3), min_size=2).map(sorted)
@@ -411,6 +415,7 @@ def test_a_slot_is_there_again_after_both_ways(data):
     assert large.count_nonzero() == slot.count_nonzero()
 
 
+@pytest.mark.devices
 def test_momentum_is_what_it_would_have_been():
     # The slots of an optimizer are cut like the gradients that they were made of.
     model, whole = net(), net()

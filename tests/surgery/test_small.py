@@ -52,6 +52,7 @@ def channels(*values):
     return torch.tensor(values).view(1, -1, 1, 1)
 
 
+@pytest.mark.devices
 def test_a_layer_picks_channels_of_its_input():
     layer = left_of(linear(), columns=[0, 2], picked=[0, 2])
     assert layer(torch.tensor([1.0, 100.0, 2.0])).tolist() == [10 + 1 + 6, 20 + 4 + 12]
@@ -62,6 +63,7 @@ def test_a_layer_picks_channels_of_its_input():
     assert narrow(torch.tensor([1.0, 2.0])).tolist() == [17, 36]
 
 
+@pytest.mark.devices
 def test_a_layer_places_its_output_among_zeros():
     layer = left_of(conv(), rows=[0, 2], placed=(3, [0, 2]))
     assert layer(channels(2.0)).flatten().tolist() == [10 + 2, 0, 30 + 6]
@@ -71,16 +73,19 @@ def test_a_layer_places_its_output_among_zeros():
     assert narrow(channels(2.0)).flatten().tolist() == [0, 24]
 
 
+@pytest.mark.devices
 def test_a_norm_places_its_output_too():
     layer = left_of(norm(), channels=[0, 2], placed=(3, [0, 2]))
     torch.testing.assert_close(layer(channels(1.0, 1.0)).flatten(), torch.tensor([11.0, 0.0, 33.0]))
 
 
+@pytest.mark.devices
 def test_a_layer_picks_and_places():
     layer = left_of(linear(), columns=[1, 2], picked=[1, 2], rows=[1], placed=(2, [1]))
     assert layer(torch.tensor([100.0, 1.0, 2.0])).tolist() == [0, 20 + 5 + 12]
 
 
+@pytest.mark.devices
 def test_a_norm_computes_with_its_weights_spread_among_zeros():
     layer = left_of(norm(), spread=[0, 2])
     assert {name: p.tolist() for name, p in layer.named_parameters()} == {"weight": [1, 3], "bias": [10, 30]}
@@ -98,6 +103,7 @@ def test_a_norm_that_loses_channels_spreads_the_rest():
     torch.testing.assert_close(layer(channels(1.0, 1.0)).flatten(), torch.tensor([0.0, 33.0]))
 
 
+@pytest.mark.devices
 def test_a_convolution_computes_with_its_rows_spread_among_zeros():
     layer = left_of(conv(), spread=[1])
     assert layer(channels(2.0)).flatten().tolist() == [0, 20 + 4, 0]
@@ -110,6 +116,7 @@ def test_a_convolution_computes_with_its_rows_spread_among_zeros():
     assert without_bias(channels(2.0)).count_nonzero() == 1
 
 
+@pytest.mark.devices
 def test_gradients_reach_what_is_left_of_a_spread_weight():
     layer = left_of(conv(), spread=[0, 2])
     layer(channels(2.0)).sum().backward()
@@ -121,6 +128,7 @@ def test_gradients_reach_what_is_left_of_a_spread_weight():
     assert layer.bias.tolist() == [9.5, 0, 29.5]
 
 
+@pytest.mark.devices
 def test_gradients_of_what_is_picked_and_placed():
     layer, x = left_of(linear(), columns=[0, 2], picked=[0, 2]), torch.ones(3, requires_grad=True)
     layer(x).sum().backward()
@@ -159,6 +167,7 @@ def saved(layer):
     return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", layers())
 @pytest.mark.parametrize(
     "again",
@@ -178,6 +187,7 @@ def test_copies_and_pickles(kind, again):
     assert layer(x).any()
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("kind", layers())
 def test_it_moves_to_other_numbers(kind):
     layer, x = layers()[kind]

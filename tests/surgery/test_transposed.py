@@ -32,6 +32,7 @@ def same(one, other, x):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("name", DECODERS)
 def test_cut_equals_masked_once_and_twice_and_from_a_file(name, tmp_path):
     net, x = decoder(name)
@@ -59,6 +60,7 @@ def test_cut_equals_masked_once_and_twice_and_from_a_file(name, tmp_path):
     same(loaded, again, x)
 
 
+@pytest.mark.devices
 def test_a_transposed_convolution_on_paper():
     """conv (2 filters) → transposed (3) → transposed (1), all 1×1: one filter of two layers leaves."""
     net = nn.Sequential(nn.Conv1d(1, 2, 1), nn.ConvTranspose1d(2, 3, 1), nn.ConvTranspose1d(3, 1, 1))
@@ -115,6 +117,7 @@ def test_depthwise_rows_go_with_the_channels_that_they_read():
     assert (net[7].in_channels, net[7].out_channels, net[7].groups) == (5, 10, 5)
 
 
+@pytest.mark.devices
 def test_an_optimizer_goes_on_with_the_slots_of_transposed_convolutions():
     net, x = decoder("u-net")
     optimizer = torch.optim.Adam(net.train().parameters())

@@ -67,6 +67,7 @@ def with_one_index_changed(plan):
                 yield changed
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_plan_with_a_wrong_index_is_refuted(quick):
     probe, draft = confirmed(quick)
@@ -76,6 +77,7 @@ def test_every_plan_with_a_wrong_index_is_refuted(quick):
     assert all(probe.refutes(plan, draft.present) is not None for plan in wrong)
 
 
+@pytest.mark.devices
 def test_what_a_probe_sees():
     probe, draft = confirmed(quick=True)
     assert probe.confirms_removal
