@@ -2,6 +2,7 @@
 that their fallbacks do."""
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,15 @@ def test_fallbacks(monkeypatch):
     assert not private.has_hooks(net)
     net.register_forward_hook(lambda *_: None)
     assert private.has_hooks(net)
+
+
+def test_deepcopy_has_a_book_of_memories():
+    whole = torch.arange(4.0)
+    memo, twin = {}, whole.clone()
+    private.remember_storage(memo, whole, twin)
+    part = copy.deepcopy(whole[1:3], memo)
+    twin.zero_()
+    assert part.tolist() == [0, 0]
 
 
 def test_writes_are_counted_and_not_under_inference_mode():

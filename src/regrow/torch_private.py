@@ -106,6 +106,14 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage.data_ptr() if key is None else key)
 
 
+def remember_storage(memo: dict[Any, Any], tensor: Tensor, twin: Tensor) -> None:
+    """Have ``copy.deepcopy`` take the memory of ``twin`` for other tensors that lie in that of ``tensor``.
+
+    Where its book of memories is another, they get memory of their own.
+    """
+    memo.setdefault("torch", {})[storage_key(tensor.untyped_storage())] = twin.untyped_storage()
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
 
