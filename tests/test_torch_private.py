@@ -36,6 +36,10 @@ NAMES = {
     "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
     "_HybridIndex": torch_pruning._helpers,
     "_set_grad_enabled": torch._C,
+    "_len_torch_dispatch_stack": torch._C,
+    "_len_torch_function_stack": torch._C,
+    "_DisableTorchDispatch": torch._C,
+    "DisableTorchFunction": torch._C,
     "_schema": torch.ops.aten.relu.default,
 }
 
@@ -124,6 +128,12 @@ def test_fallbacks(monkeypatch):
     monkeypatch.delattr(torch._C, "_DisableFuncTorch")
     assert not torch.func.vmap(lambda _: torch.tensor(private.is_transformed(twin)))(twin).any()
     with private.outside_transforms():
+        pass
+    monkeypatch.delattr(torch._C, "_len_torch_function_stack")
+    assert private.modes_running() is None
+    monkeypatch.delattr(torch._C, "_DisableTorchDispatch")
+    monkeypatch.delattr(torch._C, "DisableTorchFunction")
+    with private.outside_modes():
         pass
     monkeypatch.delattr(torch_pruning._helpers, "_HybridIndex")
     assert [(place.idx, place.root_idx) for place in private.pruning_places(2)] == [(0, 0), (1, 1)]

@@ -158,6 +158,36 @@ def operator_arguments(operation: Any) -> tuple[tuple[str, bool], ...]:
     return tuple((argument.name, bool(argument.is_write)) for argument in operation._schema.arguments)
 
 
+def modes_running() -> tuple[int, int] | None:
+    """How many modes of this thread watch operations, and how many watch functions.
+
+    None where that is unknown, where ``outside_modes`` has no effect, and while a transform of torch.func
+    runs.
+    """
+    names = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
+    operations, functions, transforming = (getattr(torch._C, name, None) for name in names)
+    if operations is None or functions is None or transforming is None or None in _guards() or transforming():
+        return None
+    return operations(), functions()
+
+
+def _guards() -> tuple[Any, Any]:
+    return getattr(torch._C, "DisableTorchFunction", None), getattr(torch._C, "_DisableTorchDispatch", None)
+
+
+class outside_modes:
+    """A context manager inside of which no mode sees operations or functions; without effect if unknown."""
+
+    def __enter__(self) -> None:
+        self._guards = [kind() for kind in _guards() if kind is not None]
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*error)
+
+
 class _Place(NamedTuple):
     idx: int
     root_idx: int
