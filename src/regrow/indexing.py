@@ -27,6 +27,16 @@ def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = 
     return torch.as_tensor(indices, dtype=torch.int64, device=device)
 
 
+def index_tensors(
+    indices: Sequence[Sequence[int] | Tensor], device: torch.device | None = None
+) -> list[Tensor]:
+    """``index_tensor`` of each of ``indices``, which reach a GPU in one transfer: it waits for each."""
+    here = [index_tensor(each) for each in indices]
+    if device is None or device.type == "cpu" or not here:
+        return here
+    return list(torch.cat(here).to(device).split([len(each) for each in here]))
+
+
 def plain_operations(tensor: Tensor) -> bool:
     """Whether PyTorch's own operations alone will do: for a compiler, a transform, or forward-mode
     derivatives."""

@@ -1,0 +1,39 @@
+"""Numbers that a pass computes, brought from a GPU at once: the host waits for it at each that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of tensors of one number each, in order; one wait for each device."""
+    found = dict.fromkeys(range(len(tensors)), 0.0)
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        values = torch.stack([tensors[place].detach().reshape(()) for place in places]).tolist()
+        found.update(zip(places, values, strict=True))
+    return list(found.values())
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether a number on ``device`` is there as soon as the operation that computes it returns."""
+    return device.type == "cpu"
+
+
+def largest_of(tensor: Tensor) -> Tensor:
+    """The largest absolute value, a tensor of one number: 0 for an empty tensor, NaN if there is a NaN."""
+    return tensor.abs().max() if tensor.numel() else torch.zeros((), device=tensor.device)
+
+
+def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dimension on the CPU; one wait for each device."""
+    found = list(tensors)
+    for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        parts = torch.cat([tensors[place] for place in places]).cpu()
+        for place, part in zip(places, parts.split([len(tensors[place]) for place in places]), strict=True):
+            found[place] = part
+    return found
