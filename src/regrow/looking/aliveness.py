@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.looking.numbers import together
 from regrow.modules import channel_dim
+from regrow.numbers import together
 
 
 class Aliveness:

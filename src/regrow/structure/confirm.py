@@ -13,8 +13,8 @@ from regrow.indexing import index_tensor
 from regrow.looking.calls import call, floating
 from regrow.looking.hooks import hooked
 from regrow.looking.noise import unsettle
-from regrow.looking.numbers import largest_of, numbers
 from regrow.modules import Norm, channel_dim, channel_dims, per_channel, tied_modules
+from regrow.numbers import largest_of, numbers
 from regrow.structure.readers import Readers, column_mask, silence
 
 

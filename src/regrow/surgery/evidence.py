@@ -16,9 +16,9 @@ from regrow.indexing import index_tensor, index_tensors, place
 from regrow.looking.calls import PassFailed, floating, run
 from regrow.looking.dropout import NoDropout
 from regrow.looking.hooks import Layers, carrying, hooked, instead
-from regrow.looking.numbers import answers_at_once, largest_of, numbers
 from regrow.looking.small_inputs import Way, step
 from regrow.modules import Convolution, Norm, channel_dim, channel_layers, device_of, per_channel
+from regrow.numbers import answers_at_once, largest_of, numbers
 from regrow.structure.confirm import are_silent, loudness_of
 from regrow.structure.norms import NormFinder
 from regrow.surgery.plan import CutPlan
@@ -128,9 +128,7 @@ def compare(
     device = device_of(other)
     partly = {name: mask for name, mask in (present or {}).items() if not mask.all()}
     indices = index_tensors([mask.nonzero().flatten() for mask in partly.values()], device)
-    arriving = {
-        name: (len(mask), index) for (name, mask), index in zip(partly.items(), indices, strict=True)
-    }
+    arriving = {name: (len(mask), index) for (name, mask), index in zip(partly.items(), indices, strict=True)}
     seen, layers, read = Seen([] if ran is None else ran), channel_layers(other), 0
     left_out = _left_out(dict(layers), expected, plan, device)
     limits = _Limits(seen.ran)
@@ -215,10 +213,10 @@ def _left_out(
     Where noise stands for the outputs of layers, no later layer shows what this one lacks.
     """
     lost = {}
-    for place, (name, whole, _) in enumerate(expected.given if expected.noise else ()):
+    for at, (name, whole, _) in enumerate(expected.given if expected.noise else ()):
         if name in plan.columns:
             width = whole.shape[channel_dim(modules[name], whole)]
-            lost[place] = sorted(set(range(width)).difference(plan.columns[name]))
+            lost[at] = sorted(set(range(width)).difference(plan.columns[name]))
     return dict(zip(lost, index_tensors(list(lost.values()), device), strict=True))
 
 
@@ -302,7 +300,7 @@ class Look:
 
 
 def excess_of(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """By how much they differ more than ``tolerance`` of ``b``: a tensor of one number, NaN if that is unknown.
+    """By how much they differ more than ``tolerance`` of ``b``: a tensor of one number, NaN if unknown.
 
     If it is not larger than ``tolerance · scale``, ``a`` being finite, they are ``close``.
     """

@@ -66,10 +66,7 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
 def _indices(found: Sequence[Layer], device: torch.device) -> dict[int, Tensor]:
     """The lists in ``kept`` of layers as int64 on ``device``, by the ``id`` of each."""
     lists = {
-        id(indices): indices
-        for layer in found
-        for kept in layer.kept.values()
-        for indices in kept.values()
+        id(indices): indices for layer in found for kept in layer.kept.values() for indices in kept.values()
     }
     return dict(zip(lists, index_tensors(list(lists.values()), device), strict=True))
 

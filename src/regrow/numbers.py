@@ -1,4 +1,4 @@
-"""Numbers that a pass computes, brought from a GPU at once: the host waits for it at each that it asks for."""
+"""What a GPU has computed, fetched together: the host waits for it at each number that it asks for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from torch import Tensor
 
 
 def numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The values of tensors of one number each, in order; one wait for each device."""
-    found = dict.fromkeys(range(len(tensors)), 0.0)
-    for device in {tensor.device for tensor in tensors}:
-        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
-        values = torch.stack([tensors[place].detach().reshape(()) for place in places]).tolist()
-        found.update(zip(places, values, strict=True))
-    return list(found.values())
+    """The values of tensors of one number each, in order; one wait for each device and type."""
+    found = [0.0] * len(tensors)
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(place)
+    for places in kinds.values():
+        values = torch.stack([tensors[place].detach() for place in places]).tolist()
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+    return found
 
 
 def answers_at_once(device: torch.device) -> bool:
