@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.looking.calls import run, tensors
 from regrow.looking.hooks import carrying, hooked, instead
-from regrow.modules import CONSUMER_CLASSES, channel_dim
+from regrow.modules import CONSUMER_CLASSES, channel_dim, channel_layers
 from regrow.structure.labels import (
     CONTRACTIONS,
     MOST,
@@ -71,7 +71,13 @@ class Followed:
     apart: bool = True
 
 
-def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> Followed:
+def follow(
+    probe: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool = False,
+    after: Callable[[str, nn.Module, Any, Tensor], None] | None = None,
+) -> Followed:
     """Find the layers whose channels leave ``probe`` with no weights behind them.
 
     Args:
@@ -79,6 +85,7 @@ def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> 
             In train mode its running statistics change.
         example_inputs: what it takes.
         training: whether the pass is in train mode.
+        after: called behind each convolution, linear layer and norm, as ``hooked`` does.
 
     Raises:
         PassFailed: the model raised an error.
@@ -92,6 +99,7 @@ def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> 
     with (
         instead(following.shortcuts(probe)),
         hooked(layers, following.after, following.before),
+        hooked(channel_layers(probe) if after else [], after),
         following,
         _Reading(following),
     ):
