@@ -86,8 +86,8 @@ def dtypes(model: nn.Module) -> set[torch.dtype]:
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-@functools.cache
-def _is_plain(kind: type[nn.Module]) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _is_plain(kind: Any) -> bool:
     """Whether ``copy.deepcopy`` copies modules of a class attribute by attribute."""
     own = ("__reduce_ex__", "__reduce__", "__new__")
     return (

@@ -88,11 +88,11 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
     The values lie in new memory, so that ``probe`` may share the rest with the model.
     """
     ranges: dict[tuple[float, float], list[Tensor]] = {}
-    settled: set[Tensor] = set()
+    settled: set[int] = set()
 
     def uniform(tensor: Tensor | None, low: float, high: float) -> None:
-        if tensor is not None and tensor not in settled:
-            settled.add(tensor)
+        if tensor is not None and id(tensor) not in settled:
+            settled.add(id(tensor))
             ranges.setdefault((low, high), []).append(tensor)
 
     modules = list(probe.modules())
@@ -109,7 +109,10 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
         tensor
         for module in modules
         for tensor in (*own_parameters(module).values(), *own_buffers(module).values())
-        if tensor is not None and tensor not in settled and tensor.is_floating_point() and tensor.numel()
+        if tensor is not None
+        and id(tensor) not in settled
+        and tensor.is_floating_point()
+        and tensor.numel()
     ]
     for tensor in _constant(others):
         uniform(tensor, 0.5, 1.5)

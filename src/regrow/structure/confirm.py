@@ -185,7 +185,7 @@ def _moves(
     for name, indices in dropped.items():
         for consumer, reads in readers[name].consumers.items():
             layer: Any = probe.get_submodule(consumer)
-            layer.weight[column_mask(layer, reads.of(indices))] = 0
+            layer.weight[column_mask(layer, reads.of(indices)).to(layer.weight.device)] = 0
     before = floating(call(probe, example_inputs))
     generator = torch.Generator().manual_seed(1)
 

@@ -124,12 +124,13 @@ def compare(
         Refuted: there is a difference.
         PassFailed: the forward pass of ``other`` fails, as it may on tensors of a width it does not know.
     """
-    plan = plan or CutPlan()
+    plan, present = plan or CutPlan(), present or {}
     device = device_of(other)
-    partly = {name: mask for name, mask in (present or {}).items() if not mask.all()}
+    seen, layers, read = Seen([] if ran is None else ran), channel_layers(other), 0
+    reading = [name for name, module in layers if not isinstance(module, Norm)]
+    partly = {name: present[name] for name in reading if name in present and not present[name].all()}
     indices = index_tensors([mask.nonzero().flatten() for mask in partly.values()], device)
     arriving = {name: (len(mask), index) for (name, mask), index in zip(partly.items(), indices, strict=True)}
-    seen, layers, read = Seen([] if ran is None else ran), channel_layers(other), 0
     left_out = _left_out(dict(layers), expected, plan, device)
     limits = _Limits(seen.ran)
 
