@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regrow.log import first_line
 from regrow.looking.calls import mapped
 from regrow.looking.closures import rebind
-from regrow.torch_private import lazy_copy, own_buffers, remember_storage, storage_key
+from regrow.torch_private import lazy_copy, own_buffers, own_parameters, remember_storage, storage_key
 
 _CONTAINERS = (dict, set, OrderedDict)
 # What copy.deepcopy returns as it is.
@@ -44,16 +44,17 @@ def copied(
         NotCopied: the model cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
+    modules = list(model.modules())
+    held = [parameter for module in modules for parameter in own_parameters(module).values()]
+    for parameter in held:
+        if type(parameter) is nn.Parameter and id(parameter) not in memo:
             trained = parameter.requires_grad if requires_grad is None else requires_grad
             memo[id(parameter)] = nn.Parameter(renew(parameter).detach(), trained)
-    modules = list(model.modules())
     try:
         if all(map(_is_plain, map(type, modules))):
             _copy_plain(modules, memo)
         again = copy.deepcopy(model, memo)
-        rebind(model, memo)
+        rebind(modules, memo)
         return again
     except Exception as error:  # the user's own __deepcopy__ may raise anything
         raise NotCopied(f"the model cannot be copied: {first_line(error)}") from error

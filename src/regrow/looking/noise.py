@@ -109,10 +109,7 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
         tensor
         for module in modules
         for tensor in (*own_parameters(module).values(), *own_buffers(module).values())
-        if tensor is not None
-        and id(tensor) not in settled
-        and tensor.is_floating_point()
-        and tensor.numel()
+        if tensor is not None and id(tensor) not in settled and tensor.is_floating_point() and tensor.numel()
     ]
     for tensor in _constant(others):
         uniform(tensor, 0.5, 1.5)

@@ -91,7 +91,8 @@ class Removal:
         for name, gone in self.gone.items():
             for norm, reads in self.readers[name].norms.items():
                 norms.setdefault(norm, []).extend(reads.of(gone))
-        return {norm: index_tensor(channels) for norm, channels in norms.items() if channels}
+        norms = {norm: channels for norm, channels in norms.items() if channels}
+        return dict(zip(norms, index_tensors(list(norms.values())), strict=True))
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:

@@ -85,7 +85,8 @@ class Probe:
             self._modules: dict[str, Any] = dict(self._model.named_modules())
             self._layers = channel_layers(self._model)
             self._stock = {name for name, module in self._layers if is_stock(module)}
-            self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
+            gone = {name: filters for name, filters in removal.gone.items() if filters}
+            self._gone = dict(zip(gone, index_tensors(list(gone.values())), strict=True))
             muted = [name for name in self._gone if self._quick and name in self._stock]
             there = index_tensors([self._gone[name] for name in muted], device_of(self._model))
             self._muted = dict(zip(muted, there, strict=True))
