@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
-from regrow.indexing import index_tensor, index_tensors
+from regrow.indexing import index_tensors
 from regrow.interrupts import uninterrupted
 from regrow.marks import borrowed_weight
 from regrow.modules import device_of, grouped, tied_modules, unwrap
