@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.log import first_line
-from regrow.looking.calls import mapped
+from regrow.looking.calls import mapped, switch
 from regrow.looking.closures import rebind
 from regrow.torch_private import lazy_copy, own_buffers, own_parameters, remember_storage, storage_key
 
@@ -71,7 +71,7 @@ def copied_as(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         kept = not values.is_floating_point() or dtype in (None, values.dtype)
         return lazy_copy(values) if kept else values.to(dtype)
 
-    probe = copied(model, renew, requires_grad=False).eval()
+    probe = switch(copied(model, renew, requires_grad=False), False)
     # Tensors of a subclass went through copy.deepcopy as they were.
     return probe.to(dtype) if dtype is not None and dtypes(probe) - {dtype} else probe
 

@@ -220,7 +220,7 @@ class _Follow(TorchDispatchMode):
         self._heavy: list[_Memory] = []
         self._inside: list[str] = []
         self._labelling = False
-        self._noted = carrying(self._note)
+        self._noted, self._handed_on = carrying(self._note), carrying(self._hands_on)
         self._modes: tuple[int, int] | None = None
         for parameter in model.parameters():
             if (memory := self._memory(parameter)) is not None:
@@ -245,7 +245,8 @@ class _Follow(TorchDispatchMode):
         """
         for module in model.modules():
             if (operation := single_operation(module)) is not None:
-                yield module, functools.partial(self._shortcut, module, type(module).forward, operation)
+                forward = type(module).forward
+                yield module, functools.partial(self._shortcut, module, forward, carrying(operation))
 
     def _shortcut(self, module: nn.Module, forward: Any, operation: Operation, input: Any) -> Any:
         # The model's own modes, and transforms of torch.func, see each operation.
@@ -256,11 +257,35 @@ class _Follow(TorchDispatchMode):
                 func, args = (None, ()) if memory is None else operation(module, input)
                 if memory is not None and func is not None:
                     output = forward(module, input)
-                    # An activation in place leaves the channels where they are.
-                    if output is not input or len(memory.parts) > 1:
+                    if not self._handed_on(memory, args, output):
                         self._noted(func, args, {}, output)
                     return output
         return forward(module, input)
+
+    def _hands_on(self, memory: _Memory, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Note, as ``_note`` would in more time, that a norm or an activation leaves the channels in their
+        places; returns whether it is one, and no more is to be said.
+
+        Args:
+            memory: of the input, the first of ``args``.
+        """
+        input, *others = args
+        if type(args[-1]) is int or self._inside or len(memory.parts) > 1 or input.shape != output.shape:
+            return False  # a convolution, for instance, whose last argument is its number of groups
+        if output is input:
+            return True
+        known = [other for part in others if isinstance(part, Tensor) and (other := self._memory(part))]
+        made = self._memory(output)
+        if made is None or made is memory or any(other.parts or other.fed for other in known):
+            return False
+        memory.read = True
+        made.fed |= memory.fed
+        pure = memory.weights or not (memory.parts or memory.fed)
+        made.weights = pure and (memory.weights or any(other.weights for other in known))
+        for names, where in memory.find(input):
+            made.add(output, names, where)
+        self._forget([memory])
+        return True
 
     def before(self, name: str, _module: nn.Module, inputs: Any) -> None:
         """Note that a convolution or linear layer begins to compute."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.log import gave_up
-from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, undisturbed
+from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, switch, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.noise import noise_like
@@ -70,7 +70,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     """
     model = unwrap(model)
     try:
-        probe = copied(model, requires_grad=True).eval()
+        probe = switch(copied(model, requires_grad=True), False)
     except NotCopied as error:
         raise ValueError(
             f"{error}. Build regrow's objects before a forward pass leaves tensors with a gradient on the "
@@ -78,7 +78,8 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         ) from error
     # Autograd takes no tensor that was made under torch.inference_mode.
     example_inputs = mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
-    quiet, followed, seen_on = copied(model, requires_grad=False).eval(), Followed(), None
+    quiet = switch(copied(model, requires_grad=False), False)
+    followed, seen_on = Followed(), None
 
     def look(_probe: nn.Module, pictures: Tensor) -> Way:
         nonlocal followed, seen_on
