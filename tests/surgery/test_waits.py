@@ -1,5 +1,8 @@
 """How often a cut asks for numbers that the model's device computes: a GPU is waited for at each."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +56,25 @@ def test_scores_are_asked_for_together():
             regrow.score(model, "ortho")
         counts.append(asking.count)
     assert counts[0] == counts[1] <= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_plan_of_the_cpu_and_is_waited_for_no_more_often_in_a_deeper_net():
+    waits, x = {}, torch.randn(1, 3, 8, 8)
+    for blocks in (3, 12):
+        torch.manual_seed(0)
+        model = chain((8,) * blocks).eval()
+        keep = regrow.select(regrow.score(model, "l2"), 0.5, scope="layer")
+        there = copy.deepcopy(model).cuda()
+        expected = regrow.cut(model, keep, example_inputs=x)
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert regrow.cut(there, keep, example_inputs=x.cuda()) == expected
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        waits[blocks] = sum("synchronizing" in str(each.message) for each in caught)
+    # One for each convolution in each of the two passes that are followed: two of its weights are read.
+    assert waits[12] <= waits[3] + 9 * 4

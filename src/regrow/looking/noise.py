@@ -45,7 +45,8 @@ class Stream:
         self._start = (self._start + _STEP) % _LENGTH
         kind = output.device, output.dtype
         if kind not in self._values:
-            self._values[kind] = self._drawn.to(output)
+            # In this order: some devices have no double precision.
+            self._values[kind] = self._drawn.to(output.dtype).to(output.device)
         count = output.numel()
         values = self._values[kind][self._start : self._start + min(count, _LENGTH)]
         values = values.clone() if count <= _LENGTH else values.repeat(-(-count // _LENGTH))[:count]

@@ -76,7 +76,7 @@ class _Passes:
         # One picture will do; whatever else a model takes it is given whole.
         one = example_inputs[:1] if isinstance(example_inputs, Tensor) and dtype else example_inputs
         self._inputs = inputs_as(one, dtype)
-        self._values = noise_values(6, True).to(device_of(self._model), dtype)
+        self._values = noise_values(6, True).to(dtype or torch.float32).to(device_of(self._model))
         self._flows = Flows(model, readers)
         kinds = (*CONSUMER_CLASSES, *MIXERS)
         self._layers = [each for each in self._model.named_modules() if isinstance(each[1], kinds)]
