@@ -2,6 +2,7 @@
 that their fallbacks do."""
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ NAMES = {
     "_current_level": torch.autograd.forward_ad,
     "_foreach_copy_": torch,
     "_top_saved_tensors_default_hooks": torch._C._autograd,
+    "_len_torch_dispatch_stack": torch._C,
+    "_len_torch_function_stack": torch._C,
+    "_DisableTorchDispatch": torch._C,
+    "DisableTorchFunction": torch._C,
     "_schema": torch.ops.aten.relu.default,
 }
 
@@ -127,6 +132,12 @@ def test_fallbacks(monkeypatch):
     assert not torch.func.vmap(lambda _: torch.tensor(private.is_transformed(twin)))(twin).any()
     with private.outside_transforms():
         pass
+    monkeypatch.delattr(torch._C, "_len_torch_function_stack")
+    assert private.modes_running() is None
+    monkeypatch.delattr(torch._C, "_DisableTorchDispatch")
+    monkeypatch.delattr(torch._C, "DisableTorchFunction")
+    with private.outside_modes():
+        pass
     monkeypatch.delattr(torch_pruning._helpers, "_HybridIndex")
     assert [(place.idx, place.root_idx) for place in private.pruning_places(2)] == [(0, 0), (1, 1)]
     assert private.pruning_stride(Bare()) == 1
@@ -138,6 +149,15 @@ def test_fallbacks(monkeypatch):
     assert not private.has_hooks(net)
     net.register_forward_hook(lambda *_: None)
     assert private.has_hooks(net)
+
+
+def test_deepcopy_has_a_book_of_memories():
+    whole = torch.arange(4.0)
+    memo, twin = {}, whole.clone()
+    private.remember_storage(memo, whole, twin)
+    part = copy.deepcopy(whole[1:3], memo)
+    twin.zero_()
+    assert part.tolist() == [0, 0]
 
 
 def test_writes_are_counted_and_not_under_inference_mode():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regrow.given import check_mapping, names_given, tensor_given
 from regrow.marks import borrowed_weight, check_whole
 from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
+from regrow.numbers import numbers
 from regrow.suggest import nearest
 from regrow.torch_private import own_parameters
 
@@ -139,10 +140,10 @@ def excluded(exclude: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def check_finite(convs: Mapping[str, Convolution]) -> None:
     """Raise ``ValueError`` naming the first layer that holds NaN or infinite weights."""
-    for name, conv in convs.items():
-        weight = conv.weight.detach()
-        # A finite sum proves that every weight is finite, and is quicker than a test of each weight.
-        if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+    # A finite sum proves that every weight is finite, and is quicker than a test of each weight.
+    sums = numbers([conv.weight.detach().sum() for conv in convs.values()])
+    for (name, conv), total in zip(convs.items(), sums, strict=True):
+        if not math.isfinite(total) and not torch.isfinite(conv.weight.detach()).all():
             raise ValueError(
                 f"{name!r} holds NaN or infinite weights, so its filters have no score. Go back to the last "
                 "good state, and train with a lower rate or with gradient clipping."

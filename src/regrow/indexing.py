@@ -9,6 +9,7 @@ them) or computes with quantized numbers.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,7 +25,22 @@ def index_tensor(indices: Sequence[int] | Tensor, device: torch.device | None = 
     """``indices`` as int64 on ``device``."""
     if isinstance(indices, range):
         return torch.arange(indices.start, indices.stop, indices.step, device=device)
+    if isinstance(indices, Tensor):
+        return indices.to(indices.device if device is None else device, torch.int64)
     return torch.as_tensor(indices, dtype=torch.int64, device=device)
+
+
+def index_tensors(
+    indices: Sequence[Sequence[int] | Tensor], device: torch.device | None = None
+) -> list[Tensor]:
+    """``index_tensor`` of each of ``indices``, in one memory: a GPU is waited for once, not for each."""
+    lengths = list(map(len, indices))
+    if not sum(lengths):
+        return [index_tensor([], device) for _ in indices]
+    flat = array("q")
+    for each in indices:
+        flat.extend(each.tolist() if isinstance(each, Tensor) else each)
+    return list(torch.frombuffer(flat, dtype=torch.int64).to(device or "cpu").split(lengths))
 
 
 def plain_operations(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,10 +170,15 @@ def strip(probe: nn.Module) -> None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of this very module are spread over processes (FSDP, tensor parallelism)."""
+    kind: Any = type(module)
+    parameters = own_parameters(module).values()
+    return _is_fsdp(kind) or any(type(parameter).__name__ == "DTensor" for parameter in parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_fsdp(kind: Any) -> bool:
     # fully_shard puts FSDPModule among the bases of the class.
-    bases = {base.__name__ for base in type(module).__mro__}
-    kinds = {type(parameter).__name__ for parameter in own_parameters(module).values()}
-    return bool(bases & {"FullyShardedDataParallel", "FSDPModule"}) or "DTensor" in kinds
+    return any(base.__name__ in ("FullyShardedDataParallel", "FSDPModule") for base in kind.__mro__)
 
 
 def is_placed(module: nn.Module) -> bool:
@@ -211,21 +217,27 @@ def _computed_by_hooks(module: nn.Module, masks: bool) -> bool:
     Args:
         masks: whether to look for masks of ``torch.nn.utils.prune``, or for other hooks.
     """
+    own = own_parameters(module)
+    if not any(name.endswith(("_orig", "_g")) for name in own):
+        return False
     computed = [
         name
         for name, value in vars(module).items()
-        if isinstance(value, Tensor) and own_parameters(module).keys() & {f"{name}_orig", f"{name}_g"}
+        if isinstance(value, Tensor) and own.keys() & {f"{name}_orig", f"{name}_g"}
     ]
     return any((f"{name}_mask" in own_buffers(module)) is masks for name in computed)
 
 
 def _has_inference_tensors(module: nn.Module) -> bool:
-    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return any(not nn.parameter.is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
+    tensors = (*own_parameters(module).values(), *own_buffers(module).values())
+    return any(
+        tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.is_inference()
+        for tensor in tensors
+    )
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    return any(nn.parameter.is_lazy(parameter) for parameter in module.parameters(recurse=False))
+    return any(nn.parameter.is_lazy(parameter) for parameter in own_parameters(module).values())
 
 
 # state → whether a module shows it

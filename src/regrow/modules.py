@@ -196,8 +196,8 @@ def is_stock(module: nn.Module) -> bool:
 
 def tied_modules(model: nn.Module) -> set[str]:
     """The modules that hold a parameter which another module holds too."""
-    holders: dict[nn.Parameter, list[str]] = {}
+    holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in {p for p in own_parameters(module).values() if p is not None}:
+        for parameter in {id(p) for p in own_parameters(module).values() if p is not None}:
             holders.setdefault(parameter, []).append(name)
     return {name for names in holders.values() if len(names) > 1 for name in names}

@@ -132,6 +132,14 @@ def transforms_run() -> bool:
     return _in_transform() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
+def remember_storage(memo: dict[Any, Any], tensor: Tensor, twin: Tensor) -> None:
+    """Have ``copy.deepcopy`` take the memory of ``twin`` for other tensors that lie in that of ``tensor``.
+
+    Where its book of memories is another, they get memory of their own.
+    """
+    memo.setdefault("torch", {})[storage_key(tensor.untyped_storage())] = twin.untyped_storage()
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
 
@@ -180,6 +188,36 @@ def saved_tensors_go_elsewhere() -> bool:
     model; True where that cannot be seen."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
+
+
+def modes_running() -> tuple[int, int] | None:
+    """How many modes of this thread watch operations, and how many watch functions.
+
+    None where that is unknown, where ``outside_modes`` has no effect, and while a transform of torch.func
+    runs.
+    """
+    names = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_are_functorch_transforms_active")
+    operations, functions, transforming = (getattr(torch._C, name, None) for name in names)
+    if operations is None or functions is None or transforming is None or None in _guards() or transforming():
+        return None
+    return operations(), functions()
+
+
+def _guards() -> tuple[Any, Any]:
+    return getattr(torch._C, "DisableTorchFunction", None), getattr(torch._C, "_DisableTorchDispatch", None)
+
+
+class outside_modes:
+    """A context manager inside of which no mode sees operations or functions; without effect if unknown."""
+
+    def __enter__(self) -> None:
+        self._guards = [kind() for kind in _guards() if kind is not None]
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*error)
 
 
 class _Place(NamedTuple):

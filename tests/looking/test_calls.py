@@ -1,11 +1,12 @@
 import contextlib
+import warnings
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, mapped, run
+from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, mapped, run, switch
 
 
 def test_a_train_method_of_the_models_own_decides():
@@ -117,3 +118,30 @@ def test_inputs_in_named_tuples_are_changed_in_place_of_the_old_ones():
     assert doubled["pair"].pictures.tolist() == [2, 2]
     assert doubled["pair"].index is given.index
     assert doubled["flag"] is None
+
+
+def test_switching_the_mode_of_every_module():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.Dropout()))
+    model[1][1].eval()
+    assert switch(model, False) is model
+    assert not any(module.training for module in model.modules())
+    switch(model, True)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_module_with_a_way_of_its_own_to_switch_is_asked(training):
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = nn.Sequential(Frozen(nn.BatchNorm2d(3), nn.Dropout()))
+    switch(model, training)
+    assert not model[0][0].training
+    assert model[0][1].training == model.training == training
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.script is deprecated
+        scripted = nn.Sequential(torch.jit.script(nn.Dropout()))
+    assert switch(scripted, training)[0].training == training

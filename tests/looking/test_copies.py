@@ -175,3 +175,78 @@ def test_a_model_that_cannot_be_copied_says_so():
     model.kept = model(X)  # a tensor with a gradient function
     with pytest.raises(NotCopied, match=r"the model cannot be copied: .*deepcopy"):
         copied(model)
+
+
+def test_tensors_in_one_memory_share_the_copy_s_memory():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_buffer("table", torch.arange(4.0))
+    model.first = model.table[:2]  # an attribute that is no buffer
+    model[0].register_buffer("same", model.table.view(2, 2))
+    twin = copied(model)
+    twin.table.add_(1)
+    assert twin.first.tolist() == [1, 2]
+    assert twin[0].same.tolist() == [[1, 2], [3, 4]]
+    assert model.table.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(1).expand(3),
+        torch.ones(2, 3).t(),
+        torch.ones(4)[1:],
+        torch.ones(3).to_sparse(),
+        torch.ones(3, requires_grad=True).detach().requires_grad_(),
+        torch.ones(3, dtype=torch.complex64).conj(),
+    ],
+)
+def test_odd_buffers_are_copied_as_deepcopy_does(odd):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model.register_buffer("odd", odd)
+    twin, expected = copied(model).odd, copy.deepcopy(model).odd
+    assert type(twin) is type(odd)
+    assert twin is not odd
+    assert twin.requires_grad == odd.requires_grad
+    if type(odd) is torch.Tensor and odd.layout is torch.strided:
+        assert twin.stride() == expected.stride()
+        assert twin.is_conj() == expected.is_conj()
+        assert torch.equal(twin, expected)
+
+
+def test_containers_that_modules_share_are_shared_in_the_copy():
+    model = nn.Sequential(nn.ReLU(), nn.ReLU())
+    model[0].seen = model[1].seen = {}
+    model[0].parts = {"other": model[1], "sizes": [1, 2]}
+    twin = copied(model)
+    twin[0].seen["x"] = 1
+    assert twin[1].seen == {"x": 1}
+    assert model[0].seen == {}
+    assert twin[0].parts["other"] is twin[1]
+    twin[0].parts["sizes"].append(3)
+    assert model[0].parts["sizes"] == [1, 2]
+
+
+def test_a_copy_of_recurrent_layers_reads_its_own_weights():
+    model = nn.Sequential(nn.LSTM(3, 2), nn.BatchNorm1d(2))
+    twin = copied(model, torch.clone)
+    with torch.no_grad():
+        for parameter in twin[0].parameters():
+            parameter.zero_()
+    assert not twin[0](torch.ones(1, 1, 3))[0].any()
+    assert model[0](torch.ones(1, 1, 3))[0].any()
+
+
+def test_an_object_that_copies_a_module_finds_it_whole():
+    class Keeper:
+        def __init__(self, conv):
+            self.conv = conv
+
+        def __deepcopy__(self, memo):
+            conv = copy.deepcopy(self.conv, memo)
+            assert conv.weight.shape == (4, 3, 3, 3)
+            return Keeper(conv)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.keeper = Keeper(model[0])
+    twin = copied(model)
+    assert twin.keeper.conv is twin[0]

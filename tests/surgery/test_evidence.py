@@ -11,12 +11,19 @@ from nets import Drawn, Standardised, chain, conv, head, unsettled
 from regrow.indexing import index_tensor
 from regrow.looking.calls import PassFailed
 from regrow.looking.dropout import NoDropout
+from regrow.surgery import evidence
 from regrow.surgery.evidence import Look, Refuted, Seen, close, compare, largest, scale_of, see
 from regrow.surgery.layers import apply_plan
 from regrow.surgery.plan import CutPlan
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 NAMES = ["conv1", "norm1", "conv2", "norm2", "head"]
+
+
+@pytest.fixture(params=["at once", "at the end of a pass"], autouse=True)
+def asking(request, monkeypatch):
+    """On a GPU numbers are asked for at the end of a pass, which must say the same."""
+    monkeypatch.setattr(evidence, "answers_at_once", lambda _device: request.param == "at once")
 
 
 def net():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regrow.filters import check_finite, eligible, row_lengths, rows, unit_rows
 from regrow.given import check_module, check_seed, check_weight
 from regrow.modules import filters_first
+from regrow.numbers import numbers
 from regrow.suggest import nearest
 
 
@@ -101,7 +102,8 @@ def score(
     if criterion != "random":
         of = WEIGHT_CRITERIA[criterion]
         scores = {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
-        if infinite := [name for name, values in scores.items() if not values.isfinite().all()]:
+        finite = numbers([values.isfinite().all() for values in scores.values()])
+        if infinite := [name for name, is_finite in zip(scores, finite, strict=True) if not is_finite]:
             raise ValueError(
                 f"the weights of {infinite[0]!r} are so large that {criterion} is beyond float64: "
                 "divide them by 1e10, say."

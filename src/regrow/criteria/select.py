@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regrow.filters import excluded
 from regrow.given import check_mapping, tensor_given
+from regrow.numbers import together
 from regrow.suggest import nearest
 
 SCOPES = ("global", "layer")
@@ -70,7 +71,8 @@ def select(
     for name, values in given.items():
         if values.is_complex():
             raise ValueError(f"scores[{name!r}] must hold real numbers, got {values.dtype}.")
-    ranked = {name: values.detach().double().cpu() for name, values in given.items()}
+    near = together([values.detach().double().flatten() for values in given.values()])
+    ranked = {name: mine.view(given[name].shape) for name, mine in zip(given, near, strict=True)}
     if not ranked:
         raise ValueError("no layer is left to select from: exclude fewer layers.")
     for name, values in ranked.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.modules import channel_dim
+from regrow.numbers import together
 
 
 class Aliveness:
@@ -32,7 +33,8 @@ class Aliveness:
             for name, largest in self._largest.items()
             if name not in self._unclear and len({len(each) for each in largest}) == 1
         }
-        return {name: (functools.reduce(torch.maximum, largest) == 0).cpu() for name, largest in seen.items()}
+        silent = [functools.reduce(torch.maximum, largest) == 0 for largest in seen.values()]
+        return dict(zip(seen, together(silent), strict=True))
 
     def _see(self, name: str, tensor: Tensor, dim: int) -> None:
         if not tensor.numel() or dim >= tensor.dim():

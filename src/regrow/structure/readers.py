@@ -69,12 +69,12 @@ class Readers:
 
 def column_mask(layer: Consumer, indices: Sequence[int]) -> Tensor:
     """Where ``layer.weight`` multiplies the input channels ``indices``: BoolTensor over its first two
-    dimensions.
+    dimensions, on the CPU.
 
     In a grouped convolution an input channel is read by the filters of its own group only.
     """
-    mask = torch.zeros(layer.weight.shape[:2], dtype=torch.bool, device=layer.weight.device)
-    parts, index = grouped(layer, mask), index_tensor(indices, mask.device)
+    mask = torch.zeros(layer.weight.shape[:2], dtype=torch.bool)
+    parts, index = grouped(layer, mask), index_tensor(indices)
     channels = parts.shape[2]
     parts[index // channels, :, index % channels] = True
     return mask

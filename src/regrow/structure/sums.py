@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor
+from regrow.indexing import index_tensor, index_tensors
 from regrow.log import gave_up
 from regrow.looking.calls import PassFailed, call, mapped, undisturbed
 from regrow.looking.copies import copied
 from regrow.looking.hooks import hooked
 from regrow.looking.noise import Noise, unsettle
-from regrow.modules import Norm, channel_dim, channel_layers, per_channel, tied_modules
-from regrow.structure.confirm import reads_silence
+from regrow.modules import Norm, channel_dim, channel_layers, device_of, per_channel, tied_modules
+from regrow.structure.confirm import are_silent, loudness_of
 from regrow.structure.readers import Readers, affine, silence, zero_channels
 
 Channels = Mapping[str, Sequence[int]]
@@ -51,8 +51,8 @@ def norms_without_writers(
 @torch.no_grad()
 def silence_norms(model: nn.Module, channels: Channels) -> None:
     """Have norms return 0 in ``channels``, which carry nothing, in train and eval mode."""
-    for name, those in channels.items():
-        zero_channels(model.get_submodule(name), index_tensor(those))
+    for name, those in zip(channels, index_tensors(list(channels.values()), device_of(model)), strict=True):
+        zero_channels(model.get_submodule(name), those)
 
 
 def _proposed(model: nn.Module, readers: Mapping[str, Readers], gone: Channels) -> dict[str, list[int]]:
@@ -84,16 +84,15 @@ def _loud(
 ) -> set[str]:
     """The norms in ``found`` that read something in their channels, when removed filters are silent."""
     probe = copied(model, requires_grad=False).eval()
+    indices = index_tensors(list(found.values()), device_of(probe))
+    channels = {name: (index, max(found[name])) for name, index in zip(found, indices, strict=True)}
     noise = Noise(4)
-    loud: set[str] = set()
-    ran: set[str] = set()
+    calls: list[tuple[str, list[list[Tensor]]]] = []
 
     def after(sign: int, name: str, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if isinstance(module, Norm):
             if name in found:
-                ran.add(name)
-                if not reads_silence(module, inputs, output, index_tensor(found[name])):
-                    loud.add(name)
+                calls.append((name, loudness_of(module, inputs, output, *channels[name])))
             return None
         silent = index_tensor(gone[name]) if gone.get(name) else None
         return noise.among(output, channel_dim(module, output), silent, sign)
@@ -110,4 +109,6 @@ def _loud(
         except PassFailed as error:  # noise may be more than the model's own code bears
             gave_up("silencing norms behind sums", error)
             return set(found)
-    return loud | (set(found) - ran)
+    silent = are_silent([loudness for _, loudness in calls])
+    loud = {name for (name, _), is_silent in zip(calls, silent, strict=True) if not is_silent}
+    return loud | (set(found) - {name for name, _ in calls})

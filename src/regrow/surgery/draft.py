@@ -163,7 +163,8 @@ class Drafting:
         kept = (emitted[name] & self._alive[name]).view(conv.groups, -1)
         kept = kept[kept.any(1)]
         # The weight of a transposed convolution keeps the same places in every group.
-        return len((kept if filter_dim(conv) else kept.sum(1)).unique(dim=0)) > 1
+        alike = kept if filter_dim(conv) else kept.sum(1)
+        return bool((alike != alike[:1]).any())
 
     def _write_rows(
         self,

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor, place
-from regrow.looking.calls import floating, run
+from regrow.indexing import index_tensor, index_tensors, place
+from regrow.looking.calls import PassFailed, floating, run
 from regrow.looking.dropout import NoDropout
 from regrow.looking.hooks import Layers, carrying, hooked, instead
 from regrow.looking.small_inputs import Way, step
-from regrow.modules import Convolution, Norm, channel_dim, channel_layers, per_channel
-from regrow.structure.confirm import reads_silence
+from regrow.modules import Convolution, Norm, channel_dim, channel_layers, device_of, per_channel
+from regrow.numbers import answers_at_once, largest_of, numbers
+from regrow.structure.confirm import are_silent, loudness_of
 from regrow.structure.norms import NormFinder
 from regrow.surgery.plan import CutPlan
 
@@ -75,13 +76,14 @@ def see(
         PassFailed: the model's forward pass fails.
     """
     seen = Seen()
+    read: list[tuple[str, Tensor, Tensor]] = []
 
     def before(name: str, module: nn.Module, given: Any) -> None:
         if not isinstance(module, Norm) and given and isinstance(given[0], Tensor):
             seen.ran.append(name)
             mine = given[0].detach()
             # A copy: the model may write to its tensor in place later.
-            seen.given.append((name, mine.clone(), largest(mine)))
+            read.append((name, mine.clone(), largest_of(mine)))
 
     def after(name: str, module: nn.Module, given: Any, output: Tensor) -> Tensor | None:
         seen.reach(name, output)
@@ -90,6 +92,8 @@ def see(
     with hooked(channel_layers(model), after, before):
         output, seen.drew = run(model, inputs, training, dropout)
     seen.outputs = floating(output)
+    scales = numbers([scale for _, _, scale in read])
+    seen.given = [(name, mine, scale) for (name, mine, _), scale in zip(read, scales, strict=True)]
     return seen
 
 
@@ -120,13 +124,15 @@ def compare(
         Refuted: there is a difference.
         PassFailed: the forward pass of ``other`` fails, as it may on tensors of a width it does not know.
     """
-    plan = plan or CutPlan()
-    arriving = {
-        name: (len(mask), mask.nonzero().flatten())
-        for name, mask in (present or {}).items()
-        if not mask.all()
-    }
+    plan, present = plan or CutPlan(), present or {}
+    device = device_of(other)
     seen, layers, read = Seen([] if ran is None else ran), channel_layers(other), 0
+    reading = [name for name, module in layers if not isinstance(module, Norm)]
+    partly = {name: present[name] for name in reading if name in present and not present[name].all()}
+    indices = index_tensors([mask.nonzero().flatten() for mask in partly.values()], device)
+    arriving = {name: (len(mask), index) for (name, mask), index in zip(partly.items(), indices, strict=True)}
+    left_out = _left_out(dict(layers), expected, plan, device)
+    limits = _Limits(seen.ran)
 
     def before(name: str, module: nn.Module, given: Any) -> Any:
         nonlocal read
@@ -141,22 +147,29 @@ def compare(
             raise Refuted(f"{name!r} reads numbers that are not finite")
         dim = channel_dim(module, whole)
         width, index = arriving.get(name, (0, _NONE))
-        partly = width == whole.shape[dim]
-        theirs = whole.index_select(dim, index.to(whole.device)) if partly else whole.clone()
-        if not close(theirs, given[0].detach(), tolerance, scale):
+        narrow = width == whole.shape[dim]
+        theirs = whole.index_select(dim, index.to(whole.device)) if narrow else whole.clone()
+        mine = given[0].detach()
+        if theirs.shape != mine.shape:
             raise Refuted(f"{name!r} reads something else")
-        # Where noise stands for the outputs of layers, no later layer shows what this one lacks.
-        if expected.noise and name in plan.columns:
-            lost = sorted(set(range(whole.shape[dim])).difference(plan.columns[name]))
-            if largest(whole.index_select(dim, index_tensor(lost, whole.device))):
-                raise Refuted(f"{name!r} leaves out channels that carry something")
+        if mine.numel():
+            excess = excess_of(theirs, mine, tolerance)
+            limits.hold(excess, tolerance * scale, f"{name!r} reads something else")
+        if (lost := left_out.get(read - 1)) is not None:
+            carried = largest_of(whole.index_select(dim, lost.to(whole.device)))
+            limits.hold(carried, 0, f"{name!r} leaves out channels that carry something")
         return theirs, *given[1:]
 
     def after(name: str, _module: nn.Module, _given: Any, output: Tensor) -> None:
         seen.reach(name, output)
 
-    with _replayed(layers, expected.noise, plan), hooked(layers, after, before):
-        output, _ = run(other, inputs, training, dropout)
+    try:
+        with _replayed(layers, expected.noise, plan, device), hooked(layers, after, before):
+            output, _ = run(other, inputs, training, dropout)
+    except (Refuted, PassFailed):
+        limits.settle()  # a difference that was there before
+        raise
+    limits.settle()
     outputs = floating(output)
     same = read == len(expected.given) and len(outputs) == len(expected.outputs)
     if not same or not all(
@@ -166,8 +179,52 @@ def compare(
         raise Refuted("the outputs differ")
 
 
+class _Limits:
+    """Numbers of a pass that must not be larger than their limits.
+
+    On a GPU they are asked for at the end of the pass: the host waits for it at each that it asks for.
+
+    Args:
+        ran: the layers that run. Where a number is too large, those are taken out that ran later.
+    """
+
+    def __init__(self, ran: list[str]) -> None:
+        self._ran = ran
+        self._held: list[tuple[Tensor, float, str, int]] = []
+
+    def hold(self, number: Tensor, limit: float, message: str) -> None:
+        """Raise ``Refuted``, now or in ``settle``, if a tensor of one number is larger or is NaN."""
+        self._held.append((number, limit, message, len(self._ran)))
+        if answers_at_once(number.device):
+            self.settle()
+
+    def settle(self) -> None:
+        held, self._held = self._held, []
+        for value, (_, limit, message, count) in zip(numbers([each[0] for each in held]), held, strict=True):
+            if not value <= limit:
+                del self._ran[count:]
+                raise Refuted(message)
+
+
+def _left_out(
+    modules: Mapping[str, nn.Module], expected: Seen, plan: CutPlan, device: torch.device
+) -> dict[int, Tensor]:
+    """The channels that layers of a cut model leave out, by the place of their call in ``expected.given``.
+
+    Where noise stands for the outputs of layers, no later layer shows what this one lacks.
+    """
+    lost = {}
+    for at, (name, whole, _) in enumerate(expected.given if expected.noise else ()):
+        if name in plan.columns:
+            width = whole.shape[channel_dim(modules[name], whole)]
+            lost[at] = sorted(set(range(width)).difference(plan.columns[name]))
+    return dict(zip(lost, index_tensors(list(lost.values()), device), strict=True))
+
+
 @contextmanager
-def _replayed(layers: Layers, noise: Sequence[tuple[str, Tensor]], plan: CutPlan) -> Iterator[None]:
+def _replayed(
+    layers: Layers, noise: Sequence[tuple[str, Tensor]], plan: CutPlan, device: torch.device
+) -> Iterator[None]:
     """Convolutions and linear layers of a cut model return the part that is left of the ``noise``, call by
     call, that stood for the outputs of the masked model's layers."""
     calls = iter(noise)
@@ -183,7 +240,7 @@ def _replayed(layers: Layers, noise: Sequence[tuple[str, Tensor]], plan: CutPlan
             values = place(values, index_tensor(positions, values.device), dim, width)
         return values
 
-    rows = {name: index_tensor(filters) for name, filters in plan.rows.items()}
+    rows = dict(zip(plan.rows, index_tensors(list(plan.rows.values()), device), strict=True)) if noise else {}
     replaced = [(name, module) for name, module in layers if noise and not isinstance(module, Norm)]
     with instead(
         (module, carrying(functools.partial(replay, name, module, rows.get(name))))
@@ -197,18 +254,25 @@ class Look:
 
     Attributes:
         samples: of convolutions and linear layers other than PyTorch's own: an input to try a slice on.
-        silent: the norms of removed filters read and make 0 in their channels.
         way: as ``small_inputs.way`` gives it.
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], stock: Collection[str], removed: Mapping[str, Tensor]
+        self,
+        modules: Mapping[str, nn.Module],
+        stock: Collection[str],
+        removed: Mapping[str, Tensor],
+        device: torch.device | None = None,
     ) -> None:
-        self._modules, self._stock, self._removed = modules, stock, removed
+        self._modules, self._stock = modules, stock
+        there = index_tensors(list(removed.values()), device)
+        self._removed = {
+            name: (index, int(removed[name].max())) for name, index in zip(removed, there, strict=True)
+        }
         self._norms = NormFinder()
+        self._loudness: list[list[list[Tensor]]] = []
         self.way: Way = []
         self.samples: dict[str, Tensor] = {}
-        self.silent = True
 
     def note(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """To be called behind every convolution, linear layer and norm."""
@@ -216,9 +280,14 @@ class Look:
         self._norms.note(name, module, inputs, output)
         if isinstance(module, Norm):
             if name in self._removed:
-                self.silent = self.silent and reads_silence(module, inputs, output, self._removed[name])
+                self._loudness.append(loudness_of(module, inputs, output, *self._removed[name]))
         elif name not in self._stock and inputs and isinstance(inputs[0], Tensor):
             self.samples[name] = inputs[0].detach().clone()
+
+    @functools.cached_property
+    def silent(self) -> bool:
+        """Whether the norms of removed filters read and make 0 in their channels, after the pass."""
+        return all(are_silent(self._loudness))
 
     def own(self) -> dict[str, str]:
         """{convolution: the norm that alone of all norms reads its output, and reads nothing else}."""
@@ -229,6 +298,16 @@ class Look:
             and isinstance(self._modules[name], Convolution)
             and per_channel(self._modules[norms[0]])
         }
+
+
+def excess_of(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
+    """By how much they differ more than ``tolerance`` of ``b``: a tensor of one number, NaN if unknown.
+
+    If it is not larger than ``tolerance · scale``, ``a`` being finite, they are ``close``.
+    """
+    if not (a.is_floating_point() or a.is_complex()):
+        a, b = a.float(), b.float()
+    return (a - b).abs().sub_(b.abs(), alpha=tolerance).max()
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, scale: float) -> bool:

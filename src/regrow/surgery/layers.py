@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import channels_last, index_tensor
-from regrow.modules import Consumer, channels_read, filter_count, filter_dim, unwrap
+from regrow.indexing import channels_last, index_tensor, index_tensors
+from regrow.modules import Consumer, channels_read, device_of, filter_count, filter_dim, unwrap
 from regrow.suggest import nearest
 from regrow.surgery.fit import check_kind, check_masked
 from regrow.surgery.plan import CutPlan, PlanUnfit, shown
@@ -57,9 +57,18 @@ def apply_plan(model: nn.Module, plan: CutPlan) -> list[Replaced]:
     model = unwrap(model)
     found = layers(model, plan)
     _check_untied(model, found)
-    replaced = [one for layer in found for one in layer.cut()]
+    at = _indices(found, device_of(model))
+    replaced = [one for layer in found for one in layer.cut(at)]
     model._regrow_cuts = [*cuts(model), plan.to_dict()]  # type: ignore[assignment]
     return replaced
+
+
+def _indices(found: Sequence[Layer], device: torch.device) -> dict[int, Tensor]:
+    """The lists in ``kept`` of layers as int64 on ``device``, by the ``id`` of each."""
+    lists = {
+        id(indices): indices for layer in found for kept in layer.kept.values() for indices in kept.values()
+    }
+    return dict(zip(lists, index_tensors(list(lists.values()), device), strict=True))
 
 
 def cuts(model: nn.Module) -> list[dict[str, Any]]:
@@ -129,23 +138,28 @@ class Layer:
     picked: list[int] | None
     spread: tuple[int, list[int]] | None
 
-    def cut(self) -> list[Replaced]:
-        """Cut the layer, in place; returns the parameters that were replaced."""
+    def cut(self, at: Mapping[int, Tensor]) -> list[Replaced]:
+        """Cut the layer, in place; returns the parameters that were replaced.
+
+        Args:
+            at: the lists in ``kept`` as tensors, by the ``id`` of each.
+        """
         module, replaced = self.module, []
         own = own_parameters(module) | own_buffers(module)
         before = vars(module).get("_regrow_left", {"kept": {}, "shapes": {}, "numbers": {}})
         module._regrow_left = {
             "kept": before["kept"]
-            | {k: _composed(before["kept"].get(k, {}), at) for k, at in self.kept.items()},
+            | {k: _composed(before["kept"].get(k, {}), then) for k, then in self.kept.items()},
             "shapes": {key: list(own[key].shape) for key in self.kept} | before["shapes"],
             "numbers": {key: vars(module)[key] for key in self.numbers} | before["numbers"],
         }
         for key, kept in self.kept.items():
             old = own_parameters(module).get(key)
+            quick = {dim: at[id(indices)] for dim, indices in kept.items()}
             if old is None:
-                setattr(module, key, sliced(own[key], kept))
+                setattr(module, key, sliced(own[key], quick))
             else:
-                new = _parameter(old, functools.partial(sliced, kept=kept))
+                new = _parameter(old, functools.partial(sliced, kept=quick))
                 module.register_parameter(key, new)
                 replaced.append(Replaced(old, new, kept))
         for key, number in self.numbers.items():

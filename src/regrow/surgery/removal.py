@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import check_keep, convolutions
-from regrow.indexing import index_tensor
+from regrow.indexing import index_tensors
 from regrow.interrupts import uninterrupted
 from regrow.marks import borrowed_weight
-from regrow.modules import grouped, tied_modules, unwrap
+from regrow.modules import device_of, grouped, tied_modules, unwrap
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, column_mask, silence, zero_channels
 from regrow.structure.sums import norms_without_writers, silence_norms
@@ -91,7 +91,8 @@ class Removal:
         for name, gone in self.gone.items():
             for norm, reads in self.readers[name].norms.items():
                 norms.setdefault(norm, []).extend(reads.of(gone))
-        return {norm: index_tensor(channels) for norm, channels in norms.items() if channels}
+        norms = {norm: channels for norm, channels in norms.items() if channels}
+        return dict(zip(norms, index_tensors(list(norms.values())), strict=True))
 
     @torch.no_grad()
     def apply(self, model: nn.Module, *, keep_rows: Collection[str] = ()) -> None:
@@ -101,11 +102,9 @@ class Removal:
             keep_rows: convolutions whose rows keep their values, because the caller silences their output.
         """
         modules = dict(model.named_modules())
-        for name, filters in self.gone.items():
-            if name not in keep_rows:
-                zero_channels(modules[name], index_tensor(filters))
-        for name, channels in self.norms.items():
-            zero_channels(modules[name], channels)
+        silent = {name: filters for name, filters in self.gone.items() if name not in keep_rows} | self.norms
+        for name, those in zip(silent, index_tensors([*silent.values()], device_of(model)), strict=True):
+            zero_channels(modules[name], those)
         silence_norms(model, self.silenced)
 
     def record(self, reading: str) -> dict[str, Any]:

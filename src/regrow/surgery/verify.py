@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor
+from regrow.indexing import index_tensor, index_tensors
 from regrow.log import gave_up, log
 from regrow.looking.aliveness import Aliveness
 from regrow.looking.calls import PassFailed, buffers_kept, call, run
@@ -17,7 +17,7 @@ from regrow.looking.dropout import NoDropout, stop_dropout
 from regrow.looking.hooks import hooked, idle
 from regrow.looking.noise import Noise, noise_like, unsettle
 from regrow.marks import strip
-from regrow.modules import Norm, channel_dim, channel_layers, filter_count, is_stock
+from regrow.modules import Norm, channel_dim, channel_layers, device_of, filter_count, is_stock
 from regrow.surgery.evidence import Look, Refuted, Seen, close, compare, scale_of, see
 from regrow.surgery.layers import apply_plan
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
@@ -85,10 +85,11 @@ class Probe:
             self._modules: dict[str, Any] = dict(self._model.named_modules())
             self._layers = channel_layers(self._model)
             self._stock = {name for name, module in self._layers if is_stock(module)}
-            self._gone = {name: index_tensor(filters) for name, filters in removal.gone.items() if filters}
-            self._muted = {
-                name: filters for name, filters in self._gone.items() if self._quick and name in self._stock
-            }
+            gone = {name: filters for name, filters in removal.gone.items() if filters}
+            self._gone = dict(zip(gone, index_tensors(list(gone.values())), strict=True))
+            muted = [name for name in self._gone if self._quick and name in self._stock]
+            there = index_tensors([self._gone[name] for name in muted], device_of(self._model))
+            self._muted = dict(zip(muted, there, strict=True))
             self._noise = Noise(2)
             with torch.no_grad():
                 unsettle(self._model, torch.Generator().manual_seed(0))
@@ -110,7 +111,10 @@ class Probe:
         # Two pictures are twice the work; a norm of a single value per channel needs them to train.
         for inputs in (one, two, example) if self._quick else (two, one, example):
             last = inputs is example
-            self._inputs, self._look = inputs, Look(self._modules, self._stock, removal.norms)
+            self._inputs, self._look = (
+                inputs,
+                Look(self._modules, self._stock, removal.norms, device_of(self._model)),
+            )
             try:
                 self._expected = {False: self._see(False, look=self._look)}
             except PassFailed as error:  # the model takes no other batch, or no such numbers
