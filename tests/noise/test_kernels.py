@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.noise import kernels
+from regrow.noise.draws import base
 from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
 from regrow.noise.perturbation import perturbed, scaled
 
@@ -74,9 +75,9 @@ def test_seeds_layers_and_passes_are_uncorrelated():
     ones = torch.ones(n)
     kept = torch.stack(
         [
-            perturbed(ones, 0.3, 2.0, 1.0, seed, layer, torch.tensor(number), False, False).ne(0)
+            perturbed(ones, base(seed), offset, 0, torch.tensor(number), 0.3, 2.0, 1.0, False).ne(0)
             for seed in (0, 1)
-            for layer in (0, 1, 2)
+            for offset in (0, n, 9 * n + 64)
             for number in range(1, 7)
         ]
     )
@@ -91,7 +92,7 @@ def test_compiled_is_the_same_up_to_rounding(dtype, p, q, fraction):
     weight[0, 0] = 0
     gradient = torch.randn(weight.shape).to(dtype)  # not laid out like the weight
     number = torch.tensor(3)
-    plain, noisy = (perturbed(weight, p, q, fraction, 1, 2, number, way, False) for way in (False, True))
+    plain, noisy = (perturbed(weight, 1, 64, 0, number, p, q, fraction, way) for way in (False, True))
     assert noisy.dtype == dtype
     assert noisy.stride() == weight.stride()
     eps = torch.finfo(dtype).eps

@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from nets import chain
 from regrow.noise.kernels import SMALLEST
 from regrow.noise.layers import add_bridgeout, bridgeout_state
+from regrow.noise.draws import Place
+from regrow.noise.groups import Part
 from regrow.noise.perturbation import bridgeout, drawn
+from regrow.noise.vectors import Strength
 
 SETTINGS = [{}, {"q": 2.0}, {"q": 1.0}, {"p": 0.5, "q": 3.0}, {"p": 0.0}, {"target_fraction": 0.5}]
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -26,7 +29,7 @@ def weights(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def draw(weight, settings):
     """``bridgeout`` with a number that is drawn already, as transforms want it."""
     given = {"p": 0.3, "q": 1.5, "target_fraction": 1.0, **settings}
-    return drawn(weight, *given.values(), 0, 0, torch.tensor(7), False, False)
+    return drawn(weight, Part(Place(0, 0), 0, False), torch.tensor(7), Strength(**given, compiled=False))
 
 
 def noisy_net(**settings) -> nn.Module:
