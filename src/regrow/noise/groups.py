@@ -110,7 +110,7 @@ def noisy_gradients(
         New tensors like the weights, for those that are not ``overwritten``.
     """
     outs: list[Tensor] = list(gradients)
-    for run in _runs(weights, offsets):
+    for run in _runs(weights, offsets, overwritten):
         if len(run) == 1:
             (i,) = run
             # autograd uses a tensor with the layout of the weight as ``.grad`` without a copy.
@@ -191,11 +191,20 @@ def _may_overwrite(gradient: Tensor, out: Tensor) -> bool:
     )
 
 
-def _runs(weights: Sequence[Tensor], offsets: Sequence[int]) -> Sequence[tuple[int, ...]]:
-    if len(weights) > 1 and all(is_dense(weight) for weight in weights):
-        sizes = tuple(weight.numel() for weight in weights)
-        return runs(sizes, tuple(offsets), most(weights[0].device))
-    return [(i,) for i in range(len(weights))]
+def _runs(
+    weights: Sequence[Tensor], offsets: Sequence[int], alone: Sequence[bool] = ()
+) -> Sequence[tuple[int, ...]]:
+    """The weights to join, by index; those ``alone`` by themselves."""
+    if len(weights) == 1 or not all(is_dense(weight) for weight in weights):
+        return [(i,) for i in range(len(weights))]
+    sizes, width = tuple(weight.numel() for weight in weights), most(weights[0].device)
+    if not any(alone):
+        return runs(sizes, tuple(offsets), width)
+    others = [i for i, by_itself in enumerate(alone) if not by_itself]
+    found = runs(tuple(sizes[i] for i in others), tuple(offsets[i] for i in others), width)
+    return [(i,) for i, by_itself in enumerate(alone) if by_itself] + [
+        tuple(others[i] for i in run) for run in found
+    ]
 
 
 def _smallest(weight: Tensor, fraction: float, transposed: int) -> Tensor:
