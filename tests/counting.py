@@ -6,7 +6,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counted(TorchDispatchMode):
     """The names of the operations that run, without views and memory that is not written to."""
 
-    _LEFT_OUT = ("view", "as_strided", "detach", "empty", "slice", "transpose", "alias", "expand", "set_", ".t.", "lift")
+    _LEFT_OUT = (
+        "view",
+        "as_strided",
+        "detach",
+        "empty",
+        "slice",
+        "transpose",
+        "alias",
+        "expand",
+        "set_",
+        ".t.",
+        "lift",
+    )
 
     def __init__(self):
         super().__init__()

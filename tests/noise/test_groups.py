@@ -301,7 +301,9 @@ def test_all_weights_frozen():
 
 
 def test_mixed_types_are_groups_of_their_own():
-    net = nn.Sequential(nn.Conv2d(3, 4, 3).double(), nn.Conv2d(3, 4, 3).bfloat16(), nn.Conv2d(4, 4, 3).double())
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3).double(), nn.Conv2d(3, 4, 3).bfloat16(), nn.Conv2d(4, 4, 3).double()
+    )
     net.forward = lambda x: net[2](net[0](x)).sum() + net[1](x.bfloat16()).sum()
     add_bridgeout(net)
     with Counted() as counted:

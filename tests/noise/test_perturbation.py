@@ -76,9 +76,7 @@ def test_gradient_is_that_of_the_formula_away_from_zero(q):
 def test_gradient_by_finite_differences():
     weight = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
     number = torch.tensor(3)
-    assert torch.autograd.gradcheck(
-        lambda w: perturbed(w, 1, 2, 0, number, 0.3, 1.5, 1.0, False), (weight,)
-    )
+    assert torch.autograd.gradcheck(lambda w: perturbed(w, 1, 2, 0, number, 0.3, 1.5, 1.0, False), (weight,))
 
 
 @pytest.mark.parametrize("q", [0.5, 1, 1.5])

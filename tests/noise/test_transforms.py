@@ -8,10 +8,10 @@ from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.nn import functional as F
 
 from nets import chain
-from regrow.noise.kernels import SMALLEST
-from regrow.noise.layers import add_bridgeout, bridgeout_state
 from regrow.noise.draws import Place
 from regrow.noise.groups import Part
+from regrow.noise.kernels import SMALLEST
+from regrow.noise.layers import add_bridgeout, bridgeout_state
 from regrow.noise.perturbation import bridgeout, drawn
 from regrow.noise.vectors import Strength
 

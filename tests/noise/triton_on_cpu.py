@@ -62,7 +62,7 @@ def compare() -> None:
 def compile_() -> None:
     numbers = {"base": "i64", "position": "i64", "last_kept": "i32", "scale": "fp32", "count": "i32"}
     for kind, half_q in (("fp32", 0.75), ("bf16", 0.35)):
-        floats = {name: f"*{kind}" for name in ("source", "target", "gradient", "weight", "noisy")}
+        floats = dict.fromkeys(("source", "target", "gradient", "weight", "noisy"), f"*{kind}")
         given = {**floats, "chosen": "*u8", "number": "*i64", **numbers}
         settled = {"half_q": half_q, "targeted": True, "block": 1024}
         for kernel in (triton_kernels._noisy, triton_kernels._scaled):

@@ -18,7 +18,11 @@ from regrow.noise.perturbation import drawn
 from regrow.noise.vectors import Strength, is_dense
 from regrow.together import Together
 from regrow.torch_private import (
-    has_gradient_hooks, has_pre_hooks, is_transformed, own_parameters, writes_to,
+    has_gradient_hooks,
+    has_pre_hooks,
+    is_transformed,
+    own_parameters,
+    writes_to,
 )  # fmt: skip
 
 _STOCK = set(CONSUMER_CLASSES)
@@ -58,11 +62,12 @@ class Bridged(nn.Module):
         return cast(Tensor, nn.Module.__getattr__(self, "weight")) if noisy is None else noisy
 
     @weight.setter
-    def weight(self, tensor: Any) -> None:
+    def weight(self, _: Any) -> None:
         # PyTorch comes here with what is no parameter; it keeps parameters elsewhere.
         raise ValueError(
-            "the weight of a layer with Bridgeout must stay a parameter. In place of nn.DataParallel over several "
-            "devices use DistributedDataParallel; before pruning masks or weight norms call remove_bridgeout."
+            "the weight of a layer with Bridgeout must stay a parameter. In place of nn.DataParallel over "
+            "several devices use DistributedDataParallel; before pruning masks or weight norms call "
+            "remove_bridgeout."
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +100,7 @@ class _Made(NamedTuple):
 def bridge(layer: nn.Module, passes: Passes, place: Place, compiled: bool) -> None:
     """Put the class in front of the class of ``layer``."""
     layer._bridgeout = Noise(passes, place, compiled)  # type: ignore[assignment]
-    layer.__class__ = _bridged(type(layer))
+    layer.__class__ = _bridged(cast(Any, type(layer)))
 
 
 def plain_class(layer: nn.Module, name: str) -> Any:
@@ -111,9 +116,7 @@ def plain_class(layer: nn.Module, name: str) -> Any:
 def grouped(model: nn.Module, passes: Passes) -> Together[Any]:
     """What makes w̃ for groups of the layers of ``model`` that belong to ``passes``."""
     layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, Bridged) and layer._bridgeout.passes is passes
+        layer for layer in model.modules() if isinstance(layer, Bridged) and layer._bridgeout.passes is passes
     ]
     # Before the first pass nobody knows which layers run. That matters to DDP alone: it takes every weight in
     # a group for one that runs.
@@ -131,22 +134,16 @@ def _make(layers: Sequence[nn.Module]) -> list[_Made]:
     noise = cast(Any, layers[0])._bridgeout
     weights: list[Tensor] = [own_parameters(layer)["weight"] for layer in layers]
     # Layers that share a weight share its w̃, and then all of them must be harmless.
-    first: dict[Hashable, int] = {}
-    parts: list[Part] = []
-    for i, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
-        part = _part(layer)
-        parts.append(part)
-        key = id(weight), part.place, part.transposed
-        j = first.setdefault(key, i)
-        parts[j] = parts[j]._replace(alone=parts[j].alone and part.alone)
-    some = list(first.values())
+    parts = [_part(layer) for layer in layers]
+    distinct: dict[Hashable, tuple[Tensor, Part]] = {}
+    keys = [(id(weight), part.place, part.transposed) for weight, part in zip(weights, parts, strict=True)]
+    for key, weight, part in zip(keys, weights, parts, strict=True):
+        alone = part.alone and (key not in distinct or distinct[key][1].alone)
+        distinct[key] = weight, Part(part.place, part.transposed, alone)
+    some, their = zip(*distinct.values(), strict=True)
     number = noise.passes.current(weights[0].device)
-    noisy = together([weights[i] for i in some], [parts[i] for i in some], number, noise.strength)
-    found = dict(zip(first, noisy, strict=True))
-    return [
-        _Made(found[id(weight), part.place, part.transposed], weight)
-        for weight, part in zip(weights, parts, strict=True)
-    ]
+    noisy = dict(zip(distinct, together(some, their, number, noise.strength), strict=True))
+    return [_Made(noisy[key], weight) for key, weight in zip(keys, weights, strict=True)]
 
 
 def _part(layer: Any) -> Part:

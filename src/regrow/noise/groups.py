@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,18 @@ from regrow.noise.draws import Place
 from regrow.noise.pool import Pool
 from regrow.noise.transforms import slope
 from regrow.noise.vectors import (
-    PART, Strength, in_memory, is_dense, joined, most, parted, perturb, rejoined, runs,
-    same_layout, scale,
+    PART,
+    Strength,
+    in_memory,
+    is_dense,
+    joined,
+    most,
+    parted,
+    perturb,
+    rejoined,
+    runs,
+    same_layout,
+    scale,
 )  # fmt: skip
 from regrow.torch_private import writes_to
 
@@ -45,8 +55,8 @@ def together(
     settings = (parts[0].place.base, *strength)
     if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         alone = [part.alone for part in parts]
-        return _Noisy.apply(number, given, settings, alone, *weights)  # type: ignore[no-any-return]
-    return _noisy(weights, number, *given, *settings)  # type: ignore[no-any-return]
+        return cast(Sequence[Tensor], _Noisy.apply(number, given, settings, alone, *weights))
+    return cast(Sequence[Tensor], _noisy(weights, number, *given, *settings))
 
 
 def smallest(weight: Tensor, fraction: float, transposed: int = 0) -> Tensor:
@@ -91,9 +101,7 @@ def noisy(
             for i, out in zip(run, made, strict=True):
                 outs[i] = out
         if target_fraction < 1:
-            masks = [
-                in_memory(_smallest(weights[i], target_fraction, transposed[i]), outs[i]) for i in run
-            ]
+            masks = [in_memory(_smallest(weights[i], target_fraction, transposed[i]), outs[i]) for i in run]
             chosen = masks[0] if len(run) == 1 else joined(masks)
         if len(source):
             perturb(source, target, offsets[run[0]], number, base, strength, chosen)
@@ -148,35 +156,30 @@ class _Noisy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         outs = ctx.saved_tensors if ctx.kept is None else ctx.kept
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        if len(there) < len(gradients):
+        some = [
+            (i, gradient, ctx.weights[i], outs[i])
+            for i, gradient in enumerate(gradients)
+            if gradient is not None
+        ]
+        if len(some) < len(gradients):
             # Another backward pass may bring the other gradients, and PyTorch forgets what it saved. Without
             # detach the node would hold itself.
             ctx.kept = [out.detach() for out in outs]
-        for i in there:
-            if writes_to(ctx.weights[i]) != ctx.written[i]:
-                raise RuntimeError(
-                    "a weight with Bridgeout has been modified by an inplace operation between its forward "
-                    "pass and its backward pass. Run optimizer.step() after backward()."
-                )
+        if any(writes_to(weight) != ctx.written[i] for i, _, weight, _ in some):
+            raise RuntimeError(
+                "a weight with Bridgeout has been modified by an inplace operation between its forward pass "
+                "and its backward pass. Run optimizer.step() after backward()."
+            )
         results: list[Tensor | None] = [None] * len(gradients)
-        some = [(gradients[i], ctx.weights[i], outs[i]) for i in there]
         if torch.is_grad_enabled():  # the caller differentiates once more
-            for i, (gradient, weight, out) in zip(there, some, strict=True):
+            for i, gradient, weight, out in some:
                 results[i] = (gradient * slope(weight, out, ctx.q)).to(gradient.dtype)
             return None, None, None, None, *results
-        overwritten = [
-            ctx.alone[i] and _may_overwrite(gradient, out)
-            for i, (gradient, _, out) in zip(there, some, strict=True)
-        ]
-        made = iter(
-            _noisy_gradients(
-                [gradient for gradient, *_ in some], [weight for _, weight, _ in some],
-                [out for *_, out in some], [ctx.offsets[i] for i in there], overwritten, ctx.q,
-                ctx.compiled,
-            )
-        )  # fmt: skip
-        for i, (gradient, *_), kept in zip(there, some, overwritten, strict=True):
+        numbers, given, weights, noisy = zip(*some, strict=True)
+        overwritten = [ctx.alone[i] and _may_overwrite(gradient, out) for i, gradient, _, out in some]
+        offsets = [ctx.offsets[i] for i in numbers]
+        made = iter(_noisy_gradients(given, weights, noisy, offsets, overwritten, ctx.q, ctx.compiled))
+        for i, gradient, kept in zip(numbers, given, overwritten, strict=True):
             results[i] = gradient if kept else next(made)
         return None, None, None, None, *results
 
@@ -245,5 +248,7 @@ def _(weights: Sequence[Tensor], *_: Any) -> list[Tensor]:
 
 
 @torch.library.register_fake("regrow::noisy_gradients", lib=_LIBRARY)
-def _(_: Any, weights: Sequence[Tensor], __: Any, ___: Any, overwritten: Sequence[bool], *____: Any) -> list[Tensor]:
+def _(
+    _: Any, weights: Sequence[Tensor], __: Any, ___: Any, overwritten: Sequence[bool], *____: Any
+) -> list[Tensor]:
     return [torch.empty_like(weight) for weight, kept in zip(weights, overwritten, strict=True) if not kept]

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from regrow.marks import Mark
 from regrow.together import Together
 from regrow.torch_private import (
-    BatchNorm, backward_node, keeps_its_address, made_as, nodes_made, outside_transforms,
+    BatchNorm,
+    backward_node,
+    keeps_its_address,
+    made_as,
+    nodes_made,
+    outside_transforms,
 )  # fmt: skip
 
 # The number of forward passes that may wait for their backward pass, for models with checkpointed parts.

@@ -23,7 +23,7 @@ _LARGEST = tl.constexpr(1 / kernels.SMALLEST)
 
 
 @triton.jit
-def _noisy(
+def _noisy(  # type: ignore[no-untyped-def]
     source, target, chosen, number, base, position, last_kept, scale, count,
     half_q: tl.constexpr, targeted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,9 @@ def _noisy(
 
 
 @triton.jit
-def _scaled(gradient, weight, noisy, target, count, half_q: tl.constexpr, block: tl.constexpr):
+def _scaled(  # type: ignore[no-untyped-def]
+    gradient, weight, noisy, target, count, half_q: tl.constexpr, block: tl.constexpr
+):
     index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = index < count
     g = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)

@@ -106,8 +106,8 @@ def rejoined(tensors: Sequence[Tensor]) -> Tensor:
     at, address = first.storage_offset(), first.untyped_storage().data_ptr()
     fits = first.untyped_storage().nbytes() >= (at + size) * first.element_size()
     for tensor in tensors:
-        fits = fits and tensor.storage_offset() == at and tensor.untyped_storage().data_ptr() == address
-        at += aligned(tensor.numel())
+        lies = int(tensor.storage_offset()) == at and tensor.untyped_storage().data_ptr() == address
+        fits, at = fits and lies, at + aligned(tensor.numel())
     if fits:
         return first.as_strided((size,), (1,))
     return joined([in_memory(tensor, tensor) for tensor in tensors])
@@ -131,7 +131,7 @@ def perturb(
         quick.noisy(source, target, position, number, base, last_kept, scale, q, chosen)
         return
     # A number on a GPU stays there: reading it would make the CPU wait.
-    start, key = start_and_key(base, int(number) if source.is_cpu else number)
+    start, key = _drawn(base, number, source.is_cpu)
     given = (_int32(last_kept), _scalar(scale), _scalar(q), q == 1.5)
     compiled = strength.compiled and source.is_cpu
     part = min(len(source), _MOST if compiled else most(source.device))
@@ -180,6 +180,10 @@ def _triton(device: torch.device) -> Any:
     except ImportError:
         return None
     return triton_kernels if triton_kernels.works(device) else None
+
+
+def _drawn(base: int, number: Tensor, read: bool) -> tuple[int | Tensor, int | Tensor]:
+    return start_and_key(base, int(number)) if read else start_and_key(base, number)
 
 
 def _numbers(count: int, device: torch.device) -> Tensor:
