@@ -253,20 +253,24 @@ def test_a_layer_without_a_part_in_the_loss_has_no_gradient():
     assert net.two.weight.grad is None
 
 
-@pytest.mark.parametrize("unused", [False, True])
-def test_under_ddp_a_layer_that_does_not_run_has_no_gradient(tmp_path, unused):
+@pytest.mark.parametrize("case", ["all used", "one does not run", "one is detached"])
+def test_under_ddp_a_layer_without_a_part_in_the_loss_has_no_gradient(tmp_path, case):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         net, _ = twins(Branches)
-        if not unused:
+        if case != "one does not run":
             del net.unused
-        wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=unused)
+        wrapped = nn.parallel.DistributedDataParallel(net, find_unused_parameters=case != "all used")
+        idle = {"one does not run": "unused.", "one is detached": "two."}.get(case, "none")
         for _ in range(3):
             net.zero_grad()
-            sum(out.square().sum() for out in wrapped(X)).backward()
-            without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
-            assert without == ({"unused.weight", "unused.bias"} if unused else set())
+            first, second = wrapped(X)
+            (
+                first.square() + (second.detach() if case == "one is detached" else second).square()
+            ).sum().backward()
+            for name, parameter in net.named_parameters():
+                assert (parameter.grad is None) is name.startswith(idle)
         del wrapped
     finally:
         torch.distributed.destroy_process_group()

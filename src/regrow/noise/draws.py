@@ -1,4 +1,4 @@
-"""Which random numbers a weight gets: by the seed, the number of the pass, and the weight's place in the model.
+"""Which random numbers a weight gets: by the seed, the number of the pass, and its place in the model.
 
 A pass has one pair (start, key) for all weights of a model, and a weight's position there tells its number
 (``kernels.scrambled``). Weights of neighbouring parameters have neighbouring positions, so that one kernel

@@ -112,7 +112,7 @@ def noisy_gradients(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], noisy: Sequence[Tensor], offsets: Sequence[int],
     overwritten: Sequence[bool], q: float, compiled: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The operator ``regrow::noisy_gradients``: each of ``gradients`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w.
+    """The operator ``regrow::noisy_gradients``: each of ``gradients`` · ∂w̃/∂w, see ``kernels.scaled``.
 
     Returns:
         New tensors like the weights, for those that are not ``overwritten``.
@@ -171,6 +171,8 @@ class _Noisy(torch.autograd.Function):
                 "and its backward pass. Run optimizer.step() after backward()."
             )
         results: list[Tensor | None] = [None] * len(gradients)
+        if not some:
+            return None, None, None, None, *results
         if torch.is_grad_enabled():  # the caller differentiates once more
             for i, gradient, weight, out in some:
                 results[i] = (gradient * slope(weight, out, ctx.q)).to(gradient.dtype)

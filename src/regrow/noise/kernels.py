@@ -101,7 +101,7 @@ def _scaled_in_place(gradient: Tensor, weight: Tensor, noisy: Tensor, q: Tensor)
 
 @functools.cache
 def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """``noisy`` without its argument ``numbers``, and ``scaled`` in place, compiled for vectors of any length.
+    """``noisy`` without its argument ``numbers``, and ``scaled`` in place, compiled for any length.
 
     ``out`` of the first must be other memory than ``weight``; the second has no argument ``out``.
     """

@@ -28,8 +28,8 @@ _PENDING = 64
 class Passes(Mark):
     """Counts the forward passes of ``model`` that draw noise, from 1; all its layers share this object.
 
-    The count lies on the weights' device, and nothing reads it there in a step: reading makes the CPU wait, and
-    a captured CUDA graph would draw the same noise in all replays.
+    The count lies on the weights' device, and nothing reads it there in a step: reading makes the CPU wait,
+    and a captured CUDA graph would draw the same noise in all replays.
 
     Attributes:
         measuring: whether the running pass only measures the statistics of batch norms, as

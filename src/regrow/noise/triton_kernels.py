@@ -1,7 +1,7 @@
 """Batch Bridgeout's arithmetic for a GPU: one kernel for w̃, and one for the gradient.
 
-The same as in ``kernels`` and ``draws``, up to rounding; the same weights are dropped. The number of the pass is
-read on the device, so that a captured graph draws anew whenever it is replayed.
+The same as in ``kernels`` and ``draws``, up to rounding; the same weights are dropped. The number of the pass
+is read on the device, so that a captured graph draws anew whenever it is replayed.
 """
 
 from __future__ import annotations

@@ -75,7 +75,11 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without a gap, each with a place of its own."""
-    return tensor.is_contiguous() or tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    if tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return True
+    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
 
 
 def joined(vectors: Sequence[Tensor]) -> Tensor:
