@@ -72,7 +72,7 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
 
 
 def keeps_its_address(tensor: Tensor) -> Tensor:
-    """``tensor``, of which torch.compile is told that it stays where it is, so that CUDA graphs may write to it.
+    """``tensor``, of which torch.compile is told that it stays where it is: CUDA graphs may then write to it.
 
     Where that cannot be told, code that was compiled with CUDA graphs runs without them.
     """

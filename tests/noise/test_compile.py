@@ -1,4 +1,4 @@
-"""Models with Bridgeout in torch.compile, whole or in part: new noise in each pass, and no compilation for it."""
+"""Models with Bridgeout in torch.compile, whole or in part: new noise in each pass, compiled once."""
 
 import copy
 

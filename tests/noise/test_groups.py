@@ -35,7 +35,7 @@ def as_on_a_gpu(monkeypatch):
 
     class Quick:
         @staticmethod
-        def noisy(source, target, position, number, seed, last_kept, scale, q, chosen):
+        def noisy(source, target, position, number, seed, _, scale, q, chosen):
             launched.append(("noisy", len(source)))
             with monkeypatch.context() as patch:
                 patch.setattr(vectors, "quick_kernels", lambda _: None)

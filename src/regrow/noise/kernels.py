@@ -123,6 +123,6 @@ def check_compiler(weight: Tensor, three_quarters: bool, targeted: bool) -> None
         cause = str(error).strip().partition("\n")[0]
         raise RuntimeError(
             f"compiled=True: PyTorch cannot compile on this machine ({cause}). It needs a C++ compiler and "
-            "Python's headers (in Debian: g++ and python3-dev) for the CPU, Triton for a GPU. Without "
-            "compiled=True the noise is the same, and takes longer."
+            "Python's headers (in Debian: g++ and python3-dev). Without compiled=True the noise is the same, "
+            "and takes longer."
         ) from error

@@ -54,9 +54,10 @@ def add_bridgeout(
         linear: perturb linear layers too, except inside attention layers, which read those weights directly.
         exclude: qualified names of layers, or of containers of layers, to leave alone.
         seed: for an equal model, the same seed gives the same noise.
-        compiled: compute the noise with a kernel from ``torch.compile``, in half the time, which matters for
-            large layers. The first compilation on a machine takes a few seconds. The same weights are
-            dropped; w̃ and gradients are equal up to rounding, so ``settings`` does not contain ``compiled``.
+        compiled: on a CPU, compute the noise with a kernel from ``torch.compile``, in half the time, which
+            matters for large layers. The first compilation on a machine takes a few seconds. The same weights
+            are dropped; w̃ and gradients are equal up to rounding, so ``settings`` does not contain
+            ``compiled``. On a GPU the noise has kernels of its own either way.
 
     Returns:
         A JSON-able record: ``version``, ``layers`` (the names of the perturbed layers) and ``settings``.
@@ -79,7 +80,7 @@ def add_bridgeout(
     }  # fmt: skip
     if compiled:
         weights = [layer.weight for layer in layers.values()]
-        for like in {(weight.device, weight.dtype): weight for weight in weights}.values():
+        for like in {weight.dtype: weight for weight in weights if weight.is_cpu}.values():
             check_compiler(like, q == 1.5, target_fraction < 1)
     # One place per parameter, so that layers which share a weight share its draw.
     parameters = {id(layer.weight): layer.weight for layer in layers.values()}

@@ -1,4 +1,4 @@
-"""Weights in memory order as vectors, the vectors of neighbours joined into one, and the kernel that serves them.
+"""Weights in memory order as vectors, the vectors of neighbours joined, and the kernels that serve them.
 
 On a GPU a launch is what costs, so all neighbours become one vector. On a CPU the memory is what costs: small
 neighbours are joined, and a large weight is worked on where it lies, a part at a time.
