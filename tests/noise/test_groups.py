@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from counting import Counted
 from nets import chain
-from regrow.noise import bridged, groups, vectors
+from regrow.noise import bridged, groups, passes, vectors
 from regrow.noise.draws import places
 from regrow.noise.groups import Part, together
 from regrow.noise.layers import add_bridgeout, bridgeout_state
@@ -453,8 +453,7 @@ def test_an_error_in_a_pass_leaves_nothing_behind(tmp_path):
     net.fails = True
     with pytest.raises(KeyError):
         net(X)
-    passes = net._bridgeout_passes
-    assert not passes.together._made
+    assert not net._bridgeout_passes.together._made
     with pytest.raises(ValueError, match="Call that model"):
         net.one(X)
     twin = copy.deepcopy(net)
@@ -552,6 +551,56 @@ def test_a_layer_that_shares_its_weight_with_another_kind_of_layer_overwrites_no
         patch.setattr(bridged, "together", watched)
         net(X)
     assert [part.alone for part in seen] == [False]
+
+
+@pytest.mark.parametrize("first", ["in eval mode", "in a transform", "partly in eval mode"])
+def test_layers_that_could_not_be_in_a_group_in_the_first_pass_are_in_one_later(first):
+    net = chain((8, 12), norm=nn.Identity).train()
+    add_bridgeout(net)
+    if first == "in a transform":
+        values = {name: parameter.detach() for name, parameter in net.named_parameters()}
+        torch.func.grad(lambda given: functional_call(net, given, (X,)).sum())(values)
+    elif first == "in eval mode":
+        net.eval()(X)
+    else:
+        hook = net.conv2.register_forward_pre_hook(lambda *_: None)
+        net(X)
+        hook.remove()
+    net.train()
+    with Counted() as counted:
+        net(X)
+    assert counted.names.count("regrow.noisy.default") == 1
+
+
+def test_a_layer_on_another_stream_waits_and_draws_by_itself(monkeypatch):
+    class Stream:
+        waited = ()
+
+        def wait_stream(self, other):
+            self.waited = (*self.waited, other)
+
+    one, two = Stream(), Stream()
+    current = [one]
+    for module in (bridged, passes):
+        monkeypatch.setattr(module, "stream_on", lambda _: current[0])
+    net, twin = twins(Branches)
+    net.one.register_forward_hook(lambda *_: current.__setitem__(0, two))
+    with Counted() as counted:
+        outs = net(X)
+    assert counted.names.count("regrow.noisy.default") == 2
+    assert two.waited == (one,)
+    assert one.waited == ()
+    torch.testing.assert_close(outs, twin(X))
+
+
+def test_a_pass_in_inference_mode_counts_and_leaves_the_next_alone():
+    net, twin = twins(lambda: chain((8, 12)))
+    with torch.inference_mode():
+        first = net(X)
+    torch.testing.assert_close(first, twin(X))
+    for each in (net, twin):
+        each(X).square().sum().backward()
+    same(net, twin)
 
 
 def test_evaluating_and_training_parts_in_turn():

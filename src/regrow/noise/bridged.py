@@ -13,7 +13,7 @@ from regrow.marks import Mark
 from regrow.modules import CONSUMER_CLASSES, filter_dim
 from regrow.noise.draws import Place
 from regrow.noise.groups import Part, together
-from regrow.noise.passes import Passes
+from regrow.noise.passes import Passes, stream_on
 from regrow.noise.perturbation import drawn
 from regrow.noise.vectors import Strength, is_dense
 from regrow.together import Together
@@ -130,20 +130,36 @@ def reads_alone(layer: nn.Module) -> bool:
     return vars(type(layer)).get("_plain") in _STOCK and "_conv_forward" not in vars(layer)
 
 
-def _make(layers: Sequence[nn.Module]) -> list[_Made]:
+def _make(layers: Sequence[nn.Module]) -> list[_Made | None]:
     noise = cast(Any, layers[0])._bridgeout
-    weights: list[Tensor] = [own_parameters(layer)["weight"] for layer in layers]
     # Layers that share a weight share its w̃, and then all of them must be harmless.
-    parts = [_part(layer) for layer in layers]
+    keys: list[Hashable] = []
     distinct: dict[Hashable, tuple[Tensor, Part]] = {}
-    keys = [(id(weight), part.place, part.transposed) for weight, part in zip(weights, parts, strict=True)]
-    for key, weight, part in zip(keys, weights, parts, strict=True):
-        alone = part.alone and (key not in distinct or distinct[key][1].alone)
-        distinct[key] = weight, Part(part.place, part.transposed, alone)
-    some, their = zip(*distinct.values(), strict=True)
+    for layer in layers:
+        weight, part = own_parameters(layer)["weight"], _part(layer)
+        key = None if _by_itself(layer, weight) else (id(weight), part.place, part.transposed)
+        keys.append(key)
+        if key is not None:
+            alone = part.alone and (key not in distinct or distinct[key][1].alone)
+            distinct[key] = weight, Part(part.place, part.transposed, alone)
+    if not distinct:
+        return [None] * len(layers)
+    weights, parts = zip(*distinct.values(), strict=True)
     number = noise.passes.current(weights[0].device)
-    noisy = dict(zip(distinct, together(some, their, number, noise.strength), strict=True))
-    return [_Made(noisy[key], weight) for key, weight in zip(keys, weights, strict=True)]
+    noisy = together(weights, parts, number, noise.strength)
+    made = {key: _Made(*each) for key, each in zip(distinct, zip(noisy, weights, strict=True), strict=True)}
+    return [None if key is None else made[key] for key in keys]
+
+
+def _by_itself(layer: nn.Module, weight: Tensor) -> bool:
+    """Whether ``layer`` takes no part in a group now."""
+    return (
+        not layer.training
+        or has_pre_hooks(layer)  # which may change the weight
+        or has_gradient_hooks(weight)  # which are called with None if the layer has no part in a loss
+        or not is_dense(weight)
+        or is_transformed(weight)
+    )
 
 
 def _part(layer: Any) -> Part:
@@ -153,15 +169,7 @@ def _part(layer: Any) -> Part:
 
 def _kind(layer: nn.Module) -> Hashable:
     weight, noise = own_parameters(layer).get("weight"), cast(Any, layer)._bridgeout
-    if (
-        weight is None
-        or not layer.training
-        or has_pre_hooks(layer)  # which may change the weight
-        or has_gradient_hooks(weight)  # which are called with None if the layer has no part in a loss
-        or type(weight) not in (nn.Parameter, Tensor)
-        or not is_dense(weight)
-        or is_transformed(weight)
-    ):
+    if weight is None or type(weight) not in (nn.Parameter, Tensor):
         return None
     return weight.device, weight.dtype, weight.requires_grad, noise.place.base, noise.compiled
 
@@ -171,9 +179,10 @@ def _size(layer: nn.Module) -> int:
     return 0 if weight is None else int(weight.nbytes)
 
 
-def _stamp(layer: nn.Module) -> Hashable:
+def _stamp(layer: nn.Module) -> Any:
     weight = own_parameters(layer).get("weight")
-    return id(weight), 0 if weight is None else writes_to(weight)
+    # What one stream of a GPU makes is not there for another.
+    return None if weight is None else (id(weight), writes_to(weight), stream_on(weight.device))
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from regrow.noise.groups import pool
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
 from regrow.noise.perturbation import check_noise
+from regrow.noise.vectors import quick_kernels
 from regrow.torch_private import own_parameters
 
 # Version 1 drew its random numbers from PyTorch's generator, version 2 a start and a key for each layer.
@@ -86,6 +87,8 @@ def add_bridgeout(
     parameters = {id(layer.weight): layer.weight for layer in layers.values()}
     found = places([weight.numel() for weight in parameters.values()], seed)
     place = dict(zip(parameters, found, strict=True))
+    for weight in parameters.values():
+        quick_kernels(weight)  # tried, and compiled, before somebody captures a step
     passes = Passes(model, settings, next(iter(parameters.values())).device, grouped)
     model._bridgeout_passes = passes  # type: ignore[assignment]
     for layer in layers.values():

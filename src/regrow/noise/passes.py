@@ -58,6 +58,7 @@ class Passes(Mark):
         self.together: Together[Any] | None = None
         # A pass draws with a copy of its number: a later pass may run before its backward pass.
         self._now: Tensor | None = None
+        self._stream: Any = None  # on which that copy is made
         self._running = self._whole = self.measuring = False
         self._norms = [norm for norm in model.modules() if isinstance(norm, BatchNorm)]
         self._warned = any(norm.momentum is None for norm in self._norms)
@@ -92,7 +93,11 @@ class Passes(Mark):
             number = next((number for end, number in self._ends if made < end), running)
         elif self._running:
             # A pass counts at its first draw, so passes in eval mode do not change the noise of training.
-            number = self._now = self._counted(device) if self._now is None else self._now
+            if self._now is None:
+                self._now = self._counted(device)
+            number = self._now
+            if not torch.compiler.is_compiling() and (stream := stream_on(number.device)) != self._stream:
+                stream.wait_stream(self._stream)
         else:
             raise ValueError(
                 "a layer with Bridgeout ran in train mode outside a call of the model given to "
@@ -107,6 +112,8 @@ class Passes(Mark):
             if self.number.device != device and device.type != "meta":
                 with torch.inference_mode(False):
                     self.number = keeps_its_address(self.number.to(device))
+            if not torch.compiler.is_compiling():
+                self._stream = stream_on(self.number.device)
             self.number.add_(1)
             return self.number.clone()
 
@@ -148,4 +155,10 @@ class Passes(Mark):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graphs to compute again, and finds its own layers in its first pass.
         empty = deque[tuple[int, Tensor]](maxlen=_PENDING)
-        return {**vars(self), "together": None, "_now": None, "_running": False, "_ends": empty}
+        gone = {"together": None, "_now": None, "_stream": None, "_running": False, "_ends": empty}
+        return {**vars(self), **gone}
+
+
+def stream_on(device: torch.device) -> Any:
+    """The stream on which a GPU runs what it is given now; None for other devices."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None

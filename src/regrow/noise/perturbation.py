@@ -15,7 +15,7 @@ from regrow.noise.transforms import slope, transformed
 from regrow.noise.vectors import Strength
 from regrow.torch_private import is_transformed
 
-_PART = Part(Place(base(0), 0), transposed=0, alone=False)
+_ONE = Part(Place(base(0), 0), transposed=0, alone=False)
 
 
 def bridgeout(
@@ -62,7 +62,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return drawn(weight, _PART, number, Strength(p, q, target_fraction, False))
+    return drawn(weight, _ONE, number, Strength(p, q, target_fraction, False))
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
