@@ -36,7 +36,7 @@ from regrow.study.feeding import Batches
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import random_state, state_of
-from regrow.study.steps import train_epoch
+from regrow.study.steps import Step, train_epoch
 
 EPOCHS = 200
 
@@ -72,6 +72,7 @@ def measure(
     steps = len(batches)
     scheduler = make_scheduler(optimizer, config, steps)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = Step(model, optimizer, scaler)
     convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     line: dict[str, Any] = {
         "version": records.VERSION,
@@ -118,11 +119,7 @@ def measure(
             return calls + redrawing * epoch * bar._bar.live.refresh_per_second
 
     for number in range(rounds + 1):  # the first round warms up
-        epoch = seconds(
-            lambda n=number: train_epoch(
-                model, batches, n, optimizer, scheduler, scaler, torch.float32, Ranks(), quiet
-            )
-        )
+        epoch = seconds(lambda n=number: train_epoch(step, batches, n, scheduler, Ranks(), quiet))
         taken = {
             "epoch": epoch,
             "checkpoint": seconds(lambda n=number: checkpoint(n + 1)),

@@ -37,6 +37,8 @@ NAMES = {
     "_sequence_nr": (torch.ones(1, requires_grad=True) * 2).grad_fn,
     "_HybridIndex": torch_pruning._helpers,
     "_set_grad_enabled": torch._C,
+    "_current_level": torch.autograd.forward_ad,
+    "_foreach_copy_": torch,
     "_top_saved_tensors_default_hooks": torch._C._autograd,
     "_schema": torch.ops.aten.relu.default,
 }

@@ -126,7 +126,8 @@ def _configs(file: Path | None, settings: dict[str, Any], each: Sequence[dict[st
 def _flag(name: str) -> inspect.Parameter:
     field = RunConfig.model_fields[name]
     flag = "--" + name.replace("_", "-")
-    names = [f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag]
+    is_switch = field.annotation in (bool, bool | None)
+    names = [f"{flag}/--no-{flag[2:]}" if is_switch else flag]
     extra = field.json_schema_extra
     panel = extra["panel"] if isinstance(extra, dict) else None
     help = field.description or ""

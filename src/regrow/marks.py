@@ -71,7 +71,7 @@ _STRUCTURE = {"RePr", "cut", "prune", "compensate", "read_as"}
 # whose weight is not a parameter of its own is left alone by name (see ``borrowed_weight``).
 REFUSED: dict[str, set[str]] = {
     "narrowed": {*_STRUCTURE, "add_bridgeout", "remove_bridgeout", "load"},
-    "masked": {*_STRUCTURE, "load"},
+    "masked": {*_STRUCTURE, "add_bridgeout", "remove_bridgeout", "load"},
     "in a cycle": {"RePr", "cut", "prune"},
     "bridgeout": {"add_bridgeout", "cut", "prune"},
     "placed": {"compensate", "read_as"},

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from regrow.torch_private import backward_node, saved_tensors_go_elsewhere
+from regrow.torch_private import backward_node, saved_tensors_go_elsewhere, transforms_run
 
 GROUP_BYTES = 25 * 2**20  # the size of DDP's buckets
 T = TypeVar("T")
@@ -27,10 +27,11 @@ class Together(Generic[T]):
     its group: an operation on it would tell DDP that it takes part. ``get`` answers None where a layer must
     compute by itself: outside ``begin`` and ``end``, in compiled code, and where a part of the pass may be
     computed again for the backward pass (activation checkpointing), because such a part must not read what
-    another part has made.
+    another part has made; and while transforms of torch.func or forward-mode derivatives run.
 
     Args:
-        make: returns one value for each of the layers given, which are of one kind.
+        make: returns one value for each of the layers given, which are of one kind; None for a layer that
+            computes by itself after all.
         kind: what the layers of a group have in common, such as device and type; None for a layer that
             computes by itself now. It is asked in every pass.
         size: bytes of a layer's part.
@@ -40,7 +41,7 @@ class Together(Generic[T]):
 
     def __init__(
         self,
-        make: Callable[[Sequence[nn.Module]], Sequence[T]],
+        make: Callable[[Sequence[nn.Module]], Sequence[T | None]],
         kind: Callable[[nn.Module], Hashable],
         size: Callable[[nn.Module], int],
         stamp: Callable[[nn.Module], Any],
@@ -50,8 +51,14 @@ class Together(Generic[T]):
         self._steady = list(order) or None  # None: no pass has shown it
         self._groups = self._grouped(order)
         self._ran: dict[nn.Module, None] = {}
-        self._made: dict[nn.Module, tuple[T, Any]] = {}
+        self._made: dict[nn.Module, tuple[T | None, Any]] = {}
         self._running = self._with_grad = False
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make everything once, and let it go: what ``make`` keeps for later passes is there then."""
+        for group in {id(group): group for group in self._groups.values()}.values():
+            self._make(group)
 
     def begin(self) -> None:
         """A pass begins."""
@@ -79,17 +86,26 @@ class Together(Generic[T]):
         if layer not in self._made:
             if layer not in self._groups or (kind := self._kind(layer)) is None:
                 return None
-            group = [each for each in self._groups[layer] if each is layer or self._kind(each) == kind]
+            group = [
+                each
+                for each in self._groups[layer]
+                if each is layer or (each not in self._made and self._kind(each) == kind)
+            ]
             for each, value in zip(group, self._make(group), strict=True):
                 self._made[each] = value, self._stamp(each)
-        value, stamp = self._made[layer]
-        return value if stamp == self._stamp(layer) else None
+        made, stamp = self._made[layer]
+        return made if stamp == self._stamp(layer) else None
+
+    def leave(self, layer: nn.Module) -> None:
+        """Have ``layer`` compute by itself in the rest of this pass."""
+        self._made[layer] = None, self._stamp(layer)
 
     def _in_one_go(self) -> bool:
         """Whether what runs now belongs to the pass itself, and will not be computed again."""
         return (
             torch.is_grad_enabled() is self._with_grad
             and not torch.compiler.is_compiling()
+            and not transforms_run()
             and backward_node() is None
             and not saved_tensors_go_elsewhere()
         )

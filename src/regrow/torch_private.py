@@ -7,6 +7,7 @@ The rest of the library calls the functions below, so a release that renames som
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -61,8 +62,18 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
-    """Whether something runs before ``module`` does in each of its calls; True where that cannot be seen."""
+    """Whether somebody's hook runs ahead of the forward method of ``module``; True if that is unknown."""
     return bool(vars(module).get("_forward_pre_hooks", True))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each of ``sources`` to its target, in one operation."""
+    together = getattr(torch, "_foreach_copy_", None)
+    if together is not None:
+        together(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def has_gradient_hooks(tensor: Tensor) -> bool:
@@ -127,13 +138,22 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     return int(storage.data_ptr() if key is None else key)
 
 
+def _in_transform() -> bool:
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and bool(active())
+
+
+def transforms_run() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode derivatives is active; True if unknown."""
+    return _in_transform() or getattr(forward_ad, "_current_level", 0) >= 0
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether ``tensor`` bears a forward-mode tangent, or a transform of torch.func (grad, vmap, …) runs.
 
     False where transforms cannot be seen: PyTorch then refuses autograd functions without rules for them.
     """
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is not None and active():
+    if _in_transform():
         return True
     return forward_ad.unpack_dual(tensor).tangent is not None
 

@@ -35,6 +35,12 @@ def test_backprop_is_standard_training() -> None:
     assert make_config({"method": "backprop"}) == make_config({"method": "standard"})
 
 
+def test_bf16_is_bfloat16() -> None:
+    assert make_config({"precision": "bf16"}) == make_config({"precision": "bfloat16"})
+    with pytest.raises(ValueError, match="did you mean 'bf16'"):
+        make_config({"precision": "bf61"})
+
+
 def test_defaults_run_standard_training_on_digits() -> None:
     config = make_config({})
     assert (config.data, config.model, config.method, config.rate) == ("digits", "convnet", "standard", 0.1)

@@ -110,6 +110,55 @@ def test_how_many_batches_are_made_at_once_changes_nothing(
         assert equal(list(batches.epoch(1)), together)
 
 
+def test_batches_are_what_one_picture_after_another_gives() -> None:
+    """The same draws, and each picture shifted, mirrored and normalised by itself."""
+    images = numbered(23, channels=3, side=9)
+    seen = 0
+    for pictures, labels in make(images, augmentation="shift-flip", seed=4).epoch(3):
+        for picture, label in zip(pictures, labels.tolist(), strict=True):
+            seen += 1
+            padded = torch.nn.functional.pad(images.pixels[label], (1, 1, 1, 1))
+            possible = [
+                (crop.flip(-1) if mirrored else crop).float()
+                for row in range(3)
+                for column in range(3)
+                for crop in [padded[:, row : row + 9, column : column + 9]]
+                for mirrored in (False, True)
+            ]
+            normalised = [each.sub(127.5).mul(1 / 63.75) for each in possible]
+            assert sum(torch.equal(picture, each) for each in normalised) == 1
+    assert seen == 23
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "home"),
+    [("cpu", 10**15, "cpu"), ("cuda", 1000, "cuda"), ("cuda", 1001, "cpu"), ("meta", 10**15, "meta")],
+)
+def test_pictures_lie_on_a_gpu_if_they_take_a_quarter_of_its_free_memory_at_most(
+    monkeypatch: pytest.MonkeyPatch, device: str, size: int, home: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (4000, 5000))
+    assert feeding._home(torch.device(device), size) == torch.device(home)
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"rank": 1, "ranks": 2}])
+def test_pictures_that_lie_elsewhere_are_moved_a_few_batches_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """The meta device, which holds no values, stands in for a GPU: PyTorch refuses to mix it with the CPU."""
+    monkeypatch.setattr(feeding, "_home", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(feeding, "_PIXELS_AT_ONCE", 2 * 4 * 64)
+    batches = make(numbered(23), augmentation="shift-flip", device="meta", **options)
+    assert batches.pixels.device.type == "cpu"
+    found = list(batches.epoch(0))
+    assert [len(labels) for _, labels in found] == [
+        len(labels) for _, labels in make(numbered(23), **options).epoch(0)
+    ]
+    for pictures, labels in found:
+        assert pictures.device.type == labels.device.type == "meta"
+        assert pictures.shape == (len(labels), 1, 8, 8)
+
+
 def test_padding_is_black_before_normalisation() -> None:
     white = Images(torch.full((64, 1, 8, 8), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
     ((pictures, _),) = make(white, batch_size=64, augmentation="shift").epoch(0)

@@ -51,10 +51,7 @@ def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
     progress = Progress(quiet=True)
     progress.start("run", 4)
     for epoch in (1, 2):
-        loss, accuracy = train_epoch(
-            parts.wrapped, parts.train, epoch, parts.optimizer, parts.scheduler, parts.scaler, torch.float32,
-            ranks, progress,
-        )  # fmt: skip
+        loss, accuracy = train_epoch(parts.step, parts.train, epoch, parts.scheduler, ranks, progress)
         line = {
             "version": 2, "epoch": epoch, "phase": "full", "learning_rate": 0.1, "train_loss": loss,
             "train_accuracy": accuracy, "validation_loss": 1.0, "validation_accuracy": 0.5, "overlap": None,
@@ -81,6 +78,17 @@ def test_a_state_of_the_run_itself_fits(run: tuple[_Parts, dict[str, Any]]) -> N
     check(parts, state)
     load_state(copy.deepcopy(state["trained"]), *parts.trained)
     load_random_state(state["random"][0])
+
+
+def test_a_state_from_a_gpu_fits(run: tuple[_Parts, dict[str, Any]]) -> None:
+    """Adam is capturable there, and stays here what it is here."""
+    parts, state = run
+    if not isinstance(parts.optimizer, torch.optim.Adam):
+        pytest.skip("SGD is the same everywhere")
+    at = ("trained", "optimizer", "param_groups", 0, "capturable")
+    check(parts, changed(state, at, replaced(True)))
+    with pytest.raises(ValueError, match="capturable is 1, and here False"):
+        check(parts, changed(state, at, replaced(1)))
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

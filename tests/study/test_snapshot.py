@@ -4,7 +4,32 @@ import numpy as np
 import torch
 
 from regrow.study.checkpoints import from_bytes, to_bytes
-from regrow.study.snapshot import load_random_state, random_state
+from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
+
+
+def adam(capturable):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight], 0.5)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0]["capturable"] = capturable
+    return torch.nn.ParameterList([weight]), optimizer
+
+
+def test_a_run_goes_on_on_another_device():
+    """On a GPU Adam is capturable, and on the CPU it cannot be."""
+    for there, here in ((True, False), (False, True)):
+        objects = [adam(capturable) for capturable in (there, here)]
+        states = []
+        for model, optimizer in objects:
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+            states.append((model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None))
+        load_state(from_bytes(to_bytes(state_of(*states[0]))), *states[1])
+        _, optimizer = objects[1]
+        assert optimizer.param_groups[0]["capturable"] is here
+        assert float(optimizer.state[objects[1][0][0]]["step"]) == 1
+    optimizer.param_groups[0]["capturable"] = False
+    optimizer.step()
 
 
 def drawn():

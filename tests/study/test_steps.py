@@ -12,7 +12,7 @@ from regrow.study.feeding import Batches
 from regrow.study.images import Images
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
-from regrow.study.steps import BadLoss, evaluate, state_of_weights, train_epoch
+from regrow.study.steps import BadLoss, Step, evaluate, state_of_weights, train_epoch
 
 WHITE, BLACK = 255, 0
 DISABLED = torch.amp.GradScaler("cpu", enabled=False)
@@ -64,9 +64,9 @@ def train(
     """One epoch of plain SGD, with one rate a step; the last one stays."""
     optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)])
-    return train_epoch(
-        model, pictures, 1, optimizer, scheduler, scaler, dtype, ranks or Ranks(), progress or Shown()
-    )
+    ranks = ranks or Ranks()
+    step = Step(model, optimizer, scaler, dtype, ranks.count)
+    return train_epoch(step, pictures, 1, scheduler, ranks, progress or Shown())
 
 
 def test_loss_and_accuracy_are_means_over_the_pictures_not_over_the_batches() -> None:

@@ -61,6 +61,24 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method
     assert not torch.equal(one["classifier.weight"], other["classifier.weight"])
 
 
+def test_cudnn_takes_kernels_that_give_the_same_result_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from regrow.study import train as module
+
+    cudnn, real, seen = torch.backends.cudnn, module.evaluate, []
+
+    def evaluated(*arguments: Any) -> dict[str, float]:
+        seen.append((cudnn.deterministic, cudnn.benchmark))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "evaluate", evaluated)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    run(tmp_path / "run", epochs=1)
+    assert seen == [(True, False)] * 2
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+
+
 def test_the_last_seed_trains(tmp_path: Path) -> None:
     last = 2**63 - 1
     assert run(tmp_path / "run", method="repr", seed=last, split_seed=last).result is not None

@@ -31,7 +31,7 @@ def test_variants_are_called_after_what_differs() -> None:
 
 
 def test_a_setting_that_an_old_record_lacks_has_its_default() -> None:
-    old, new = {"method": "repr", "fraction": 0.3}, {"method": "repr", "fraction": 0.3, "compact": True}
+    old, new = {"method": "repr", "fraction": 0.3}, {"method": "repr", "fraction": 0.3, "skip_first": True}
     assert variant_names({1: old, 2: new | {"exclude": []}}) == {1: "repr", 2: "repr"}
     names = variant_names({1: old, 2: new | {"exclude": ["a", "b"]}})
     assert names == {1: "RePr, exclude none", 2: "RePr, exclude a+b"}
@@ -42,7 +42,7 @@ def test_a_setting_that_an_old_record_lacks_has_its_default() -> None:
     [
         ("repr", True),
         ("RePr, fraction 0.2", True),
-        ("RePr, fraction 0.2, compact yes", True),
+        ("RePr, fraction 0.2, skip first yes", True),
         ("RePr, fraction 0.3", False),
         ("RePr, p 0.3", False),
         ("Dropout, fraction 0.2", False),

@@ -29,6 +29,7 @@ from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.state import VERSION, check_state, phase_at
 from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
+from regrow.repr.worth import judge
 from regrow.structure.read import read_structure
 from regrow.structure.readers import silent_entries
 from regrow.suggest import nearest
@@ -90,10 +91,12 @@ class RePr:
         consumers: the weights by which other layers read a restored channel. ``"zero"``: 0, so that the
             restore does not change the network's output. ``"keep"``: the weights from before the drop, by
             which a net without norms can collapse. ``"init"``: newly drawn weights.
-        compact: leave dropped filters out of the computation in the sub phase (``narrow``), which is faster
-            and gives the same results up to rounding. ``torch.compile`` compiles again after a drop. Where
-            no plan for this can be confirmed, and in ``nn.DataParallel``, dropped filters are computed and
-            held at 0, as with False, and the event's notes say so.
+        compact: with True, leave dropped filters out of the computation in the sub phase (``narrow``); with
+            False, compute them and hold them at 0, which gives the same results up to rounding. None takes
+            what is quicker: it leaves them out on a CPU, and on a GPU where a pass saves enough
+            multiply-accumulates to pay for the kernels that it needs more (``worth``). Where no plan can be
+            confirmed, and in ``nn.DataParallel``, dropped filters are computed, and the event's notes say
+            so. ``torch.compile`` compiles again after a drop.
         scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
         floor: share of every layer that always stays alive.
         exclude: qualified names of convolutions, or of containers of convolutions, to leave alone.
@@ -119,7 +122,7 @@ class RePr:
         cycles: int = 3,
         criterion: str = "ortho",
         consumers: str = "zero",
-        compact: bool = True,
+        compact: bool | None = None,
         scope: str = "global",
         floor: float = 0.1,
         exclude: Iterable[str] = (),
@@ -143,8 +146,8 @@ class RePr:
                 f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
                 "such as optimizer.optimizer."
             )
-        if not isinstance(compact, bool):
-            raise ValueError(f"compact must be True or False, got {compact!r}.")
+        if compact is not None and not isinstance(compact, bool):
+            raise ValueError(f"compact must be True, False or None (what is quicker), got {compact!r}.")
         exclude = names_given(exclude, "exclude")
         self._model = unwrap(model)
         self._group = group_of(model)
@@ -263,17 +266,20 @@ class RePr:
         self._warn_of_others()
         self._copies.release()
         self._highest_rate = max(self._highest_rate, self._rate())
-        length = self._settings["full"] + self._settings["sub"]
-        cycle, position = divmod(self._step, length)
+        cycle, position = divmod(self._step, self._length)
         event = None
         if cycle < self._settings["cycles"]:
             if position + 1 == self._settings["full"]:
                 event = self._drop(cycle)
-            elif position + 1 == length:
+            elif position + 1 == self._length:
                 event = self._restore(cycle)
         if event is None:  # a drop or restore counts its step itself
             self._step += 1
         return event
+
+    @property
+    def _length(self) -> int:
+        return int(self._settings["full"] + self._settings["sub"])
 
     def _drop(self, cycle: int) -> Event:
         decided = self._first_decides(lambda: self._choose(cycle))
@@ -322,6 +328,8 @@ class RePr:
             self._sub = None
             self._step += 1
         self._warn_of_a_jump(before, self._largest_outputs())
+        if sub.captured:
+            notes.append("capture your CUDA graph again: it computes without the filters restored now.")
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
         return Event("restore", self._step, cycle + 1, sub.dropped, **said)
 
@@ -341,12 +349,12 @@ class RePr:
             return None, {}, []
         keep = {name: self._mask(name, indices) for name, indices in dropped.items()}
         inputs, notes = self._inputs(), []
-        if self._replicated and self._compact:
+        if self._replicated and self._compact is not False:
             notes = [
                 "all dropped filters are computed and held at 0, because nn.DataParallel copies the model in "
                 "every pass: use DistributedDataParallel."
             ]
-        elif self._compact:
+        elif self._compact is not False:
             try:
                 planned = plan_removal_and_cut(
                     self._model, keep, inputs, readers=self._readers, followers=False
@@ -402,8 +410,18 @@ class RePr:
         model, consumers = self._model, self._settings["consumers"]
         return SubPhase(
             model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced, self._copies,
-            self._averaged,
+            self._averaged, self._worth(plan), self._replicated,
         )  # fmt: skip
+
+    def _worth(self, plan: CutPlan | None) -> Callable[[Any], bool] | None:
+        """See ``SubPhase``; it is asked where the choice is ours and depends on the size of the batches."""
+        if plan is None or self._compact is not None or device_of(self._model).type == "cpu":
+            return None
+        try:
+            return judge(self._model, plan, self._inputs())
+        except (NotCopied, PassFailed) as error:
+            gave_up("judging whether leaving out dropped filters is worth it", error)
+            return None
 
     def follow(self, averaged: nn.Module | Mapping[str, Tensor]) -> None:
         """Pass all further drops and restores on to an averaged copy of the model (EMA, SWA).
@@ -430,12 +448,12 @@ class RePr:
         """Warn if dropped filters have moved, or if weights train and no step of the optimizer was seen."""
         if self._sub is None:
             return
-        if names := self._sub.moved():
-            self._sub.zero()
+        if names := self._sub.moved_now(last=(self._step + 1) % self._length == 0):
             warnings.warn(
                 f"dropped filters of {listed(names)} held other values than 0: something beside the steps "
                 "of the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr "
-                "the outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy).",
+                "the outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy); if "
+                "a CUDA graph was captured before the drop, capture it again after each drop and restore.",
                 stacklevel=4,
             )
         if self._sub.missed_steps():
@@ -463,7 +481,7 @@ class RePr:
         sub = state["sub_phase"]
         if sub:
             check_memory(self._model, self._layers, self._settings["consumers"], sub)
-            if self._compact and sub.get("plan") is not None:
+            if self._compact is not False and sub.get("plan") is not None:
                 self._try_plan(CutPlan.from_dict(sub["plan"]))
 
     def _try_plan(self, plan: CutPlan) -> None:
@@ -498,10 +516,10 @@ class RePr:
         plan, silenced = None, {}
         if sub:
             silenced = sub.get("silenced", {})
-            if self._compact and sub.get("plan"):
+            if self._compact is not False and sub.get("plan"):
                 # A new plan could round differently.
                 plan = CutPlan.from_dict(sub["plan"])
-            else:
+            elif self._compact:
                 plan = self._plan(sub["dropped"])[0]
         with uninterrupted():
             if self._sub is not None:

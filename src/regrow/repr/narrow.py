@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.indexing import index_tensor, place, plain_operations, take, take_block
+from regrow.indexing import Where, index_tensor, on, place, plain_operations, take
 from regrow.marks import check_whole
 from regrow.modules import channel_dim, filter_dim, input_first, input_name, unwrap
 from regrow.repr.batch_norm import batch_norm, norms_innermost
+from regrow.repr.joined import Slice
+from regrow.repr.parts import Parts
+from regrow.repr.passing import Passing, put_in_front
 from regrow.surgery.layers import Layer, layers
 from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
 
 
-def narrow(model: nn.Module, plan: CutPlan, before: Callable[[bool], None] | None = None) -> Narrowing:
+def narrow(
+    model: nn.Module,
+    plan: CutPlan,
+    before: Callable[[bool, Any], None] | None = None,
+    dead: Iterable[tuple[nn.Parameter, Where]] = (),
+) -> Narrowing:
     """Make ``model`` compute without the filters and channels that ``plan`` cuts, until ``release``.
 
-    In every forward pass the layers in the plan take slices of their parameters and compute with them. The
-    parameters keep their shape and identity: optimizers, schedulers, averaged copies, ``state_dict()`` and
-    DDP see no change, and the entries left out get gradients of 0. Running statistics are read and written at
-    the kept channels. A copy of a narrowed model (``copy.deepcopy``, pickle) is not narrowed.
+    In every forward pass the layers in the plan compute with slices of their parameters, which are taken for
+    many layers at once (``Parts``). The parameters keep their shape and identity: optimizers, schedulers,
+    averaged copies, ``state_dict()`` and DDP see no change, and the entries left out get gradients of 0.
+    Running statistics are read and written at the kept channels. A copy of a narrowed model
+    (``copy.deepcopy``, pickle) is not narrowed.
 
     Args:
         model: the module that the plan was made for, in its wrappers or without. With Bridgeout on it, the
             noise is drawn for whole weights and sliced with them.
         plan: from ``plan_cut``.
-        before: is called ahead of the first layer in the plan, with True in train mode; not in compiled code.
+        before: is called ahead of each pass of ``model``, with True in train mode and with the arguments of
+            the call; not in compiled code.
+        dead: entries of parameters that are at 0 and shall get gradients of 0, each with an index of where;
+            the plan need not leave them out. ``Narrowing.held`` says of which parameters this holds.
 
     Returns:
         An object that ends the narrowing: call its ``release()``, or use it as a context manager.
@@ -43,26 +55,38 @@ def narrow(model: nn.Module, plan: CutPlan, before: Callable[[bool], None] | Non
     if isinstance(model, nn.DataParallel):
         raise ValueError("the replicas of nn.DataParallel cannot be narrowed: use DistributedDataParallel.")
     model = unwrap(model)
-    found = check_plan(model, plan)
-    for layer in found:
+    planned = check_plan(model, plan)
+    for layer in planned:
         if isinstance(layer.module, _Narrowed):
             raise ValueError(f"{layer.name!r} is narrowed already: release it first.")
-    for layer in found:
-        slices, wide = _slices(layer), cast(Any, type(layer.module))
-        slices.before, before = before, None
-        layer.module._narrow = slices
-        layer.module.__class__ = _narrowed(wide, tuple(slices.tensors), tuple(slices.numbers))
-    return Narrowing([layer.module for layer in found])
+    found: dict[nn.Module, _Slices] = {layer.module: _slices(layer) for layer in planned}
+    held = _add_dead(model, found, dead)
+    parts = Parts({module: found[module].tensors for module in model.modules() if module in found})
+    for module, slices in found.items():
+        slices.parts, wide = parts, cast(Any, type(module))
+        module._narrow = slices  # type: ignore[assignment]
+        module.__class__ = _narrowed(wide, tuple(slices.tensors), tuple(slices.numbers))
+    passing = put_in_front(model, parts, before)
+    return Narrowing([cast(_Narrowed, module) for module in found], passing, held)
 
 
 class Narrowing:
-    """The narrowed layers of a model; see ``narrow``."""
+    """The narrowed layers of a model; see ``narrow``.
 
-    def __init__(self, layers: Sequence[_Narrowed]) -> None:
-        self._layers = list(layers)
+    Attributes:
+        held: the parameters whose dead entries get gradients of 0 in every pass. The others belong to layers
+            whose forward method was replaced.
+    """
+
+    def __init__(
+        self, layers: Sequence[_Narrowed], passing: Passing | None, held: Collection[nn.Parameter]
+    ) -> None:
+        self._layers, self._passing, self.held = list(layers), passing, held
 
     def release(self) -> None:
         """Make the layers compute with whole parameters again; a second call does nothing."""
+        if self._passing is not None:
+            self._passing.release()
         for layer in self._layers:
             if _in_front(layer):
                 layer.__class__ = layer._wide  # type: ignore[assignment]
@@ -91,30 +115,16 @@ def check_plan(model: nn.Module, plan: CutPlan) -> list[Layer]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Slice:
-    """What stays of one tensor in dim 0 and dim 1 (None: all), and its places among zeros in ``dim``."""
-
-    rows: Tensor | None
-    columns: Tensor | None = None
-    spread: tuple[int, Tensor] | None = None
-    dim: int = 0
-
-    def of(self, tensor: Tensor) -> Tensor:
-        block = take_block(tensor, self.rows, self.columns)
-        return block if self.spread is None else place(block, self.spread[1], self.dim, self.spread[0])
-
-
 @dataclass(eq=False)
 class _Slices:
     """The slices and sizes that one layer computes with in place of its own tensors and numbers."""
 
-    tensors: Mapping[str, _Slice]
+    tensors: dict[str, Slice]
     numbers: Mapping[str, int]
-    picked: Tensor | None  # the input channels that the layer takes
-    placed: tuple[int, Tensor] | None  # the output's width, and the places of its channels among zeros
+    picked: Tensor | None = None  # the input channels that the layer takes
+    placed: tuple[int, Tensor] | None = None  # the output's width, and the places of its channels among zeros
     live: dict[str, Tensor] | None = None  # the tensors sliced so far, while the forward method runs
-    before: Callable[[bool], None] | None = None
+    parts: Parts | None = None
 
 
 class _Narrowed(nn.Module):
@@ -123,6 +133,7 @@ class _Narrowed(nn.Module):
     _narrow: _Slices | None
     _wide: type[nn.Module]
     _input: str
+    _maybe_quick: bool  # whether ``batch_norm`` may stand for its forward method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slices = self._narrow
@@ -134,22 +145,24 @@ class _Narrowed(nn.Module):
                 "class. Add Bridgeout or a parametrization before the drop, or after the restore."
             )
         args, kwargs = input_first(self._input, args, kwargs)
-        if slices.before is not None and not torch.compiler.is_compiling():
-            slices.before(self.training)
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
-        slices.live = {}
+        parts = cast(Parts, slices.parts)
+        made = parts.of(self)
+        slices.live = {} if made is None else made
         try:
-            if args and not kwargs and not plain_operations(args[0]) and _quick_norm(self, args):
+            if self._maybe_quick and not kwargs and _is_quick(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)
-            if self.training:
+            if self.training and made is None:
                 for name, statistic in slices.live.items():
                     if name in own_buffers(self):
                         # A norm too writes through .data: a graph that holds the buffer stays valid.
                         buffer, channels = own_buffers(self)[name], slices.tensors[name].rows
                         cast(Tensor, buffer).data.index_copy_(0, cast(Tensor, channels), statistic)
+            elif self.training:
+                parts.changed(self)
         finally:
             slices.live = None
         if slices.placed is not None:
@@ -167,9 +180,8 @@ class _Narrowed(nn.Module):
         return (_blank, (self._wide,), state, *rest)
 
 
-def _quick_norm(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
-    plain = layer._wide.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
-    return plain and len(args) == 1 and norms_innermost(layer, args[0])
+def _is_quick(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and not plain_operations(args[0]) and norms_innermost(layer, args[0])
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
@@ -184,6 +196,7 @@ def _in_front(layer: _Narrowed) -> bool:
 @functools.cache
 def _narrowed(wide: type[nn.Module], tensors: tuple[str, ...], numbers: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {"_wide": wide, "_input": input_name(cast(Any, wide)), "__module__": __name__}
+    body["_maybe_quick"] = wide.forward in (nn.BatchNorm2d.forward, nn.BatchNorm3d.forward)
     body |= {name: _tensor(wide, name) for name in tensors}
     body |= {name: _number(name) for name in numbers}
     return type(f"Narrow{wide.__name__}", (_Narrowed, wide), body)
@@ -233,7 +246,7 @@ def _slices(layer: Layer) -> _Slices:
 
     spread, parameters = at(layer.spread), own_parameters(layer.module)
     tensors = {
-        key: _Slice(
+        key: Slice(
             index(kept.get(0)),
             index(kept.get(1)),
             spread if key in parameters else None,
@@ -242,3 +255,42 @@ def _slices(layer: Layer) -> _Slices:
         for key, kept in layer.kept.items()
     }
     return _Slices(tensors, layer.numbers, index(layer.picked), at(layer.placed))
+
+
+def _add_dead(
+    model: nn.Module, found: dict[nn.Module, _Slices], dead: Iterable[tuple[nn.Parameter, Where]]
+) -> set[nn.Parameter]:
+    """Add to ``found`` where parameters are dead; returns those of which all owners are in ``found`` then."""
+    entries: dict[int, tuple[nn.Parameter, list[Where]]] = {}
+    for parameter, where in dead:
+        entries.setdefault(id(parameter), (parameter, []))[1].append(where)
+    held = {parameter for parameter, _ in entries.values()}
+    for module in model.modules():
+        for key, own in own_parameters(module).items():
+            if own is None or id(own) not in entries:
+                continue
+            if module not in found and ("forward" in vars(module) or isinstance(module, _Narrowed)):
+                held.discard(own)
+                continue
+            one = found[module].tensors.get(key, Slice()) if module in found else Slice()
+            where = _joined(entries[id(own)][1], own)
+            if _stays(where, one.rows):
+                slices = found.setdefault(module, _Slices({}, {}))
+                slices.tensors[key] = replace(one, dead=where)
+    return held
+
+
+def _joined(places: Sequence[Where], parameter: Tensor) -> Where:
+    """One index for several of them."""
+    if all(isinstance(where, Tensor) for where in places):
+        return torch.cat([cast(Tensor, where).to(parameter.device) for where in places]).unique()
+    mask = torch.zeros(parameter.shape[:2], dtype=torch.bool, device=parameter.device)
+    for where in places:
+        mask[on(where, parameter.device)] = True
+    first, second = mask.nonzero(as_tuple=True)
+    return first, second
+
+
+def _stays(where: Where, rows: Tensor | None) -> bool:
+    """Whether a slice of ``rows`` has an entry at ``where``."""
+    return rows is None or not isinstance(where, Tensor) or bool(torch.isin(where, rows).any())

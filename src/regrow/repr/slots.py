@@ -67,10 +67,14 @@ def keeps_tensors(part: torch.optim.Optimizer) -> bool:
     return any(True for _ in _walk(attributes, "", None, [], {}))
 
 
+def capturing() -> bool:
+    """Whether operations are captured in a CUDA graph now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def readable() -> bool:
     """Whether the numbers in tensors can be read now: not in compiled or traced code, nor in a CUDA graph."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing)
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or capturing())
 
 
 @dataclass

@@ -16,9 +16,9 @@ from regrow.marks import Mark, marks_on
 from regrow.modules import filters_first
 from regrow.repr.averaged import Averaged
 from regrow.repr.hold import Hold
-from regrow.repr.narrow import narrow
+from regrow.repr.narrow import Narrowing, narrow
 from regrow.repr.regrowth import orthogonal_rows
-from regrow.repr.slots import Copies, readable, refresh_slots
+from regrow.repr.slots import Copies, capturing, readable, refresh_slots
 from regrow.short import short
 from regrow.structure.readers import (
     Readers,
@@ -31,6 +31,7 @@ from regrow.structure.readers import (
 )
 from regrow.structure.sums import silence_norms
 from regrow.surgery.plan import CutPlan
+from regrow.torch_private import own_parameters
 
 CONSUMERS = ("zero", "keep", "init")
 
@@ -73,8 +74,12 @@ class SubPhase:
             in ``Removal``. They are held at 0 too, and get their old values back at the restore.
         copies: which slots of the optimizer hold copies of the weights; None judges by what they hold now.
         averaged: the averaged copies of the model that follow it.
+        worth: is asked ahead of the first pass in train mode whether leaving filters out of a pass with these
+            arguments is quicker than computing them; with None it is done as ``plan`` says.
+        replicated: whether ``model`` runs in ``nn.DataParallel``; ``plan`` is None then.
 
     Attributes:
+        captured: whether a CUDA graph has captured a pass.
         notes: what was done to the optimizer's memory at the drop, beside clearing dropped filters' slots.
 
     Raises:
@@ -94,16 +99,21 @@ class SubPhase:
         silenced: Mapping[str, list[int]] = MappingProxyType({}),
         copies: Copies | None = None,
         averaged: Sequence[Averaged] = (),
+        worth: Callable[[Any], bool] | None = None,
+        replicated: bool = False,
     ) -> None:
         self.plan = plan
-        self._narrowing = None if plan is None else narrow(model, plan, self._before_pass)
-        self._looked = False
+        self._looked = self.captured = False
+        self._calls = 0
         self._model = model
         self._optimizer = optimizer
         self._readers = readers
         self._consumers = consumers
         self.dropped = {name: list(indices) for name, indices in dropped.items()}
         self._silenced = {name: list(channels) for name, channels in silenced.items()}
+        self._worth = worth
+        # The replicas of nn.DataParallel run in threads of their own, and share what is put on the layers.
+        self._narrowing = None if replicated else self._narrowed(plan or CutPlan())
         if memory is not None:
             self._old_rows = _copy(memory["old_rows"])
             self._old_columns = _copy(memory["old_columns"])
@@ -121,7 +131,11 @@ class SubPhase:
         for copy in averaged:
             self.silence_in(copy)
         self.notes = self._forget() if memory is None else []
-        self._hold = Hold(self._dead_entries(), optimizer)
+        dead, held = self._dead_entries(), set[nn.Parameter]()
+        if self._narrowing is not None:
+            pushed = {parameter for parameter, _ in self._pushed_entries()}
+            held = {*self._narrowing.held} | {parameter for parameter, _ in dead if parameter not in pushed}
+        self._hold = Hold(dead, optimizer, held)
         names = {*self.dropped, *self._silenced, *(plan.layers() if plan is not None else ())}
         names.update(norm for name in self.dropped for norm in readers[name].norms)
         self._marked = [model.get_submodule(name) for name in names]
@@ -151,23 +165,41 @@ class SubPhase:
         """Have an averaged copy of the model emit 0 where the model does."""
         copy.silence(entry for entry in self._entries() if not entry[0].endswith("running_var"))
 
+    def moved_now(self, last: bool) -> list[str]:
+        """``moved`` in the first, second, fourth, eighth … call and in the last: the device is waited for.
+
+        Filters that have moved are at 0 again then, and held more firmly.
+        """
+        self._calls += 1
+        if self._calls & (self._calls - 1) and not last:
+            return []
+        if names := self.moved():
+            self._hold.firmly()
+        return names
+
     def moved(self) -> list[str]:
         """The layers in which something has moved dropped filters off 0."""
         moved = {id(parameter) for parameter in self._hold.moved()}
         names = [name for name, parameter in self._model.named_parameters() if id(parameter) in moved]
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
-    def zero(self) -> None:
-        """Set the dropped filters to 0 again."""
-        self._hold.zero()
-
     def missed_steps(self) -> bool:
         """See ``Hold.missed_steps``."""
         return self._hold.missed_steps()
 
-    def _before_pass(self, training: bool) -> None:
+    def _narrowed(self, plan: CutPlan) -> Narrowing:
+        return narrow(self._model, plan, self._before_pass, self._pushed_entries())
+
+    def _before_pass(self, training: bool, arguments: Any) -> None:
+        self.captured = self.captured or capturing()
+        if training and self._worth is not None:
+            worth, self._worth = self._worth(arguments), None
+            if not worth and self._narrowing is not None:
+                self._narrowing.release()
+                self.plan, self._narrowing = None, self._narrowed(CutPlan())
         # Weights that were swapped in for an evaluation are back in their place when the cycle steps.
-        if not training and not self._looked and readable() and (names := self.moved()):
+        looks = self.plan is not None and not training and not self._looked
+        if looks and readable() and (names := self.moved()):
             warnings.warn(
                 f"dropped filters of {listed(names)} hold other values than 0 in an evaluation, which leaves "
                 "them out. Averaged weights that are swapped in must be dropped with the model: call "
@@ -251,9 +283,31 @@ class SubPhase:
                     tensor[reads.of(indices)] = value
 
     def _dead_entries(self) -> list[tuple[nn.Parameter, Where]]:
-        entries = silent_entries(self._model, self._readers, self.dropped)
-        for name, channels in self._silenced.items():
-            entries += entries_of(self._model.get_submodule(name), index_tensor(channels))
+        return silent_entries(self._model, self._readers, self.dropped) + self._silenced_norms()
+
+    def _silenced_norms(self) -> list[tuple[nn.Parameter, Where]]:
+        return [
+            entry
+            for name, channels in self._silenced.items()
+            for entry in entries_of(self._model.get_submodule(name), index_tensor(channels))
+        ]
+
+    def _pushed_entries(self) -> list[tuple[nn.Parameter, Where]]:
+        """Of ``_dead_entries`` those that get gradients if nothing masks them.
+
+        Behind a filter of 0 that is read by norms with weights of 0 alone, only the biases of the norms do:
+        the norm hands back a gradient of 0 times its weight, and its input, which the gradient of its weight
+        is a multiple of, is 0.
+        """
+        quiet = {name for name in self.dropped if self._readers[name].norm_first}
+        others = {name: filters for name, filters in self.dropped.items() if name not in quiet}
+        entries = silent_entries(self._model, self._readers, others) + self._silenced_norms()
+        for name in quiet:
+            for norm, reads in self._readers[name].norms.items():
+                module = self._model.get_submodule(norm)
+                bias = own_parameters(module).get("bias")
+                if bias is not None:
+                    entries.append((bias, place_in(module, bias, index_tensor(reads.of(self.dropped[name])))))
         return entries
 
     def _entries(self) -> Iterator[tuple[str, Tensor, Where]]:

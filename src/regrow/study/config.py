@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regrow.short import line, short
-from regrow.study.names import METHOD_ALIASES
+from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -88,10 +88,10 @@ class RunConfig(BaseModel):
         "Learning rate. hold-cosine holds it through the cycles and anneals after the last restore; "
         "standard training gets the same.",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = _setting(
+    precision: Literal["float32", "bfloat16", "bf16", "float16"] = _setting(
         "float32",
         _TRAINING,
-        "bfloat16 and float16 train by autocast; weights and measurements stay float32.",
+        "bfloat16 (or bf16) and float16 train by autocast; weights and measurements stay float32.",
     )
 
     method: Literal[
@@ -127,10 +127,11 @@ class RunConfig(BaseModel):
         (), _REPR, "Layers to leave alone; may be given several times.", max_length=10_000
     )
     skip_first: bool = _setting(True, _REPR, "Leave the first convolution alone.")
-    compact: bool = _setting(
-        True,
+    compact: bool | None = _setting(
+        None,
         _REPR,
-        "Do not compute dropped filters in the sub phase; with --no-compact they are computed and masked.",
+        "Do not compute dropped filters in the sub phase; with --no-compact they are computed and masked "
+        "(default: what is quicker on this device).",
     )
 
     p: float = _setting(
@@ -158,6 +159,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _one_name(cls, method: object) -> object:
         return METHOD_ALIASES.get(method, method) if isinstance(method, str) else method
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _long_name(cls, precision: object) -> object:
+        return PRECISION_ALIASES.get(precision, precision) if isinstance(precision, str) else precision
 
     @property
     def rate(self) -> float:

@@ -15,8 +15,11 @@ from regrow.study.images import Images
 from regrow.study.names import AUGMENTATIONS
 from regrow.suggest import nearest
 
-_PIXELS_AT_ONCE = 2**21  # 8 MiB as float32
+_PIXELS_AT_ONCE = 2**21  # 8 MiB as float32, about the cache of a CPU
+_PIXELS_AT_ONCE_ON_GPU = 2**24
 _CALIBRATION = 512
+# Of a GPU's free memory: the pictures of validation and test, other runs and the training itself need theirs.
+_MOST_OF_MEMORY = 1 / 4
 
 
 class Batches:
@@ -27,7 +30,8 @@ class Batches:
     picture is left out when shuffling, because batch norm cannot train on one.
 
     Args:
-        images: all of them are moved to ``device``.
+        images: all of them are moved to ``device``, unless it is a GPU and they take more than a quarter of
+            its free memory: then those of a few batches at a time are.
         batch_size: the last batch may be smaller.
         mean: of each channel of ``images``, in 0..1 units; it is subtracted.
         std: of each channel likewise; the pictures are divided by it.
@@ -36,7 +40,7 @@ class Batches:
             normalisation.
         seed: 0 or more.
         shuffle: False keeps the order of ``images``, for evaluation.
-        device: where ``images`` are held and batches are made.
+        device: where the batches are made.
         channels: 3 repeats the channel of grey pictures. Default: the channels of ``images``.
         rank, ranks: this process is number ``rank``, from 0, of ``ranks`` processes. It gets its part of
             every batch: pictures that follow each other in the order of a single process. The sizes of
@@ -86,8 +90,10 @@ class Batches:
                 f"{ranks} processes need two pictures each in a batch, {2 * ranks} in all: batch_size is "
                 f"{batch_size}, and there are {len(images)} pictures."
             )
-        self.pixels = images.pixels.to(device)
-        self.labels = images.labels.to(device)
+        self.device = torch.device(device)
+        home = _home(self.device, images.pixels.nbytes)
+        self.pixels = images.pixels.to(home)
+        self.labels = images.labels.to(home)
         self.batch_size = batch_size
         self.augmentation = augmentation
         self.seed = seed
@@ -115,17 +121,18 @@ class Batches:
         return self._batches(number)
 
     def _batches(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        count, device = len(self.labels), self.pixels.device
+        count, home = len(self.labels), self.labels.device
         # PyTorch's CPU generator reads 32 bits of a seed: mix both numbers into these.
         mixed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         generator = torch.Generator().manual_seed(mixed)
-        order = torch.randperm(count, generator=generator).to(device) if self.shuffle else None
+        order = torch.randperm(count, generator=generator).to(home) if self.shuffle else None
         pad = padding((self.pixels.shape[2], self.pixels.shape[3]))
-        offsets = torch.randint(2 * pad + 1, (2, count), generator=generator).to(device)
-        mirrored = torch.randint(2, (count,), generator=generator).bool().to(device)
+        offsets = torch.randint(2 * pad + 1, (2, count), generator=generator).to(home)
+        mirrored = torch.randint(2, (count,), generator=generator).bool().to(home)
         # Several small batches are made at once and handed out in pieces, because for 8×8 pictures the calls
         # cost more than the arithmetic (4.7 % of an epoch one by one, 1.2 % together).
-        together = max(1, _PIXELS_AT_ONCE // (self.batch_size * self.pixels[0].numel()))
+        at_once = _PIXELS_AT_ONCE_ON_GPU if self.device.type == "cuda" else _PIXELS_AT_ONCE
+        together = max(1, at_once // (self.batch_size * self.pixels[0].numel()))
         end = min(len(self) * self.batch_size, count)
         for start in range(0, end, together * self.batch_size):
             parts = [
@@ -134,11 +141,13 @@ class Batches:
             ]
             here: slice | Tensor = slice(parts[0].start, parts[-1].stop)
             if self.ranks > 1:
-                here = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(device)
+                here = torch.cat([torch.arange(part.start, part.stop) for part in parts]).to(home)
             chosen = here if order is None else order[here]
-            pictures = self._prepared(self.pixels[chosen], offsets[:, here], mirrored[here], pad)
+            taken = self.pixels[chosen], offsets[:, here], mirrored[here], self.labels[chosen]
+            pixels, shifts, flips, labels = (each.to(self.device) for each in taken)
+            pictures = self._prepared(pixels, shifts, flips, pad)
             sizes = [part.stop - part.start for part in parts]
-            yield from zip(pictures.split(sizes), self.labels[chosen].split(sizes), strict=True)
+            yield from zip(pictures.split(sizes), labels.split(sizes), strict=True)
 
     def part(self, start: int, stop: int) -> slice:
         """This process's part of the batch of pictures ``start`` to ``stop`` in the order of an epoch."""
@@ -158,6 +167,13 @@ class Batches:
         # The pixels are bytes up to here, which take a quarter of the memory of floats.
         batch = pictures.float().sub_(self._mean).mul_(self._scale)
         return batch.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where pictures of ``size`` bytes lie from which batches are made on ``device``."""
+    if device.type == "cuda" and size > _MOST_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:

@@ -85,6 +85,8 @@ def _check_optimizer(state: Any, fresh: Mapping[str, Any], optimizer: torch.opti
         _mapping(group, tuple(own), "a group of the optimizer's parameters")
         _real(group["lr"], "the learning rate")
         for key, value in own.items():
+            if key == "capturable" and type(group[key]) is bool:  # the run may go on on another device
+                continue
             if key != "lr" and not _same(group[key], value):
                 raise ValueError(f"the optimizer's {key} is {short(group[key])}, and here {short(value)}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -8,5 +8,6 @@ MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
 POOLINGS = ("max", "avg", "none")
 # Names that the papers use.
 METHOD_ALIASES = {"backprop": "standard"}
+PRECISION_ALIASES = {"bf16": "bfloat16"}
 # Settings in which a run may differ and still be the same run: where it ran and where its data lay.
 WHERE = frozenset({"device", "threads", "data_dir"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,59 @@ def load_state(
 ) -> None:
     """Load what ``state_of`` returned into objects that were built from the same settings."""
     model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(_of_this_device(state["optimizer"], optimizer))
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
     if repr_ is not None:
         repr_.load_state_dict(state["repr"])
     if state["bridgeout"] is not None:
         load_bridgeout_state(model, state["bridgeout"])
+
+
+def _of_this_device(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """``state``, but ``optimizer`` stays capturable or not: a run may go on on another device."""
+    groups = [
+        {**saved, "capturable": own["capturable"]} if "capturable" in own else saved
+        for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
+
+
+def keeper(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that puts back, in place, what training steps change; it can be called several times.
+
+    It puts back parameters, buffers, the number of Bridgeout's draws, the random generators and the
+    optimizer's slots. A slot that did not exist becomes 0, from which SGD and Adam start as without one.
+
+    Args:
+        model: in its wrappers or without.
+        optimizer: SGD, Adam or AdamW of PyTorch, whose slots are tensors or None.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    slots = {
+        parameter: {key: value.clone() for key, value in held.items() if value is not None}
+        for parameter, held in optimizer.state.items()
+    }
+    noise = bridgeout_state(model) if "bridgeout" in states_of(model) else None
+    drawn = random_state()
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+        for parameter, held in optimizer.state.items():
+            before = slots.get(parameter, {})
+            for key, slot in held.items():
+                if key in before:
+                    slot.copy_(before[key])
+                elif slot is not None:
+                    slot.zero_()
+        if noise is not None:
+            load_bridgeout_state(model, noise)
+        load_random_state(drawn)
+
+    return put_back
 
 
 def random_state() -> dict[str, Any]:

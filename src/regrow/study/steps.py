@@ -1,4 +1,4 @@
-"""One pass over the pictures, for training or for measuring accuracy."""
+"""A training step, and one pass over the pictures, for training or for measuring accuracy."""
 
 from __future__ import annotations
 
@@ -25,56 +25,93 @@ class BadLoss(Exception):
         self.loss, self.step, self.rate = loss, step, rate
 
 
+class Step:
+    """A training step on a batch: forward, backward and the optimizer's step, launched one by one.
+
+    Args:
+        model: in train mode when the step is called; in its DDP wrapper, if there are several processes.
+        optimizer: of the parameters of ``model``.
+        scaler: scales the loss, if it is enabled.
+        dtype: the type that autocast computes in; with float32 autocast is off.
+        processes: how many processes train together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        dtype: torch.dtype = torch.float32,
+        processes: int = 1,
+    ) -> None:
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.dtype, self.processes = dtype, processes
+        self.device = device_of(model)
+
+    def __call__(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Train on a batch.
+
+        Args:
+            images: float32 [batch, channels, height, width].
+            labels: int64 [batch].
+            share: this process's share of the pictures of the whole batch.
+
+        Returns:
+            ``share`` times the mean loss [], and how many pictures were classified correctly, int64 []. The
+            next call may overwrite them.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images.contiguous(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(logits, labels)
+        # DDP takes the mean of all processes' gradients, and each has its share of the whole batch's mean.
+        scaled = loss * (share * self.processes) if self.processes > 1 else loss
+        self.scaler.scale(scaled).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach() * share, (logits.detach().argmax(1) == labels).sum()
+
+    def renew(self) -> None:
+        """To be called when RePr has dropped or restored filters: the next step runs other operations."""
+
+
 def train_epoch(
-    model: nn.Module,
+    step: Step,
     batches: Batches,
     epoch: int,
-    optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
     ranks: Ranks,
     progress: Progress,
 ) -> tuple[float, float]:
     """Train one epoch on ``batches``; the scheduler steps with every batch. Returns mean loss and accuracy.
 
     Args:
-        model: in its DDP wrapper, if there are several processes.
         epoch: its number, which fixes order and augmentation.
-        dtype: the type that autocast computes in; with float32 autocast is off.
 
     Raises:
         BadLoss: a loss is not finite, in every process.
     """
-    model.train()
-    device, steps = device_of(model), len(batches)
+    step.model.train()
+    device, steps = step.device, len(batches)
     losses = torch.zeros(steps, device=device)
-    sizes = torch.tensor([batches.size_of(step) for step in range(steps)], dtype=torch.float32)
+    sizes = torch.tensor([batches.size_of(number) for number in range(steps)], dtype=torch.float32)
     rates = []
     correct = torch.zeros((), dtype=torch.long, device=device)
     looked = 0
-    for step, (images, labels) in enumerate(batches.epoch(epoch)):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(logits, labels)
-        # This process's share of the whole batch's mean; DDP takes the mean of all processes' gradients.
-        share = len(labels) / batches.size_of(step)
-        with _skipped_steps(scaler):
-            scaler.scale(loss * (share * ranks.count) if ranks.count > 1 else loss).backward()
-            rates.append(optimizer.param_groups[0]["lr"])
-            scaler.step(optimizer)
-            scaler.update()
+    for number, (images, labels) in enumerate(batches.epoch(epoch)):
+        rates.append(step.optimizer.param_groups[0]["lr"])
+        with _skipped_steps(step.scaler):
+            loss, right = step(images, labels, len(labels) / batches.size_of(number))
             scheduler.step()
-        losses[step] = loss.detach() * share
-        correct += (logits.detach().argmax(1) == labels).sum()
-        if step + 1 == steps or step + 1 - looked == _LOOK_EVERY:
-            recent = ranks.add(losses[looked : step + 1]).cpu()
+        losses[number] = loss
+        correct += right
+        if number + 1 == steps or number + 1 - looked == _LOOK_EVERY:
+            recent = ranks.add(losses[looked : number + 1]).cpu()
             if not torch.isfinite(recent).all():
                 first = int((~torch.isfinite(recent)).nonzero()[0])
                 raise BadLoss(float(recent[first]), looked + first + 1, rates[looked + first])
-            progress.advance(step + 1 - looked, float(recent.mean()))
-            looked = step + 1
+            progress.advance(number + 1 - looked, float(recent.mean()))
+            looked = number + 1
     seen = float(sizes.sum())
     return float((losses.cpu() * sizes).sum()) / seen, int(ranks.add(correct)) / seen
 
@@ -99,14 +136,18 @@ def evaluate(model: nn.Module, batches: Batches, ranks: Ranks | None = None) -> 
         ranks: the processes that measure together; their weights must be equal.
     """
     model.eval()
-    loss, correct, seen = 0.0, 0, 0
+    found, seen = [], 0
     for images, labels in batches.epoch(0):
         if len(labels) == 0:
             continue
         logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
+        total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        found.append((total, (logits.argmax(1) == labels).sum()))
         seen += len(labels)
+    loss, correct = 0.0, 0
+    for total, right in found:  # not in the loop above: reading a number makes a GPU wait
+        loss += float(total)
+        correct += int(right)
     if ranks is not None and ranks.count > 1:
         loss, correct, seen = ranks.add(torch.tensor([loss, correct, seen], dtype=torch.float64)).tolist()
     return {"loss": loss / seen, "accuracy": correct / seen}

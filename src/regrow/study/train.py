@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from regrow.study.building import (
     make_repr,
     make_scheduler,
 )
+from regrow.study.captured import training_step
 from regrow.study.checkpoints import from_bytes, remove_checkpoints, to_bytes, write_checkpoint
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits
@@ -48,7 +50,7 @@ from regrow.study.run_folder import (
     writing,
 )
 from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
-from regrow.study.steps import BadLoss, evaluate, state_of_weights, train_epoch
+from regrow.study.steps import BadLoss, Step, evaluate, state_of_weights, train_epoch
 
 _EVALUATION_BATCH = 500
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,6 +92,30 @@ def _train(config: RunConfig, folder: Path, rerun: bool, progress: Progress | No
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = device_of(device_here(config.device))
+    with _repeatable():
+        return _train_on(device, config, folder, rerun, progress, ranks)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Have cuDNN take only kernels that add in a fixed order, by shape and not by what is quicker today."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def _train_on(
+    device: torch.device,
+    config: RunConfig,
+    folder: Path,
+    rerun: bool,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> bool:
     run = _set_up(config, ranks.in_turn(lambda: load_splits(config)), device, ranks)
     with ExitStack() as held:
 
@@ -146,6 +172,7 @@ class _Parts:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    step: Step
     repr_: RePr | None
     train: Batches
     validation: Batches
@@ -174,12 +201,16 @@ def _set_up(config: RunConfig, splits: Splits, device: torch.device, ranks: Rank
     if ranks.rank > 0:
         # Dropout draws a mask per picture, and every process has other pictures: each needs other draws.
         torch.manual_seed(int(np.random.SeedSequence([config.seed, ranks.rank]).generate_state(1)[0]))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     return _Parts(
         model=model,
         wrapped=wrapped,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, len(train_batches)),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "float16"),
+        scaler=scaler,
+        step=training_step(
+            wrapped, optimizer, scaler, _DTYPES[config.precision], ranks.count, size=config.batch_size
+        ),
         repr_=repr_,
         train=train_batches,
         validation=Batches(splits.validation, batch_size=_EVALUATION_BATCH, shuffle=False, **feed),
@@ -230,10 +261,7 @@ def _run(
             counted = len(done["events"]), step_flops(model, images, labels)
         begun = time.perf_counter()
         try:
-            loss, accuracy = train_epoch(
-                run.wrapped, run.train, epoch, run.optimizer, run.scheduler, run.scaler,
-                _DTYPES[config.precision], ranks, progress,
-            )  # fmt: skip
+            loss, accuracy = train_epoch(run.step, run.train, epoch, run.scheduler, ranks, progress)
         except BadLoss as bad:
             ranks.first(partial(save_weights, good, last_good_path(folder)))
             raise Diverged(
@@ -267,6 +295,7 @@ def _run(
         progress.epoch(epoch, config.epochs, loss, measured["accuracy"])
         event = repr_.step() if repr_ is not None else None
         if event is not None:
+            run.step.renew()
             done["events"].append({"version": records.VERSION, "epoch": epoch, **event.to_dict()})
         generators = ranks.gather(to_bytes(random_state()))
         done.update(
