@@ -489,6 +489,19 @@ def test_a_copy_made_within_a_pass_goes_on_by_itself():
     assert torch.equal(second, net(X))
 
 
+def test_a_copy_between_backward_and_step_trains_alike():
+    net, _ = twins(lambda: chain((8, 12)))
+    net(X).square().sum().backward()
+    twin = copy.deepcopy(net)
+    for each in (net, twin):
+        optimizer = torch.optim.SGD(each.parameters(), 0.01, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(X).square().sum().backward()
+            optimizer.step()
+    same(net, twin)
+
+
 def test_a_copy_of_a_part_takes_no_other_part_along():
     net, _ = twins(lambda: nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(3))))
     net(X)
