@@ -75,3 +75,18 @@ def test_the_count_is_marked_as_staying_where_it_is():
     net(X)
     assert net._bridgeout_passes.number is number  # counted in place
     assert vars(copy.deepcopy(net)._bridgeout_passes.number) == vars(number)
+
+
+def test_a_backward_pass_that_is_compiled():
+    from torch._dynamo.compiled_autograd import _enable
+
+    net = chain((4, 5)).train()
+    add_bridgeout(net, seed=1)
+    eager = copy.deepcopy(net)
+    start()
+    for _ in range(2):
+        eager(X).square().sum().backward()
+        with _enable(torch.compile(backend="aot_eager")):
+            net(X).square().sum().backward()
+    for one, two in zip(net.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)

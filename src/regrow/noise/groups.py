@@ -165,7 +165,9 @@ class _Noisy(torch.autograd.Function):
             # Another backward pass may bring the other gradients, and PyTorch forgets what it saved. Without
             # detach the node would hold itself.
             ctx.kept = [out.detach() for out in outs]
-        if any(writes_to(weight) != ctx.written[i] for i, _, weight, _ in some):
+        # What traces a backward pass has stand-ins for the weights, and knows no operator that overwrites.
+        traced = torch.compiler.is_compiling()
+        if not traced and any(writes_to(weight) != ctx.written[i] for i, _, weight, _ in some):
             raise RuntimeError(
                 "a weight with Bridgeout has been modified by an inplace operation between its forward pass "
                 "and its backward pass. Run optimizer.step() after backward()."
@@ -173,7 +175,7 @@ class _Noisy(torch.autograd.Function):
         results: list[Tensor | None] = [None] * len(gradients)
         if not some:
             return None, None, None, None, *results
-        if torch.is_grad_enabled():  # the caller differentiates once more
+        if traced or torch.is_grad_enabled():  # the caller differentiates once more
             for i, gradient, weight, out in some:
                 results[i] = (gradient * slope(weight, out, ctx.q)).to(gradient.dtype)
             return None, None, None, None, *results
