@@ -1,11 +1,14 @@
-"""One training step of VGG-16 with Batch Bridgeout on all convolutions beside the plain step.
+"""One training step of VGG-16 and ResNet-20 with Batch Bridgeout on all convolutions beside the plain step.
 
     python benchmarks/bridgeout_step.py --out benchmarks/bridgeout_step.md
+    python benchmarks/bridgeout_step.py --device cuda
 
+VGG-16 has large layers, so its noise costs memory; ResNet-20 has small ones, so its noise costs launches.
 The three kinds of step (plain, Bridgeout as it is, Bridgeout compiled) take turns in one process, and each
 ratio compares steps of one round. The place that a process's memory happens to have moves its ratios by 2 %,
 so the table gives the median of several processes. Memory is the most that PyTorch's allocator held during a
-step, read from a profile of one step.
+step, read from a profile of one step, or on a GPU from PyTorch's own count. On a GPU ``compiled`` changes
+nothing, and is left out.
 """
 
 from __future__ import annotations
@@ -27,20 +30,24 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import regrow
-from regrow.noise.perturbation import pool
+from regrow.noise.groups import pool
 from regrow.study.models import build_model
 from regrow.study.records import environment
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-KINDS = ["plain", "as it is", "compiled"]
+MODELS = {"VGG-16": "vgg", "ResNet-20": "resnet"}
+
+
+def kinds(device: str) -> list[str]:
+    return ["plain", "as it is", *(["compiled"] if device == "cpu" else [])]
 
 
 class Trainee:
-    """VGG-16, plain or with Bridgeout, and its optimizer."""
+    """A model, plain or with Bridgeout, and its optimizer."""
 
-    def __init__(self, memory_format: torch.memory_format, kind: str) -> None:
+    def __init__(self, name: str, memory_format: torch.memory_format, kind: str, device: str) -> None:
         torch.manual_seed(0)
-        model = build_model("vgg", classes=10, channels=3, size=(32, 32))
+        model = build_model(MODELS[name], classes=10, channels=3, size=(32, 32)).to(device)
         self.model = model.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.layers = []
         if kind != "plain":
@@ -51,10 +58,14 @@ class Trainee:
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """Seconds that one step takes."""
+        if images.is_cuda:
+            torch.cuda.synchronize()
         begun = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(self.model(images), labels).backward()
         self.optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
         return time.perf_counter() - begun
 
 
@@ -62,6 +73,11 @@ def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
     """The most that the allocator held during one step, above what it held at its beginning."""
     # Without old gradients and a filled pool, all memory that the step takes is counted.
     trainee.optimizer.zero_grad(set_to_none=True)
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainee.step(images, labels)
+        return torch.cuda.max_memory_allocated() - before
     pool.clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         trainee.step(images, labels)
@@ -77,18 +93,22 @@ def peak_bytes(trainee: Trainee, images: Tensor, labels: Tensor) -> int:
     return peak
 
 
-def measure(name: str, rounds: int, batch: int, threads: int) -> dict[str, dict[str, float]]:
-    """Measure one memory format in this process: by kind of step, medians over the rounds, and memory."""
+def measure(
+    model: str, name: str, rounds: int, batch: int, threads: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Measure a model in one memory format in this process: by kind of step, medians over the rounds, and
+    memory."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, 32, 32, generator=generator).to(memory_format=FORMATS[name])
-    labels = torch.randint(10, (batch,), generator=generator)
-    trainees = {kind: Trainee(FORMATS[name], kind) for kind in KINDS}
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    images = torch.randn(batch, 3, 32, 32, generator=generator).to(device, memory_format=FORMATS[name])
+    labels = torch.randint(10, (batch,), generator=generator).to(device)
+    steps = kinds(device)
+    trainees = {kind: Trainee(model, FORMATS[name], kind, device) for kind in steps}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
     shuffler = random.Random()
     for number in range(rounds + 2):
         # Two rounds warm up; the order is random, so that none always follows another.
-        for kind in shuffler.sample(KINDS, len(KINDS)):
+        for kind in shuffler.sample(steps, len(steps)):
             taken = trainees[kind].step(images, labels)
             if number > 1:
                 times[kind].append(taken)
@@ -103,23 +123,25 @@ def measure(name: str, rounds: int, batch: int, threads: int) -> dict[str, dict[
             "extra": peaks[kind] - peaks["plain"],
             "weights": weights,
         }
-        for kind in KINDS
+        for kind in steps
     }
 
 
-def rows(name: str, arguments: argparse.Namespace) -> list[str]:
-    """Two lines of the table, for one memory format."""
-    command = [sys.executable, __file__, "--one", name, "--rounds", str(arguments.rounds)]
+def rows(model: str, name: str, arguments: argparse.Namespace) -> list[str]:
+    """Lines of the table, for one model in one memory format."""
+    command = [sys.executable, __file__, "--one", model, name, "--rounds", str(arguments.rounds)]
     command += ["--batch", str(arguments.batch), "--threads", str(arguments.threads)]
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    for _ in tqdm(range(arguments.processes), desc=name, disable=None):
+    command += ["--device", arguments.device]
+    steps = kinds(arguments.device)
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in steps}
+    for _ in tqdm(range(arguments.processes), desc=f"{model}, {name}", disable=None):
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         for kind, measured in json.loads(answer.splitlines()[-1]).items():
             found[kind].append(measured)
 
     def spread(kind: str, what: str) -> str:
         values = [measured[what] for measured in found[kind]]
-        return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+        return f"{statistics.median(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
     def memory(kind: str) -> str:
         extra = statistics.median(measured["extra"] for measured in found[kind])
@@ -127,9 +149,9 @@ def rows(name: str, arguments: argparse.Namespace) -> list[str]:
         return f"{extra / 2**20:.1f} MiB, {extra / weights:.2f} × the {weights / 2**20:.1f} MiB"
 
     return [
-        f"| {name} | {kind} | {spread('plain', 'seconds')} | {spread(kind, 'seconds')} | "
+        f"| {model} | {name} | {kind} | {spread('plain', 'seconds')} | {spread(kind, 'seconds')} | "
         f"{spread(kind, 'ratio')} | {memory(kind)} |"
-        for kind in KINDS[1:]
+        for kind in steps[1:]
     ]
 
 
@@ -142,32 +164,42 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--one", choices=list(FORMATS), help="measure in this process, and print JSON")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--one", nargs=2, metavar=("MODEL", "FORMAT"), help="measure in this process, and print JSON"
+    )
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.rounds, arguments.batch, arguments.threads)))
+        given = arguments.rounds, arguments.batch, arguments.threads, arguments.device
+        print(json.dumps(measure(*arguments.one, *given)))
         return
-    where = environment("cpu", arguments.threads)
+    where = environment(arguments.device, arguments.threads)
+    place = where["processor"]
+    if arguments.device != "cpu":
+        place = f"{torch.cuda.get_device_name()}, {place}"
     lines = [
         "# One training step with Batch Bridgeout, beside the plain step",
         "",
         f"`python benchmarks/bridgeout_step.py --processes {arguments.processes} --rounds {arguments.rounds} "
-        f"--batch {arguments.batch} --threads {arguments.threads}`: VGG-16 with batch norm, "
+        f"--batch {arguments.batch} --threads {arguments.threads} --device {arguments.device}`: VGG-16 with "
+        "batch norm and ResNet-20, "
         f"{arguments.batch} pictures of 32×32, SGD with Nesterov momentum, p = 0.3 and q = 1.5 on all "
         f"convolutions. n = {arguments.processes} processes, in each {arguments.rounds} rounds of one step "
         "of each kind, in random order. Ratios are within a round, of which a process gives the median; the "
         "table has the median (lowest to highest) of the processes. Extra memory: how much higher the peak "
         "of a step is, beside the memory of the perturbed weights.",
         "",
-        f"{where['processor']}, {where['cores']} cores, {arguments.threads} threads; Python "
+        f"{place}, {where['cores']} cores, {arguments.threads} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
         "",
-        "| memory format | Bridgeout | plain, s | Bridgeout, s | ratio | extra memory : weights |",
-        "|---|---|---|---|---|---|",
+        "| model | memory format | Bridgeout | plain, s | Bridgeout, s | ratio | extra memory : weights |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in FORMATS:
-        lines += rows(name, arguments)
-        print("\n".join(lines[-2:]), flush=True)
+    for model in MODELS:
+        for name in FORMATS:
+            more = rows(model, name, arguments)
+            lines += more
+            print("\n".join(more), flush=True)
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out:

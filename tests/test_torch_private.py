@@ -23,6 +23,8 @@ NAMES = {
     "_modules": nn.Linear(1, 1),
     "_forward_hooks": nn.Linear(1, 1),
     "_forward_pre_hooks": nn.Linear(1, 1),
+    "_backward_hooks": torch.ones(1),
+    "_post_accumulate_grad_hooks": torch.ones(1),
     "_compiled_call_impl": nn.Linear(1, 1),
     "_orig_mod": torch.compile(nn.Linear(1, 1), backend="eager"),
     "_lazy_clone": torch,
@@ -158,6 +160,30 @@ def test_deepcopy_has_a_book_of_memories():
     part = copy.deepcopy(whole[1:3], memo)
     twin.zero_()
     assert part.tolist() == [0, 0]
+
+
+def test_hooks_that_run_before_a_layer_and_on_gradients():
+    net, weight = nn.Linear(1, 1), torch.ones(1, requires_grad=True)
+    net.register_forward_hook(lambda *_: None)
+    assert not private.has_pre_hooks(net)
+    net.register_forward_pre_hook(lambda *_: None)
+    assert private.has_pre_hooks(net)
+    assert private.has_pre_hooks(Bare())
+    assert not private.has_gradient_hooks(weight)
+    handle = weight.register_hook(lambda gradient: gradient)
+    assert private.has_gradient_hooks(weight)
+    handle.remove()
+    assert not private.has_gradient_hooks(weight)
+    weight.register_post_accumulate_grad_hook(lambda _: None)
+    assert private.has_gradient_hooks(weight)
+    assert private.has_gradient_hooks(Bare())
+
+
+def test_a_tensor_that_keeps_its_address_is_marked_as_pytorch_marks_it():
+    theirs, ours = torch.zeros(1), torch.zeros(1)
+    torch._dynamo.mark_static_address(theirs, guard=True)
+    assert private.keeps_its_address(ours) is ours
+    assert vars(ours) == vars(theirs)
 
 
 def test_writes_are_counted_and_not_under_inference_mode():

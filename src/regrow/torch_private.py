@@ -76,6 +76,22 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         target.copy_(source)
 
 
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether somebody registered a hook on the gradient of ``tensor``; True where that cannot be seen."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(tensor, kind, True) for kind in kinds)
+
+
+def keeps_its_address(tensor: Tensor) -> Tensor:
+    """``tensor``, of which torch.compile is told that it stays where it is: CUDA graphs may then write to it.
+
+    Where that cannot be told, code that was compiled with CUDA graphs runs without them.
+    """
+    # As torch._dynamo.mark_static_address does, without the second that its import takes.
+    tensor._dynamo_static_input_type = "guarded"  # type: ignore[attr-defined]
+    return tensor
+
+
 def compiled_from(model: nn.Module) -> nn.Module | None:
     """The module inside a ``torch.compile`` wrapper; None for any other model."""
     inner = getattr(model, "_orig_mod", None)

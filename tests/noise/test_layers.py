@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import regrow
 from nets import decoder
-from regrow.modules import as_weight, filters_first
-from regrow.noise import layers as bridgeout_layers
+from regrow.modules import filters_first
+from regrow.noise import bridged
+from regrow.noise.draws import places
 from regrow.noise.layers import (
     add_bridgeout,
     bridgeout_state,
@@ -53,14 +54,16 @@ def snapshot(model):
     )
 
 
-def noise_of(weight, seed, layer, number, p=0.3, q=1.5, target_fraction=1.0):
-    return perturbed(weight, p, q, target_fraction, seed, layer, torch.tensor(number), False, False)
+def noise_of(weight, seed, number, p=0.3, q=1.5, target_fraction=1.0, transposed=0):
+    """w̃ of the first layer."""
+    (place,) = places([weight.numel()], seed)
+    return perturbed(weight, *place, transposed, torch.tensor(number), p, q, target_fraction, False)
 
 
 def test_the_record_says_what_was_done(make_net):
     record = add_bridgeout(make_net(), p=0.2, q=1, target_fraction=0.5, exclude="conv1", linear=True, seed=7)
     assert json.loads(json.dumps(record)) == {
-        "version": 2,
+        "version": 3,
         "layers": ["conv2", "conv3", "head"],
         "settings": {
             "p": 0.2,
@@ -84,7 +87,7 @@ def test_every_kind_of_convolution_computes_with_the_perturbed_weight(dim, group
     assert record["layers"] == [""]
     convolve = [F.conv1d, F.conv2d, F.conv3d][dim - 1]
     for number in (1, 2):
-        weight = noise_of(layer.weight, 5, 0, number, p=0.4, q=1.0, target_fraction=0.5)
+        weight = noise_of(layer.weight, 5, number, p=0.4, q=1.0, target_fraction=0.5)
         assert torch.equal(layer(x), convolve(x, weight, layer.bias, padding=1, groups=groups))
     layer.eval()
     assert torch.equal(layer(x), convolve(x, layer.weight, layer.bias, padding=1, groups=groups))
@@ -109,7 +112,7 @@ def test_linear_layers_on_request_but_not_those_inside_attention():
 def test_a_layer_with_its_own_forward_method_reads_one_draw():
     layer = Centred(3, 4, 3)
     add_bridgeout(layer, seed=1)
-    weight = noise_of(layer.weight, 1, 0, 1)
+    weight = noise_of(layer.weight, 1, 1)
     expected = F.conv2d(X, weight - weight.mean((1, 2, 3), keepdim=True), layer.bias)
     assert torch.equal(layer(X), expected)
     assert isinstance(layer.weight, nn.Parameter)
@@ -189,7 +192,7 @@ def test_layers_that_share_a_weight_and_a_layer_that_runs_twice_see_one_draw():
     number = bridgeout_state(net)["passes"] + 1
     sum(out.sum() for out in net(X)[:3]).backward()
     weight = net.one.weight.detach().requires_grad_()
-    (3 * F.conv2d(X, noise_of(weight, 0, 0, number)).sum()).backward()
+    (3 * F.conv2d(X, noise_of(weight, 0, number)).sum()).backward()
     torch.testing.assert_close(net.one.weight.grad, weight.grad)
 
 
@@ -266,7 +269,7 @@ def test_a_state_that_does_not_fit_is_refused(make_net):
     state = bridgeout_state(net)
     for wrong, message in (
         ({}, "not a state of Bridgeout"),
-        (state | {"version": 1}, "version 2"),
+        (state | {"version": 2}, "version 3"),
         (state | {"settings": state["settings"] | {"p": 0.5}}, "same settings"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -306,7 +309,7 @@ def test_under_autocast_the_noise_is_computed_in_float32(make_net):
     net.conv1.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     with torch.autocast("cpu", torch.bfloat16):
         net(X).float().sum().backward()
-    weight = noise_of(net.conv1.weight, 1, 0, 1)
+    weight = noise_of(net.conv1.weight, 1, 1)
     assert weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(seen[0], F.conv2d(X, weight, net.conv1.bias, padding=1))
@@ -478,7 +481,7 @@ def test_gradients_that_are_overwritten_are_right(compiled, monkeypatch):
     found = []
     for alone in (None, False):
         if alone is False:
-            monkeypatch.setattr(bridgeout_layers, "_reads_alone", lambda _: False)
+            monkeypatch.setattr(bridged, "reads_alone", lambda _: False)
         net = copy.deepcopy(first).train()
         add_bridgeout(net, p=0.4, seed=3, compiled=compiled)
         loss = sum((out * out.detach().cos()).sum() for out in net(X))
@@ -505,9 +508,9 @@ def test_who_may_overwrite_a_gradient():
     patched._conv_forward = patched._conv_forward
     net = nn.Sequential(nn.Conv2d(3, 3, 3), Own(3, 3, 3), Centred(3, 3, 3), patched)
     add_bridgeout(net)
-    assert [bridgeout_layers._reads_alone(layer) for layer in net] == [True, False, False, False]
+    assert [bridged.reads_alone(layer) for layer in net] == [True, False, False, False]
     with narrow(net, CutPlan(rows={"0": [0, 2]}, columns={"1": [0, 2]})):
-        assert not bridgeout_layers._reads_alone(net[0])
+        assert not bridged.reads_alone(net[0])
 
 
 @pytest.mark.devices
@@ -521,10 +524,10 @@ def test_transposed_convolutions_compute_with_the_perturbed_weight(dim, groups):
     for number in (1, 2):
         whole = layer.weight.detach().clone().requires_grad_()
         filters = filters_first(layer, whole)  # a share of the weights of each filter
-        noisy = noise_of(filters, 5, 0, number, p=0.4, q=1.0, target_fraction=0.5)
-        changed = (noisy != filters).flatten(1).sum(1)
-        assert (changed <= filters[0].numel() // 2 + 1).all()
-        expected = convolve(x, as_weight(layer, noisy), layer.bias, groups=groups)
+        noisy = noise_of(whole, 5, number, p=0.4, q=1.0, target_fraction=0.5, transposed=groups)
+        changed = (filters_first(layer, noisy) != filters).flatten(1).sum(1)
+        assert 0 < changed.min() <= changed.max() <= filters[0].numel() // 2 + 1
+        expected = convolve(x, noisy, layer.bias, groups=groups)
         made = layer(x)
         torch.testing.assert_close(made, expected)
         layer.zero_grad()

@@ -5,8 +5,10 @@ import torch
 from torch.nn import functional as F
 
 import regrow
-from regrow.noise import perturbation as bridgeout_noise
-from regrow.noise.perturbation import bridgeout, perturbed, smallest
+from regrow.noise import vectors
+from regrow.noise.draws import base
+from regrow.noise.groups import smallest
+from regrow.noise.perturbation import bridgeout, perturbed
 
 
 def generator(seed=0):
@@ -96,9 +98,7 @@ def test_gradient_is_that_of_the_formula_away_from_zero(q):
 def test_gradient_by_finite_differences():
     weight = torch.linspace(0.1, 1, 12, dtype=torch.float64).view(4, 3).requires_grad_()
     number = torch.tensor(3)
-    assert torch.autograd.gradcheck(
-        lambda w: perturbed(w, 0.3, 1.5, 1.0, 1, 2, number, False, False), (weight,)
-    )
+    assert torch.autograd.gradcheck(lambda w: perturbed(w, 1, 2, 0, number, 0.3, 1.5, 1.0, False), (weight,))
 
 
 @pytest.mark.devices
@@ -155,11 +155,11 @@ def test_the_generator_decides_the_draw():
 
 
 @pytest.mark.devices
-def test_seed_layer_and_number_each_change_the_draw():
+def test_seed_place_and_number_each_change_the_draw():
     weight = torch.ones(4, 30)
     draws = [
-        perturbed(weight, 0.5, 2.0, 1.0, seed, layer, torch.tensor(number), False, False)
-        for seed, layer, number in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0)]
+        perturbed(weight, base(seed), offset, 0, torch.tensor(number), 0.5, 2.0, 1.0, False)
+        for seed, offset, number in [(0, 0, 0), (1, 0, 0), (0, 64, 0), (0, 0, 1), (2**32, 0, 0)]
     ]
     for i, first in enumerate(draws):
         assert all(not torch.equal(first, second) for second in draws[:i])
@@ -174,7 +174,7 @@ def test_neighbours_are_drawn_from_the_whole_range():
 
 @pytest.mark.devices
 def test_a_large_weight_is_drawn_in_parts_that_differ(monkeypatch):
-    monkeypatch.setattr(bridgeout_noise, "_PART", 1000)
+    monkeypatch.setattr(vectors, "PART", 1000)
     weight = torch.ones(70, 10, 3, 3, requires_grad=True)  # parts of 1000 weights, the last of 300
     noisy = bridgeout(weight, p=0.5, q=1, generator=generator())
     assert set(noisy.unique().tolist()) == {0, 2}
@@ -256,7 +256,7 @@ def test_weights_that_are_not_targeted_have_a_plain_gradient():
 
 def test_the_operator_meets_pytorchs_own_checks():
     weight = torch.rand(4, 3, 2, 2, requires_grad=True)
-    torch.library.opcheck(perturbed, (weight, 0.3, 1.5, 0.5, 1, 2, torch.tensor(3), False, False))
+    torch.library.opcheck(perturbed, (weight, 1, 2, 0, torch.tensor(3), 0.3, 1.5, 0.5, False))
 
 
 @pytest.mark.devices

@@ -12,7 +12,7 @@ from torch import Tensor
 # The smallest |w| in the derivative's denominator; smaller weights do not matter to the output.
 SMALLEST = 1e-6
 # 2^32 divided by the golden ratio, and a multiplier of "lowbias32" (Chris Wellons, 2018), modulo 2^32.
-SPACING, _MULTIPLIER = 0x9E3779B9 - 2**32, 0xD35A2D97 - 2**32
+SPACING, MULTIPLIER = 0x9E3779B9 - 2**32, 0xD35A2D97 - 2**32
 # The compiler optimises for the number of weights that it sees first; for few weights it uses one thread.
 _TYPICAL = 2**20
 
@@ -38,7 +38,7 @@ def scrambled(numbers: Tensor, start: Tensor, key: Tensor) -> Tensor:
     scrambled *= torch.add(key, scrambled, alpha=2)
     # PyTorch's shift fills the high bits with copies of the sign, which the mask removes.
     scrambled ^= (scrambled >> 15).bitwise_and_(2**17 - 1)
-    scrambled *= _MULTIPLIER
+    scrambled *= MULTIPLIER
     return scrambled
 
 
@@ -57,7 +57,7 @@ def noisy(
     """Write w̃ = w + |w|^(q/2) ⊙ (m/(1−p) − 1) to ``out``.
 
     Args:
-        weight, out: [n]. Below 32 bits the arithmetic is done in float32.
+        weight, out: [n], which may be one tensor. Below 32 bits the arithmetic is done in float32.
         numbers, start, key: see ``scrambled``.
         last_kept: [] int32; m is 1 where a weight's random number is at most ``last_kept``.
         scale, q: [] each; ``scale`` is 1/(1−p).
@@ -79,7 +79,10 @@ def noisy(
 
 
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: Tensor, out: Tensor) -> None:
-    """Write ``gradient`` · ∂w̃/∂w to ``out``, all [n], where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
+    """Write ``gradient`` · ∂w̃/∂w to ``out``, all [n], where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w.
+
+    ``gradient`` and ``out`` may be one tensor.
+    """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     # At w = 0 the bounded reciprocal is multiplied by a noise of 0.
     inverse = weight.reciprocal().clamp_(-1 / SMALLEST, 1 / SMALLEST)
@@ -91,27 +94,35 @@ def _noisy_at_once(weight: Tensor, *given: Any) -> None:
     noisy(weight, spaced(len(weight), weight.device), *given)
 
 
+def _scaled_in_place(gradient: Tensor, weight: Tensor, noisy: Tensor, q: Tensor) -> None:
+    # The compiler refuses two arguments that are different views of one memory, and writes to one of them.
+    scaled(gradient, weight, noisy, q, gradient)
+
+
 @functools.cache
 def compiled() -> tuple[Callable[..., None], Callable[..., None]]:
-    """``noisy``, without its argument ``numbers``, and ``scaled``, compiled for vectors of any length."""
-    return torch.compile(_noisy_at_once, dynamic=True), torch.compile(scaled, dynamic=True)
+    """``noisy`` without its argument ``numbers``, and ``scaled`` in place, compiled for any length.
+
+    ``out`` of the first must be other memory than ``weight``; the second has no argument ``out``.
+    """
+    return torch.compile(_noisy_at_once, dynamic=True), torch.compile(_scaled_in_place, dynamic=True)
 
 
 def check_compiler(weight: Tensor, three_quarters: bool, targeted: bool) -> None:
     """Compile for weights like ``weight``, or raise a ``RuntimeError`` that says what is missing."""
-    ones, out = weight.new_ones(_TYPICAL), weight.new_empty(_TYPICAL)
+    ones, out = weight.new_ones(_TYPICAL), weight.new_ones(_TYPICAL)
     number, factor = torch.tensor(1, dtype=torch.int32), torch.tensor(1.0, dtype=torch.float64)
     chosen = weight.new_ones(_TYPICAL, dtype=torch.bool) if targeted else None
     perturb, scale = compiled()
     try:
         with torch.no_grad():
             perturb(ones, number, number, number, factor, factor, three_quarters, chosen, out)
-            scale(ones, ones, ones, factor, out)
+            scale(out, ones, ones, factor)
     except Exception as error:
         # The first line names the cause; the other lines are advice on debugging PyTorch's compiler.
         cause = str(error).strip().partition("\n")[0]
         raise RuntimeError(
             f"compiled=True: PyTorch cannot compile on this machine ({cause}). It needs a C++ compiler and "
-            "Python's headers (in Debian: g++ and python3-dev) for the CPU, Triton for a GPU. Without "
-            "compiled=True the noise is the same, and takes longer."
+            "Python's headers (in Debian: g++ and python3-dev). Without compiled=True the noise is the same, "
+            "and takes longer."
         ) from error

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.filters import excluded
 from regrow.given import check_module, names_given
-from regrow.marks import Mark, borrowed_weight, check, is_spread
-from regrow.modules import CONSUMER_CLASSES, CONVOLUTION_CLASSES, as_weight, filters_first, unwrap
+from regrow.marks import borrowed_weight, check, is_spread
+from regrow.modules import CONVOLUTION_CLASSES, unwrap
+from regrow.noise.bridged import Bridged, bridge, grouped, plain_class
+from regrow.noise.draws import places
+from regrow.noise.groups import pool
 from regrow.noise.kernels import check_compiler
 from regrow.noise.passes import Passes
-from regrow.noise.perturbation import check_noise, drawn, pool
+from regrow.noise.perturbation import check_noise
+from regrow.noise.vectors import quick_kernels
 from regrow.torch_private import own_parameters
 
-_STOCK = set(CONSUMER_CLASSES)
-_VERSION = 2  # version 1 drew its random numbers from PyTorch's generator
+# Version 1 drew its random numbers from PyTorch's generator, version 2 a start and a key for each layer.
+_VERSION = 3
 
 
 def add_bridgeout(
@@ -53,9 +55,10 @@ def add_bridgeout(
         linear: perturb linear layers too, except inside attention layers, which read those weights directly.
         exclude: qualified names of layers, or of containers of layers, to leave alone.
         seed: for an equal model, the same seed gives the same noise.
-        compiled: compute the noise with a kernel from ``torch.compile``, in half the time, which matters for
-            large layers. The first compilation on a machine takes a few seconds. The same weights are
-            dropped; w̃ and gradients are equal up to rounding, so ``settings`` does not contain ``compiled``.
+        compiled: on a CPU, compute the noise with a kernel from ``torch.compile``, in half the time, which
+            matters for large layers. The first compilation on a machine takes a few seconds. The same weights
+            are dropped; w̃ and gradients are equal up to rounding, so ``settings`` does not contain
+            ``compiled``. On a GPU the noise has kernels of its own either way.
 
     Returns:
         A JSON-able record: ``version``, ``layers`` (the names of the perturbed layers) and ``settings``.
@@ -78,15 +81,18 @@ def add_bridgeout(
     }  # fmt: skip
     if compiled:
         weights = [layer.weight for layer in layers.values()]
-        for like in {(weight.device, weight.dtype): weight for weight in weights}.values():
+        for like in {weight.dtype: weight for weight in weights if weight.is_cpu}.values():
             check_compiler(like, q == 1.5, target_fraction < 1)
-    passes = Passes(model, settings)
+    # One place per parameter, so that layers which share a weight share its draw.
+    parameters = {id(layer.weight): layer.weight for layer in layers.values()}
+    found = places([weight.numel() for weight in parameters.values()], seed)
+    place = dict(zip(parameters, found, strict=True))
+    for weight in parameters.values():
+        quick_kernels(weight)  # tried, and compiled, before somebody captures a step
+    passes = Passes(model, settings, next(iter(parameters.values())).device, grouped)
     model._bridgeout_passes = passes  # type: ignore[assignment]
-    keys: dict[int, int] = {}
     for layer in layers.values():
-        # One key per parameter, so that layers which share a weight share its draw.
-        layer._bridgeout = _Noise(passes, keys.setdefault(id(layer.weight), len(keys)), bool(compiled))
-        layer.__class__ = _bridged(type(layer))  # type: ignore[arg-type]
+        bridge(layer, passes, place[id(layer.weight)], bool(compiled))
     return {"version": _VERSION, "layers": list(layers), "settings": settings}
 
 
@@ -110,10 +116,10 @@ def remove_bridgeout(model: nn.Module, calibration: Iterable[Any] | None = None)
     layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, _Bridged) and layer._bridgeout.passes is passes
+        if isinstance(layer, Bridged) and layer._bridgeout.passes is passes
     }
     for name, layer in layers.items():
-        _plain_class(layer, repr(name))
+        plain_class(layer, repr(name))
     if calibration is not None and running_norms(model):
         reestimate_norms(model, calibration)  # runs the layers in eval mode, so with w instead of w̃
     for layer in layers.values():
@@ -176,81 +182,6 @@ def load_bridgeout_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             "same settings."
         )
     passes.number.fill_(number)
-
-
-class _Noise(Mark):
-    """The mark on a layer with Bridgeout; ``noisy`` is w̃ while the layer's forward method runs."""
-
-    def __init__(self, passes: Passes, key: int, compiled: bool) -> None:
-        self.passes, self.key, self.compiled = passes, key, compiled
-        self.noisy: Tensor | None = None
-
-    def state(self) -> str:
-        return "bridgeout"
-
-    def undo(self, module: nn.Module) -> None:
-        """Give the layer its own class again."""
-        module.__class__ = _plain_class(module, "a layer")
-        del module._bridgeout
-
-
-def _plain_class(layer: nn.Module, name: str) -> Any:
-    """The class before ``add_bridgeout``; ``ValueError`` if another class was put in front since."""
-    if "_plain" not in vars(type(layer)):
-        raise ValueError(
-            f"{name} was parametrized after Bridgeout was added: call "
-            "torch.nn.utils.parametrize.remove_parametrizations on it first."
-        )
-    return cast(Any, type(layer))._plain
-
-
-class _Bridged(nn.Module):
-    """A class put in front of a layer's class, so that ``self.weight`` in its forward method is w̃."""
-
-    _bridgeout: _Noise
-    _plain: type[nn.Module]
-
-    @property
-    def weight(self) -> Tensor:
-        noisy = self._bridgeout.noisy
-        # This property hides the parameter, which nn.Module.__getattr__ still finds.
-        return cast(Tensor, nn.Module.__getattr__(self, "weight")) if noisy is None else noisy
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or self._bridgeout.passes.measuring:
-            return super().forward(*args, **kwargs)
-        weight = own_parameters(self).get("weight")
-        if weight is None:
-            raise ValueError(
-                "the weight of a layer with Bridgeout is no parameter any more, because the layer was "
-                "parametrized: call remove_bridgeout, and then add_bridgeout without that layer."
-            )
-        noise = self._bridgeout
-        given = noise.passes.settings
-        strength = given["p"], given["q"], given["target_fraction"]
-        draw = given["seed"] % 2**63, noise.key, noise.passes.current()
-        filters = filters_first(self, weight)
-        noisy = drawn(filters, *strength, *draw, noise.compiled, _reads_alone(self))
-        noise.noisy = as_weight(self, noisy)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            noise.noisy = None
-
-
-def _reads_alone(layer: _Bridged) -> bool:
-    """Whether only one convolution or linear product reads w̃ in ``layer``."""
-    return (
-        # No class was put in front since add_bridgeout, and the layer's own class is PyTorch's.
-        vars(type(layer)).get("_plain") in _STOCK
-        and "_conv_forward" not in vars(layer)
-        and not torch.compiler.is_compiling()
-    )
-
-
-@functools.cache
-def _bridged(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Bridgeout{plain.__name__}", (_Bridged, plain), {"_plain": plain})
 
 
 def _passes(model: nn.Module) -> Passes:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regrow.filters import rows
 from regrow.given import check_weight, kind_of
-from regrow.noise import kernels
-from regrow.noise.pool import Pool
+from regrow.noise.draws import Place, base
+from regrow.noise.groups import Part, noisy, noisy_gradients, smallest, together
 from regrow.noise.transforms import slope, transformed
+from regrow.noise.vectors import Strength
 from regrow.torch_private import is_transformed
 
-_PART = 2**18  # weights per part on a CPU: the intermediate results of a part fit into the cores' caches
-_MOST = 2**30  # weights per part otherwise: positions are 32-bit numbers
-pool = Pool()  # for w̃ and its gradients, which have the same sizes in every step
+_ONE = Part(Place(base(0), 0), transposed=0, alone=False)
 
 
 def bridgeout(
@@ -65,7 +62,7 @@ def bridgeout(
         )
     device = "cpu" if generator is None else generator.device
     number = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return drawn(weight, p, q, target_fraction, 0, 0, number, False, False)
+    return drawn(weight, _ONE, number, Strength(p, q, target_fraction, False))
 
 
 def check_noise(p: float, q: float, target_fraction: float) -> None:
@@ -84,65 +81,40 @@ def check_noise(p: float, q: float, target_fraction: float) -> None:
         )
 
 
-def drawn(
-    weight: Tensor, p: float, q: float, target_fraction: float, seed: int, layer: int, number: Tensor,
-    compiled: bool, alone: bool,
-) -> Tensor:  # fmt: skip
-    """``perturbed``, also inside of a transform of torch.func: there it is equal up to rounding."""
-    if torch.compiler.is_compiling() or not is_transformed(weight):
-        return perturbed(weight, p, q, target_fraction, seed, layer, number, compiled, alone)
+def drawn(weight: Tensor, part: Part, number: Tensor, strength: Strength) -> Tensor:
+    """w̃ of one weight, in compiled code and inside of a transform of torch.func too: there it is equal up to
+    rounding. See ``groups.together``."""
+    if torch.compiler.is_compiling():
+        return perturbed(weight, *_flat(part), number, *strength)
+    if not is_transformed(weight):
+        return together([weight], [part], number, strength)[0]
     # With q = 2, a weight of 1 becomes m/(1−p). The draw depends on the order of the weights in memory.
     ones = torch.ones_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-    factor = perturbed(ones, p, 2.0, 1.0, seed, layer, number, False, False) - 1
-    if target_fraction < 1:
-        factor = factor * smallest(weight, target_fraction)
-    return transformed(weight, factor, q)
+    factor = perturbed(ones, *_flat(part), number, strength.p, 2.0, 1.0, False) - 1
+    if strength.target_fraction < 1:
+        factor = factor * smallest(weight, strength.target_fraction, part.transposed)
+    return transformed(weight, factor, strength.q)
+
+
+def _flat(part: Part) -> tuple[int, int, int]:
+    return part.place.base, part.place.offset, part.transposed
 
 
 # A custom operator, so that torch.compile calls it and does not trace into it.
 @torch.library.custom_op("regrow::bridgeout", mutates_args=())
 def perturbed(
-    weight: Tensor,
-    p: float,
-    q: float,
-    target_fraction: float,
-    seed: int,
-    layer: int,
-    number: Tensor,
-    compiled: bool,
-    alone: bool,  # noqa: ARG001 (_remember reads it)
-) -> Tensor:
-    """``bridgeout`` with a draw that depends only on ``seed``, ``layer``, ``number`` and the memory layout.
+    weight: Tensor, base: int, offset: int, transposed: int, number: Tensor, p: float, q: float,
+    target_fraction: float, compiled: bool,
+) -> Tensor:  # fmt: skip
+    """``bridgeout`` with a draw that depends only on ``base``, ``offset``, ``number`` and the memory layout.
 
     The device and ``compiled`` have no influence on which weights are dropped.
 
     Args:
+        base, offset, transposed: see ``groups.Part``.
         number: [] an integer in a tensor, because torch.compile compiles again for every plain number.
-        alone: whether a single convolution or linear layer of PyTorch reads w̃ and nothing else does. Then
-            nothing else reads the gradient of w̃ either, and the backward pass may overwrite it.
     """
-    if p == 0 or weight.numel() == 0:
-        return weight.clone()
-    noisy = pool.empty_like(weight)
-    chosen = None if target_fraction == 1 else _in_memory(_smallest(weight, target_fraction), noisy)
-    digest = hashlib.blake2b(f"{seed} {layer} {int(number)}".encode(), digest_size=8).digest()
-    start, key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little") | 1
-    # A weight is kept if its random number is among the lowest 1 - p of all 2^32 values.
-    kept = max(1, round((1 - p) * 2**32))
-    given = (_int32(kept - 2**31 - 1), _scalar(1 / (1 - p)), _scalar(q), q == 1.5)
-    weights, outs = _in_memory(weight, noisy), _in_memory(noisy, noisy)
-    part = _part(weight, compiled)
-    numbers = None if compiled else kernels.spaced(part, weight.device)
-    for begin in range(0, len(weights), part):
-        piece = slice(begin, begin + part)
-        draw = (_int32(start + kernels.SPACING * begin), _int32(key))
-        rest = (*draw, *given, None if chosen is None else chosen[piece], outs[piece])
-        if numbers is None:
-            with torch.no_grad():
-                kernels.compiled()[0](weights[piece], *rest)
-        else:
-            kernels.noisy(weights[piece], numbers[: len(outs[piece])], *rest)
-    return noisy
+    return noisy([weight], number, [offset], [transposed], base, p, q, target_fraction, compiled)[0]
 
 
 @perturbed.register_fake
@@ -150,54 +122,8 @@ def _(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
-def smallest(weight: Tensor, fraction: float) -> Tensor:
-    """The ``fraction`` of each filter's weights that is smallest in magnitude, BoolTensor like ``weight``.
-
-    ``fraction`` is rounded to a whole number of weights per filter. Of equal magnitudes the first are taken.
-    """
-    sizes = rows(weight).abs()
-    # 0.29 · 50 is 14.499999999999998 in binary: without the 1e-9 a half would be rounded down.
-    count = math.floor(fraction * sizes.shape[1] + 0.5 + 1e-9)
-    if count == 0:
-        return torch.zeros_like(weight, dtype=torch.bool)
-    limit = sizes.kthvalue(count, dim=1, keepdim=True).values
-    below, tied = sizes < limit, sizes == limit
-    room = count - below.sum(1, keepdim=True)
-    return (below | (tied & (tied.cumsum(1) <= room))).view(weight.shape)
-
-
-def _smallest(weight: Tensor, fraction: float) -> Tensor:
-    """``smallest`` in the memory layout of ``weight``; on a CPU a few filters at a time."""
-    chosen = torch.empty_like(weight, dtype=torch.bool)
-    filters = max(1, _part(weight, False) * len(weight) // weight.numel())
-    for few, out in zip(weight.split(filters), chosen.split(filters), strict=True):
-        out.copy_(smallest(few, fraction))
-    return chosen
-
-
-def _part(weight: Tensor, compiled: bool) -> int:
-    # On a GPU, and compiled, one kernel processes all weights, and several kernels would be slower.
-    return min(weight.numel(), _PART if weight.is_cpu and not compiled else _MOST)
-
-
-def _in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` as a vector, in the memory order of the elements of ``like``, a dense tensor."""
-    if tensor.stride() != like.stride():
-        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _int32(number: int) -> Tensor:
-    """``number`` modulo 2^32, as an int32 tensor with the same bits."""
-    return torch.tensor((number + 2**31) % 2**32 - 2**31, dtype=torch.int32, device="cpu")
-
-
-def _scalar(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float64, device="cpu")
-
-
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _, ctx.q, *_, ctx.compiled, ctx.alone = inputs
+    weight, *_, ctx.q, _, ctx.compiled = inputs
     # This needs no extra memory: the convolution saves w̃ too, and the parameter exists anyway.
     ctx.save_for_backward(weight, output)
 
@@ -206,9 +132,6 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     weight, noisy = ctx.saved_tensors
     if torch.is_grad_enabled():  # the caller differentiates once more
         return (gradient * slope(weight, noisy, ctx.q)).to(gradient.dtype), *[None] * 8
-    if ctx.alone and not gradient.requires_grad and gradient.stride() == noisy.stride():
-        _scale(gradient, weight, noisy, ctx.q, ctx.compiled, gradient)
-        return gradient, *[None] * 8
     return scaled(gradient, weight, noisy, ctx.q, ctx.compiled), *[None] * 8
 
 
@@ -218,21 +141,7 @@ perturbed.register_autograd(_gradient, setup_context=_remember)
 @torch.library.custom_op("regrow::bridgeout_gradient", mutates_args=())
 def scaled(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: bool) -> Tensor:
     """``gradient`` · ∂w̃/∂w, where ∂w̃/∂w = 1 + (q/2)·(w̃ − w)/w."""
-    # autograd uses a tensor with the layout of the weight as ``.grad`` without a copy.
-    out = pool.empty_like(weight)
-    _scale(gradient, weight, noisy, q, compiled, out)
-    return out
-
-
-@torch.no_grad()
-def _scale(gradient: Tensor, weight: Tensor, noisy: Tensor, q: float, compiled: bool, out: Tensor) -> None:
-    if weight.numel() == 0:
-        return
-    part = _part(weight, compiled)
-    parts = (_in_memory(tensor.detach(), out).split(part) for tensor in (gradient, weight, noisy, out))
-    scale = kernels.compiled()[1] if compiled else kernels.scaled
-    for gradient_part, weight_part, noisy_part, out_part in zip(*parts, strict=True):
-        scale(gradient_part, weight_part, noisy_part, _scalar(q), out_part)
+    return noisy_gradients([gradient], [weight], [noisy], [0], [False], q, compiled)[0]
 
 
 @scaled.register_fake

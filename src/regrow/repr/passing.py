@@ -56,7 +56,8 @@ class _Passed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passing = vars(self).get("_regrow_passing")
-        if passing is None or backward_node() is not None:
+        # What is exported has to be made of PyTorch's operations.
+        if passing is None or torch.compiler.is_exporting() or backward_node() is not None:
             return super().forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             passing.parts.begin_compiled()
