@@ -38,6 +38,7 @@ NAMES = {
     "_current_level": torch.autograd.forward_ad,
     "_foreach_copy_": torch,
     "_top_saved_tensors_default_hooks": torch._C._autograd,
+    "_symbolic_trace": torch.fx,
     "_schema": torch.ops.aten.relu.default,
 }
 

@@ -209,6 +209,15 @@ _numbers = itertools.count()
 _layouts: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
+def _layout(number: int) -> Layout:
+    if (found := _layouts.get(number)) is None:
+        raise RuntimeError(
+            "a compiled pass of a sub phase of RePr that has ended cannot go on: call backward() before "
+            "cycle.step(), and run the model anew after it."
+        )
+    return found
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether ``tensor`` fills its memory, each entry once."""
     return _dense_strides(tensor) == tensor.stride()
@@ -255,7 +264,7 @@ def _alone(layout: Layout) -> Iterator[tuple[int, Any]]:
 @torch.library.custom_op("regrow::take_parts", mutates_args=())
 def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
     """What stays of the tensors ``whole``, one vector."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(whole, to.whole, to)) > len(whole):
         return torch.cat(joined).index_select(0, to.taken)
     out = whole[0].new_zeros(to.small.length)
@@ -275,7 +284,7 @@ def _(whole: Sequence[Tensor], layout: int) -> Tensor:
 @torch.library.custom_op("regrow::spread_parts", mutates_args=())
 def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     """The tensors ``small`` at their places among zeros, one vector."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(small, to.small, to)) > len(small):
         return torch.cat(joined).index_select(0, to.spread)
     out = small[0].new_empty(to.whole.length)
@@ -297,7 +306,7 @@ def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # 
 
 
 def _spread_back(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None]:
-    to = _layouts[ctx.layout]
+    to = _layout(ctx.layout)
     whole = _spread_parts(to.small.parts(gradient), ctx.layout)
     return to.whole.parts(whole), None
 
@@ -309,7 +318,7 @@ _take_parts.register_autograd(_spread_back, setup_context=_keep_layout)
 @torch.library.custom_op("regrow::write_parts", mutates_args=())
 def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
     """The tensors ``whole`` with the entries of ``small``, from ``take_parts``, in place of theirs."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(whole, to.whole, to)) > len(whole):
         return torch.cat([small, *joined]).index_select(0, to.written)
     out = small.new_empty(to.whole.length)

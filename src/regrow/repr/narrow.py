@@ -16,7 +16,7 @@ from regrow.modules import channel_dim, filter_dim, input_first, input_name, unw
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.repr.joined import Slice
 from regrow.repr.parts import Parts
-from regrow.repr.passing import Passing, put_in_front
+from regrow.repr.passing import Passing, plainly, put_in_front
 from regrow.surgery.layers import Layer, layers
 from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
@@ -126,6 +126,9 @@ class _Slices:
     live: dict[str, Tensor] | None = None  # the tensors sliced so far, while the forward method runs
     parts: Parts | None = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()  # a copy computes with all of its own
+
 
 class _Narrowed(nn.Module):
     """A class put in front of a layer's class, so that ``self.weight`` in its forward method is a slice."""
@@ -134,6 +137,9 @@ class _Narrowed(nn.Module):
     _wide: type[nn.Module]
     _input: str
     _maybe_quick: bool  # whether ``batch_norm`` may stand for its forward method
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Do not tell the layer's class, which may ask for arguments or keep a list of its subclasses."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slices = self._narrow
@@ -173,19 +179,11 @@ class _Narrowed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Nothing would release a narrowed copy, so the copy is a plain layer.
         reduced = super().__reduce_ex__(protocol)
-        if not _in_front(self):
-            return reduced
-        _, _, state, *rest = cast(tuple[Any, ...], reduced)
-        state = {key: value for key, value in state.items() if key != "_narrow"}
-        return (_blank, (self._wide,), state, *rest)
+        return plainly(reduced, type(self), self._wide, "_narrow") if _in_front(self) else reduced
 
 
 def _is_quick(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
     return len(args) == 1 and not plain_operations(args[0]) and norms_innermost(layer, args[0])
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
 
 
 def _in_front(layer: _Narrowed) -> bool:
