@@ -60,7 +60,7 @@ def test_a_pass_that_waits_beyond_the_end_of_its_phase_is_refused(compact):
     cycle.remove()
     del cycle
     gc.collect()
-    with pytest.raises(RuntimeError, match="call backward\\(\\) before cycle.step\\(\\)"):
+    with pytest.raises(RuntimeError, match=r"call backward\(\) before cycle\.step\(\)"):
         loss.backward()
 
 

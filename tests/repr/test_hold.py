@@ -98,11 +98,11 @@ class Masked(torch.autograd.Function):
     """A pass that makes gradients of 0 for dead rows, as narrowed layers do."""
 
     @staticmethod
-    def forward(ctx, weight):
+    def forward(_, weight):
         return weight.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(_, gradient):
         return gradient.index_fill(0, DEAD, 0)
 
 

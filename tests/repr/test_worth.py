@@ -50,7 +50,7 @@ def dropped(monkeypatch, least, compact=None, device=GPU):
     worth = cycle._worth
     monkeypatch.setattr(
         "regrow.repr.cycle.RePr._worth",
-        lambda self, plan: _on(monkeypatch, device, worth, plan),
+        lambda _, plan: _on(monkeypatch, device, worth, plan),
     )
     cycle.step()
     return model, cycle

@@ -162,7 +162,7 @@ class Parts:
                 return [None] * len(layers)
             if are_buffers:
                 vector = take_vector(whole, layout)
-                # Behind .data each counts its own changes: a norm in train mode leaves those in eval mode valid.
+                # .data counts changes of its own: a norm in train mode leaves one in eval mode valid.
                 parts = [part.data for part in layout.small.parts(vector)]
                 statistics = _Statistics(layout, vector, [(layer, buffer) for layer, _, buffer, _ in entries])
                 for layer, *_ in entries:
