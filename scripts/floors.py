@@ -16,7 +16,18 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
     ("short",),
-    ("atomic", "given", "interrupts", "log", "numbers", "reading", "suggest", "terminal", "torch_private"),
+    (
+        "atomic",
+        "given",
+        "interrupts",
+        "log",
+        "memory",
+        "numbers",
+        "reading",
+        "suggest",
+        "terminal",
+        "torch_private",
+    ),
     ("indexing", "together"),
     ("modules",),
     ("marks",),

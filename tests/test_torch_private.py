@@ -45,6 +45,7 @@ NAMES = {
     "_len_torch_function_stack": torch._C,
     "_DisableTorchDispatch": torch._C,
     "DisableTorchFunction": torch._C,
+    "_symbolic_trace": torch.fx,
     "_schema": torch.ops.aten.relu.default,
 }
 

@@ -8,13 +8,14 @@ together, and DDP sends what has been delivered while the backward pass goes on.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from regrow.torch_private import backward_node, saved_tensors_go_elsewhere, transforms_run
+from regrow.torch_private import backward_node, is_noted, saved_tensors_go_elsewhere, transforms_run
 
 GROUP_BYTES = 25 * 2**20  # the size of DDP's buckets
 T = TypeVar("T")
@@ -25,9 +26,10 @@ class Together(Generic[T]):
 
     The first pass shows which layers run, and in which order. A layer that is left out in a later pass leaves
     its group: an operation on it would tell DDP that it takes part. ``get`` answers None where a layer must
-    compute by itself: outside ``begin`` and ``end``, in compiled code, and where a part of the pass may be
+    compute by itself: outside ``begin`` and ``end``; in compiled code; where a part of the pass may be
     computed again for the backward pass (activation checkpointing), because such a part must not read what
-    another part has made; and while transforms of torch.func or forward-mode derivatives run.
+    another part has made; while transforms of torch.func or forward-mode derivatives run; and while torch.jit
+    or torch.fx write the operations down.
 
     Args:
         make: returns one value for each of the layers given, which are of one kind; None for a layer that
@@ -53,6 +55,7 @@ class Together(Generic[T]):
         self._ran: dict[nn.Module, None] = {}
         self._made: dict[nn.Module, tuple[T | None, Any]] = {}
         self._running = self._with_grad = False
+        self._thread = 0  # the one whose pass runs; passes of other threads compute layer by layer
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -62,6 +65,7 @@ class Together(Generic[T]):
 
     def begin(self) -> None:
         """A pass begins."""
+        self._thread = threading.get_ident()
         self._ran, self._made = {}, {}
         self._running, self._with_grad = True, torch.is_grad_enabled()
 
@@ -80,7 +84,7 @@ class Together(Generic[T]):
 
     def get(self, layer: nn.Module) -> T | None:
         """What was made for ``layer`` in this pass; None if it has to compute by itself."""
-        if not self._running or not self._in_one_go():
+        if not self._running or not self._in_one_go() or self._thread != threading.get_ident():
             return None
         self._ran[layer] = None
         if layer not in self._made:
@@ -98,13 +102,14 @@ class Together(Generic[T]):
 
     def leave(self, layer: nn.Module) -> None:
         """Have ``layer`` compute by itself in the rest of this pass."""
-        self._made[layer] = None, self._stamp(layer)
+        self._made[layer] = None, None
 
     def _in_one_go(self) -> bool:
         """Whether what runs now belongs to the pass itself, and will not be computed again."""
         return (
             torch.is_grad_enabled() is self._with_grad
             and not torch.compiler.is_compiling()
+            and not is_noted()
             and not transforms_run()
             and backward_node() is None
             and not saved_tensors_go_elsewhere()

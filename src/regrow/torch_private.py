@@ -166,6 +166,13 @@ def is_transformed(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_noted() -> bool:
+    """Whether torch.jit.trace or torch.fx writes the operations down; of torch.fx False if unknown."""
+    tracing = getattr(torch.fx, "_symbolic_trace", None)
+    by_fx = getattr(tracing, "is_fx_symbolic_tracing", getattr(tracing, "is_fx_tracing", None))
+    return torch.jit.is_tracing() or (by_fx is not None and bool(by_fx()))
+
+
 def outside_transforms() -> Any:
     """A context manager inside of which no transform of torch.func acts; one without effect if unknown."""
     guard = getattr(torch._C, "_DisableFuncTorch", None)

@@ -1,9 +1,9 @@
 """Weights joined into one vector, and parted again."""
 
-import pytest
 import torch
 
-from regrow.noise.vectors import in_memory, is_dense, joined, parted, rejoined, runs, same_layout
+from regrow.memory import in_memory
+from regrow.noise.vectors import joined, parted, rejoined, runs
 
 
 def test_runs_by_hand():
@@ -27,7 +27,7 @@ def some():
 
 def test_parted_is_the_way_back_from_joined():
     tensors = some()
-    vector = joined([in_memory(tensor, tensor) for tensor in tensors])
+    vector = joined([in_memory(tensor, tensor.stride()) for tensor in tensors])
     assert len(vector) == 192 + 320 + 64 + 64
     again = parted(vector, tensors)
     for tensor, twin in zip(tensors, again, strict=True):
@@ -45,26 +45,10 @@ def test_parted_is_the_way_back_from_joined():
 
 
 def test_what_lies_elsewhere_is_copied_together():
-    tensors = parted(joined([in_memory(tensor, tensor) for tensor in some()]), some())
+    tensors = parted(joined([in_memory(tensor, tensor.stride()) for tensor in some()]), some())
     for mixed in (some(), [*tensors[:2], some()[2]], [tensors[1], tensors[0]], [tensors[0], tensors[2]]):
         vector = rejoined(mixed)
         start = 0
         for tensor in mixed:
-            assert torch.equal(vector[start : start + tensor.numel()], in_memory(tensor, tensor))
+            assert torch.equal(vector[start : start + tensor.numel()], in_memory(tensor, tensor.stride()))
             start += -(-tensor.numel() // 64) * 64
-
-
-@pytest.mark.parametrize(
-    ("tensor", "dense"),
-    [(t, True) for t in some()] + [(torch.ones(4, 6)[:, ::2], False), (torch.ones(3, 1).expand(3, 4), False)],
-)
-def test_dense(tensor, dense):
-    assert is_dense(tensor) is dense
-
-
-def test_strides_of_single_elements_say_nothing():
-    weight = torch.randn(8, 4, 1, 1)
-    last = weight.to(memory_format=torch.channels_last)
-    assert weight.stride() != last.as_strided((8, 4, 1, 1), (4, 1, 4, 4)).stride()
-    assert same_layout(weight, last.as_strided((8, 4, 1, 1), (4, 1, 4, 4)))
-    assert not same_layout(torch.randn(8, 4, 2, 1), torch.randn(8, 2, 4, 1).transpose(1, 2))

@@ -43,7 +43,7 @@ def wrapped(model):
         ({"scope": "layers"}, "unknown scope 'layers'; did you mean 'layer'"),
         ({"criterion": "orto"}, "unknown criterion 'orto'; did you mean 'ortho'"),
         ({"consumers": "kept"}, "unknown choice consumers='kept'; did you mean 'keep'"),
-        ({"compact": 1}, "compact must be True or False, got 1"),
+        ({"compact": 1}, r"compact must be True, False or None \(what is quicker\), got 1"),
         ({"seed": 0.5}, r"seed must be a whole number, got 0\.5"),
         ({"exclude": ["conv22"]}, "no convolution is named 'conv22'; did you mean 'conv2'"),
         ({"exclude": ["conv2", "conv3"]}, r"no convolution is left.*skip_first=False"),

@@ -101,6 +101,9 @@ def test_gradients_are_those_of_an_ordinary_backward_pass(kind) -> None:
     model = in_sub_phase(kind, True)
     found = grad(lambda v: loss(model, v, X, Y))(values_of(model))
     torch.testing.assert_close(found, gradients(in_sub_phase(kind, False), X, Y), rtol=1e-4, atol=1e-5)
+    masked = in_sub_phase(kind, False)
+    found = grad(lambda v: loss(masked, v, X, Y))(values_of(masked))
+    torch.testing.assert_close(found, gradients(masked, X, Y), rtol=1e-4, atol=1e-5)
     found, expected = per_example(model), gradients_per_example(in_sub_phase(kind, False))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,5 +1,7 @@
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -571,6 +573,27 @@ def test_another_class_in_front_meanwhile(make_net):
     with pytest.raises(ValueError, match="'conv2' is narrowed already"):
         narrow(model, PLAN)
     remove_bridgeout(model)
+
+
+@pytest.mark.parametrize("plan", [PLAN, CutPlan()])
+def test_passes_in_several_threads_at_once_compute_what_one_does(make_net, plan):
+    model = away_from_zero(make_net()).eval()
+    dead = silent_entries(model, read_structure(model, X[:1]), DROPPED)
+    silence(model, read_structure(model, X[:1]), DROPPED)
+    inputs = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(16)]
+    with narrow(model, plan, dead=dead), torch.no_grad():
+        expected = [model(x) for x in inputs]
+        start = threading.Barrier(4)
+
+        def work(_):
+            start.wait()
+            with torch.no_grad():
+                return [model(x) for x in inputs * 5]
+
+        with ThreadPoolExecutor(4) as pool:
+            for outputs in pool.map(work, range(4)):
+                for output, other in zip(outputs, expected * 5, strict=True):
+                    torch.testing.assert_close(output, other)
 
 
 # --- bad input -------------------------------------------------------------------------------------------

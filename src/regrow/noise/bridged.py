@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.marks import Mark
+from regrow.memory import is_dense
 from regrow.modules import CONSUMER_CLASSES, filter_dim
 from regrow.noise.draws import Place
 from regrow.noise.groups import Part, together
 from regrow.noise.passes import Passes, stream_on
 from regrow.noise.perturbation import drawn
-from regrow.noise.vectors import Strength, is_dense
+from regrow.noise.vectors import Strength
 from regrow.together import Together
 from regrow.torch_private import (
     has_gradient_hooks,

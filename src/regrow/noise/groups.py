@@ -10,21 +10,19 @@ import torch
 from torch import Tensor
 
 from regrow.filters import rows
+from regrow.memory import in_memory, is_dense, lies_by
 from regrow.noise.draws import Place
 from regrow.noise.pool import Pool
 from regrow.noise.transforms import slope
 from regrow.noise.vectors import (
     PART,
     Strength,
-    in_memory,
-    is_dense,
     joined,
     most,
     parted,
     perturb,
     rejoined,
     runs,
-    same_layout,
     scale,
 )  # fmt: skip
 from regrow.torch_private import writes_to
@@ -94,14 +92,17 @@ def noisy(
         if len(run) == 1:
             out = pool.empty_like(members[0])
             outs[run[0]], made = out, [out]
-            source, target = in_memory(members[0], out), in_memory(out, out)
+            source, target = in_memory(members[0], out.stride()), in_memory(out, out.stride())
         else:
-            source = target = joined([in_memory(weight, weight) for weight in members])
+            source = target = joined([in_memory(weight, weight.stride()) for weight in members])
             made = parted(target, members)
             for i, out in zip(run, made, strict=True):
                 outs[i] = out
         if target_fraction < 1:
-            masks = [in_memory(_smallest(weights[i], target_fraction, transposed[i]), outs[i]) for i in run]
+            masks = [
+                in_memory(_smallest(weights[i], target_fraction, transposed[i]), outs[i].stride())
+                for i in run
+            ]
             chosen = masks[0] if len(run) == 1 else joined(masks)
         if len(source):
             perturb(source, target, offsets[run[0]], number, base, strength, chosen)
@@ -123,13 +124,13 @@ def noisy_gradients(
             (i,) = run
             # autograd uses a tensor with the layout of the weight as ``.grad`` without a copy.
             out = gradients[i] if overwritten[i] else pool.empty_like(weights[i])
-            outs[i], target = out, in_memory(out, out)
-            gradient = target if overwritten[i] else in_memory(gradients[i], out)
-            weight, moved = in_memory(weights[i], out), in_memory(noisy[i], out)
+            outs[i], target = out, in_memory(out, out.stride())
+            gradient = target if overwritten[i] else in_memory(gradients[i], out.stride())
+            weight, moved = in_memory(weights[i], out.stride()), in_memory(noisy[i], out.stride())
         else:
             members = [weights[i] for i in run]
-            gradient = target = joined([in_memory(gradients[i], weights[i]) for i in run])
-            weight = joined([in_memory(member, member) for member in members])
+            gradient = target = joined([in_memory(gradients[i], weights[i].stride()) for i in run])
+            weight = joined([in_memory(member, member.stride()) for member in members])
             moved = rejoined([noisy[i] for i in run])
             for i, out in zip(run, parted(target, members), strict=True):
                 outs[i] = out
@@ -193,7 +194,7 @@ def _may_overwrite(gradient: Tensor, out: Tensor) -> bool:
     return (
         gradient.is_cpu
         and gradient.numel() >= PART
-        and same_layout(gradient, out)
+        and lies_by(gradient, out.stride())
         and not gradient.requires_grad
     )
 

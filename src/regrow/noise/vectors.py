@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from regrow.memory import in_memory
 from regrow.noise import kernels
 from regrow.noise.draws import aligned, start_and_key
 
@@ -55,33 +56,6 @@ def runs(sizes: tuple[int, ...], offsets: tuple[int, ...], most: int) -> tuple[t
     return tuple(tuple(run) for run in found)
 
 
-def in_memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor`` as a vector, in the memory order of the elements of ``like``, a dense tensor."""
-    if not same_layout(tensor, like):
-        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether the elements of two tensors of one shape lie in memory in the same way."""
-    if tensor.stride() == other.stride():
-        return True
-    # The strides of dimensions of size 1 say nothing, and convolutions return any.
-    return all(
-        size == 1 or one == two
-        for size, one, two in zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
-    )
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without a gap, each with a place of its own."""
-    if tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return True
-    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
-
-
 def joined(vectors: Sequence[Tensor]) -> Tensor:
     """A vector of all ``vectors``, each at a multiple of ``ALIGNED``; what is in between is left open."""
     parts = []
@@ -114,7 +88,7 @@ def rejoined(tensors: Sequence[Tensor]) -> Tensor:
         fits, at = fits and lies, at + aligned(tensor.numel())
     if fits:
         return first.as_strided((size,), (1,))
-    return joined([in_memory(tensor, tensor) for tensor in tensors])
+    return joined([in_memory(tensor, tensor.stride()) for tensor in tensors])
 
 
 def perturb(

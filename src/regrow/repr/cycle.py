@@ -96,7 +96,7 @@ class RePr:
             what is quicker: it leaves them out on a CPU, and on a GPU where a pass saves enough
             multiply-accumulates to pay for the kernels that it needs more (``worth``). Where no plan can be
             confirmed, and in ``nn.DataParallel``, dropped filters are computed, and the event's notes say
-            so. ``torch.compile`` compiles again after a drop.
+            so. ``torch.compile`` compiles once after each drop, and not at a restore.
         scope: ``"global"`` ranks all filters together, ``"layer"`` drops the same share of every layer.
         floor: share of every layer that always stays alive.
         exclude: qualified names of convolutions, or of containers of convolutions, to leave alone.

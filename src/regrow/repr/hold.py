@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from regrow.indexing import Where, clear, on
-from regrow.repr.joined import At, Layout, is_dense, take_vector
+from regrow.memory import is_dense
+from regrow.repr.joined import At, Layout, take_vector
 from regrow.repr.slots import readable, stepping
 
 Entries = Sequence[tuple[nn.Parameter, Where]]
@@ -61,7 +62,8 @@ class Hold:
         still = all(type(part).__module__.startswith(_STILL) for part in parts)
         self._to_watch = _WATCHED if still and len(self._unmasked) == len(trained) else None
         self._sums = self._sum()
-        any(self._values(self._entries))  # the indices are there when the first step is watched
+        for entries in (self._entries, [*self._entries, *self._unmasked]):
+            any(self._values(entries))  # the indices are there when the first step is watched
 
     def _mask(self, entries: Entries) -> None:
         self._handles += [parameter.register_hook(_without(rows)) for parameter, rows in entries]
@@ -70,7 +72,8 @@ class Hold:
         self._stepped = True
         if self._to_watch and readable():
             self._to_watch -= 1
-            if self.moved() or self._have_gradients():
+            # A loss that reads whole parameters gives rows gradients.
+            if any(self._values([*self._entries, *self._gradients()])):
                 self.firmly()
         elif self._to_watch != 0 or not readable():
             # A step that is captured in a CUDA graph is replayed without this method.
@@ -82,9 +85,8 @@ class Hold:
         self._unmasked, self._to_watch = [], None
         self.zero()
 
-    def _have_gradients(self) -> bool:
-        """Whether rows have gradients, from a loss that reads whole parameters."""
-        return any(self._values([(p.grad, rows) for p, rows in self._unmasked if p.grad is not None]))
+    def _gradients(self) -> list[tuple[Tensor, Where]]:
+        return [(p.grad, rows) for p, rows in self._unmasked if p.grad is not None]
 
     @torch.no_grad()
     def zero(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from regrow.indexing import Where, clear, place, take, take_block
+from regrow.memory import dense_strides, in_memory
 from regrow.torch_private import copy_all
 
 _ALIGNED = 64  # entries: a part begins at a multiple of 256 bytes in float32, as PyTorch's own memory does
@@ -152,14 +153,14 @@ class Layout:
                 for one, tensor, joined in zip(slices, tensors, self.joined, strict=True)
             ]
         self.whole = _Vector([(tensor.shape, tensor.stride()) for tensor in tensors], self.joined)
-        self.small = _Vector([(one.shape, _dense_strides(one)) for one in kept], self.joined)
+        self.small = _Vector([(one.shape, dense_strides(one)) for one in kept], self.joined)
         self._among = [number for number, joined in enumerate(self.joined) if joined]
         self._zero_at = sum(self.whole.counts[i] for i in self._among)
         self.zero = tensors[0].new_zeros(1)
         self.taken = torch.full((self.small.joined_length,), self._zero_at, device=self.zero.device)
         begins = 0  # in the joined vector, which has no gaps
         for i in self._among:
-            positions = _in_memory(kept[i], self.small.shapes[i][1])
+            positions = in_memory(kept[i], self.small.shapes[i][1])
             places = positions.nonzero().flatten()
             self.taken[self.small.begins[i] + places] = begins + positions[places] - 1
             begins += self.whole.counts[i]
@@ -209,13 +210,13 @@ _numbers = itertools.count()
 _layouts: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether ``tensor`` fills its memory, each entry once."""
-    return _dense_strides(tensor) == tensor.stride()
-
-
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(torch.empty_like(tensor, device="meta").stride())
+def _layout(number: int) -> Layout:
+    if (found := _layouts.get(number)) is None:
+        raise RuntimeError(
+            "a compiled pass of a sub phase of RePr that has ended cannot go on: call backward() before "
+            "cycle.step(), and run the model anew after it."
+        )
+    return found
 
 
 def _numbered(tensor: Tensor) -> Tensor:
@@ -224,22 +225,10 @@ def _numbered(tensor: Tensor) -> Tensor:
     return vector.as_strided(tensor.shape, tensor.stride())
 
 
-def _in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` as a vector in the order in which it lies in memory with ``strides``."""
-    # A dimension of one entry has no place in memory.
-    there, sizes = tensor.stride(), tensor.shape
-    if there != strides and any(a != b for a, b, n in zip(there, strides, sizes, strict=True) if n > 1):
-        ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-        tensor = ordered.copy_(tensor)
-    if tensor.dim() == 1:
-        return tensor
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-
-
 def _joined(tensors: Sequence[Tensor], vector: _Vector, layout: Layout) -> list[Tensor]:
     """The tensors that are joined, each as a vector, and the zero at the end."""
     found = [
-        _in_memory(tensor, strides)
+        in_memory(tensor, strides)
         for tensor, (_, strides), joined in zip(tensors, vector.shapes, layout.joined, strict=True)
         if joined
     ]
@@ -255,7 +244,7 @@ def _alone(layout: Layout) -> Iterator[tuple[int, Any]]:
 @torch.library.custom_op("regrow::take_parts", mutates_args=())
 def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
     """What stays of the tensors ``whole``, one vector."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(whole, to.whole, to)) > len(whole):
         return torch.cat(joined).index_select(0, to.taken)
     out = whole[0].new_zeros(to.small.length)
@@ -275,7 +264,7 @@ def _(whole: Sequence[Tensor], layout: int) -> Tensor:
 @torch.library.custom_op("regrow::spread_parts", mutates_args=())
 def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     """The tensors ``small`` at their places among zeros, one vector."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(small, to.small, to)) > len(small):
         return torch.cat(joined).index_select(0, to.spread)
     out = small[0].new_empty(to.whole.length)
@@ -297,7 +286,7 @@ def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # 
 
 
 def _spread_back(ctx: Any, gradient: Tensor) -> tuple[list[Tensor], None]:
-    to = _layouts[ctx.layout]
+    to = _layout(ctx.layout)
     whole = _spread_parts(to.small.parts(gradient), ctx.layout)
     return to.whole.parts(whole), None
 
@@ -309,7 +298,7 @@ _take_parts.register_autograd(_spread_back, setup_context=_keep_layout)
 @torch.library.custom_op("regrow::write_parts", mutates_args=())
 def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
     """The tensors ``whole`` with the entries of ``small``, from ``take_parts``, in place of theirs."""
-    to = _layouts[layout]
+    to = _layout(layout)
     if len(joined := _joined(whole, to.whole, to)) > len(whole):
         return torch.cat([small, *joined]).index_select(0, to.written)
     out = small.new_empty(to.whole.length)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
 import torch
@@ -16,7 +17,7 @@ from regrow.modules import channel_dim, filter_dim, input_first, input_name, unw
 from regrow.repr.batch_norm import batch_norm, norms_innermost
 from regrow.repr.joined import Slice
 from regrow.repr.parts import Parts
-from regrow.repr.passing import Passing, put_in_front
+from regrow.repr.passing import Passing, plainly, put_in_front
 from regrow.surgery.layers import Layer, layers
 from regrow.surgery.plan import CutPlan, NoPlan
 from regrow.torch_private import own_buffers, own_parameters
@@ -123,8 +124,12 @@ class _Slices:
     numbers: Mapping[str, int]
     picked: Tensor | None = None  # the input channels that the layer takes
     placed: tuple[int, Tensor] | None = None  # the output's width, and the places of its channels among zeros
-    live: dict[str, Tensor] | None = None  # the tensors sliced so far, while the forward method runs
+    # The tensors sliced so far, while the forward method runs, in each thread.
+    live: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     parts: Parts | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()  # a copy computes with all of its own
 
 
 class _Narrowed(nn.Module):
@@ -134,6 +139,9 @@ class _Narrowed(nn.Module):
     _wide: type[nn.Module]
     _input: str
     _maybe_quick: bool  # whether ``batch_norm`` may stand for its forward method
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Do not tell the layer's class, which may ask for arguments or keep a list of its subclasses."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         slices = self._narrow
@@ -147,16 +155,16 @@ class _Narrowed(nn.Module):
         args, kwargs = input_first(self._input, args, kwargs)
         if slices.picked is not None:
             args = (take(args[0], slices.picked, channel_dim(self, args[0])), *args[1:])
-        parts = cast(Parts, slices.parts)
+        parts, thread = cast(Parts, slices.parts), _thread()
         made = parts.of(self)
-        slices.live = {} if made is None else made
+        slices.live[thread] = live = {} if made is None else made
         try:
             if self._maybe_quick and not kwargs and _is_quick(self, args):
                 output = batch_norm(self, args[0])
             else:
                 output = super().forward(*args, **kwargs)
             if self.training and made is None:
-                for name, statistic in slices.live.items():
+                for name, statistic in live.items():
                     if name in own_buffers(self):
                         # A norm too writes through .data: a graph that holds the buffer stays valid.
                         buffer, channels = own_buffers(self)[name], slices.tensors[name].rows
@@ -164,7 +172,7 @@ class _Narrowed(nn.Module):
             elif self.training:
                 parts.changed(self)
         finally:
-            slices.live = None
+            del slices.live[thread]
         if slices.placed is not None:
             width, index = slices.placed
             output = place(output, index, channel_dim(self, output), width)
@@ -173,19 +181,16 @@ class _Narrowed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Nothing would release a narrowed copy, so the copy is a plain layer.
         reduced = super().__reduce_ex__(protocol)
-        if not _in_front(self):
-            return reduced
-        _, _, state, *rest = cast(tuple[Any, ...], reduced)
-        state = {key: value for key, value in state.items() if key != "_narrow"}
-        return (_blank, (self._wide,), state, *rest)
+        return plainly(reduced, type(self), self._wide, "_narrow") if _in_front(self) else reduced
+
+
+def _thread() -> int:
+    # A compiler traces one thread, and has no operation for its number.
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _is_quick(layer: _Narrowed, args: tuple[Any, ...]) -> bool:
     return len(args) == 1 and not plain_operations(args[0]) and norms_innermost(layer, args[0])
-
-
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
 
 
 def _in_front(layer: _Narrowed) -> bool:
@@ -211,11 +216,12 @@ def _tensor(wide: type[nn.Module], name: str) -> property:
     def get(self: _Narrowed) -> Any:
         tensor: Any = nn.Module.__getattr__(self, name) if whole is None else whole(self)
         slices = self._narrow
-        if slices is None or slices.live is None:
+        live = None if slices is None else slices.live.get(_thread())
+        if slices is None or live is None:
             return tensor
-        if name not in slices.live:
-            slices.live[name] = slices.tensors[name].of(tensor)
-        return slices.live[name]
+        if name not in live:
+            live[name] = slices.tensors[name].of(tensor)
+        return live[name]
 
     return property(get)
 
@@ -223,7 +229,7 @@ def _tensor(wide: type[nn.Module], name: str) -> property:
 def _number(name: str) -> property:
     def get(self: _Narrowed) -> int:
         slices = self._narrow
-        if slices is None or slices.live is None:
+        if slices is None or _thread() not in slices.live:
             return cast(int, self.__dict__[name])
         return slices.numbers[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.memory import is_dense
 from regrow.repr.joined import (
     Layout,
     Slice,
-    is_dense,
     store_parts,
     take_parts,
     take_vector,
@@ -57,9 +58,12 @@ class Parts:
         self._vectors: list[Tensor] = []
         self._read: dict[nn.Module, dict[int, _Statistics]] = {}
         self._changed: dict[nn.Module, None] = {}
+        # A tensor that was freed could lend its identity, which stamps hold, to another one.
+        self._alive: list[Tensor] = []
         self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, list(slices))
         self._together.prepare()
-        self._read = {}
+        self._read, self._alive = {}, []
+        self.lock = threading.RLock()  # of the thread whose pass is served
 
     def has(self, module: nn.Module) -> bool:
         """Whether ``module`` is one of the layers."""
@@ -70,9 +74,10 @@ class Parts:
         if torch.compiler.is_compiling():
             return None if self._given is None else self._given[self._numbers[layer]]
         made = self._together.get(layer)
-        if made is None and layer in self._changed:
-            # It ran in this pass before, and its statistics are read from the buffers now.
-            self._write([layer])
+        if made is None and layer in self._read:
+            # In the rest of this pass its statistics are read from the buffers, and written to them.
+            if layer in self._changed:
+                self._write([layer])
             self._together.leave(layer)
         return made
 
@@ -82,14 +87,15 @@ class Parts:
             self._changed[layer] = None
 
     def begin(self) -> None:
-        """A pass of the model begins."""
-        self._read, self._changed = {}, {}
+        """A pass of the model begins, perhaps inside of another one."""
+        self._write(list(self._changed))
+        self._read, self._changed, self._alive = {}, {}, []
         self._together.begin()
 
     def end(self, whole: bool) -> None:
         """A pass ends, after all of its layers or at an error."""
         self._write(list(self._changed))
-        self._read, self._changed = {}, {}
+        self._read, self._changed, self._alive = {}, {}, []
         self._together.end(whole)
 
     def begin_compiled(self) -> None:
@@ -126,8 +132,8 @@ class Parts:
         return whole[0].device if whole and len(whole) == len(tensors) else None
 
     def _stamp(self, layer: nn.Module) -> Hashable:
-        own = own_parameters(layer)
-        tensors = [own[name] for name in self._slices[layer] if name in own]
+        own, buffers = own_parameters(layer), own_buffers(layer)
+        tensors = [own[name] if name in own else buffers[name] for name in self._slices[layer]]
         return tuple([(id(tensor), writes_to(tensor)) for tensor in tensors])
 
     def _make(self, layers: Sequence[nn.Module]) -> list[Tensors | None]:
@@ -141,6 +147,7 @@ class Parts:
                 alike.setdefault((tensor.dtype, is_buffer), []).append((layer, name, tensor, tensors))
         for (dtype, are_buffers), entries in alike.items():
             whole = [tensor for _, _, tensor, _ in entries]
+            self._alive += whole
             # A model may be moved, or change its memory format, between two passes.
             place = whole[0].device, dtype, are_buffers
             key = place, tuple(map(id, layers)), tuple([tensor.stride() for tensor in whole])
@@ -157,7 +164,8 @@ class Parts:
                 return [None] * len(layers)
             if are_buffers:
                 vector = take_vector(whole, layout)
-                parts = layout.small.parts(vector)
+                # .data counts changes of its own: a norm in train mode leaves one in eval mode valid.
+                parts = [part.data for part in layout.small.parts(vector)]
                 statistics = _Statistics(layout, vector, [(layer, buffer) for layer, _, buffer, _ in entries])
                 for layer, *_ in entries:
                     self._read.setdefault(layer, {})[id(statistics)] = statistics

@@ -6,6 +6,7 @@ be copied with the model.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -41,11 +42,13 @@ def put_in_front(model: nn.Module, parts: Parts, before: Before | None) -> Passi
     Args:
         before: see ``narrow``.
     """
-    if isinstance(model, torch.jit.ScriptModule) or parts.has(model):
+    taken = vars(model).get("_regrow_passing") is not None  # by another cycle
+    if isinstance(model, torch.jit.ScriptModule) or parts.has(model) or taken:
         return None
     passing = Passing(model, parts, before)
     model._regrow_passing = passing  # type: ignore[assignment]
-    model.__class__ = _passed(cast(Any, type(model)))
+    if not isinstance(model, _Passed):  # as a copy is that a ``__deepcopy__`` of the user's made
+        model.__class__ = _passed(cast(Any, type(model)))
     return passing
 
 
@@ -53,6 +56,9 @@ class _Passed(nn.Module):
     """A class put in front of a model's class."""
 
     _plain: type[nn.Module]
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Do not tell the user's class, which may ask for arguments or keep a list of its subclasses."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         passing = vars(self).get("_regrow_passing")
@@ -69,6 +75,8 @@ class _Passed(nn.Module):
             passing.before(self.training, (args, kwargs))
         # What ``before`` decides may have put another object in place of this one.
         parts = vars(self)["_regrow_passing"].parts
+        if not parts.lock.acquire(blocking=False):  # another thread's pass is served: layers serve this one
+            return super().forward(*args, **kwargs)
         parts.begin()
         whole = False
         try:
@@ -76,19 +84,32 @@ class _Passed(nn.Module):
             whole = True
         finally:
             parts.end(whole)
+            parts.lock.release()
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
-        if not _in_front(self):
-            return reduced
-        _, _, state, *rest = cast(tuple[Any, ...], reduced)
-        state = {key: value for key, value in state.items() if key != "_regrow_passing"}
-        return (_blank, (self._plain,), state, *rest)
+        return plainly(reduced, type(self), self._plain, "_regrow_passing") if _in_front(self) else reduced
 
 
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
+def plainly(reduced: Any, kind: type, plain: type, attribute: str) -> Any:
+    """What ``__reduce_ex__`` of an object of the class ``kind`` returned, for one of the class ``plain``.
+
+    Args:
+        attribute: is left out of the state. A class may have a state or a ``__reduce__`` of its own.
+    """
+    if not isinstance(reduced, tuple):
+        return reduced
+    make, arguments, *rest = reduced
+    if rest and isinstance(rest[0], dict):
+        rest[0] = {key: value for key, value in rest[0].items() if key != attribute}
+    # pickle compares the class with that of the object where the maker is its own.
+    make = _blank if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]
+    return make, tuple([plain if each is kind else each for each in arguments]), *rest
+
+
+def _blank(kind: Any, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
 
 
 def _in_front(model: nn.Module) -> bool:
@@ -97,4 +118,9 @@ def _in_front(model: nn.Module) -> bool:
 
 @functools.cache
 def _passed(plain: type[nn.Module]) -> type[nn.Module]:
-    return type(plain.__name__, (_Passed, plain), {"_plain": plain, "__module__": plain.__module__})
+    @functools.wraps(cast(Any, plain.forward))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _Passed.forward(self, *args, **kwargs)  # with the signature of the user's method
+
+    body = {"_plain": plain, "__module__": plain.__module__, "forward": forward}
+    return type(plain.__name__, (_Passed, plain), body)

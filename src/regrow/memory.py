@@ -1,0 +1,40 @@
+"""How the entries of a tensor lie in memory, and tensors as vectors in that order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a new tensor like ``tensor``, which fills its memory."""
+    return tuple(torch.empty_like(tensor, device="meta").stride())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the entries fill their memory without a gap, each with a place of its own."""
+    if tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return True
+    return dense_strides(tensor) == tensor.stride()
+
+
+def lies_by(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the entries of ``tensor`` lie in memory as ``strides`` say."""
+    if tensor.stride() == strides:
+        return True
+    # The stride of a dimension of one entry says nothing, and convolutions return any.
+    return all(
+        size == 1 or one == two for size, one, two in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+
+
+def in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``tensor`` as a vector, in the order in which entries lie by ``strides``, those of a dense tensor."""
+    if not lies_by(tensor, strides):
+        ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+        tensor = ordered.copy_(tensor)
+    if tensor.dim() == 1:
+        return tensor
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
