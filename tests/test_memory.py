@@ -8,8 +8,13 @@ from regrow.memory import in_memory, is_dense, lies_by
 
 @pytest.mark.parametrize(
     ("tensor", "dense"),
-    [(torch.ones(5, 3), True), (torch.ones(6, 7).T, True), (torch.ones(2, 3, 4, 4).movedim(1, -1), True)]
-    + [(torch.ones(4, 6)[:, ::2], False), (torch.ones(3, 1).expand(3, 4), False)],
+    [
+        (torch.ones(5, 3), True),
+        (torch.ones(6, 7).T, True),
+        (torch.ones(2, 3, 4, 4).movedim(1, -1), True),
+        (torch.ones(4, 6)[:, ::2], False),
+        (torch.ones(3, 1).expand(3, 4), False),
+    ],
 )
 def test_dense(tensor, dense):
     assert is_dense(tensor) is dense
