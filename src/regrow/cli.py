@@ -84,7 +84,10 @@ Rerun = Annotated[bool, _run("Train finished runs again.", "--rerun")]
 ConfigFile = Annotated[Path | None, _run("YAML file of settings; flags override it.", "--config")]
 Jobs = Annotated[
     int | None,
-    _where("Runs to train at a time; they share the CPUs evenly (default: one per CPU).", "--jobs"),
+    _where(
+        "Runs to train at a time; they share the CPUs evenly, or the GPU (default: one per CPU).",
+        *("--jobs", "--workers"),
+    ),
 ]
 
 
