@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 import warnings
@@ -95,6 +96,18 @@ def test_25_kills_at_random_moments_change_no_bit(tmp_path: Path, undisturbed: d
         resumed += result["resumed"]
         runs += 1
     assert resumed > 0
+
+
+def test_what_a_killed_process_left_beside_its_result_is_removed(
+    tmp_path: Path, undisturbed: dict[str, Path]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed["repr"], folder)
+    left = folder / ".result.json.abc.regrow.tmp"  # killed between the rename and the end of the block
+    left.mkdir()
+    assert not train(make_config({**SMALL, **METHODS["repr"]}), folder)
+    assert not left.exists()
+    assert outcome(folder) == outcome(undisturbed["repr"])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regrow.atomic import sweep
 from regrow.criteria.score import overlap
 from regrow.filters import eligible
 from regrow.interrupts import uninterrupted
@@ -159,7 +160,9 @@ def _is_done(config: RunConfig, folder: Path, rerun: bool) -> bool:
         check_not_foreign(folder)
         return False
     if done := check_folder(config, folder):
-        remove_checkpoints(folder)  # left by a process that was killed after it had written the result
+        # Left by a process that was killed after it had written the result.
+        remove_checkpoints(folder)
+        sweep(folder)
     return done
 
 
