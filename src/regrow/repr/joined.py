@@ -235,6 +235,13 @@ def _joined(tensors: Sequence[Tensor], vector: _Vector, layout: Layout) -> list[
     return [*found, layout.zero] if found else []
 
 
+def _begun(out: Tensor, joined: Sequence[Tensor], index: Tensor) -> Tensor:
+    """``out``, whose first entries are those of the vectors ``joined`` at ``index``."""
+    if len(index):
+        torch.index_select(torch.cat(list(joined)), 0, index, out=out[: len(index)])
+    return out
+
+
 def _alone(layout: Layout) -> Iterator[tuple[int, Any]]:
     """The tensors that are not joined, by number, each with what stays of it."""
     return ((number, layout.slices[number]) for number, joined in enumerate(layout.joined) if not joined)
@@ -245,11 +252,10 @@ def _alone(layout: Layout) -> Iterator[tuple[int, Any]]:
 def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
     """What stays of the tensors ``whole``, one vector."""
     to = _layout(layout)
-    if len(joined := _joined(whole, to.whole, to)) > len(whole):
+    joined = _joined(whole, to.whole, to)
+    if all(to.joined):
         return torch.cat(joined).index_select(0, to.taken)
-    out = whole[0].new_zeros(to.small.length)
-    if joined:
-        torch.index_select(torch.cat(joined), 0, to.taken, out=out[: to.small.joined_length])
+    out = _begun(whole[0].new_zeros(to.small.length), joined, to.taken)
     parts = to.small.parts(out)
     for number, one in _alone(to):
         parts[number].copy_(one.of(whole[number]))
@@ -265,11 +271,10 @@ def _(whole: Sequence[Tensor], layout: int) -> Tensor:
 def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
     """The tensors ``small`` at their places among zeros, one vector."""
     to = _layout(layout)
-    if len(joined := _joined(small, to.small, to)) > len(small):
+    joined = _joined(small, to.small, to)
+    if all(to.joined):
         return torch.cat(joined).index_select(0, to.spread)
-    out = small[0].new_empty(to.whole.length)
-    if joined:
-        torch.index_select(torch.cat(joined), 0, to.spread, out=out[: to.whole.joined_length])
+    out = _begun(small[0].new_empty(to.whole.length), joined, to.spread)
     parts = to.whole.parts(out)
     for number, one in _alone(to):
         one.back(small[number], parts[number])
@@ -299,12 +304,10 @@ _take_parts.register_autograd(_spread_back, setup_context=_keep_layout)
 def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
     """The tensors ``whole`` with the entries of ``small``, from ``take_parts``, in place of theirs."""
     to = _layout(layout)
-    if len(joined := _joined(whole, to.whole, to)) > len(whole):
-        return torch.cat([small, *joined]).index_select(0, to.written)
-    out = small.new_empty(to.whole.length)
-    if joined:
-        joined = [small[: to.small.joined_length], *joined]
-        torch.index_select(torch.cat(joined), 0, to.written, out=out[: to.whole.joined_length])
+    joined = [small[: to.small.joined_length], *_joined(whole, to.whole, to)]
+    if all(to.joined):
+        return torch.cat(joined).index_select(0, to.written)
+    out = _begun(small.new_empty(to.whole.length), joined, to.written)
     parts, taken = to.whole.parts(out), to.small.parts(small)
     for number, one in _alone(to):
         parts[number].copy_(whole[number]).index_copy_(0, one.rows, taken[number])

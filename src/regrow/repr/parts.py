@@ -148,17 +148,11 @@ class Parts:
         for (dtype, are_buffers), entries in alike.items():
             whole = [tensor for _, _, tensor, _ in entries]
             self._alive += whole
+            strides = tuple([tensor.stride() for tensor in whole])
             # A model may be moved, or change its memory format, between two passes.
-            place = whole[0].device, dtype, are_buffers
-            key = place, tuple(map(id, layers)), tuple([tensor.stride() for tensor in whole])
+            key = whole[0].device, dtype, are_buffers, tuple(map(id, layers)), strides
             if key not in self._layouts:
-                slices = [self._slices[layer][name] for layer, name, _, _ in entries]
-                self._layouts[key] = layout = Layout(whole, slices) if all(map(is_dense, whole)) else None
-                if layout is not None:
-                    names = [(layer, self._numbers[layer], name) for layer, name, _, _ in entries]
-                    # A CUDA graph that is captured later finds the indices there.
-                    _ = layout.written if are_buffers else layout.spread
-                    self._batches.append(_Batch(layout, list(key[2]), are_buffers, names))
+                self._layouts[key] = self._laid_out(entries, whole, are_buffers)
             layout = self._layouts[key]
             if layout is None:
                 return [None] * len(layers)
@@ -174,6 +168,20 @@ class Parts:
             for (_, name, _, tensors), part in zip(entries, parts, strict=True):
                 tensors[name] = part
         return [*made]
+
+    def _laid_out(
+        self, entries: Sequence[_Entry], whole: Sequence[Tensor], are_buffers: bool
+    ) -> Layout | None:
+        """The layout of the tensors ``whole`` of ``entries``; None if one does not fill its memory."""
+        if not all(map(is_dense, whole)):
+            return None
+        layout = Layout(whole, [self._slices[layer][name] for layer, name, _, _ in entries])
+        # A CUDA graph that is captured later finds the indices there.
+        _ = layout.written if are_buffers else layout.spread
+        names = [(layer, self._numbers[layer], name) for layer, name, _, _ in entries]
+        strides = [tensor.stride() for tensor in whole]
+        self._batches.append(_Batch(layout, strides, are_buffers, names))
+        return layout
 
     @torch.no_grad()
     def _write(self, layers: Sequence[nn.Module]) -> None:

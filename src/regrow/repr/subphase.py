@@ -293,11 +293,11 @@ class SubPhase:
         ]
 
     def _pushed_entries(self) -> list[tuple[nn.Parameter, Where]]:
-        """Of ``_dead_entries`` those that get gradients if nothing masks them.
+        """The entries among ``_dead_entries`` that would get gradients if nothing masked them.
 
-        Behind a filter of 0 that is read by norms with weights of 0 alone, only the biases of the norms do:
-        the norm hands back a gradient of 0 times its weight, and its input, which the gradient of its weight
-        is a multiple of, is 0.
+        A norm with a weight of 0 hands back a gradient of 0. The gradient of that weight is a multiple of the
+        norm's input, which is 0 too. So where nothing but such norms reads a dropped filter, only the biases
+        of the norms would get gradients.
         """
         quiet = {name for name in self.dropped if self._readers[name].norm_first}
         others = {name: filters for name, filters in self.dropped.items() if name not in quiet}

@@ -1,8 +1,8 @@
 """Whether a pass that leaves dropped filters out takes less time than one that computes them.
 
-On a CPU it does (benchmarks/repr_time.md). On a GPU the slices and the channels placed among zeros are some
-forty more kernels in a ResNet-20, about 0.2 ms of launches, and a small network gains less than that from
-fewer multiply-accumulates.
+On a CPU it does (benchmarks/repr_time.md). On a GPU the slices, and the channels placed among zeros, start 33
+more kernels in a ResNet-20 (tests/repr/test_launches.py). A small network is expected to gain less from fewer
+multiply-accumulates than these launches cost; nobody has timed it yet.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from regrow.repr.narrow import narrow
 from regrow.surgery.plan import CutPlan
 from regrow.torch_private import tree_leaves
 
-# Multiply-accumulates that a pass must save on a GPU. VGG-16 on 128 pictures of 32×32 saves 2e10, ResNet-20
-# 2e9, at 30 % of the filters.
+# Multiply-accumulates that a pass must save on a GPU: an estimate between VGG-16, which saves 2e10 on 128
+# pictures of 32×32 without 30 % of its filters, and ResNet-20, which saves 2e9.
 LEAST_SAVED = 6e9
 
 
