@@ -31,7 +31,7 @@ def lies_by(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` as a vector, in the order in which entries lie by ``strides``, those of a dense tensor."""
+    """``tensor`` as a vector, its entries in the order that ``strides``, of a dense tensor, give them."""
     if not lies_by(tensor, strides):
         ordered = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
         tensor = ordered.copy_(tensor)

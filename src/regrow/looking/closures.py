@@ -20,7 +20,7 @@ def rebind(modules: Iterable[nn.Module], memo: Mapping[int, Any]) -> None:
     the copy's forward method would run the layers of the model.
 
     Args:
-        modules: those of the model that was copied.
+        modules: the modules of the model that was copied.
         memo: of ``copy.deepcopy``: {id of an object of the model: its copy}.
     """
     rebound = _Rebound(memo)

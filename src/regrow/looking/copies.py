@@ -140,7 +140,7 @@ def _copy_plain(modules: Sequence[nn.Module], memo: dict[int, Any]) -> None:
 
 
 def _copied_quickly(value: Any, memo: Mapping[int, Any]) -> Any:
-    """A copy of a container of numbers, names and what has been copied; None of anything else."""
+    """A copy of a container that holds numbers, names and objects copied before; None for another object."""
     kind = type(value)
     if kind is set and _SHARED.issuperset(map(type, value)):
         return set(value)

@@ -124,7 +124,7 @@ def unsettle(probe: nn.Module, generator: torch.Generator) -> None:
 
 
 def _constant(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those of ``tensors`` in which all numbers are the same."""
+    """The tensors among ``tensors`` in which all numbers are the same."""
     corners = [tensor[(at,) * tensor.dim()] for tensor in tensors for at in (0, -1)]
     values = iter(numbers(corners))
     alike = [tensor for tensor in tensors if next(values) == next(values)]

@@ -181,9 +181,10 @@ class Layout:
 
     @functools.cached_property
     def written(self) -> Tensor:
-        """The same for statistics that are written back: what is not taken keeps its own value.
+        """For each entry of the joined tensors: where its new value lies when statistics are written back.
 
-        The vector of the parts comes first, and the joined tensors behind it.
+        It is looked up in the vector of the parts, with the joined tensors behind it: an entry that was not
+        taken keeps its value.
         """
         begins = self.small.joined_length
         written = torch.full((self.whole.joined_length,), begins + self._zero_at, device=self.zero.device)
@@ -236,7 +237,7 @@ def _joined(tensors: Sequence[Tensor], vector: _Vector, layout: Layout) -> list[
 
 
 def _begun(out: Tensor, joined: Sequence[Tensor], index: Tensor) -> Tensor:
-    """``out``, whose first entries are those of the vectors ``joined`` at ``index``."""
+    """``out``, to whose beginning the entries of the vectors ``joined`` at ``index`` are written."""
     if len(index):
         torch.index_select(torch.cat(list(joined)), 0, index, out=out[: len(index)])
     return out

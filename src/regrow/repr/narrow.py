@@ -129,7 +129,7 @@ class _Slices:
     parts: Parts | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(None), ()  # a copy computes with all of its own
+        return type(None), ()  # a copy computes with its whole tensors
 
 
 class _Narrowed(nn.Module):
@@ -266,7 +266,7 @@ def _slices(layer: Layer) -> _Slices:
 def _add_dead(
     model: nn.Module, found: dict[nn.Module, _Slices], dead: Iterable[tuple[nn.Parameter, Where]]
 ) -> set[nn.Parameter]:
-    """Add to ``found`` where parameters are dead; returns those of which all owners are in ``found`` then."""
+    """Add to ``found`` where parameters are dead; returns the parameters with all their owners in ``found``."""
     entries: dict[int, tuple[nn.Parameter, list[Where]]] = {}
     for parameter, where in dead:
         entries.setdefault(id(parameter), (parameter, []))[1].append(where)

@@ -30,7 +30,9 @@ from regrow.torch_private import (
 )
 
 Tensors = dict[str, Tensor]
-_Entry = tuple[nn.Module, str, Tensor, Tensors]  # a layer, the name of a tensor, it, and what is made
+_Entry = tuple[
+    nn.Module, str, Tensor, Tensors
+]  # layer, name of a tensor, the tensor, parts made for the layer
 
 
 class Parts:
@@ -158,7 +160,8 @@ class Parts:
                 return [None] * len(layers)
             if are_buffers:
                 vector = take_vector(whole, layout)
-                # .data counts changes of its own: a norm in train mode leaves one in eval mode valid.
+                # A change of one part must not count as a change of the others, which a norm in eval mode has
+                # saved for its backward pass: .data gives each part its own count.
                 parts = [part.data for part in layout.small.parts(vector)]
                 statistics = _Statistics(layout, vector, [(layer, buffer) for layer, _, buffer, _ in entries])
                 for layer, *_ in entries:

@@ -301,9 +301,9 @@ class Look:
 
 
 def excess_of(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
-    """By how much they differ more than ``tolerance`` of ``b``: a tensor of one number, NaN if unknown.
+    """The largest of |a − b| − ``tolerance`` · |b|: a tensor of one number, NaN if unknown.
 
-    If it is not larger than ``tolerance · scale``, ``a`` being finite, they are ``close``.
+    The tensors are ``close`` if it is at most ``tolerance · scale`` and ``a`` is finite.
     """
     if not (a.is_floating_point() or a.is_complex()):
         a, b = a.float(), b.float()
