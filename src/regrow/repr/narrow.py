@@ -266,7 +266,11 @@ def _slices(layer: Layer) -> _Slices:
 def _add_dead(
     model: nn.Module, found: dict[nn.Module, _Slices], dead: Iterable[tuple[nn.Parameter, Where]]
 ) -> set[nn.Parameter]:
-    """Add to ``found`` where parameters are dead; returns parameters whose owners are all in ``found`` then."""
+    """Add to ``found`` where parameters are dead.
+
+    Returns:
+        The parameters whose owners are all in ``found`` then.
+    """
     entries: dict[int, tuple[nn.Parameter, list[Where]]] = {}
     for parameter, where in dead:
         entries.setdefault(id(parameter), (parameter, []))[1].append(where)
