@@ -81,6 +81,10 @@ _RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random,
 Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
 Out = Annotated[Path, _run("Folder to write to.", "--out")]
 Rerun = Annotated[bool, _run("Train finished runs again.", "--rerun")]
+Preset = Annotated[
+    str | None,
+    _run("Settings under one name: paper or author (RePr's paper, its author's code).", "--preset"),
+]
 ConfigFile = Annotated[Path | None, _run("YAML file of settings; flags override it.", "--config")]
 Jobs = Annotated[
     int | None,
@@ -110,14 +114,17 @@ def _with_settings(without: Sequence[str] = ()) -> Callable[[Callable[..., None]
     return decorate
 
 
-def _configs(file: Path | None, settings: dict[str, Any], each: Sequence[dict[str, Any]]) -> list[RunConfig]:
+def _configs(
+    file: Path | None, settings: dict[str, Any], each: Sequence[dict[str, Any]], preset: str | None
+) -> list[RunConfig]:
     """Merge and check each run's settings: flags replace the file's, and the run's own replace both."""
     from regrow.study.launch import check_models
     from regrow.study.unused import check_used
 
     read = read_settings(file) if file else {}
     with typed():
-        configs = [make_config({**read, **settings, **own}) for own in each]
+        chosen = {} if preset is None else {"preset": preset}
+        configs = [make_config({**read, **chosen, **settings, **own}) for own in each]
         check_used(settings, configs, lambda key: "--" + key.replace("_", "-"))
         check_models({config.model for config in configs})
     # A file that regrow has written, which has a version, holds the settings of all methods.
@@ -148,12 +155,18 @@ def _flag(name: str) -> inspect.Parameter:
 
 @_command()
 @_with_settings()
-def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: Rerun = False) -> None:
+def train(
+    out: Out,
+    settings: dict[str, Any],
+    preset: Preset = None,
+    config: ConfigFile = None,
+    rerun: Rerun = False,
+) -> None:
     """Train one network and write a run folder: settings, a record of every epoch and cut, weights.
 
     Example: regrow train --data digits --model convnet --method repr --seed 3 --epochs 14 --out runs/one
     """
-    (run_config,) = _configs(config, settings, [{}])
+    (run_config,) = _configs(config, settings, [{}], preset)
     from regrow.study import records
     from regrow.study.progress import Progress
 
@@ -177,6 +190,7 @@ def compare(
     settings: dict[str, Any],
     methods: Annotated[str, _comparison("Methods to compare, the baseline first.")] = "standard,repr",
     seeds: Annotated[str, _comparison("Seeds, such as 0,1,2 or 0-4; each method trains with each.")] = "0-2",
+    preset: Preset = None,
     config: ConfigFile = None,
     rerun: Rerun = False,
     jobs: Jobs = None,
@@ -190,7 +204,7 @@ def compare(
     with typed():
         names, numbers = parse_methods(methods), parse_seeds(seeds)
     each = [{"method": name, "seed": seed} for seed in numbers for name in names]
-    configs = _configs(config, settings, each)
+    configs = _configs(config, settings, each, preset)
     from regrow.study.launch import local, run_comparison
 
     with typed():

@@ -17,6 +17,8 @@ def build(name: str, **options: object) -> nn.Module:
         ("vgg", {"depth": 11, "width": 0.1, "pooling": "none", "size": (4, 4)}),
         ("resnet", {"depth": 26, "width": 4}),
         ("wrn", {"depth": 10, "width": 0.5}),
+        ("densenet", {"depth": 7, "width": 2}),
+        ("convnet", {"pooling": "max3", "head": "flatten", "kernel": 5, "init": "torch", "width": 4}),
         ("torchvision:squeezenet1_1", {}),
         ("mobilenet_v3_small", {}),
         ("timm:test_resnet", {}),
@@ -94,7 +96,7 @@ def test_model_channels() -> None:
         ("torchvision:fcn_resnet50", "unknown model"),  # segmentation
         ("timm:hf-hub:some/model", "unknown model"),  # would be fetched
         ("keras:resnet18", "unknown model 'keras:resnet18'"),
-        ("", "There are convnet, vgg, resnet, wrn, torchvision:NAME and timm:NAME"),
+        ("", "There are convnet, vgg, resnet, wrn, densenet, torchvision:NAME and timm:NAME"),
     ],
 )
 def test_unknown_names_are_refused(name: str, message: str) -> None:
@@ -109,6 +111,10 @@ def test_unknown_names_are_refused(name: str, message: str) -> None:
         ("resnet", {"depth": 21}, "resnet takes a depth of 6n"),
         ("resnet", {"batch_norm": False}, "resnet takes depth and width only"),
         ("wrn", {"pooling": "avg"}, "wrn takes depth and width only"),
+        ("densenet", {"batch_norm": False}, "densenet takes depth and width only"),
+        ("vgg", {"head": "flatten"}, "head, kernel and init are settings of convnet: .* with 'vgg'"),
+        ("resnet18", {"kernel": 5}, "head, kernel and init are settings of convnet"),
+        ("timm:resnet18", {"init": "torch"}, "head, kernel and init are settings of convnet"),
         ("resnet18", {"depth": 18}, "is built as its library has it"),
         ("resnet18", {"width": 2}, "is built as its library has it"),
         ("timm:resnet18", {"batch_norm": False}, "is built as its library has it"),
@@ -147,6 +153,8 @@ def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
         ("vgg", {"width": 60, "depth": 19}),
         ("resnet", {"width": 10_000, "depth": 110}),
         ("wrn", {"width": 10_000}),
+        ("densenet", {"width": 10_000}),
+        ("convnet", {"width": 10_000, "head": "flatten", "depth": 1, "size": (64, 64), "classes": 100}),
     ],
 )
 def test_a_net_too_large_for_memory_is_refused_before_it_is_built(name: str, options: dict) -> None:

@@ -49,5 +49,7 @@ def test_the_rate_is_held_until_the_last_restore_and_then_annealed_to_zero() -> 
 
 def test_other_schedules() -> None:
     assert rate_factor("constant", 99, 100, 60) == 1
+    halved = [rate_factor("halving", s, 100, 60, halve_every=20) for s in (0, 19, 20, 39, 99)]
+    assert halved == [1, 1, 0.5, 0.5, 1 / 16]
     assert rate_factor("cosine", 50, 100, 60) == pytest.approx(0.5)
     assert [rate_factor("step", s, 100, 60) for s in (49, 50, 75)] == pytest.approx([1, 0.1, 0.01])

@@ -44,6 +44,9 @@ def build(config: RunConfig, splits: Splits) -> nn.Module:
         width=config.width,
         batch_norm=config.batch_norm,
         pooling=config.pooling,
+        head=config.head,
+        kernel=config.kernel,
+        init=config.init,
     )
 
 
@@ -107,6 +110,7 @@ def make_scheduler(
             step,
             config.epochs * steps,
             min(config.epochs, config.cycle.last_restore) * steps,
+            config.halve_every,
         ),
     )
 

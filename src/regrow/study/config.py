@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.presets import with_names_resolved
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -60,18 +61,36 @@ class RunConfig(BaseModel):
     model: str = _setting(
         "convnet",
         _MODEL,
-        "convnet, vgg, resnet (CIFAR family), wrn, or any torchvision or timm name.",
+        "convnet, c3 … c18 (the paper's nets), vgg, resnet (CIFAR family), wrn, densenet, or any "
+        "torchvision or timm name.",
         max_length=200,
     )
     depth: int | None = _setting(
-        None, _MODEL, "Layers: convnet 3, vgg 16 (7 to 19), resnet 20, wrn 16.", ge=1, le=200
+        None, _MODEL, "Layers: convnet 3, vgg 16 (7 to 19), resnet 20, wrn 16, densenet 40.", ge=1, le=200
     )
     width: float | None = _setting(
-        None, _MODEL, "Filters: convnet 32, resnet 16; factor: vgg 1, wrn 4.", gt=0, le=10_000
+        None,
+        _MODEL,
+        "Filters: convnet 32, resnet 16, densenet 12 (growth); factor: vgg 1, wrn 4.",
+        gt=0,
+        le=10_000,
     )
     batch_norm: bool = _setting(True, _MODEL, "Batch norm behind the convolutions (convnet, vgg).")
-    pooling: Literal["max", "avg", "none"] = _setting(
-        "max", _MODEL, "Pooling between the convolutions of convnet."
+    pooling: Literal["max", "avg", "max3", "none"] = _setting(
+        "max",
+        _MODEL,
+        "Pooling between the convolutions (convnet, vgg): 2×2 pixels, max3: 3×3 with stride 2.",
+    )
+    head: Literal["average", "flatten"] = _setting(
+        "average",
+        _MODEL,
+        "What the linear layer of convnet reads: each channel's average, or all pixels (the paper's net).",
+    )
+    kernel: int = _setting(3, _MODEL, "Side of the convolutions of convnet, an odd number.", ge=1, le=31)
+    init: Literal["he", "torch", "truncated"] = _setting(
+        "he",
+        _MODEL,
+        "First weights of convnet: He's, PyTorch's own, or normal of deviation 0.04 (the author's code).",
     )
 
     epochs: int = _setting(30, _TRAINING, "Passes over the training pictures.", ge=1, le=_LONGEST)
@@ -82,11 +101,14 @@ class RunConfig(BaseModel):
     )
     momentum: float = _setting(0.9, _TRAINING, "Momentum of sgd.", ge=0, lt=1)
     weight_decay: float = _setting(5e-4, _TRAINING, "Weight decay.", ge=0, le=1e30)
-    schedule: Literal["hold-cosine", "cosine", "step", "constant"] = _setting(
+    schedule: Literal["hold-cosine", "cosine", "step", "constant", "halving"] = _setting(
         "hold-cosine",
         _TRAINING,
         "Learning rate. hold-cosine holds it through the cycles and anneals after the last restore; "
         "standard training gets the same.",
+    )
+    halve_every: int = _setting(
+        25_000, _TRAINING, "Steps after which the schedule halving halves the learning rate.", ge=1, le=_MANY
     )
     precision: Literal["float32", "bfloat16", "bf16", "float16"] = _setting(
         "float32",
@@ -179,13 +201,13 @@ class RunConfig(BaseModel):
 
 
 def make_config(settings: Mapping[str, Any]) -> RunConfig:
-    """A checked ``RunConfig``.
+    """A checked ``RunConfig``; ``preset`` and names such as C3(32) are replaced by what they stand for.
 
     Raises:
         ValueError: an unknown key (the nearest is suggested), a value of the wrong type or out of range,
             or cycles that do not fit into the epochs.
     """
-    settings = {key: value for key, value in settings.items() if key != "version"}
+    settings = with_names_resolved({key: value for key, value in settings.items() if key != "version"})
     _check_names(settings)
     for key in settings:
         if key not in RunConfig.model_fields:

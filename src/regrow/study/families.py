@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from regrow.study.names import POOLINGS
+from regrow.study.names import HEADS, INITS, POOLINGS
 
 _VGG_STAGES = {
     7: (2, 2, 2),
@@ -17,6 +18,7 @@ _VGG_STAGES = {
     19: (2, 2, 4, 4, 4),
 }
 _VGG_FILTERS = (64, 128, 256, 512, 512)
+_TRUNCATED = 0.04
 
 
 def convnet(
@@ -28,21 +30,58 @@ def convnet(
     width: float | int = 32,
     batch_norm: bool = True,
     pooling: str = "max",
+    head: str = "average",
+    kernel: int = 3,
+    init: str = "he",
 ) -> nn.Sequential:
-    """RePr's vanilla net: ``depth`` 3×3 convolutions of ``width`` filters, then a global average.
+    """RePr's vanilla net Cⁿ(32): ``depth`` convolutions of ``width`` filters, then one linear layer.
 
-    Every block but the last ends in a 2×2 pool while the picture is at least 4 pixels a side.
+    Every block but the last ends in a pool while the picture is at least 4 pixels a side.
+
+    Args:
+        classes, channels, size: of the pictures.
+        depth, width: convolutions, and filters of each.
+        batch_norm: whether a batch norm stands behind each convolution (the paper's net has none).
+        pooling: ``"max"`` and ``"avg"`` pool 2×2 pixels, ``"max3"`` 3×3 pixels with stride 2 and padding 1
+            (the author's released code), ``"none"`` nothing.
+        head: what the linear layer reads: ``"average"`` of each channel's map, or ``"flatten"``, each pixel
+            of the last maps (the paper's net).
+        kernel: side of the convolutions, an odd number.
+        init: first weights: ``"he"`` (convolutions: normal, variance 2 / (filters · kernel²), biases 0),
+            ``"torch"`` (as PyTorch makes its layers) or ``"truncated"`` (convolutions and linear layer:
+            normal of deviation 0.04, cut at two deviations, biases 0; the author's released code).
+
+    Raises:
+        ValueError: a value that is none of these.
     """
     _check_pooling(pooling)
     if depth < 1:
         raise ValueError(f"convnet takes a depth from 1, not {depth}.")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"convnet takes a kernel of an odd number of pixels (1, 3, 5, …), not {kernel}.")
+    for name, value, known in (("head", head, HEADS), ("init", init, INITS)):
+        if value not in known:
+            raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}.")
     filters = _filters("convnet", width)
-    blocks, inputs, side = [], channels, min(size)
+    blocks, inputs, sides = [], channels, size
     for layer in range(depth):
-        pooled = pooling != "none" and layer < depth - 1 and side >= 4
-        blocks.append(_block(inputs, filters, batch_norm, pooling if pooled else "none"))
-        inputs, side = filters, side // 2 if pooled else side
-    return _classifier(nn.Sequential(*blocks), filters, classes)
+        pooled = pooling if layer < depth - 1 and min(sides) >= 4 else "none"
+        blocks.append(_block(inputs, filters, batch_norm, pooled, kernel))
+        inputs, sides = filters, (_pooled(sides[0], pooled), _pooled(sides[1], pooled))
+    features = nn.Sequential(*blocks)
+    model = (
+        _classifier(features, filters, classes)
+        if head == "average"
+        else nn.Sequential(
+            OrderedDict(
+                features=features,
+                flatten=nn.Flatten(),
+                classifier=nn.Linear(filters * sides[0] * sides[1], classes),
+            )
+        )
+    )
+    _start(model, init)
+    return model
 
 
 def vgg(
@@ -66,9 +105,9 @@ def vgg(
     blocks, inputs, side = [], channels, min(size)
     for layers, filters in zip(_VGG_STAGES[depth], _scaled("vgg", _VGG_FILTERS, width), strict=False):
         for layer in range(layers):
-            pooled = pooling != "none" and layer == layers - 1 and side >= 2
-            blocks.append(_block(inputs, filters, batch_norm, pooling if pooled else "none"))
-            inputs, side = filters, side // 2 if pooled else side
+            pooled = pooling if layer == layers - 1 and side >= 2 else "none"
+            blocks.append(_block(inputs, filters, batch_norm, pooled))
+            inputs, side = filters, _pooled(side, pooled)
     return _classifier(nn.Sequential(*blocks), inputs, classes)
 
 
@@ -79,8 +118,8 @@ def resnet(classes: int, channels: int, *, depth: int = 20, width: float | int =
     norm, not the option A of their CIFAR table, because padding with zero channels leaves nothing to cut.
     So ResNet-20 has 272,474 parameters instead of 269,722.
     """
-    if depth not in range(20, 111, 6):
-        raise ValueError(f"resnet takes a depth of 6n+2 from 20 to 110 (20, 26, 32, …), not {depth}.")
+    if depth not in range(20, 183, 6):
+        raise ValueError(f"resnet takes a depth of 6n+2 from 20 to 182 (20, 26, 32, …), not {depth}.")
     first = _filters("resnet", width)
     features: OrderedDict[str, nn.Module] = OrderedDict(
         stem=_block(channels, first, batch_norm=True, pooling="none"),
@@ -101,6 +140,38 @@ def wrn(classes: int, channels: int, *, depth: int = 16, width: float | int = 4)
         relu=nn.ReLU(),
     )
     return _classifier(nn.Sequential(features), filters[-1], classes)
+
+
+def densenet(classes: int, channels: int, *, depth: int = 40, width: float | int = 12) -> nn.Sequential:
+    """The DenseNet for CIFAR of Huang et al. 2017, without bottlenecks: depth 3n+4, growth ``width``.
+
+    A first convolution of 16 filters, three dense blocks of n layers (norm, ReLU, 3×3 convolution of
+    ``width`` filters, whose output is put behind its input), and between them a 1×1 convolution that keeps
+    the number of channels and a 2×2 average pool. DenseNet-40 with growth 12 has 1,019,722 parameters for
+    ten classes. RePr's paper does not say what its DenseNet-5 is; depth 7, one layer in each block, is the
+    shallowest here.
+    """
+    if depth < 7 or depth % 3 != 1:
+        raise ValueError(f"densenet takes a depth of 3n+4 from 7 (7, 10, …, 40, 100), not {depth}.")
+    growth, filters = _filters("densenet", width), 16
+    features: OrderedDict[str, nn.Module] = OrderedDict(
+        stem=nn.Sequential(OrderedDict(conv=_conv(channels, filters)))
+    )
+    for block in range(1, 4):
+        layers = [_Dense(filters + growth * layer, growth) for layer in range((depth - 4) // 3)]
+        filters += growth * len(layers)
+        features[f"block{block}"] = nn.Sequential(*layers)
+        if block < 3:
+            features[f"transition{block}"] = nn.Sequential(
+                OrderedDict(
+                    norm=nn.BatchNorm2d(filters),
+                    relu=nn.ReLU(),
+                    conv=_conv(filters, filters, kernel=1),
+                    pool=nn.AvgPool2d(2),
+                )
+            )
+    features["norm"], features["relu"] = nn.BatchNorm2d(filters), nn.ReLU()
+    return _classifier(nn.Sequential(features), filters, classes)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -135,13 +206,39 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bias: boo
     return conv
 
 
-def _block(inputs: int, outputs: int, batch_norm: bool, pooling: str) -> nn.Sequential:
-    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=_conv(inputs, outputs, bias=not batch_norm))
+def _start(model: nn.Module, init: str) -> None:
+    """Draw the first weights of convolutions and linear layers anew, unless ``init`` is "he"."""
+    if init == "he":
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            if init == "torch":
+                layer.reset_parameters()
+                continue
+            nn.init.trunc_normal_(layer.weight, std=_TRUNCATED, a=-2 * _TRUNCATED, b=2 * _TRUNCATED)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _pooled(side: int, pooling: str) -> int:
+    """The side of a map behind the pool, in pixels."""
+    return {"none": side, "max3": (side + 1) // 2}.get(pooling, side // 2)
+
+
+def _pool(pooling: str) -> nn.Module:
+    if pooling == "max3":
+        return nn.MaxPool2d(3, stride=2, padding=1)
+    return nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2)
+
+
+def _block(inputs: int, outputs: int, batch_norm: bool, pooling: str, kernel: int = 3) -> nn.Sequential:
+    conv = _conv(inputs, outputs, kernel, bias=not batch_norm)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
     if batch_norm:
         layers["norm"] = nn.BatchNorm2d(outputs)
     layers["relu"] = nn.ReLU()
     if pooling != "none":
-        layers["pool"] = nn.MaxPool2d(2) if pooling == "max" else nn.AvgPool2d(2)
+        layers["pool"] = _pool(pooling)
     return nn.Sequential(layers)
 
 
@@ -194,6 +291,19 @@ class _PreActivated(nn.Module):
         y = self.conv2(self.relu(self.norm2(self.conv1(activated))))
         # As in the authors' code: a projection reads the activated input, the identity the raw one.
         return y + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class _Dense(nn.Module):
+    """Norm, ReLU, convolution; its new channels are put behind the channels of the input."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.relu = nn.ReLU()
+        self.conv = _conv(inputs, growth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(self.relu(self.norm(x)))], dim=1)
 
 
 def _stages(

@@ -37,6 +37,9 @@ def build_model(
     width: float | int | None = None,
     batch_norm: bool = True,
     pooling: str = "max",
+    head: str = "average",
+    kernel: int = 3,
+    init: str = "he",
 ) -> nn.Module:
     """Build an untrained classifier, pictures [n, channels, height, width] → logits [n, classes].
 
@@ -44,17 +47,20 @@ def build_model(
     that tries the picture size leaves the generator and every buffer as they were.
 
     Args:
-        name: a family (``convnet``, ``vgg``, ``resnet``, ``wrn``) or a library's net:
+        name: a family (``convnet``, ``vgg``, ``resnet``, ``wrn``, ``densenet``) or a library's net:
             ``torchvision:NAME``, ``timm:NAME``, or a bare NAME, looked up in torchvision first.
         classes: number of logits.
         channels: of the data; ``model_channels`` says how many the net itself reads.
         size: (height, width) of the pictures.
         depth: convnet from 1 (default 3); vgg 7, 11, 13, 16 (default) or 19; resnet 6n+2 from 20
-            (default) to 110; wrn 6n+4 from 10 (default 16).
+            (default) to 182; wrn 6n+4 from 10 (default 16); densenet 3n+4 from 7 (default 40).
         width: convnet filters per layer (default 32); vgg multiplier (default 1); resnet filters of
-            the first stage (default 16); wrn widening factor (default 4).
+            the first stage (default 16); wrn widening factor (default 4); densenet growth (default 12).
         batch_norm: False leaves batch norm out; convnet and vgg only.
-        pooling: ``max``, ``avg`` or ``none``; convnet and vgg only.
+        pooling: ``max``, ``avg``, ``max3`` (3×3, stride 2) or ``none``; convnet and vgg only.
+        head: ``average`` or ``flatten``: what the linear layer of convnet reads.
+        kernel: side of the convolutions of convnet.
+        init: ``he``, ``torch`` or ``truncated``: first weights of convnet.
 
     Raises:
         ValueError: an unknown name, a setting that the net does not take, a library that is not
@@ -69,15 +75,19 @@ def build_model(
     reads = _channels(source, bare, channels)
     given: dict[str, Any] = {"depth": depth, "width": width}
     given = {key: value for key, value in given.items() if value is not None}
-    plain = batch_norm and pooling == "max"
+    blocks: dict[str, Any] = {"batch_norm": batch_norm, "pooling": pooling}
+    plain = blocks == {"batch_norm": True, "pooling": "max"}
+    parts: dict[str, Any] = {"head": head, "kernel": kernel, "init": init}
+    if bare != "convnet" and parts != {"head": "average", "kernel": 3, "init": "he"}:
+        raise ValueError(f"head, kernel and init are settings of convnet: leave them out with {short(name)}.")
     if source == "house":
         build = partial(getattr(families, bare), classes, reads, **given)
         if bare in ("convnet", "vgg"):
-            build = partial(build, size, batch_norm=batch_norm, pooling=pooling)
+            build = partial(build, size, **blocks, **(parts if bare == "convnet" else {}))
         elif not plain:
             raise ValueError(
-                f"{bare} takes depth and width only: it always has batch norm, and strides in place of "
-                "pooling. Leave batch_norm and pooling out, or use convnet or vgg."
+                f"{bare} takes depth and width only: it always has batch norm and its own pooling. "
+                "Leave batch_norm and pooling out, or use convnet or vgg."
             )
         if given:
             _check_size(build, given)

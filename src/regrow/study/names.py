@@ -4,8 +4,10 @@ from __future__ import annotations
 
 DATA_NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
 AUGMENTATIONS = ("none", "shift", "flip", "shift-flip")
-MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
-POOLINGS = ("max", "avg", "none")
+MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn", "densenet")
+POOLINGS = ("max", "avg", "max3", "none")
+HEADS = ("average", "flatten")
+INITS = ("he", "torch", "truncated")
 # Names that the papers use.
 METHOD_ALIASES = {"backprop": "standard"}
 PRECISION_ALIASES = {"bf16": "bfloat16"}

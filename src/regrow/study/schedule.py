@@ -52,16 +52,18 @@ def place_cycle(
     return Cycle(max(1, length - sub), sub, cycles)
 
 
-def rate_factor(schedule: str, step: int, steps: int, hold: int) -> float:
+def rate_factor(schedule: str, step: int, steps: int, hold: int, halve_every: int = 25_000) -> float:
     """The learning rate at ``step`` of ``steps``, as a share of the highest.
 
     Args:
         schedule: ``"hold-cosine"`` (1 for ``hold`` steps, then half a cosine to 0), ``"cosine"`` (the
             same without holding), ``"step"`` (a tenth from half the steps on, a hundredth from three
-            quarters) or ``"constant"``.
+            quarters), ``"halving"`` (half as much after every ``halve_every`` steps) or ``"constant"``.
     """
     if schedule == "constant":
         return 1.0
+    if schedule == "halving":
+        return 0.5 ** (step // halve_every)
     if schedule == "step":
         return 0.1 ** ((step >= steps / 2) + (step >= steps * 3 / 4))
     start = hold if schedule == "hold-cosine" else 0

@@ -16,6 +16,7 @@ from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import WHERE, normalised, own_settings, run_key
 from regrow.study.names import DATA_NAMES, METHOD_ALIASES
+from regrow.study.presets import net_of
 from regrow.study.seeds import MOST_RUNS, seeds_of
 from regrow.study.unused import check_used
 from regrow.study.yamls import read_yaml
@@ -25,7 +26,7 @@ _KEYS = ("name", "methods", "models", "data", "seeds", "settings")
 _METHODS: tuple[str, ...] = get_args(RunConfig.model_fields["method"].annotation)
 # Settings that have their own key at the top of the file.
 _ELSEWHERE = {"method": "methods", "model": "models", "data": "data", "seed": "seeds"}
-_SHARED = [key for key in RunConfig.model_fields if key not in _ELSEWHERE]
+_SHARED = ["preset", *(key for key in RunConfig.model_fields if key not in _ELSEWHERE)]
 
 _Options = dict[str, dict[str, Any]]
 
@@ -137,7 +138,7 @@ def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
     check_used(settings, every, "settings: {!r}".format)
     for kind, options in (("models", models), ("data", data)):
         for name, own in options.items():
-            theirs = [each for each in every if name in (each.model, each.data)]
+            theirs = [each for each in every if net_of(name) in (each.model, each.data)]
             check_used(own, theirs, f"{kind}: {name}: {{!r}}".format)
     return runs
 
