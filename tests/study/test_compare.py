@@ -8,6 +8,7 @@ from rich.console import Console
 
 from regrow.study.compare import (
     MethodSummary,
+    best_table,
     check_comparable,
     group_of,
     headline,
@@ -331,3 +332,38 @@ def test_table_fits_a_terminal_of_80_columns():
         len([line for line in text.splitlines() if "88.12 ± 0.42 %" in line and "10.0 ± 0.5 s" in line]) == 2
     )
     assert "…" not in text
+
+
+def at_best(method, seed, test, best, epoch=5):
+    mine = run(method, seed, test=test)
+    return replace(mine, result=mine.result | {"best_test_accuracy": best, "best_epoch": epoch})
+
+
+def test_the_best_epoch_by_hand():
+    runs = [
+        *(at_best("standard", seed, 0.6, 0.64) for seed in (0, 1, 2)),
+        *(at_best("repr", seed, 0.7, 0.64 + 0.01 * seed, epoch=seed) for seed in (0, 1, 2)),
+        run("dropout", 0),  # of an older regrow
+    ]
+    standard, other, older = summarise(runs)
+    assert (standard.best_test_accuracy, standard.difference_at_best) == (Spread(0.64, 0), None)
+    assert other.best_test_accuracy.mean == pytest.approx(0.65)
+    assert other.best_epoch.mean == 1
+    assert other.difference_at_best.mean == pytest.approx(1)
+    assert other.difference_at_best.high == pytest.approx(1 + 4.3027 / math.sqrt(3), abs=1e-3)
+    assert other.difference.mean == pytest.approx(10)
+    assert (older.best_test_accuracy, older.best_epoch, older.difference_at_best) == (None, None, None)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(best_table([standard, other, older]))
+    lines = console.export_text().splitlines()
+    assert any(
+        "RePr" in line and "65.00 ± 1.00 %" in line and "+1.00 [−1.48, +3.48]" in line for line in lines
+    )
+    assert any(
+        "Standard training" in line and "baseline" in line and line.strip().endswith("5") for line in lines
+    )
+    assert any("Dropout" in line and line.count("—") == 3 for line in lines)
+
+
+def test_without_best_epochs_there_is_no_table_of_them():
+    assert best_table(summarise([run("standard", 0), run("repr", 0)])) is None

@@ -14,7 +14,12 @@ pytestmark = pytest.mark.devices
 # The smallest pictures of GoogLeNet are 15×15; those of torchvision's inception_v3 are 75×75.
 NETS = {
     "convnet": {"model": "convnet", "width": 6},
-    "convnet, average pools, no norm": {"model": "convnet", "width": 6, "pooling": "avg", "batch_norm": False},
+    "convnet, average pools, no norm": {
+        "model": "convnet",
+        "width": 6,
+        "pooling": "avg",
+        "batch_norm": False,
+    },
     "c3": {"model": "C3(6)"},
     "c8": {"model": "C8(4)"},
     "c13, pooled": {"model": "C13(4)", "pooling": "max"},

@@ -21,7 +21,7 @@ from regrow.study.fits import check_fits
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
-from regrow.study.steps import train_epoch
+from regrow.study.steps import state_of_weights, train_epoch
 from regrow.study.train import _Parts, _set_up, train
 
 SMALL: dict[str, Any] = {
@@ -65,6 +65,7 @@ def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
         "epoch": 2, "epochs": epochs, "events": events, "measured": {"loss": 1.0, "accuracy": 0.5},
         "seconds": 1.0, "environment": {**records.environment("cpu", 1), "resumed": 0},
         "trained": state_of(*parts.trained), "random": [random_state()],
+        "best": {"epoch": 1, "accuracy": 0.5, "weights": state_of_weights(parts.model)},
     }  # fmt: skip
     return parts, from_bytes(to_bytes(state))
 
@@ -78,6 +79,20 @@ def test_a_state_of_the_run_itself_fits(run: tuple[_Parts, dict[str, Any]]) -> N
     check(parts, state)
     load_state(copy.deepcopy(state["trained"]), *parts.trained)
     load_random_state(state["random"][0])
+
+
+def test_the_best_epoch_is_checked_and_may_be_missing(run: tuple[_Parts, dict[str, Any]]) -> None:
+    parts, state = run
+    check(parts, changed(state, ("best",), removed))
+    for at, value, message in (
+        (("best", "epoch"), 3, "the best epoch must be a whole number from 1 to 2"),
+        (("best", "accuracy"), 1.5, "the best accuracy cannot be 1.5"),
+        (("best", "weights", "classifier.bias"), torch.zeros(3), "classifier.bias.* has shape"),
+        (("best", "weights"), {}, "which the file lacks"),
+        (("best",), {}, "best has no 'epoch'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(parts, changed(state, at, replaced(value)))
 
 
 def test_a_state_from_a_gpu_fits(run: tuple[_Parts, dict[str, Any]]) -> None:

@@ -49,6 +49,21 @@ def test_a_run_leaves_its_settings_curves_events_and_weights(tmp_path: Path) -> 
     assert record.result["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_the_best_epoch_is_tested_with_its_own_weights(tmp_path: Path) -> None:
+    settings = {"schedule": "constant", "lr": 0.2, "seed": 1}
+    result = run(tmp_path / "whole", epochs=6, **settings).result
+    lines = records.read_run(tmp_path / "whole").epochs
+    assert result is not None
+    best = max(lines, key=lambda line: line["validation_accuracy"])
+    assert result["best_epoch"] == best["epoch"] < 6
+    assert result["best_validation_accuracy"] == best["validation_accuracy"] > result["validation_accuracy"]
+    # A run of so many epochs ends with the weights of that epoch.
+    short = run(tmp_path / "short", epochs=best["epoch"], **settings).result
+    assert short is not None
+    assert short["test_accuracy"] == result["best_test_accuracy"] != result["test_accuracy"]
+    assert (short["best_epoch"], short["best_test_accuracy"]) == (best["epoch"], short["test_accuracy"])
+
+
 @pytest.mark.parametrize("method", list(METHOD_SETTINGS))
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method: str) -> None:
     for name in ("a", "b"):

@@ -68,6 +68,9 @@ class MethodSummary:
         unit: the unit of equal compute; None if compute could not be compared.
         at_equal_compute: best validation accuracy within the compute of the cheapest run of the seed.
         difference_at_equal_compute: the paired difference in that accuracy.
+        best_test_accuracy: of the weights of the epoch that validated best; None if a run's record lacks it.
+        best_epoch: its number.
+        difference_at_best: the paired difference in ``best_test_accuracy``.
     """
 
     method: str
@@ -88,6 +91,9 @@ class MethodSummary:
     unit: Unit | None = None
     at_equal_compute: Spread | None = None
     difference_at_equal_compute: Paired | None = None
+    best_test_accuracy: Spread | None = None
+    best_epoch: Spread | None = None
+    difference_at_best: Paired | None = None
 
     @property
     def n(self) -> int:
@@ -228,6 +234,39 @@ def table(summaries: Sequence[MethodSummary]) -> Table:
     return shown
 
 
+def best_table(summaries: Sequence[MethodSummary]) -> Table | None:
+    """The methods at the epoch that validated best, for the terminal; None where no record has it."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not any(each.best_test_accuracy for each in summaries):
+        return None
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("best epoch by validation", overflow="fold")
+    for column in ("n", "test accuracy", "points [95 % interval]", "epoch"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for summary in summaries:
+        accuracy, epoch, difference = (
+            summary.best_test_accuracy,
+            summary.best_epoch,
+            summary.difference_at_best,
+        )
+        cells = [
+            label(summary.method),
+            str(summary.n),
+            "—" if accuracy is None else percent(accuracy),
+            f"{signed(difference.mean)} {interval(difference)}"
+            if difference
+            else "baseline"
+            if summary.method == summary.baseline
+            else "—",
+            "—" if epoch is None else f"{epoch.mean:.0f}",
+        ]
+        shown.add_row(*map(Text, cells))
+    return shown
+
+
 def _by_group(runs: Sequence[RunRecord], variants: Mapping[Path, str] | None) -> dict[str, list[RunRecord]]:
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -287,6 +326,11 @@ def _summary(
         difference_at_equal_compute=None
         if name == baseline
         else _difference(_hundredfold(at_baseline), _hundredfold(reached)),
+        best_test_accuracy=_spread_of(mine, "best_test_accuracy"),
+        best_epoch=_spread_of(mine, "best_epoch"),
+        difference_at_best=None
+        if name == baseline
+        else _difference(_known(reference, "best_test_accuracy"), _known(mine, "best_test_accuracy")),
     )
 
 
@@ -308,6 +352,17 @@ def _ratio(
 
 def _points(runs: Mapping[int, RunRecord]) -> dict[int, float]:
     return _hundredfold({seed: run.result["test_accuracy"] for seed, run in runs.items() if run.result})
+
+
+def _known(runs: Mapping[int, Mapping[str, Any]], key: str) -> dict[int, float]:
+    """``key`` in percentage points, of the runs whose record has it."""
+    return _hundredfold({seed: result[key] for seed, result in runs.items() if result.get(key) is not None})
+
+
+def _spread_of(runs: Mapping[int, Mapping[str, Any]], key: str) -> Spread | None:
+    """Of ``key``; None if the record of a run lacks it."""
+    values = [result.get(key) for result in runs.values()]
+    return None if None in values else spread([value for value in values if value is not None])
 
 
 def _hundredfold(fractions: Mapping[int, float]) -> dict[int, float]:

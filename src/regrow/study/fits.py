@@ -57,6 +57,7 @@ def check_fits(
     fresh = state_of(model, optimizer, scheduler, scaler, repr_)
     state = _mapping(done["trained"], tuple(fresh), "trained")
     check_stored(fresh["model"], _tensors(state["model"], "model"))
+    _check_best(done.get("best"), fresh["model"], epoch)
     _check_optimizer(state["optimizer"], fresh["optimizer"], optimizer)
     _check_scheduler(state["scheduler"], fresh["scheduler"], epoch * steps)
     _check_scaler(state["scaler"], fresh["scaler"])
@@ -74,6 +75,16 @@ def check_fits(
         raise ValueError("random must list the state of each process's generators")
     for each in done["random"]:
         _check_random(each)
+
+
+def _check_best(best: Any, fresh: Mapping[str, Tensor], epoch: int) -> None:
+    """Check the best epoch so far; earlier versions did not keep it."""
+    if best is None:
+        return
+    _mapping(best, ("epoch", "accuracy", "weights"), "best")
+    _whole(best["epoch"], 1, epoch, "the best epoch")
+    _real(best["accuracy"], "the best accuracy", most=1)
+    check_stored(fresh, _tensors(best["weights"], "the weights of the best epoch"))
 
 
 def _check_optimizer(state: Any, fresh: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:

@@ -98,6 +98,7 @@ def render(content: Content) -> str:
         compared=any(each.difference for each in summaries),
         equal=any(each.at_equal_compute for each in summaries),
         counted=any(each.flops for each in summaries),
+        best=any(each.best_test_accuracy for each in summaries),
         overview=compare.overview(summaries) if summaries[-1].compared > _FEW else None,
         headlines=compare.headline(summaries).split("\n"),
         summaries=summaries,

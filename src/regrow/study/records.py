@@ -9,14 +9,16 @@ A **run folder** is one training run (one method, one seed):
 - ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
   happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
 - ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
-  stopped and resumed;
+  stopped and resumed. ``best_epoch`` is the epoch with the highest validation accuracy, the earliest of
+  several, and ``best_test_accuracy`` the test accuracy of its weights;
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
 A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``. A **study
 folder** holds a folder of run folders for each comparison, and ``study.json``.
 
-Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None.
+Version 1 had no ``flops``, ``train_flops`` and ``resumed``, and versions 1 and 2 no best epoch; in their
+records these are read as None.
 """
 
 from __future__ import annotations
@@ -93,6 +95,9 @@ _RESULT: _Kinds = {
     "test_accuracy": _NUMBER,
     "test_loss": _NUMBER_OR_NONE,
     "validation_accuracy": _NUMBER,
+    "best_epoch": _INTEGER_OR_NONE,
+    "best_validation_accuracy": _NUMBER_OR_NONE,
+    "best_test_accuracy": _NUMBER_OR_NONE,
     "train_seconds": _NUMBER,
     "seconds": _NUMBER,
     "parameters": _INTEGER,
@@ -100,8 +105,15 @@ _RESULT: _Kinds = {
     "train_flops": _INTEGER_OR_NONE,
     "resumed": _INTEGER_OR_NONE,
 }
-# Keys that came with version 2.
-_ADDED = ("flops", "train_flops", "resumed")
+# Keys that came with version 2, and later.
+_ADDED = (
+    "flops",
+    "train_flops",
+    "resumed",
+    "best_epoch",
+    "best_validation_accuracy",
+    "best_test_accuracy",
+)
 _CURVE: _Kinds = {
     "split": _TEXT,
     "criterion": _TEXT,

@@ -108,6 +108,9 @@ def run_rows(
             "finished": run.result is not None,
             "test_accuracy": result.get("test_accuracy"),
             "validation_accuracy": result.get("validation_accuracy"),
+            "best_epoch": result.get("best_epoch"),
+            "best_validation_accuracy": result.get("best_validation_accuracy"),
+            "best_test_accuracy": result.get("best_test_accuracy"),
             "difference_points": differences.get(method, {}).get(run.seed) if result else None,
             "train_seconds": result.get("train_seconds"),
             "train_flops": result.get("train_flops"),
@@ -153,6 +156,7 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
             "flops_ratio": each.flops_ratio,
             "equal_compute_in": each.unit,
             **_at_equal_compute(each),
+            **_at_best(each),
         }
         for each in summaries
     ]
@@ -167,6 +171,19 @@ def _at_equal_compute(summary: MethodSummary) -> dict[str, Any]:
         "equal_compute_low": difference.low if difference else None,
         "equal_compute_high": difference.high if difference else None,
         "equal_compute_pairs": difference.n if difference else None,
+    }
+
+
+def _at_best(summary: MethodSummary) -> dict[str, Any]:
+    accuracy, difference = summary.best_test_accuracy, summary.difference_at_best
+    return {
+        "best_epoch": summary.best_epoch.mean if summary.best_epoch else None,
+        "best_test_accuracy": accuracy.mean if accuracy else None,
+        "best_test_accuracy_sd": accuracy.deviation if accuracy else None,
+        "best_points": difference.mean if difference else None,
+        "best_low": difference.low if difference else None,
+        "best_high": difference.high if difference else None,
+        "best_pairs": difference.n if difference else None,
     }
 
 

@@ -22,6 +22,7 @@ from regrow.modules import filters_first
 from regrow.noise.layers import remove_bridgeout
 from regrow.repr.cycle import RePr
 from regrow.study import records
+from regrow.study.best import better, measured_best
 from regrow.study.building import (
     add_noise,
     build,
@@ -237,6 +238,7 @@ def _run(
     filters = {name: conv.out_channels for name, conv in ranked.items()}
     done: dict[str, Any] = {
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
+        "best": {},
     }  # fmt: skip
     if checkpoint is not None:
         done = from_bytes(checkpoint)
@@ -304,6 +306,7 @@ def _run(
         done.update(
             epoch=epoch,
             measured=measured,
+            best=better(done.get("best"), epoch, measured["accuracy"], good),
             seconds=spent + time.perf_counter() - started,
             trained=state_of(*run.trained),
             random=[from_bytes(each) for each in generators],
@@ -329,12 +332,14 @@ def _finish(
         ranks.copy_from_first(run.model)
         measured = evaluate(run.model, run.validation, ranks)
     final = evaluate(run.model, run.test, ranks)
+    best = measured_best(run.model, done.get("best"), run.test, ranks)
     flops = [line["flops"] for line in done["epochs"]]
     result = {
         "version": records.VERSION,
         "test_accuracy": final["accuracy"],
         "test_loss": final["loss"],
         "validation_accuracy": measured["accuracy"],
+        **best,
         "train_seconds": sum(line["seconds"] for line in done["epochs"]),
         "seconds": time.perf_counter() + started,
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
@@ -353,8 +358,8 @@ def _finish(
 
 
 def _most_bytes(model: nn.Module) -> int:
-    """More than the size of any checkpoint: weights, the optimizer's two slots, RePr's memory and records."""
-    return 5 * sum(tensor.nbytes for tensor in model.state_dict().values()) + (1 << 27)
+    """More than a checkpoint: weights, the best ones, the optimizer's two slots, RePr's memory, records."""
+    return 6 * sum(tensor.nbytes for tensor in model.state_dict().values()) + (1 << 27)
 
 
 def _pictures(batches: Batches) -> int:
