@@ -681,3 +681,44 @@ def test_the_command_reports_what_can_be_read_and_writes_event_files(tmp_path):
     page = Page((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
     assert page.row("RePr, fraction 0.2", "1")
     assert "torn : torn/result.json is not valid JSON" in page.words()
+
+
+@pytest.fixture
+def paper(tmp_path):
+    """Two seeds of two methods as in RePr's paper, with their best epochs."""
+    settings = {"data": "cifar10", "model": "convnet", "batch_norm": False, "head": "flatten"}
+    for method in ("standard", "repr"):
+        for seed in (0, 1):
+            run = make_run(tmp_path / f"{method}-seed{seed}", method, seed, criterion="ortho", **settings)
+            result = json.loads(records.result_path(run).read_text())
+            best = {"best_epoch": 4 + seed, "best_validation_accuracy": 0.9}
+            accuracy = 0.84 if method == "standard" else 0.86 + 0.01 * seed
+            records.write_json(records.result_path(run), {**result, **best, "best_test_accuracy": accuracy})
+    return tmp_path
+
+
+def test_published_numbers_stand_beside_those_measured(paper):
+    page = page_of(paper)
+    assert "72.1 %" in page.row("Standard training")
+    assert "76.4 %" in page.row("RePr")
+    assert "JPEG copies" in page.words()
+    assert "from one run, without a deviation" in page.words()
+    methods = json.loads((paper / "results.json").read_text())["methods"]
+    assert [each["published_accuracy"] for each in methods] == [0.721, 0.764]
+
+
+def test_the_best_epoch_has_its_own_table(paper):
+    page = page_of(paper)
+    assert "Best epoch by validation" in page.words()
+    # Differences of 2 and 3 points: 2.5 ± 12.706 · 0.5.
+    assert page.row("RePr", "2", "82.00 ± 1.41 %", "86.50 ± 0.71 %") == [
+        "RePr", "2", "82.00 ± 1.41 %", "86.50 ± 0.71 %", "+2.50 [−3.85, +8.85]", "4",
+    ]  # fmt: skip
+    *_, other = json.loads((paper / "results.json").read_text())["methods"]
+    assert (other["best_epoch"], other["best_pairs"]) == (4.5, 2)
+    assert other["best_points"] == pytest.approx(2.5)
+
+
+def test_without_published_numbers_or_best_epochs_there_is_no_word_of_them(page):
+    assert "Published" not in page.words()
+    assert "Best epoch" not in page.words()

@@ -196,3 +196,62 @@ def test_no_such_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(ValueError, match="there is no study file"):
             read_study(path)
+
+
+def test_parts_are_grids_of_one_study(tmp_path: Path) -> None:
+    found = study(
+        tmp_path,
+        """
+seeds: 0-1
+settings: {epochs: 20, batch_size: 32}
+parts:
+  - {models: c3, methods: {standard: , repr: {fraction: [0.1, 0.2]}}}
+  - {models: [c3, c8], methods: [standard, repr, dropout], settings: {p: 0.1}}
+  - {models: c8, methods: standard, seeds: 4, data: fashion-mnist, settings: {epochs: 30}}
+""",
+    )
+    assert {run.config.batch_size for run in found.runs} == {32}
+    # What both parts have is there once, and the runs of a comparison lie together, by seed.
+    assert seen(found, "depth", "data", "seed", "method", "fraction", "p", "epochs")[:5] == [
+        (3, "digits", 0, "standard", 0.3, 0.3, 20),
+        (3, "digits", 0, "repr", 0.1, 0.3, 20),
+        (3, "digits", 0, "repr", 0.2, 0.3, 20),
+        (3, "digits", 0, "repr", 0.3, 0.3, 20),
+        (3, "digits", 0, "dropout", 0.3, 0.1, 20),
+    ]
+    assert [run.config.seed for run in found.runs] == [0] * 5 + [1] * 5 + [0] * 3 + [1] * 3 + [4]
+    assert len({run_key(run.comparison) for run in found.runs}) == 3
+    last = found.runs[-1].config
+    assert (last.depth, last.data, last.seed, last.epochs) == (8, "fashion-mnist", 4, 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: 0\nparts: {}\n", "parts is a list of grids"),
+        ("seeds: 0\nparts: []\n", "parts is a list of grids"),
+        ("seeds: 0\nparts: [standard]\n", "part 1: a part is a mapping"),
+        ("seeds: 0\nparts: [{methods: repr}, {models: vgg}]\n", "part 2: there is no 'methods'"),
+        ("parts: [{methods: repr}]\n", "part 1: there is no 'seeds'"),
+        ("seeds: 0\nparts: [{methods: repr, name: x}]\n", "part 1: unknown key 'name'"),
+        ("seeds: 0\nparts: [{methods: repr, epochs: 3}]\n", "part 1: 'epochs' is a setting of the runs"),
+        ("seeds: 0\nparts: [{methods: rep}]\n", "part 1: methods: unknown 'rep'; did you mean 'repr'"),
+        (
+            "seeds: 0\nparts: [{methods: repr}, {methods: standard, settings: {fraction: 0.1}}]\n",
+            "part 2: .*'fraction'",
+        ),
+        ("seeds: 0\nsettings: {p: 0.1}\nparts: [{methods: repr}]\n", "settings: 'p' belongs to"),
+        (
+            "seeds: 0-4999\nparts: [{methods: standard}, {methods: [standard, repr]}]\n",
+            "a grid of 15,000 runs",
+        ),
+    ],
+)
+def test_bad_parts(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(tmp_path, text)
+
+
+def test_a_setting_above_the_parts_is_used_by_one_of_them(tmp_path: Path) -> None:
+    text = "seeds: 0\nsettings: {fraction: 0.2}\nparts: [{methods: standard}, {methods: repr, models: vgg}]\n"
+    assert seen(study(tmp_path, text), "model", "fraction") == [("convnet", 0.3), ("vgg", 0.2)]

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.study import compare, drawing, figures, pruned, words
+from regrow.study import compare, drawing, figures, pruned, published, words
 from regrow.study.compare import METHOD_SETTINGS, MethodSummary
 from regrow.study.compute import equal_compute
 from regrow.study.drawing import NARROW, WIDE
@@ -44,6 +44,7 @@ class Content:
         left_out: {folder or file: why it could not be read}.
         home: the folder of the page.
         numbers: {name: its number among the variants of its method}; the others are numbered here.
+        published: {method or variant: the published test accuracy of such a run}, where there is one.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Content:
     left_out: Mapping[str, str]
     home: Path
     numbers: Mapping[str, int] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
 
 
 def render(content: Content) -> str:
@@ -99,6 +101,8 @@ def render(content: Content) -> str:
         equal=any(each.at_equal_compute for each in summaries),
         counted=any(each.flops for each in summaries),
         best=any(each.best_test_accuracy for each in summaries),
+        published=content.published,
+        publication=published.source(),
         overview=compare.overview(summaries) if summaries[-1].compared > _FEW else None,
         headlines=compare.headline(summaries).split("\n"),
         summaries=summaries,

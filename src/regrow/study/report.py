@@ -14,6 +14,7 @@ from regrow.study import pruned
 from regrow.study.compare import MethodSummary, group_of, summarise
 from regrow.study.lineup import title_of
 from regrow.study.page import Content, near, render
+from regrow.study.published import published_accuracy
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
 
 _SIGNS = ("=", "+", "-", "−", "@", "|")  # "|" as in the old way to start another program
@@ -74,9 +75,14 @@ def write_report(
         },
         home=path.parent,
         numbers=numbers or {},
+        published={
+            groups[run.folder]: accuracy
+            for run in runs
+            if run.result is not None and (accuracy := published_accuracy(run.config)) is not None
+        },
     )
     page = render(content)
-    methods = method_rows(summaries)
+    methods = method_rows(summaries, content.published)
     results = {
         "version": VERSION,
         "title": title,
@@ -123,7 +129,7 @@ def run_rows(
     ]
 
 
-def method_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
+def method_rows(summaries: Sequence[MethodSummary], published: Mapping[str, float]) -> list[dict[str, Any]]:
     """One flat row per method: means, standard deviations (ddof 1), the paired difference and its cost."""
     return [
         {
@@ -146,6 +152,7 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
             "sign_p": each.sign_p,
             "p": each.difference.p if each.difference else None,
             "p_corrected": each.adjusted_p,
+            "published_accuracy": published.get(each.method),
             "verdict": each.verdict,
             "seeds_needed": each.needed,
             "train_seconds": each.seconds.mean,

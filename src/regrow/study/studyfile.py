@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,7 +22,8 @@ from regrow.study.unused import check_used
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
 
-_KEYS = ("name", "methods", "models", "data", "seeds", "settings")
+_GRID = ("methods", "models", "data", "seeds", "settings")
+_KEYS = ("name", *_GRID, "parts")
 _METHODS: tuple[str, ...] = get_args(RunConfig.model_fields["method"].annotation)
 # Settings that have their own key at the top of the file.
 _ELSEWHERE = {"method": "methods", "model": "models", "data": "data", "seed": "seeds"}
@@ -88,59 +89,122 @@ def _name(content: object, default: str) -> str:
 def _check_mapping(content: object) -> None:
     if not isinstance(content, dict):
         raise ValueError("a study is a mapping: methods: [standard, repr] and seeds: 0-4, at the least.")
+    _check_keys(content, _KEYS)
+    for number, part in enumerate(_parts_of(content), start=1):
+        where = f"part {number}: " if "parts" in content else ""
+        if not isinstance(part, dict):
+            raise ValueError(f"{where}a part is a mapping, with methods and models of its own, say.")
+        try:
+            _check_keys(part, _KEYS if part is content else _GRID)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        for key in ("methods", "seeds"):
+            if content.get(key) is None and part.get(key) is None:
+                example = {"methods": "methods: [standard, repr]", "seeds": "seeds: 0-4"}[key]
+                raise ValueError(f"{where}there is no {key!r}: write {example}, say.")
+
+
+def _check_keys(content: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in content:
         if key in _SHARED:
             raise ValueError(f"{short(key)} is a setting of the runs: write it under settings.")
-        if key not in _KEYS:
-            raise ValueError(f"unknown key {short(key)}{nearest(str(key), _KEYS)}")
-    for key in ("methods", "seeds"):
-        if content.get(key) is None:
-            example = {"methods": "methods: [standard, repr]", "seeds": "seeds: 0-4"}[key]
-            raise ValueError(f"there is no {key!r}: write {example}, say.")
+        if key not in known:
+            raise ValueError(f"unknown key {short(key)}{nearest(str(key), known)}")
+
+
+def _parts_of(content: Mapping[str, Any]) -> list[Any]:
+    """The grids of a study: those under ``parts``, or else the one that the study is."""
+    if "parts" not in content:
+        return [content]
+    parts = content["parts"]
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"parts is a list of grids, each with methods and models, got {short(parts)}.")
+    return parts
 
 
 def _expand(content: Mapping[str, Any]) -> tuple[Wanted, ...]:
-    seeds = seeds_of(content["seeds"])
-    methods = _options(content["methods"], "methods")
-    models = _options(content.get("models") or RunConfig.model_fields["model"].default, "models")
-    data = _options(content.get("data") or RunConfig.model_fields["data"].default, "data")
-    settings = content.get("settings") or {}
-    _check_settings(settings, "settings")
-    for kind, known in (("methods", _METHODS), ("data", DATA_NAMES)):
-        for name in {"methods": methods, "data": data}[kind]:
-            if name not in known:
-                raise ValueError(f"{kind}: unknown {short(name)}{nearest(name, known)}")
-    methods = _by_one_name(methods)
-    for method, own in methods.items():
-        _check_own(method, own)
-    grids = [
-        (base | {"data": each_data, "model": model})
-        for each_data, base_data in data.items()
-        for model, base_model in models.items()
-        for base in [_merged(settings, (f"data: {each_data}", base_data), (f"models: {model}", base_model))]
-    ]
-    own_points = sum(_points(own) for own in methods.values())
-    count = sum(map(_points, grids)) * own_points * len(seeds)
-    if count > MOST_RUNS:
-        raise ValueError(
-            f"this is a grid of {count:,} runs; {MOST_RUNS:,} are the most. Make several studies."
-        )
-    comparisons: dict[str, tuple[RunConfig, list[dict[str, Any]]]] = {}
-    for shared in itertools.chain.from_iterable(map(_product, grids)):
-        comparison = normalised(make_config({**shared, "method": "standard", "seed": 0}))
-        comparisons.setdefault(run_key(comparison), (comparison, []))[1].append(shared)
-    runs = tuple(
+    """The runs of all parts: by comparison, then seed; of two equal runs the first."""
+    comparisons: dict[str, tuple[RunConfig, dict[str, RunConfig]]] = {}
+    shared = content.get("settings") or {}
+    _check_settings(shared, "settings")
+    parts = _parts_of(content)
+    count = 0
+    for number, part in enumerate(parts, start=1):
+        try:
+            own = (part.get("settings") or {}) if part is not content else {}
+            _check_settings(own, "settings")
+            grid = _Grid({**content, **part, "settings": {**shared, **own}})
+            count += grid.count
+            if count > MOST_RUNS:
+                raise ValueError(
+                    f"this is a grid of {count:,} runs; {MOST_RUNS:,} are the most. Make several studies."
+                )
+            runs = grid.runs()
+            check_used(own, [each.config for each in runs], "settings: {!r}".format)
+        except ValueError as error:
+            raise ValueError(f"part {number}: {error}" if part is not content else str(error)) from None
+        for each in runs:
+            _, found = comparisons.setdefault(run_key(each.comparison), (each.comparison, {}))
+            found.setdefault(run_key(each.config), each.config)
+    every = [config for _, found in comparisons.values() for config in found.values()]
+    check_used(shared, every, "settings: {!r}".format)
+    return tuple(
         Wanted(config, comparison)
-        for comparison, shared in comparisons.values()
-        for config in _runs(shared, methods, seeds)
+        for comparison, found in comparisons.values()
+        for config in sorted(found.values(), key=lambda config: config.seed)
     )
-    every = [each.config for each in runs]
-    check_used(settings, every, "settings: {!r}".format)
-    for kind, options in (("models", models), ("data", data)):
-        for name, own in options.items():
-            theirs = [each for each in every if net_of(name) in (each.model, each.data)]
-            check_used(own, theirs, f"{kind}: {name}: {{!r}}".format)
-    return runs
+
+
+class _Grid:
+    """The runs of one grid: every combination of its methods, models, data, seeds and settings."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._seeds = seeds_of(content["seeds"])
+        methods = _options(content["methods"], "methods")
+        self._models = _options(content.get("models") or RunConfig.model_fields["model"].default, "models")
+        self._data = _options(content.get("data") or RunConfig.model_fields["data"].default, "data")
+        for kind, names, known in (("methods", methods, _METHODS), ("data", self._data, DATA_NAMES)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{kind}: unknown {short(name)}{nearest(name, known)}")
+        self._methods = _by_one_name(methods)
+        for method, own in self._methods.items():
+            _check_own(method, own)
+        self._grids = [
+            (base | {"data": each_data, "model": model})
+            for each_data, base_data in self._data.items()
+            for model, base_model in self._models.items()
+            for base in [
+                _merged(
+                    content["settings"], (f"data: {each_data}", base_data), (f"models: {model}", base_model)
+                )
+            ]
+        ]
+
+    @property
+    def count(self) -> int:
+        """The number of combinations; some of them may be the same run."""
+        own_points = sum(_points(own) for own in self._methods.values())
+        return sum(map(_points, self._grids)) * own_points * len(self._seeds)
+
+    def runs(self) -> list[Wanted]:
+        """Each run once: by comparison, then seed, then method."""
+        comparisons: dict[str, tuple[RunConfig, list[dict[str, Any]]]] = {}
+        for shared in itertools.chain.from_iterable(map(_product, self._grids)):
+            comparison = normalised(make_config({**shared, "method": "standard", "seed": 0}))
+            comparisons.setdefault(run_key(comparison), (comparison, []))[1].append(shared)
+        runs = [
+            Wanted(config, comparison)
+            for comparison, shared in comparisons.values()
+            for config in _runs(shared, self._methods, self._seeds)
+        ]
+        for kind, options in (("models", self._models), ("data", self._data)):
+            for name, own in options.items():
+                theirs = [
+                    each.config for each in runs if net_of(name) in (each.config.model, each.config.data)
+                ]
+                check_used(own, theirs, f"{kind}: {name}: {{!r}}".format)
+        return runs
 
 
 def _runs(shared: list[dict[str, Any]], methods: _Options, seeds: list[int]) -> Iterator[RunConfig]:
