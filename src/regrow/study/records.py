@@ -515,8 +515,10 @@ def _check_drops(events: list[dict[str, Any]], sizes: Mapping[str, int] | None, 
     """Check the filters of ``events`` against ``sizes``, the number of filters of each layer, if known."""
     for number, event in enumerate(events, start=1):
         where = f"{place} {number}"
-        if event["kind"] not in ("drop", "restore"):
-            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {short(event['kind'])}.")
+        if event["kind"] not in ("drop", "restore", "restart"):
+            raise ValueError(
+                f"{where}: 'kind' must be 'drop', 'restore' or 'restart', got {short(event['kind'])}."
+            )
         for layer, indices in event["filters"].items():
             if not isinstance(indices, list) or not all(_is_index(index) for index in indices):
                 raise ValueError(f"{where}: 'filters' must give a list of indices for {short(layer)}.")
