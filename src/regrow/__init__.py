@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
     from regrow.pruning.side_by_side import compare_latency
-    from regrow.repr.cycle import Event, RePr, release
+    from regrow.repr.cycle import RePr, release
+    from regrow.repr.events import Event
+    from regrow.repr.restart import restart
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.deploy import deploy
     from regrow.shipping.fold import fold_norms
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from regrow.surgery.cut import cut
 
 _HOMES = {
-    "Event": "regrow.repr.cycle",
+    "Event": "regrow.repr.events",
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
@@ -51,6 +53,7 @@ _HOMES = {
     "release": "regrow.repr.cycle",
     "reestimate_norms": "regrow.compensation.norms",
     "remove_bridgeout": "regrow.noise.layers",
+    "restart": "regrow.repr.restart",
     "save": "regrow.shipping.checkpoint",
     "score": "regrow.criteria.score",
     "select": "regrow.criteria.select",

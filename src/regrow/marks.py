@@ -18,7 +18,7 @@ from regrow.modules import unwrap
 from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffers, own_parameters
 
 OPERATIONS = (
-    *("RePr", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
+    *("RePr", "restart", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
     *("fold_norms", "save", "load", "export_onnx", "reestimate_norms", "plain_layers"),
 )
 _RELEASE = "Call cycle.remove() first, or regrow.release(model) if the cycle is lost."
@@ -67,7 +67,7 @@ STATES = {
     ),
     "lazy": ("has a layer without a weight before its first pass", "Run one forward pass first."),
 }
-_STRUCTURE = {"RePr", "cut", "prune", "compensate", "read_as"}
+_STRUCTURE = {"RePr", "restart", "cut", "prune", "compensate", "read_as"}
 # The table: state → the operations that are refused. All others go on, and their results are right. A layer
 # whose weight is not a parameter of its own is left alone by name (see ``borrowed_weight``).
 REFUSED: dict[str, set[str]] = {
