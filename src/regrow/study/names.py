@@ -9,5 +9,14 @@ POOLINGS = ("max", "avg", "none")
 # Names that the papers use.
 METHOD_ALIASES = {"backprop": "standard"}
 PRECISION_ALIASES = {"bf16": "bfloat16"}
+# Methods that act where a round begins, and into how many generations they divide the epochs of each task by
+# themselves: with a single task, and with several.
+DEFAULT_GENERATIONS = {
+    "ban": (3, 3),
+    "knowledge-evolution": (3, 1),
+    "later-layer-forgetting": (3, 1),
+    "shrink-and-perturb": (3, 1),
+    **dict.fromkeys(("restart", "new-head", "last-layers", "from-scratch", "redo"), (1, 1)),
+}
 # Settings in which a run may differ and still be the same run: where it ran and where its data lay.
 WHERE = frozenset({"device", "threads", "data_dir"})

@@ -16,7 +16,10 @@ USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
         key: ("method", tuple(method for method, own in METHOD_SETTINGS.items() if key in own))
         for key in dict.fromkeys(key for own in METHOD_SETTINGS.values() for key in sorted(own))
     },
-    **dict.fromkeys(("full", "sub", "cycles"), ("method", ("repr",))),
+    **dict.fromkeys(
+        ("full", "sub", "cycles"),
+        ("method", tuple(method for method in METHOD_SETTINGS if "repr" in method.split("+"))),
+    ),
     "momentum": ("optimizer", ("sgd",)),
 }
 

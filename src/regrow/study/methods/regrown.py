@@ -75,6 +75,7 @@ def make_repr(
         cycles=config.cycle.cycles,
         criterion=config.criterion,
         consumers=config.consumers,
+        rows=config.rows,
         scope=config.scope,
         floor=config.floor,
         exclude=config.exclude,
