@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from regrow.restarts.fresh import check_fresh
 from regrow.restarts.memory import Memory
 from regrow.restarts.saved import VERSION, answers, check_saved, whole_number
 from regrow.restarts.seeds import seed_of
-from regrow.restarts.units import arriving, find_units, input_width, outgoing, renew, width_of
+from regrow.restarts.units import find_units, outgoing, renew, width_of
+from regrow.restarts.watch import Watch
 from regrow.short import short
 
 _NAME = "ContinualBackprop"
@@ -37,8 +38,8 @@ class ContinualBackprop:
     weights.
 
     Args:
-        model: any module, also in wrappers. With DDP, give the wrapper and call ``step`` in every process: the
-            first process decides. Build this before the model is compiled.
+        model: any module, also in wrappers. With DDP, give the wrapper and call ``step`` in every process:
+            the first process decides. Build this before the model is compiled.
         optimizer: the optimizer that trains ``model``.
         example_inputs: an input of ``model``, such as x[:1], by which the readers of each unit are found.
         rate: share of the mature units that is drawn anew in each step, 0 to 1.
@@ -89,6 +90,7 @@ class ContinualBackprop:
             raise ValueError(f"no layer is left to work on ({reasons}).")
         self._steps = 0
         self._memory = Memory(optimizer)
+        self._memory.watch()
         self._utility: dict[str, Tensor] = {}
         self._age: dict[str, Tensor] = {}
         self._places: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
@@ -103,14 +105,14 @@ class ContinualBackprop:
                 (consumer, index_tensor(reads.filters, device), index_tensor(reads.indices, device))
                 for consumer, reads in readers.consumers.items()
             ]
-        self._watches: dict[str, _Watch] = {}
+        self._watches: dict[str, Watch] = {}
         mark = _Replacing(self)
         self._marked: list[nn.Module] = []
         for name in dict.fromkeys(
             consumer for readers in self._layers.values() for consumer in readers.consumers
         ):
             module: Any = self._model.get_submodule(name)
-            self._watches[name] = _Watch(module)
+            self._watches[name] = Watch(module)
         for name in {*self._layers, *self._watches}:
             module = self._model.get_submodule(name)
             module._regrow_replacing = mark
@@ -127,47 +129,52 @@ class ContinualBackprop:
             {qualified name of a layer: indices of its units that are new now}; empty in most steps.
 
         Raises:
-            ValueError: no pass in train mode was seen, NaN activations or weights when a unit is chosen, a state
-                in which this is refused. Nothing is changed.
+            ValueError: no pass in train mode was seen, NaN activations or weights when a unit is chosen,
+                a state in which this is refused. Nothing is changed.
         """
         if self._removed:
             raise ValueError("this ContinualBackprop has been removed from its model; build a new one.")
-        unseen = [name for name, watch in self._watches.items() if not watch.seen]
-        if unseen:
+        self._memory.release()
+        live = [
+            name for name, places in self._places.items() if any(self._watches[c].seen for c, *_ in places)
+        ]
+        if not live:
             raise ValueError(
-                f"step() has seen no pass of {unseen[0]!r} in train mode: call it after a training step of this "
-                "model, and build ContinualBackprop before torch.compile."
+                "step() has seen no pass of the model in train mode: call it after a training step of this "
+                "model, build ContinualBackprop before torch.compile, and take DDP in place of "
+                "nn.DataParallel."
             )
         rate, maturity = self._settings["rate"], self._settings["maturity"]
         counts = {}
-        for name, age in self._age.items():
-            mature = int((age + 1 > maturity).sum())
+        for name in live:
+            mature = int((self._age[name] + 1 > maturity).sum())
             counts[name] = self._count[name] + rate * mature
         due = {name: int(count + 1e-9) for name, count in counts.items()}
         due = {name: number for name, number in due.items() if number}
         if due:
             # The same may go on as with redo: this one is on the model itself.
             check(self._given, "redo", called="ContinualBackprop.step")
-        utility = self._updated()
-        aged = {name: each + 1 for name, each in self._age.items()}
+        utility, aged = self._updated(live), {name: self._age[name] + 1 for name in live}
         chosen: dict[str, list[int]] = {}
         group = group_of(self._given)
         if due:
             chosen = first_decides(lambda: self._choose(due, utility, aged), group, device_of(self._model))
         with uninterrupted():
             self._steps += 1
-            self._utility, self._age = utility, aged
-            self._count = {name: max(0.0, count - due.get(name, 0)) for name, count in counts.items()}
+            self._utility |= utility
+            self._age |= aged
+            self._count |= {name: max(0.0, count - due.get(name, 0)) for name, count in counts.items()}
             if chosen:
                 self._renew(chosen, group)
         return chosen
 
-    def _updated(self) -> dict[str, Tensor]:
-        """The running means, with the contributions of this step."""
+    def _updated(self, live: Sequence[str]) -> dict[str, Tensor]:
+        """The running means of the layers ``live``, with the contributions of this step."""
         decay = self._settings["decay"]
         used = {name: watch.means * outgoing(watch.module) for name, watch in self._watches.items()}
         found = {}
-        for name, before in self._utility.items():
+        for name in live:
+            before = self._utility[name]
             now = torch.zeros_like(before)
             for consumer, filters, places in self._places[name]:
                 now.index_add_(0, filters, used[consumer].to(before)[places])
@@ -202,7 +209,6 @@ class ContinualBackprop:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to continue exactly: tensors, numbers and strings only."""
-        copies = self._memory.copies
         return {
             "version": VERSION,
             "settings": dict(self._settings),
@@ -215,7 +221,7 @@ class ContinualBackprop:
                 }
                 for name in self._layers
             },
-            "copies": {} if copies is None else dict(copies.known),
+            "copies": self._memory.known(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -255,9 +261,9 @@ class ContinualBackprop:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ValueError(
-            "a ContinualBackprop cannot be copied or pickled, because it works on one model and one optimizer. "
-            "Save its state_dict(); build it anew, on the copies of both, and give it the state by "
-            "load_state_dict(state)."
+            "a ContinualBackprop cannot be copied or pickled, because it works on one model and one "
+            "optimizer. Save its state_dict(); build it anew, on the copies of both, and give it the state "
+            "by load_state_dict(state)."
         )
 
     def remove(self) -> None:
@@ -267,48 +273,6 @@ class ContinualBackprop:
         for module in self._marked:
             vars(module).pop("_regrow_replacing", None)
         self._removed = True
-
-
-class _Watch:
-    """Keeps the mean absolute values that arrive at a layer in its last pass in train mode.
-
-    The values lie in one tensor for good, so that a pass that is captured in a CUDA graph writes there too.
-    Copies and pickles of the layer bear a watch that does nothing.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.seen = False
-        self._of: Any = lambda: None
-        if module is not None:
-            self._of = weakref.ref(module)
-            weight = module.weight
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            self.means = torch.zeros(input_width(module), dtype=wide, device=weight.device)
-            self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
-
-    @property
-    def module(self) -> Any:
-        """The layer; None in a copy."""
-        return self._of()
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self._of() or not module.training:
-            return
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, Tensor):
-            with torch.no_grad():
-                self.means.copy_(arriving(module, x))
-            self.seen = True
-
-    def remove(self) -> None:
-        """Take the watch off the layer."""
-        self._handle.remove()
-
-    def __deepcopy__(self, memo: Any) -> _Watch:
-        return _Watch(None)
-
-    def __reduce__(self) -> Any:
-        return _Watch, (None,)
 
 
 class _Replacing(Mark):

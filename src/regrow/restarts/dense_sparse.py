@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ class DenseSparseDense:
             )
         if not stepping(optimizer):
             raise ValueError(
-                f"{type(optimizer).__name__} takes no hooks, and nothing would hold the weights at 0: pass the "
-                "optimizer inside it."
+                f"{type(optimizer).__name__} takes no hooks, and nothing would hold the weights at 0: pass "
+                "the optimizer inside it."
             )
         self._memory = Memory(optimizer)
+        self._memory.watch()
 
     @property
     def sparse(self) -> bool:
@@ -114,6 +115,7 @@ class DenseSparseDense:
             numbers = [mask.to(torch.uint8) for mask in masks.values()]
             copy_from_first(numbers, group)
             masks = {name: number.bool() for name, number in zip(masks, numbers, strict=True)}
+        self._memory.release()
         self._memory.look()
         with uninterrupted():
             self._hold(masks)
@@ -148,6 +150,9 @@ class DenseSparseDense:
         self._release()
         self._masks = dict(masks)
         self._handles = [part.register_step_post_hook(self._after_step) for part in stepping(self._optimizer)]
+        for name, mask in masks.items():
+            # A gradient there would count in gradient clipping.
+            self._handles.append(self._weights[name].register_hook(_without(mask)))
         held = {id(self._weights[name]) for name in masks}
         for module in self._model.modules():
             if id(own_parameters(module).get("weight")) in held:
@@ -173,7 +178,7 @@ class DenseSparseDense:
             "version": VERSION,
             "settings": dict(self._settings),
             "held": {name: mask.cpu() for name, mask in self._masks.items()},
-            "copies": {} if self._memory.copies is None else dict(self._memory.copies.known),
+            "copies": self._memory.known(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,9 +209,13 @@ class DenseSparseDense:
                 self._hold({name: mask.to(self._weights[name].device) for name, mask in held.items()})
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer. Weights that are held now stay at 0 until something trains them."""
+        """Take the hooks off the optimizer. Weights that are held now are 0 until something trains them."""
         self._release()
         self._removed = True
+
+
+def _without(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(mask, 0)
 
 
 class _Sparse(Mark):

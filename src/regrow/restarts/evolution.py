@@ -85,7 +85,8 @@ class KnowledgeEvolution:
                 layer's ``reset_parameters``.
 
         Returns:
-            A JSON-able record: version, generation, drawn {name of a weight: how many entries are new}, notes.
+            A JSON-able record: version, generation, drawn {name of a weight: how many entries are new},
+            notes.
 
         Raises:
             ValueError: ``fresh`` does not fit, the layers have other shapes than at the construction, a state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ class Fresh:
 
 
 def fresh_values(
-    model: nn.Module, seed: int, fresh: nn.Module | None = None, among: Collection[nn.Module] | None = None
+    model: nn.Module, seed: int, fresh: nn.Module | None = None, among: Iterable[nn.Module] | None = None
 ) -> Fresh:
     """Draw the values by the ``reset_parameters`` of the modules of ``model``, or take them from ``fresh``.
 
@@ -46,11 +46,11 @@ def fresh_values(
     """
     if fresh is not None:
         fresh = check_fresh(model, fresh)
-    found = Fresh()
+    found, wanted = Fresh(), None if among is None else set(among)
     able: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         own = {key: p for key, p in own_parameters(module).items() if p is not None}
-        if (among is not None and module not in among) or not (own or own_buffers(module)):
+        if (wanted is not None and module not in wanted) or not (own or own_buffers(module)):
             continue
         trained = [key for key, parameter in own.items() if parameter.requires_grad]
         why = _why_not(module, fresh)
@@ -90,8 +90,8 @@ def check_fresh(model: nn.Module, fresh: Any) -> nn.Module:
         if new is None or new.shape != tensor.shape:
             has = "no such tensor" if new is None else f"shape {list(new.shape)}"
             raise ValueError(
-                f"fresh does not fit the model: for {name!r} of shape {list(tensor.shape)} it has {has}. Build "
-                "it as the model was built."
+                f"fresh does not fit the model: for {name!r} of shape {list(tensor.shape)} it has {has}. "
+                "Build it as the model was built."
             )
         if new is tensor:
             raise ValueError(f"fresh holds {name!r} of the model itself: build another one.")

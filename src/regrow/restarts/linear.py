@@ -1,9 +1,9 @@
 """Which layers read which units of a linear layer, as forward passes on a copy show it.
 
-The graph in ``structure`` follows channels of convolutions. Here noise stands for the outputs of a linear layer,
-and is drawn anew in some units: a reader's channel that changes only when a unit is drawn anew reads that
-unit. A layer is left alone unless each unit arrives at one channel of the same number, mixed with nothing else,
-and nothing but the linear layers found reads it.
+The graph in ``structure`` follows channels of convolutions. Here noise stands for the outputs of a linear
+layer, and is drawn anew in some units: a reader's channel that changes only when a unit is drawn anew reads
+that unit. A layer is left alone unless each unit arrives at one channel of the same number, mixed with
+nothing else, and nothing but the linear layers found reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def linear_readers(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Rea
     """Find the readers of every linear layer of ``model``, the user's own module, which is only read.
 
     Returns:
-        {qualified name: readers} of the layers whose units can be drawn anew, and {name: reason} of the others.
+        {qualified name: readers} of the layers whose units can be drawn anew; {name: reason} of the others.
     """
     found: dict[str, Readers] = {}
     left_out: dict[str, str] = {}

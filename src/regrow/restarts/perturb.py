@@ -16,10 +16,9 @@ from regrow.modules import Norm, unwrap
 from regrow.repr.ranks import copy_from_first, group_of
 from regrow.restarts.fresh import Fresh, fresh_values
 from regrow.restarts.memory import Memory
+from regrow.restarts.saved import VERSION
 from regrow.suggest import nearest
 from regrow.torch_private import own_parameters
-
-VERSION = 1
 
 
 def shrink_and_perturb(
@@ -47,8 +46,8 @@ def shrink_and_perturb(
         A JSON-able record: version, shrink, perturb, parameters (names), left_out {name: reason}, notes.
 
     Raises:
-        ValueError: an argument out of range, ``fresh`` does not fit, a state in which this is refused. Nothing
-            is changed.
+        ValueError: an argument out of range, ``fresh`` does not fit, a state in which this is refused.
+            Nothing is changed.
     """
     check(model, "shrink_and_perturb")
     for name, value in (("shrink", shrink), ("perturb", perturb)):
@@ -82,8 +81,8 @@ def reinitialize(
     Args:
         model: any module, also in wrappers. With DDP, give the wrapper, in every process.
         optimizer: the optimizer that trains ``model``; None if it is built anew.
-        layers: qualified names of modules, or of containers of modules. The norms between a layer and the next
-            layer with weights are drawn anew with it.
+        layers: qualified names of modules, or of containers of modules. The norms between a layer and the
+            next layer with weights are drawn anew with it.
         last: how many of the last layers with weights (convolutions, linear layers, …), and what follows.
         seed: of the new values, which each module's ``reset_parameters`` draws.
         fresh: a newly built model of the same structure, whose values are taken instead.
@@ -162,7 +161,7 @@ def _named(ordered: Sequence[tuple[str, nn.Module]], names: Sequence[str]) -> li
 def _write(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, found: Fresh, old: float, new: float
 ) -> list[str]:
-    """Set each parameter to ``old`` · its values + ``new`` · the drawn ones, and bring the rest in order."""
+    """Set parameters to ``old`` · their values + ``new`` · the drawn ones; buffers and memory begin anew."""
     memory, group = Memory(optimizer), group_of(model)
     masks: dict[nn.Parameter, Tensor] = {}
     with uninterrupted():

@@ -51,8 +51,8 @@ def redo(
         fresh: a newly built model of the same structure, whose filters are taken instead.
 
     Returns:
-        A JSON-able record: version, threshold, dormant {layer: indices}, scores {layer: [score of each unit]},
-        left_out {layer: reason}, notes.
+        A JSON-able record: version, threshold, dormant {layer: indices}, scores {layer: [score of each
+        unit]}, left_out {layer: reason}, notes.
 
     Raises:
         ValueError: an argument out of range, no layer to work on, a pass fails, NaN activations, a state in
@@ -76,11 +76,18 @@ def redo(
 
     def choose() -> dict[str, Any]:
         scores = {name: values.tolist() for name, values in _scores(inner, units, batches).items()}
+        unseen = dict.fromkeys(
+            units.layers.keys() - scores.keys(), "no batch reaches the layers that read it"
+        )
         dormant = {
             name: [unit for unit, value in enumerate(values) if value <= threshold]
             for name, values in scores.items()
         }
-        return {"scores": scores, "dormant": {name: found for name, found in dormant.items() if found}}
+        return {
+            "scores": scores,
+            "dormant": {name: found for name, found in dormant.items() if found},
+            "left_out": dict(units.left_out) | unseen,
+        }
 
     chosen = first_decides(choose, group, device_of(inner))
     memory = Memory(optimizer)
@@ -93,20 +100,24 @@ def redo(
         "version": VERSION,
         "threshold": float(threshold),
         **chosen,
-        "left_out": dict(units.left_out),
         "notes": notes,
     }
 
 
 @torch.no_grad()
 def _scores(model: nn.Module, units: Units, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """{layer: Tensor[units] on the CPU}, E|h_i| over the mean of the layer; 0 for a layer that is all 0."""
+    """{layer: Tensor[units] on the CPU}, E|h_i| over the mean of the layer; 0 for a layer that is all 0.
+
+    Layers whose units no batch shows are not listed.
+    """
     consumers = {consumer for readers in units.layers.values() for consumer in readers.consumers}
     layers = [(name, model.get_submodule(name)) for name in consumers]
     sums = {name: torch.zeros(input_width(layer), device=device_of(layer)) for name, layer in layers}
     counts = dict.fromkeys(consumers, 0)
 
     def before(name: str, module: nn.Module, inputs: Any) -> None:
+        if not inputs or not isinstance(inputs[0], Tensor):
+            return
         x = inputs[0]
         pictures = len(x) if x.dim() else 1
         sums[name] += arriving(module, x).to(sums[name]) * pictures
@@ -123,10 +134,14 @@ def _scores(model: nn.Module, units: Units, batches: Iterable[Any]) -> dict[str,
         total = torch.zeros(width_of(model.get_submodule(name)), dtype=torch.float64)
         times = torch.zeros_like(total)
         for consumer, reads in readers.consumers.items():
+            if not counts[consumer]:
+                continue
             filters, places = torch.as_tensor(reads.filters), torch.as_tensor(reads.indices)
-            means = sums[consumer].double().cpu() / max(counts[consumer], 1)
+            means = sums[consumer].double().cpu() / counts[consumer]
             total.index_add_(0, filters, means[places])
             times.index_add_(0, filters, torch.ones(len(filters), dtype=torch.float64))
+        if not times.all():
+            continue
         mean = total / times
         if not mean.isfinite().all():
             raise ValueError(

@@ -12,7 +12,7 @@ VERSION = 1
 
 
 def check_saved(state: Any, of: str, settings: Mapping[str, Any], parts: Collection[str]) -> None:
-    """Raise ``ValueError`` unless ``state`` is of the class ``of`` with ``settings``, and has its ``parts``."""
+    """Raise ``ValueError`` unless ``state`` is of the class ``of`` with ``settings``, and has ``parts``."""
     if not isinstance(state, Mapping):
         raise ValueError(f"not a state of {of}, as its state_dict() gives it, but {kind_of(state)}.")
     if missing := {"version", "settings", *parts} - set(state):

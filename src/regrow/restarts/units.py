@@ -98,7 +98,7 @@ def arriving(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def outgoing(layer: Any) -> Tensor:
-    """The sum of the absolute weights by which ``layer`` reads each of its input channels: Tensor[channels]."""
+    """The sum of the absolute weights by which ``layer`` reads each input channel: Tensor[channels]."""
     weight = grouped(layer, layer.weight.detach().abs())  # [groups, filters, channels, *kernel]
     weight = weight if weight.dtype == torch.float64 else weight.float()
     return weight.flatten(3).sum(3).sum(1).flatten() if weight.dim() > 3 else weight.sum(1).flatten()
@@ -124,8 +124,8 @@ def renew(
     seed: int,
     fresh: nn.Module | None = None,
 ) -> dict[nn.Parameter, Tensor]:
-    """Draw the units ``chosen``, {layer: indices}, anew: their incoming weights as at the start, their bias 0,
-    the norms behind them reset, and the weights that read them 0.
+    """Draw the units ``chosen``, {layer: indices}, anew: their incoming weights as at the start, their bias
+    0, the norms behind them reset, and the weights that read them 0.
 
     Args:
         readers: of the layers in ``chosen``.
