@@ -21,7 +21,7 @@ _LONGEST, _MANY = 100_000, 10**9
 _LAST_SEED = 2**63 - 1  # of PyTorch's generators
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
 _DATA, _MODEL, _TRAINING, _REPR, _NOISE, _LOSS, _ANEW, _RUN = (
-    "Data", "Model", "Training", "RePr and restart", "Bridgeout and dropout", "Losses", "Starting anew", "Run",
+    "Data", "Model", "Training", "RePr and restart", "Bridgeout and dropout", "Losses", "New weights", "Run",
 )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def run_key(config: RunConfig) -> str:
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """``config`` as plain data, with the lengths of the cycle, the learning rate and generations filled in."""
+    """``config`` as plain data, with cycle lengths, learning rate and generations filled in."""
     cycle = config.cycle
     found = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
     if "generations" in METHOD_SETTINGS.get(config.method, ()):

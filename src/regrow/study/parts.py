@@ -152,8 +152,9 @@ class Parts:
         )
         return list(batches.epoch(0))
 
-    def _fresh(self, number: int) -> dict[str, Tensor]:
+    def _fresh(self, number: int) -> torch.nn.Module:
         seed = int(np.random.SeedSequence([self.config.seed, _FIRST_WEIGHTS, number]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return dict(build(self.config, self._splits).state_dict())
+            model = build(self.config, self._splits)
+        return model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
