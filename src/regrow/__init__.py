@@ -102,6 +102,7 @@ __all__ = [
     "reinitialize",
     "release",
     "remove_bridgeout",
+    "restart",
     "save",
     "score",
     "select",

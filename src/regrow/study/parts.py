@@ -61,6 +61,7 @@ class Parts:
                 wrapped=self.wrapped,
                 optimizer=self.optimizer,
                 example_inputs=torch.zeros(1, self._channels, *splits.size, device=device),
+                normalization=lambda: self.normalization,
                 pictures=self._pictures,
                 calibration=lambda: self.calibration,
                 fresh=self._fresh,
@@ -122,6 +123,7 @@ class Parts:
         whole: dict[str, Any] = {
             "mean": splits.mean, "std": splits.std, "device": self._device, "channels": self._channels,
         }  # fmt: skip
+        self.normalization = splits.mean, splits.std
         feed = {**whole, "rank": ranks.rank, "ranks": ranks.count}
         self.train = Batches(
             splits.train,
@@ -157,4 +159,4 @@ class Parts:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = build(self.config, self._splits)
-        return model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]

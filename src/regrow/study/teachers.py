@@ -37,8 +37,8 @@ def teacher_folder(teacher: str, seed: int) -> Path:
         names = ", ".join(each.name for each in found[:4])
         stem = place / found[0].name.removesuffix(ending)
         raise ValueError(
-            f"teacher: {line(place)} holds {len(found)} runs that end in {ending} ({line(names)}): say which, "
-            f"as in {line(stem)}."
+            f"teacher: {line(place)} holds {len(found)} runs that end in {ending} ({line(names)}): say "
+            f"which, as in {line(stem)}."
         )
     if not records.is_finished(found[0]):
         raise ValueError(f"teacher: the run in {line(found[0])} is not finished: finish it first.")

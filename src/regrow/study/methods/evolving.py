@@ -10,7 +10,8 @@ from regrow.study.methods.method import Given, Method, event
 
 
 class Evolving(Method):
-    """A fixed part of the weights stays, and the rest is drawn anew in each round (Taha et al. 2021, CVPR)."""
+    """A fixed part of the weights stays, and the rest is drawn anew in each round (Taha et al. 2021,
+    arXiv 2103.05152)."""
 
     name = "knowledge-evolution"
 

@@ -31,8 +31,8 @@ class Given:
             of the round that trains are normalised.
         pictures: gives the first 256 training pictures of a round, with labels, in batches, not augmented.
         calibration: gives the calibration batches of the round that trains.
-        fresh: builds the network of a round anew, on the device, without noise and wrappers; its first weights
-            depend on the run's seed and the number of the round alone.
+        fresh: builds the network anew for a round, on the device, without noise and wrappers; its first
+            weights depend on the run's seed and the number of the round alone.
     """
 
     config: RunConfig

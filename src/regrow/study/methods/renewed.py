@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import regrow.repr.restart
+from regrow.repr.restart import restart
 from regrow.restarts.perturb import reinitialize, shrink_and_perturb
 from regrow.restarts.redo import redo
 from regrow.study.methods.method import Given, Method, event, replaced
@@ -44,7 +44,7 @@ class FromScratch(_Renewing):
 
 
 class LastLayers(_Renewing):
-    """The last layers are drawn anew; later-layer forgetting (Zhou et al. 2022, arXiv 2202.00155) does so too."""
+    """The last layers are drawn anew, as in later-layer forgetting (Zhou et al. 2022, arXiv 2202.00155)."""
 
     name = "last-layers"
 
@@ -66,7 +66,7 @@ class Restart(_Renewing):
 
     def switch(self, number: int) -> list[dict[str, Any]]:
         given, config = self._given, self._given.config
-        done = regrow.repr.restart.restart(
+        done = restart(
             given.wrapped,
             given.optimizer,
             example_inputs=given.example_inputs,

@@ -10,7 +10,7 @@ from regrow.study.methods.method import Given, Method, event
 
 
 class Dsd(Method):
-    """The smallest weights are held at 0 in the second third of each round (Han et al. 2017, arXiv 1607.04381)."""
+    """The smallest weights are 0 in the second third of each round (Han et al. 2017, arXiv 1607.04381)."""
 
     name = "dsd"
 
@@ -35,7 +35,8 @@ class Dsd(Method):
             done = self._training.densify()
         else:
             return []
-        held = f"{sum(done['held'].values()):,} weights {'are held' if self._training.sparse else 'were'} at 0."
+        count = sum(done["held"].values())
+        held = f"{count:,} weights {'are held' if self._training.sparse else 'were held'} at 0."
         return [event(done["kind"], self._times, notes=[held, *done["notes"]])]
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from regrow.shipping.stored import check_stored
 from regrow.short import line, short
 from regrow.study import records
 from regrow.study.methods.method import Given, Method, event
+from regrow.study.models import model_channels
 from regrow.study.teachers import teacher_folder
-from regrow.study.trained import teacher_of_run
+from regrow.study.trained import network_of_run
 
 
 class Distillation(Method):
@@ -27,19 +29,30 @@ class Distillation(Method):
     name = "distillation"
 
     def __init__(self, given: Given) -> None:
-        config = given.config
+        config, example = given.config, given.example_inputs
         assert config.teacher is not None  # ``make_config`` has seen to it
         folder = teacher_folder(config.teacher, config.seed)
-        self._teacher = teacher_of_run(folder, given.example_inputs, given.normalization, config.data_dir)
-        with torch.no_grad():
-            shapes = [list(net(given.example_inputs).shape) for net in (self._teacher, given.fresh(0).eval())]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the teacher in {line(folder)} tells {shapes[0][-1]} classes apart, and the run's pictures "
-                f"have {shapes[1][-1]}: choose another teacher."
-            )
-        self._settings = _settings(given)
+        self._given, self._settings = given, _settings(given)
+        self._teacher = _Teacher(folder, config.data_dir).to(example.device)
         self._weights = records.weights_hash(folder)
+        self.begin(0)
+        with torch.no_grad():
+            try:
+                theirs = self._teacher(example).shape
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                raise ValueError(
+                    f"teacher: the network in {line(folder)} does not take pictures of "
+                    f"{example.shape[2]}×{example.shape[3]} ({line(error, 100)}): choose another one."
+                ) from None
+            ours = given.fresh(0).eval()(example).shape
+        if theirs != ours:
+            raise ValueError(
+                f"teacher: the network in {line(folder)} tells {theirs[-1]} classes apart, and the pictures "
+                f"of this run have {ours[-1]}: choose another one."
+            )
+
+    def begin(self, number: int) -> None:  # noqa: ARG002
+        self._teacher.take_pictures_of(*self._given.normalization())
 
     def loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         return _distilled(self._teacher, logits, images, labels, self._settings)
@@ -106,6 +119,43 @@ class BornAgain(Method):
         teacher = self._given.fresh(0)
         teacher.load_state_dict(dict(weights))
         return teacher.eval().requires_grad_(False)
+
+
+class _Teacher(nn.Module):
+    """The network of a finished run, which takes pictures as another run normalises them."""
+
+    def __init__(self, folder: Path, data_dir: str | None) -> None:
+        super().__init__()
+        network, config, splits = network_of_run(folder, data_dir)
+        self.network = network.to(memory_format=torch.channels_last)
+        self._channels = model_channels(config.model, splits.channels)
+        self._own = splits.mean, splits.std
+        self._changed = False
+        self.eval().requires_grad_(False)
+
+    def take_pictures_of(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take pictures from which ``mean`` was subtracted, and which were divided by ``std``."""
+        if len(mean) != len(self._own[0]):
+            raise ValueError(
+                f"teacher: its pictures have {len(self._own[0])} channels, and those of this run have "
+                f"{len(mean)}: choose another one."
+            )
+        self._changed = (tuple(mean), tuple(std)) != self._own
+        device = next(self.network.parameters()).device
+        ours, theirs = (
+            [torch.tensor(each, device=device).view(1, -1, 1, 1) for each in pair]
+            for pair in ((mean, std), self._own)
+        )
+        self._scale, self._shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
+
+    def forward(self, images: Tensor) -> Any:
+        if self._changed:
+            images = images * self._scale + self._shift
+        if images.shape[1] > self._channels:
+            images = images[:, : self._channels]  # a grey picture that was repeated
+        elif images.shape[1] < self._channels:
+            images = images.expand(-1, self._channels, -1, -1)
+        return self.network(images)
 
 
 def _settings(given: Given) -> dict[str, float]:
