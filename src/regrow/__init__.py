@@ -81,6 +81,7 @@ __all__ = [
     "reestimate_norms",
     "release",
     "remove_bridgeout",
+    "restart",
     "save",
     "score",
     "select",
