@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.score import check_criterion
 from regrow.criteria.select import check_selection
 from regrow.filters import check_finite
 from regrow.given import check_inputs, check_module, check_optimizer, names_given
@@ -31,7 +30,7 @@ from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.state import VERSION, check_state, phase_at
 from regrow.repr.subphase import SubPhase, check_memory, listed, phases_on
-from regrow.repr.weakest import weakest
+from regrow.repr.weakest import Criterion, Function
 from regrow.repr.worth import judge
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.planning import plan_removal_and_cut
@@ -61,7 +60,12 @@ class RePr:
         full, sub: lengths of the two phases of a cycle, in calls of ``step``. With ``sub=0`` there is no
             phase without the dropped filters, and ``compact`` has no effect.
         cycles: the number of cycles.
-        criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``, ``"random"``.
+        criterion: a criterion of ``score``, such as ``"ortho"`` (the paper's overlap), ``"random"`` or
+            ``"taylor"``; or a function of the model that returns {name: Tensor[filters]}, higher = keep. A
+            state has the function's qualified name only: give the function again when you resume.
+        batches, loss: what the criteria that read pictures need (see ``score``). ``batches`` are read in
+            every cycle: a loader, a list, or a function that returns them. With DDP, only the first process
+            reads them.
         consumers: the weights by which other layers read a restored channel. ``"zero"``: 0, so that the
             restore does not change the network's output. ``"keep"``: the weights from before the drop, by
             which a net without norms can collapse. ``"init"``: newly drawn weights.
@@ -97,7 +101,9 @@ class RePr:
         full: int = 20,
         sub: int = 10,
         cycles: int = 3,
-        criterion: str = "ortho",
+        criterion: str | Function = "ortho",
+        batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
         consumers: str = "zero",
         rows: str = "orthogonal",
         compact: bool | None = None,
@@ -114,7 +120,7 @@ class RePr:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         check_selection(fraction, scope, floor)
-        check_criterion(criterion)
+        self._criterion = Criterion(criterion, batches, loss, often=cycles > 1)
         check_restoring(consumers, rows)
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
@@ -130,7 +136,8 @@ class RePr:
         self._group = group_of(model)
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
-            "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles, "criterion": criterion,
+            "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles,
+            "criterion": self._criterion.name,
             "consumers": consumers, "rows": rows, "scope": scope, "floor": float(floor), "exclude": exclude,
             "skip_first": bool(skip_first), "seed": seed,
         }  # fmt: skip
@@ -235,7 +242,7 @@ class RePr:
     def _weakest(self, cycle: int) -> tuple[dict[str, list[int]], list[str]]:
         settings = self._settings
         seed = _seed(settings["seed"], cycle, 0)
-        return weakest(self._model, settings["criterion"], settings, exclude=self.left_out, seed=seed)
+        return self._criterion.weakest(self._model, settings, exclude=self.left_out, seed=seed)
 
     def _restart(self, cycle: int) -> Event:
         """Drop filters and restore them at once."""

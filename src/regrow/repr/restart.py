@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.score import check_criterion
 from regrow.criteria.select import check_selection
 from regrow.given import check_inputs, check_optimizer, check_seed, names_given
 from regrow.interrupts import uninterrupted
@@ -20,7 +19,7 @@ from regrow.repr.layers import usable_layers
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies
-from regrow.repr.weakest import weakest
+from regrow.repr.weakest import Criterion, Function
 from regrow.torch_private import tree_map_only
 
 VERSION = 1
@@ -32,7 +31,9 @@ def restart(
     *,
     example_inputs: Any,
     fraction: float = 0.3,
-    criterion: str = "ortho",
+    criterion: str | Function = "ortho",
+    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     consumers: str = "zero",
     rows: str = "orthogonal",
     scope: str = "global",
@@ -55,7 +56,7 @@ def restart(
         example_inputs: an input of ``model`` (a tensor, a tuple of arguments, a dict of keywords); one
             picture is enough.
         fraction: share of the ranked filters that start anew, 0 ≤ fraction < 1.
-        criterion: as in ``RePr``.
+        criterion, batches, loss: as in ``RePr``; ``batches`` are read once.
         consumers: the weights by which other layers read a new filter. ``"zero"``: 0, so that the network
             computes as it would without these filters. ``"keep"``: the weights that are there. ``"init"``:
             newly drawn weights.
@@ -88,12 +89,12 @@ def restart(
     check_optimizer(optimizer, "restart")
     check_inputs(example_inputs, "restart")
     check_selection(fraction, scope, floor)
-    check_criterion(criterion)
+    scored = Criterion(criterion, batches, loss)
     check_restoring(consumers, rows)
     check_seed(seed)
     exclude = names_given(exclude, "exclude")
     settings = {
-        "fraction": float(fraction), "criterion": criterion, "consumers": consumers, "rows": rows,
+        "fraction": float(fraction), "criterion": scored.name, "consumers": consumers, "rows": rows,
         "scope": scope, "floor": float(floor), "exclude": exclude, "skip_first": bool(skip_first),
         "seed": seed,
     }  # fmt: skip
@@ -107,7 +108,7 @@ def restart(
             copy_from_first([*inner.parameters(), *inner.buffers()], group)
 
     filters, said = first_decides(
-        lambda: weakest(inner, criterion, settings, exclude=layers.left_out, seed=seed), group, device
+        lambda: scored.weakest(inner, settings, exclude=layers.left_out, seed=seed), group, device
     )
     for warning in said:
         warnings.warn(warning, stacklevel=2)
