@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.regimes import check_regime
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -19,6 +20,15 @@ _LISTED = 3
 _LONGEST, _MANY = 100_000, 10**9
 _LAST_SEED = 2**63 - 1  # of PyTorch's generators
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
+Regime = Literal[
+    "same",
+    "permuted-labels",
+    "growing-data",
+    "corrected-labels",
+    "new-classes",
+    "new-pictures",
+    "new-domain",
+]
 _DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
     "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
 )  # fmt: skip
@@ -55,6 +65,13 @@ class RunConfig(BaseModel):
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
     split_seed: int = _setting(
         0, _DATA, "Fixes the split into train, validation and test.", ge=0, le=_LAST_SEED
+    )
+    regime: Regime = _setting("same", _DATA, "How the data changes from task to task (docs/study.md).")
+    tasks: int = _setting(
+        1, _DATA, "Tasks to train one after another, of equally many epochs.", ge=1, le=1000
+    )
+    second_data: Literal["digits", "fashion-mnist", "cifar10", "cifar100"] | None = _setting(
+        None, _DATA, "The pictures of every second task of --regime new-domain."
     )
 
     model: str = _setting(
@@ -194,6 +211,13 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         raise ValueError(_listed(error)) from None
+    check_regime(
+        config.regime,
+        config.tasks,
+        label_noise=config.label_noise,
+        data=config.data,
+        second_data=config.second_data,
+    )
     if config.method == "repr":
         config.cycle.check(config.epochs)
     return config

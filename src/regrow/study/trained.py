@@ -22,6 +22,7 @@ from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
+from regrow.study.tasks import task_splits
 from regrow.study.train import build, device_of, load_splits
 
 _BATCH = 500
@@ -83,7 +84,7 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
         raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
     changed = {} if data_dir is None else {"data_dir": data_dir}
     config = make_config({**run.config, **changed})
-    splits = load_splits(config)
+    splits = task_splits(load_splits(config), config, config.tasks)
     with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
     weights = records.weights_path(folder)

@@ -18,6 +18,7 @@ USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     },
     **dict.fromkeys(("full", "sub", "cycles"), ("method", ("repr",))),
     "momentum": ("optimizer", ("sgd",)),
+    "second_data": ("regime", ("new-domain",)),
 }
 
 
