@@ -1,19 +1,18 @@
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.study.config import RunConfig, make_config
+from regrow.study.config import Regime, RunConfig, make_config
 from regrow.study.data import Splits, load_data
 from regrow.study.images import Images
 from regrow.study.splits import channel_statistics, noisy_labels
 from regrow.study.tasks import check_tasks, class_group, label_permutation, task_splits, with_second
 
-REGIMES = [
-    "same", "permuted-labels", "growing-data", "corrected-labels", "new-classes", "new-pictures", "new-domain",
-]  # fmt: skip
+REGIMES = get_args(Regime)
 
 
 def images(count: int, classes: int, start: int = 0, *, side: int = 2, channels: int = 1) -> Images:
@@ -105,7 +104,7 @@ def test_growing_data_by_hand() -> None:
 def test_growing_parts_contain_each_other_and_end_with_everything(train: int, tasks: int) -> None:
     splits, settings = made(train, 2), config("growing-data", tasks)
     parts = [values(task_splits(splits, settings, task).train) for task in range(1, tasks + 1)]
-    for smaller, larger in zip(parts, parts[1:], strict=False):
+    for smaller, larger in pairwise(parts):
         assert larger[: len(smaller)] == smaller
         assert len(larger) > len(smaller)
     assert parts[-1] == values(splits.train)
@@ -144,7 +143,7 @@ def test_class_groups_are_equal_and_disjoint_and_complete(seed: int, shape: tupl
     classes, tasks = shape
     groups = [class_group(classes, seed, task, tasks).tolist() for task in range(1, tasks + 1)]
     assert {len(group) for group in groups} == {classes // tasks}
-    assert sorted(sum(groups, [])) == list(range(classes))
+    assert sorted(chain(*groups)) == list(range(classes))
 
 
 def test_the_order_of_new_classes_differs_from_seed_to_seed() -> None:

@@ -7,7 +7,7 @@ from seed to seed and are the same for every method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -108,7 +108,7 @@ def label_permutation(classes: int, seed: int, task: int) -> Tensor:
 
 
 def class_group(classes: int, seed: int, task: int, tasks: int) -> Tensor:
-    """The classes of ``task`` (from 1), one of ``tasks`` equal groups: int64 [classes / tasks], in random order.
+    """The classes of ``task`` (from 1), one of ``tasks`` equal groups, at random: int64 [classes / tasks].
 
     Raises:
         ValueError: the classes cannot be divided into equal groups.
@@ -150,81 +150,48 @@ def _fitted(splits: Splits, side: int, channels: int) -> Splits:
         small = images if splits.size == (side, side) else shrunk(images, side)
         return Images(small.pixels.expand(-1, channels, -1, -1).contiguous(), small.labels)
 
-    train = fit(splits.train)
-    mean, std = channel_statistics(train.pixels)
-    return Splits(train, fit(splits.validation), fit(splits.test), splits.classes, mean, std)
+    fitted = _each(splits, fit)
+    mean, std = channel_statistics(fitted.train.pixels)
+    return replace(fitted, mean=mean, std=std)
 
 
 def _task(splits: Splits, config: RunConfig, task: int) -> Splits:
     """The data of ``task``, with any ``mean`` and ``std``."""
-    return _REGIMES[config.regime](splits, config, task)
+    train, classes, tasks = splits.train, len(splits.classes), config.tasks
+    match config.regime:
+        case "same":
+            return splits
+        case "permuted-labels":
+            new = label_permutation(classes, config.seed, task)
+            return _each(splits, lambda images: Images(images.pixels, new[images.labels]))
+        case "growing-data":
+            return replace(splits, train=_part(train, 0, len(train) * task // tasks))
+        case "corrected-labels":
+            if task > tasks // 2:
+                return splits
+            labels = noisy_labels(train.labels, config.label_noise, classes, config.split_seed)
+            return replace(splits, train=Images(train.pixels, labels))
+        case "new-classes":
+            group = class_group(classes, config.seed, task, tasks)
+            return _each(
+                splits, lambda images: images.take(torch.isin(images.labels, group).nonzero().squeeze(1))
+            )
+        case "new-pictures":
+            size = len(train) // tasks
+            return replace(splits, train=_part(train, (task - 1) * size, task * size))
+        case "new-domain":
+            if splits.second is None:
+                raise ValueError(
+                    "regime 'new-domain' needs the second data set: load the data with load_splits."
+                )
+            return replace(splits, second=None) if task % 2 else splits.second
 
 
-def _same(splits: Splits, config: RunConfig, task: int) -> Splits:
-    return splits
-
-
-def _permuted_labels(splits: Splits, config: RunConfig, task: int) -> Splits:
-    new = label_permutation(len(splits.classes), config.seed, task)
-
-    def renamed(images: Images) -> Images:
-        return Images(images.pixels, new[images.labels])
-
-    return replace(
-        splits,
-        train=renamed(splits.train),
-        validation=renamed(splits.validation),
-        test=renamed(splits.test),
-    )
-
-
-def _growing_data(splits: Splits, config: RunConfig, task: int) -> Splits:
-    return replace(splits, train=_part(splits.train, 0, len(splits.train) * task // config.tasks))
-
-
-def _corrected_labels(splits: Splits, config: RunConfig, task: int) -> Splits:
-    if task > config.tasks // 2:
-        return splits
-    train = splits.train
-    labels = noisy_labels(train.labels, config.label_noise, len(splits.classes), config.split_seed)
-    return replace(splits, train=Images(train.pixels, labels))
-
-
-def _new_classes(splits: Splits, config: RunConfig, task: int) -> Splits:
-    group = class_group(len(splits.classes), config.seed, task, config.tasks)
-
-    def of_group(images: Images) -> Images:
-        return images.take(torch.isin(images.labels, group).nonzero().squeeze(1))
-
-    return replace(
-        splits,
-        train=of_group(splits.train),
-        validation=of_group(splits.validation),
-        test=of_group(splits.test),
-    )
-
-
-def _new_pictures(splits: Splits, config: RunConfig, task: int) -> Splits:
-    size = len(splits.train) // config.tasks
-    return replace(splits, train=_part(splits.train, (task - 1) * size, task * size))
-
-
-def _new_domain(splits: Splits, config: RunConfig, task: int) -> Splits:
-    if splits.second is None:
-        raise ValueError("regime 'new-domain' needs the second data set: load the data with load_splits.")
-    return replace(splits, second=None) if task % 2 else splits.second
+def _each(splits: Splits, change: Callable[[Images], Images]) -> Splits:
+    """``splits`` with all three parts changed."""
+    train, validation, test = map(change, (splits.train, splits.validation, splits.test))
+    return replace(splits, train=train, validation=validation, test=test)
 
 
 def _part(images: Images, start: int, stop: int) -> Images:
     return Images(images.pixels[start:stop], images.labels[start:stop])
-
-
-_REGIMES: Mapping[str, Callable[[Splits, RunConfig, int], Splits]] = {
-    "same": _same,
-    "permuted-labels": _permuted_labels,
-    "growing-data": _growing_data,
-    "corrected-labels": _corrected_labels,
-    "new-classes": _new_classes,
-    "new-pictures": _new_pictures,
-    "new-domain": _new_domain,
-}
