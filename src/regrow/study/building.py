@@ -25,7 +25,7 @@ def load_splits(config: RunConfig) -> Splits:
     Raises the errors of ``load_data``, ``with_second`` and ``check_tasks``.
     """
     splits = _loaded(config, config.data, config.data_dir)
-    if config.regime == "new-domain" and config.second_data is not None:
+    if config.regime == "new-domain":
         # The folder of the user's own pictures does not hold a published data set.
         place = None if config.data == "folder" else config.data_dir
         splits = with_second(splits, _loaded(config, config.second_data, place))

@@ -70,8 +70,8 @@ class RunConfig(BaseModel):
     tasks: int = _setting(
         1, _DATA, "Tasks to train one after another, of equally many epochs.", ge=1, le=1000
     )
-    second_data: Literal["digits", "fashion-mnist", "cifar10", "cifar100"] | None = _setting(
-        None, _DATA, "The pictures of every second task of --regime new-domain."
+    second_data: Literal["none", "digits", "fashion-mnist", "cifar10", "cifar100"] = _setting(
+        "none", _DATA, "The pictures of every second task of --regime new-domain."
     )
 
     model: str = _setting(

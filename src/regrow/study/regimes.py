@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def check_regime(regime: str, tasks: int, *, label_noise: float, data: str, second_data: str | None) -> None:
+def check_regime(regime: str, tasks: int, *, label_noise: float, data: str, second_data: str) -> None:
     """Raise ``ValueError`` if a setting that ``regime`` needs is missing; each argument is a setting.
 
     ``tasks.check_tasks`` checks what depends on the pictures.
@@ -18,7 +18,7 @@ def check_regime(regime: str, tasks: int, *, label_noise: float, data: str, seco
             "regime 'corrected-labels' corrects wrong labels, and label_noise is 0: set label_noise to the "
             "share of labels that are wrong in the first half of the tasks, such as 0.3."
         )
-    if regime == "new-domain" and second_data in (None, data):
+    if regime == "new-domain" and second_data in ("none", data):
         raise ValueError(
             f"regime 'new-domain' alternates between two data sets: set second_data to another one than "
             f"{data!r} with as many classes."
