@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from regrow.short import line, short
 from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
 from regrow.study.regimes import check_regime
+from regrow.study.rounds import Rounds
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -62,14 +63,18 @@ class RunConfig(BaseModel):
     )
     train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1, le=_MANY)
     label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
+    tasks: int = _setting(
+        1,
+        _DATA,
+        "Tasks that follow each other in a run, with the same number of epochs.",
+        ge=1,
+        le=1000,
+    )
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
     split_seed: int = _setting(
         0, _DATA, "Fixes the split into train, validation and test.", ge=0, le=_LAST_SEED
     )
     regime: Regime = _setting("same", _DATA, "How the data changes from task to task (docs/study.md).")
-    tasks: int = _setting(
-        1, _DATA, "Tasks to train one after another, of equally many epochs.", ge=1, le=1000
-    )
     second_data: Literal["none", "digits", "fashion-mnist", "cifar10", "cifar100"] = _setting(
         "none", _DATA, "The pictures of every second task of --regime new-domain."
     )
@@ -126,7 +131,11 @@ class RunConfig(BaseModel):
         None, _REPR, "Epochs of a cycle with all filters (default: placed).", ge=1, le=_LONGEST
     )
     sub: int | None = _setting(
-        None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1, le=_LONGEST
+        None,
+        _REPR,
+        "Epochs of a cycle without the dropped filters; with 0 they are restored at once (default: placed).",
+        ge=0,
+        le=_LONGEST,
     )
     criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
         "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
@@ -190,9 +199,15 @@ class RunConfig(BaseModel):
         return 0.1 if self.optimizer == "sgd" else 0.002
 
     @property
+    def rounds(self) -> Rounds:
+        """The rounds that the epochs are divided into."""
+        return Rounds(self.epochs, self.tasks)
+
+    @property
     def cycle(self) -> Cycle:
-        """Where RePr's cycles lie in the epochs; the learning rate of standard training follows them too."""
-        return place_cycle(self.epochs, full=self.full, sub=self.sub, cycles=self.cycles)
+        """Where RePr's cycles lie in the epochs of a task; the learning rate of all methods follows them."""
+        of_task = max(1, self.epochs // self.tasks)
+        return place_cycle(of_task, full=self.full, sub=self.sub, cycles=self.cycles)
 
 
 def make_config(settings: Mapping[str, Any]) -> RunConfig:
@@ -218,8 +233,9 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
         data=config.data,
         second_data=config.second_data,
     )
-    if config.method == "repr":
-        config.cycle.check(config.epochs)
+    config.rounds.check()
+    if "repr" in config.method.split("+"):
+        config.cycle.check(config.epochs // config.tasks)
     return config
 
 

@@ -7,8 +7,9 @@ A **run folder** is one training run (one method, one seed):
 - ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1, ``flops`` are the
   floating-point operations of its training steps (None when they cannot be counted), ``task`` is the number
   of the task that the epoch trained, from 1;
-- ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
-  happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
+- ``events.jsonl``: one line per drop or restore, or what else a method did to the network (``KINDS``).
+  ``epoch`` is the number of epochs trained when it happened: a filter dropped at 20 and restored at 30 was
+  off in epochs 21 to 30;
 - ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
   stopped and resumed. ``task_accuracies`` are the test accuracies at the end of each task, on the test
   pictures of that task; ``test_accuracy`` is the last of them, and ``mean_accuracy_after_switch`` the mean of
@@ -43,6 +44,10 @@ from regrow.reading import from_json, read_file
 from regrow.short import said, short
 
 VERSION = 3
+# Kinds of events: what a method did to the network between two epochs.
+KINDS = (
+    "drop", "restore", "restart", "reset", "fresh", "shrink", "evolve", "sparsify", "densify", "redo",
+)  # fmt: skip
 
 # More than the records of the longest run that the settings allow.
 _MOST_BYTES = 1 << 26
@@ -464,7 +469,7 @@ def check_epochs(lines: object, count: int) -> None:
 
 
 def check_events(lines: object, count: int) -> None:
-    """Raise ``ValueError`` unless ``lines`` record drops and restores in the first ``count`` epochs."""
+    """Raise ``ValueError`` unless ``lines`` record what a method did in the first ``count`` epochs."""
     if not isinstance(lines, list):
         raise ValueError("events must be a list of records")
     for number, each in enumerate(lines, start=1):
@@ -557,8 +562,10 @@ def _check_drops(events: list[dict[str, Any]], sizes: Mapping[str, int] | None, 
     """Check the filters of ``events`` against ``sizes``, the number of filters of each layer, if known."""
     for number, event in enumerate(events, start=1):
         where = f"{place} {number}"
-        if event["kind"] not in ("drop", "restore"):
-            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {short(event['kind'])}.")
+        if event["kind"] not in KINDS:
+            raise ValueError(
+                f"{where}: 'kind' must be one of {', '.join(map(repr, KINDS))}, got {short(event['kind'])}."
+            )
         for layer, indices in event["filters"].items():
             if not isinstance(indices, list) or not all(_is_index(index) for index in indices):
                 raise ValueError(f"{where}: 'filters' must give a list of indices for {short(layer)}.")

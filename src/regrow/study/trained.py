@@ -16,6 +16,7 @@ from regrow.reading import check_plain
 from regrow.shipping.stored import CHECKSUM, check_stored, checksum
 from regrow.short import line, said
 from regrow.study import records
+from regrow.study.building import build, device_of, load_splits
 from regrow.study.config import make_config
 from regrow.study.data import Images, Splits, load_data
 from regrow.study.feeding import Batches, calibration_batches
@@ -23,7 +24,6 @@ from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
 from regrow.study.tasks import task_splits
-from regrow.study.train import build, device_of, load_splits
 
 _BATCH = 500
 _SIDE = 224
