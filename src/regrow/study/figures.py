@@ -127,6 +127,7 @@ def task_curves(series: Sequence[Series], tasks: Mapping[str, Sequence[TaskPoint
         axes.set_xlim(0.5, max(len(tasks[each.method]) for each in shown) + 0.5)
         axes.set_xlabel("task")
     upper.set_ylabel("test accuracy, %")
+    upper.set_ylim(top=min(101.0, upper.get_ylim()[1]))  # an interval may end beyond what is possible
     for axes in lower:
         axes.axhline(0, color=COLORS[0], linewidth=0.9)
         axes.set_ylabel("difference, points")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def render(content: Content) -> str:
         estimate=pruned.percent,
         area=pruned.area,
         setting=_setting,
-        sentence=lambda text: text[:1].upper() + text[1:],
+        sentence=_sentence,
         # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
     )
@@ -257,6 +258,12 @@ def _settings(series: Sequence[Series]) -> dict[str, Any]:
     }
     used = {key: values for key, values in differing.items() if set(values) != {"—"}}
     return {"shared": shared, "differing": used}
+
+
+def _sentence(text: str) -> str:
+    """``text`` with a capital letter; "tasks 2 to 5" in it is not split at the end of a line."""
+    whole = re.sub(r"tasks? \d+( to \d+)?", lambda found: found[0].replace(" ", "\u00a0"), text)
+    return whole[:1].upper() + whole[1:]
 
 
 def _setting(value: object) -> str:
