@@ -13,16 +13,31 @@ from regrow.study.config import RunConfig
 from regrow.study.data import Splits, load_data
 from regrow.study.models import build_model
 from regrow.study.schedule import rate_factor
+from regrow.study.tasks import check_tasks, with_second
 
 
 def load_splits(config: RunConfig) -> Splits:
-    """Load the pictures of a run. Raises the errors of ``load_data``."""
+    """Load the pictures of a run, from which ``tasks.task_splits`` makes each of its tasks.
+
+    Raises the errors of ``load_data``, ``with_second`` and ``check_tasks``.
+    """
+    splits = _loaded(config, config.data, config.data_dir)
+    if config.regime == "new-domain":
+        # The folder of the user's own pictures does not hold a published data set.
+        place = None if config.data == "folder" else config.data_dir
+        splits = with_second(splits, _loaded(config, config.second_data, place))
+    check_tasks(splits, config)
+    return splits
+
+
+def _loaded(config: RunConfig, name: str, folder: str | None) -> Splits:
     return load_data(
-        config.data,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
+        name,
+        data_dir=Path(folder) if folder else None,
         split_seed=config.split_seed,
         train_size=config.train_size,
-        label_noise=config.label_noise,
+        # The tasks whose labels are wrong get their noise from ``task_splits``.
+        label_noise=0.0 if config.regime == "corrected-labels" else config.label_noise,
         image_size=config.image_size,
     )
 

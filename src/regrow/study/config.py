@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from regrow.short import line, short
 from regrow.study.names import DEFAULT_GENERATIONS, METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.regimes import check_regime
 from regrow.study.rounds import Rounds
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
@@ -20,6 +21,15 @@ _LISTED = 3
 _LONGEST, _MANY = 100_000, 10**9
 _LAST_SEED = 2**63 - 1  # of PyTorch's generators
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
+Regime = Literal[
+    "same",
+    "permuted-labels",
+    "growing-data",
+    "corrected-labels",
+    "new-classes",
+    "new-pictures",
+    "new-domain",
+]
 _DATA, _MODEL, _TRAINING, _REPR, _NOISE, _LOSS, _ANEW, _RUN = (
     "Data", "Model", "Training", "RePr and restart", "Bridgeout and dropout", "Losses", "New weights", "Run",
 )  # fmt: skip
@@ -63,6 +73,10 @@ class RunConfig(BaseModel):
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
     split_seed: int = _setting(
         0, _DATA, "Fixes the split into train, validation and test.", ge=0, le=_LAST_SEED
+    )
+    regime: Regime = _setting("same", _DATA, "How the data changes from task to task (docs/study.md).")
+    second_data: Literal["none", "digits", "fashion-mnist", "cifar10", "cifar100"] = _setting(
+        "none", _DATA, "The pictures of every second task of --regime new-domain."
     )
 
     model: str = _setting(
@@ -297,6 +311,13 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         raise ValueError(_listed(error)) from None
+    check_regime(
+        config.regime,
+        config.tasks,
+        label_noise=config.label_noise,
+        data=config.data,
+        second_data=config.second_data,
+    )
     _check_method(config)
     return config
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.shipping.stored import check_stored
 from regrow.short import line, short
 from regrow.study.methods.method import Method
-from regrow.study.records import check_epochs, check_events
+from regrow.study.records import check_accuracies, check_epochs, check_events
 from regrow.study.rounds import Rounds
 from regrow.study.snapshot import state_of
 
@@ -61,6 +61,10 @@ def check_fits(
     _real(measured["loss"], "the measured loss", finite=False)
     _real(measured["accuracy"], "the measured accuracy", most=1)
     _real(done["seconds"], "seconds")
+    accuracies = done.get("task_accuracies", [])
+    check_accuracies(accuracies, "the accuracies of tasks")
+    if len(accuracies) != rounds.task(rounds.after(epoch)):
+        raise ValueError(f"{len(accuracies)} accuracies of tasks do not fit epoch {epoch}")
     environment = _mapping(done["environment"], ("resumed",), "environment")
     _whole(environment["resumed"], 0, 2**31, "resumed")
     fresh = state_of(model, optimizer, scheduler, scaler, method)

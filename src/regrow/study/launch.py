@@ -14,7 +14,7 @@ from rich.text import Text
 
 from regrow.short import short
 from regrow.study import records
-from regrow.study.compare import check_comparable, headline, summarise, table
+from regrow.study.compare import check_comparable, headline, summarise, table, task_table
 from regrow.study.config import RunConfig, make_config
 from regrow.study.gather import read_each
 from regrow.study.identity import check_same_run, resolved
@@ -240,6 +240,8 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
         return None
     _say(console, f"\n{comparison.title}", "bold")
     console.print(table(summaries))
+    if (by_task := task_table(summaries)) is not None:
+        console.print(by_task)
     found = headline(summaries)
     console.print(found, markup=False, highlight=False)
     _say(console, f"report: {page}")

@@ -12,7 +12,7 @@ from regrow.study.building import build, make_optimizer, make_scheduler
 from regrow.study.captured import training_step
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits
-from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.feeding import Batches, batch_count, calibration_batches
 from regrow.study.fits import check_epoch, check_fits
 from regrow.study.images import Images
 from regrow.study.methods.making import make_method
@@ -21,6 +21,7 @@ from regrow.study.methods.noisy import add_noise
 from regrow.study.models import model_channels
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import as_now, load_random_state, load_state
+from regrow.study.tasks import task_splits
 
 _EVALUATION_BATCH = 500
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +47,7 @@ class Parts:
     def __init__(self, config: RunConfig, splits: Splits, device: torch.device, ranks: Ranks) -> None:
         self.config, self.rounds, self._splits, self._ranks = config, config.rounds, splits, ranks
         self._device, self._channels = device, model_channels(config.model, splits.channels)
-        self.round = self._task = -1
+        self.round = self.task = -1
         torch.manual_seed(config.seed)
         self.model = build(config, splits).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._feed(0)
@@ -95,6 +96,15 @@ class Parts:
         self.scheduler = make_scheduler(self.optimizer, self.config, len(self.train))
         self.method.begin(number)
 
+    def steps(self) -> list[int]:
+        """How many training steps each epoch of the run has."""
+        of_task = [
+            batch_count(len(self._splits_of(task).train), self.config.batch_size, self._ranks.count)
+            for task in range(self.rounds.tasks)
+        ]
+        epochs = range(self.config.epochs)
+        return [of_task[self.rounds.task(self.rounds.after(epoch))] for epoch in epochs]
+
     def switch(self) -> list[dict[str, Any]]:
         """Go on to the next round; returns the records of what the method did to the network."""
         happened = self.method.switch(self.round + 1)
@@ -116,9 +126,9 @@ class Parts:
 
     def _feed(self, task: int) -> None:
         """Make the batches of ``task``."""
-        if task == self._task:
+        if task == self.task:
             return
-        self._task = task
+        self.task = task
         config, ranks, splits = self.config, self._ranks, self._splits_of(task)
         whole: dict[str, Any] = {
             "mean": splits.mean, "std": splits.std, "device": self._device, "channels": self._channels,
@@ -136,9 +146,9 @@ class Parts:
         self.test = Batches(splits.test, batch_size=_EVALUATION_BATCH, shuffle=False, **feed)
         self.calibration: list[Tensor] = calibration_batches(splits.train, **whole)
 
-    def _splits_of(self, task: int) -> Splits:  # noqa: ARG002
-        """The pictures of ``task``: those of the first task, until tasks differ."""
-        return self._splits
+    def _splits_of(self, task: int) -> Splits:
+        """The pictures of ``task``, counted from 0 as in ``rounds``."""
+        return task_splits(self._splits, self.config, task + 1)
 
     def _pictures(self, number: int) -> list[tuple[Tensor, Tensor]]:
         splits = self._splits_of(self.rounds.task(number))

@@ -52,6 +52,10 @@ class Rounds:
         """Whether another round begins after epoch ``epoch``, counted from 1."""
         return epoch % self.length == 0 and epoch < self.epochs
 
+    def ends_task(self, epoch: int) -> bool:
+        """Whether another task begins after epoch ``epoch``, counted from 1."""
+        return epoch % (self.length * self.generations) == 0 and epoch < self.epochs
+
     def task(self, number: int) -> int:
         """The task, from 0, of round ``number``."""
         return number // self.generations

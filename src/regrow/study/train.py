@@ -34,6 +34,7 @@ from regrow.study.run_folder import (
     save_weights,
     writing,
 )
+from regrow.study.sequences import mean_after_switch
 from regrow.study.snapshot import random_state, state_of
 from regrow.study.steps import BadLoss, evaluate, state_of_weights, train_epoch
 
@@ -157,23 +158,25 @@ def _run(
     progress: Progress,
 ) -> None:
     started = time.perf_counter()
-    model, steps = run.model, len(run.train)
+    model = run.model
     ranked = eligible(model)
     filters = sum(conv.out_channels for conv in ranked.values())
     done: dict[str, Any] = {
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
+        "task_accuracies": [],
     }  # fmt: skip
     if checkpoint is not None:
-        done = from_bytes(checkpoint)
+        done |= from_bytes(checkpoint)  # those of earlier versions have no accuracies of tasks
         run.load(done)
         done["environment"] = environment
     spent: float = done["seconds"]
     good = state_of_weights(model)
     counted: tuple[int, int] | None = None
     flops: int | None = None
-    progress.start(folder.name, config.epochs * steps)
+    steps = run.steps()
+    progress.start(folder.name, sum(steps))
     for line in done["epochs"]:
-        progress.advance(steps, line["train_loss"])
+        progress.advance(steps[line["epoch"] - 1], line["train_loss"])
         progress.epoch(line["epoch"], config.epochs, line["train_loss"], line["validation_accuracy"])
     for epoch in range(done["epoch"] + 1, config.epochs + 1):
         phase, alive = run.method.phase, filters - run.method.dropped
@@ -199,6 +202,7 @@ def _run(
             {
                 "version": records.VERSION,
                 "epoch": epoch,
+                "task": run.task + 1,
                 "phase": phase,
                 "learning_rate": rate,
                 "train_loss": loss,
@@ -217,6 +221,9 @@ def _run(
         progress.epoch(epoch, config.epochs, loss, measured["accuracy"])
         happened = run.method.after_epoch()
         another = run.rounds.ends(epoch)
+        if run.rounds.ends_task(epoch):
+            # The only look at the test pictures of this task.
+            done["task_accuracies"].append(evaluate(model, run.test, ranks)["accuracy"])
         if another:
             happened += run.switch()
         if happened or another:
@@ -249,6 +256,7 @@ def _finish(folder: Path, run: Parts, done: dict[str, Any], ranks: Ranks, starte
         measured = evaluate(run.model, run.validation, ranks)
     final = evaluate(run.model, run.test, ranks)
     flops = [line["flops"] for line in done["epochs"]]
+    accuracies = [*done["task_accuracies"], final["accuracy"]]
     result = {
         "version": records.VERSION,
         "test_accuracy": final["accuracy"],
@@ -260,6 +268,8 @@ def _finish(folder: Path, run: Parts, done: dict[str, Any], ranks: Ranks, starte
         "filters": {name: conv.out_channels for name, conv in eligible(run.model).items()},
         "train_flops": None if None in flops else sum(flops),
         "resumed": done["environment"]["resumed"],
+        "task_accuracies": accuracies,
+        "mean_accuracy_after_switch": mean_after_switch(accuracies),
     }
 
     def write() -> None:

@@ -23,6 +23,7 @@ from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
+from regrow.study.tasks import task_splits
 
 _BATCH = 500
 _SIDE = 224
@@ -95,7 +96,7 @@ def network_of_run(folder: Path, data_dir: str | None = None) -> tuple[nn.Module
         raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
     changed = {} if data_dir is None else {"data_dir": data_dir}
     config = make_config({**run.config, **changed})
-    splits = load_splits(config)
+    splits = task_splits(load_splits(config), config, config.tasks)
     with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
     weights = records.weights_path(folder)

@@ -21,6 +21,7 @@ USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("method", tuple(method for method in METHOD_SETTINGS if "repr" in method.split("+"))),
     ),
     "momentum": ("optimizer", ("sgd",)),
+    "second_data": ("regime", ("new-domain",)),
 }
 
 
