@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches, inputs_of
+from regrow.looking.images import check_batches, inputs_of
 from regrow.given import check_inputs, check_optimizer, check_seed
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating

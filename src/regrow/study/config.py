@@ -161,8 +161,22 @@ class RunConfig(BaseModel):
         ge=0,
         le=_LONGEST,
     )
-    criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
-        "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
+    criterion: Literal[
+        "ortho",
+        "ortho-corrected",
+        "l1",
+        "l2",
+        "random",
+        "mean-activation",
+        "apoz",
+        "gradient",
+        "taylor",
+        "hessian",
+        "oracle",
+    ] = _setting(
+        "ortho",
+        _REPR,
+        "How to rank the filters. ortho is the paper's overlap; the last six look at 256 training pictures.",
     )
     consumers: Literal["zero", "keep", "init"] = _setting(
         "zero",
@@ -282,11 +296,11 @@ class RunConfig(BaseModel):
 
     @property
     def generations_of_a_task(self) -> int:
-        """``generations``, or the default of the method."""
-        one, several = DEFAULT_GENERATIONS.get(self.method, (1, 1))
-        if self.generations is not None:
-            return self.generations
-        return one if self.tasks == 1 else several
+        """``generations``, or the default of the method; 1 for a method that has none."""
+        if self.method not in DEFAULT_GENERATIONS:
+            return 1
+        one, several = DEFAULT_GENERATIONS[self.method]
+        return self.generations or (one if self.tasks == 1 else several)
 
     @property
     def cycle(self) -> Cycle:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 DATA_NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
 AUGMENTATIONS = ("none", "shift", "flip", "shift-flip")
 MODEL_FAMILIES = ("convnet", "vgg", "resnet", "wrn")
@@ -20,3 +22,9 @@ DEFAULT_GENERATIONS = {
 }
 # Settings in which a run may differ and still be the same run: where it ran and where its data lay.
 WHERE = frozenset({"device", "threads", "data_dir"})
+
+
+def unjoined(methods: Iterable[str]) -> list[str]:
+    """``methods`` without those that join others, such as "repr+distillation"; all, if there is no other."""
+    every = list(methods)
+    return [method for method in every if "+" not in method] or every

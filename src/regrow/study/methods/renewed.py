@@ -8,6 +8,7 @@ from regrow.repr.restart import restart
 from regrow.restarts.perturb import reinitialize, shrink_and_perturb
 from regrow.restarts.redo import redo
 from regrow.study.methods.method import Given, Method, event, replaced
+from regrow.study.methods.regrown import pictures_to_rank
 
 
 class _Renewing(Method):
@@ -72,6 +73,7 @@ class Restart(_Renewing):
             example_inputs=given.example_inputs,
             fraction=config.fraction,
             criterion=config.criterion,
+            batches=pictures_to_rank(given, number),
             consumers=config.consumers,
             rows=config.rows,
             scope=config.scope,
