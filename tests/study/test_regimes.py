@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from regrow.study.config import make_config
+from regrow.study.regimes import described
 from regrow.study.unused import check_used
 
 
@@ -44,3 +45,16 @@ def test_settings_of_regimes(settings: dict[str, Any]) -> None:
 def test_a_second_data_set_without_its_regime_is_refused() -> None:
     with pytest.raises(ValueError, match="'second_data' belongs to the regime new-domain"):
         check_used({"second_data": "cifar10"}, [make_config({})])
+
+
+@pytest.mark.parametrize(
+    ("regime", "tasks", "words"),
+    [
+        ("same", 1, "digits"),
+        ("same", 3, "digits, 3 tasks of the same data"),
+        ("permuted-labels", 4, "digits, 4 tasks of permuted labels"),
+        ("new-domain", 2, "digits and fashion-mnist in turn, 2 tasks"),
+    ],
+)
+def test_a_regime_in_words(regime: str, tasks: int, words: str) -> None:
+    assert described(regime, tasks, data="digits", second_data="fashion-mnist") == words

@@ -17,6 +17,7 @@ def test_three_tasks_of_two_generations_by_hand() -> None:
     assert [rounds.after(epoch) for epoch in range(13)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
     assert [rounds.trained(epoch) for epoch in range(13)] == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2]
     assert [epoch for epoch in range(1, 13) if rounds.ends(epoch)] == [2, 4, 6, 8, 10]
+    assert [epoch for epoch in range(1, 13) if rounds.ends_task(epoch)] == [4, 8]
     assert [rounds.task(number) for number in range(6)] == [0, 0, 1, 1, 2, 2]
 
 

@@ -39,7 +39,9 @@ def config(regime: str, tasks: int, **settings: Any) -> RunConfig:
         "corrected-labels": {"label_noise": 0.5},
         "new-domain": {"second_data": "fashion-mnist"},
     }
-    return make_config({"regime": regime, "tasks": tasks, **needed.get(regime, {}), **settings})
+    return make_config(
+        {"regime": regime, "tasks": tasks, "epochs": 4 * tasks, **needed.get(regime, {}), **settings}
+    )
 
 
 def values(part: Images) -> list[int]:

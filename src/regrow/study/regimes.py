@@ -1,6 +1,15 @@
-"""Check the settings of a run whose data changes from task to task. Imports no PyTorch."""
+"""Check and describe the settings of a run whose data changes from task to task. Imports no PyTorch."""
 
 from __future__ import annotations
+
+
+def described(regime: str, tasks: int, *, data: str, second_data: str) -> str:
+    """The data of a run in words, for a title: ``"digits, 4 tasks of permuted labels"``."""
+    if regime == "new-domain":
+        return f"{data} and {second_data} in turn, {tasks} tasks"
+    if regime == "same":
+        return data if tasks == 1 else f"{data}, {tasks} tasks of the same data"
+    return f"{data}, {tasks} tasks of {regime.replace('-', ' ')}"
 
 
 def check_regime(regime: str, tasks: int, *, label_noise: float, data: str, second_data: str) -> None:
