@@ -8,17 +8,17 @@ from torch import nn
 
 from regrow.noise.layers import bridgeout_state
 from regrow.study.building import (
-    add_noise,
     build,
     device_of,
     load_splits,
     make_optimizer,
-    make_repr,
     make_scheduler,
 )
 from regrow.study.config import RunConfig, make_config
 from regrow.study.data import Splits
 from regrow.study.images import Images
+from regrow.study.methods.noisy import add_noise
+from regrow.study.methods.regrown import make_repr
 
 
 def config(**settings: Any) -> RunConfig:
@@ -174,13 +174,6 @@ def test_the_first_convolution_takes_part_when_it_is_asked_to() -> None:
     )
 
 
-def test_other_methods_have_no_cycle() -> None:
-    model = build(config(width=2), splits())
-    for method in ("standard", "bridgeout", "dropout"):
-        settings = config(method=method)
-        assert make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8)) is None
-
-
 def test_optimizers() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
@@ -245,3 +238,35 @@ def test_a_device_that_is_not_there(name: str) -> None:
         ValueError, match=rf"device '{name}' cannot be used here \(.+\)\. Write --device cpu\."
     ):
         device_of(name)
+
+
+def test_the_pictures_of_a_sequence_of_tasks_follow_the_settings() -> None:
+    plain = load_splits(config())
+    corrected = load_splits(config(regime="corrected-labels", tasks=2, label_noise=0.2))
+    assert torch.equal(corrected.train.labels, plain.train.labels)  # ``task_splits`` falsifies them
+    with pytest.raises(ValueError, match="10 classes do not make 3 equal groups"):
+        load_splits(config(regime="new-classes", tasks=3))
+
+
+def test_a_second_data_set_is_loaded_by_the_same_settings(monkeypatch) -> None:
+    asked = []
+
+    def load(name: str, **settings: Any) -> Splits:
+        asked.append((name, settings))
+        images = Images(
+            torch.zeros(20, 1, *((8, 8) if name == "digits" else (28, 28)), dtype=torch.uint8),
+            torch.arange(20) % 10,
+        )
+        return Splits(images, images, images, tuple(map(str, range(10))), (0.5,), (0.5,))
+
+    monkeypatch.setattr("regrow.study.building.load_data", load)
+    settings = {"regime": "new-domain", "tasks": 2, "second_data": "fashion-mnist", "data_dir": "here"}
+    found = load_splits(config(split_seed=3, train_size=20, **settings))
+    assert [name for name, _ in asked] == ["digits", "fashion-mnist"]
+    assert asked[0][1] == asked[1][1]
+    assert (asked[0][1]["split_seed"], asked[0][1]["data_dir"].name) == (3, "here")
+    assert found.second is not None
+    assert found.size == found.second.size == (8, 8)
+    # Its own pictures lie in a folder that does not hold the published ones.
+    load_splits(config(**settings | {"data": "folder", "image_size": 28}))
+    assert [each["data_dir"] and each["data_dir"].name for _, each in asked[2:]] == ["here", None]

@@ -5,7 +5,7 @@ import pytest
 
 from regrow.criteria import score as scoring
 from regrow.criteria import select as selection
-from regrow.repr import subphase
+from regrow.repr import restoring
 from regrow.study import compare, names
 from regrow.study.config import RunConfig, make_config, read_settings
 
@@ -19,7 +19,7 @@ from regrow.study.config import RunConfig, make_config, read_settings
         ("head", names.HEADS),
         ("init", names.INITS),
         ("criterion", scoring.CRITERIA),
-        ("consumers", subphase.CONSUMERS),
+        ("consumers", restoring.CONSUMERS),
         ("scope", selection.SCOPES),
         ("method", (*compare.METHOD_SETTINGS, *names.METHOD_ALIASES)),
     ],
@@ -64,6 +64,11 @@ def test_defaults_run_standard_training_on_digits() -> None:
         ({"data": "fashon"}, "data: unknown name; did you mean 'fashion-mnist'. .got 'fashon'"),
         ({"pooling": "Q"}, "pooling: unknown name; choose from 'max', 'avg', 'max3', 'none' .got 'Q'"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
+        (
+            {"epochs": 10, "tasks": 3},
+            "epochs: 10 epochs cannot be divided evenly by 3 tasks: train for 9, say",
+        ),
+        ({"method": "repr", "epochs": 4, "tasks": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),
     ],
@@ -85,9 +90,10 @@ BEYOND: dict[str, list[Any]] = {
     "lr": [0, -0.1, 1e31, 1e308, float("nan"), float("inf")],
     "weight_decay": [-1, 1e31, float("nan"), float("inf")],
     "momentum": [1, -0.1, float("nan")],
+    "tasks": [0, 1001, 2**64],
     "cycles": [0, 10**12, 2**64],
     "full": [0, 10**12, 2**64],
-    "sub": [0, 10**12, 2**64],
+    "sub": [-1, 10**12, 2**64],
     "q": [0, 1e12, float("nan"), float("inf")],
     "threads": [0, -1, 1025, 10**6, 1e12, 2**64],
     "model": ["x" * 10**6, 3],
