@@ -94,7 +94,7 @@ def test_the_best_epoch_is_checked_and_may_be_missing(run: tuple[Parts, dict[str
         (("best", "accuracy"), 1.5, "the best accuracy cannot be 1.5"),
         (("best", "weights", "classifier.bias"), torch.zeros(3), "classifier.bias.* has shape"),
         (("best", "weights"), {}, "which the file lacks"),
-        (("best",), {}, "best has no 'epoch'"),
+        (("best",), {"epoch": 1}, "best has no 'accuracy'"),
     ):
         with pytest.raises(ValueError, match=message):
             check(parts, changed(state, at, replaced(value)))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from regrow.study import launch, records
 from regrow.study.config import RunConfig, make_config
 from regrow.study.launch import choose_launcher, local, run_comparison, run_study
+from regrow.study.published import published_accuracy
+from regrow.study.studyfile import read_study
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 4, "train_size": 200, "epochs": 4, "threads": 1}
@@ -295,6 +298,69 @@ def test_one_job_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run_comparison(configs(1), tmp_path, launcher=local(1))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [line.split(":")[0] for line in lines] == ["[1/2] standard-seed0", "[2/2] repr-seed0"]
+
+
+TAUGHT = """
+seeds: 0-1
+settings: {{width: 4, train_size: 150, epochs: 2, threads: 1}}
+parts:
+  - methods: [standard, distillation]
+    settings: {{teacher: {teacher}}}
+  - {{methods: standard, models: {{convnet: {{depth: 2}}}}}}
+"""
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_runs_of_a_study_are_taught_by_others_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(TAUGHT.format(teacher=out / "convnet-digits-depth1" / "standard"))
+    with pytest.raises(ValueError, match="standard is no run folder"):
+        run_study(file, out, dry_run=True)
+    teachers = out / "convnet-digits-depth2"
+    file.write_text(TAUGHT.format(teacher=teachers / "standard"))
+    batches = []
+
+    def trained(jobs: list, watch: object) -> dict[Path, str]:
+        batches.append([job.folder.name for job in jobs])
+        with local(1) as train:
+            return train(jobs, watch)
+
+    assert run_study(file, out, launcher=nullcontext(trained))
+    assert sorted(batches[0]) == ["standard-seed0", "standard-seed0", "standard-seed1", "standard-seed1"]
+    assert batches[1] == ["distillation-seed0", "distillation-seed1"]
+    assert "6 runs, 0 done, 6 to run" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_whose_teacher_failed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(
+        "methods: [standard, distillation]\nseeds: 0\n"
+        f"settings: {{teacher: {out / 'convnet-digits' / 'standard'}, epochs: 2}}\n"
+    )
+
+    def failed(jobs: list, _watch: object) -> dict[Path, str]:
+        return {job.folder: "it is too hot" for job in jobs}
+
+    assert not run_study(file, out, launcher=nullcontext(failed))
+    printed = capsys.readouterr().out
+    assert "2 runs failed" in printed
+    assert "it is too hot" in printed
+    assert "train the teacher first" in " ".join(printed.split())
+
+
+def test_every_row_of_the_paper_is_a_run_of_the_example() -> None:
+    runs = [each.config for each in read_study(ROOT / "examples" / "repr_paper.yaml").runs]
+    text = resources.files("regrow.study").joinpath("published.json").read_text(encoding="utf-8")
+    rows = [row for row in json.loads(text)["rows"] if row["net"] != "DenseNet-5"]
+    found = [published_accuracy(config.model_dump(mode="json")) for config in runs if config.seed == 0]
+    assert None not in found
+    assert sorted(100 * value for value in found if value) == pytest.approx(
+        sorted(row["accuracy"] for row in rows)
+    )
+    assert {config.seed for config in runs} == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.usefixtures("no_figures")

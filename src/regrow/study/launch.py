@@ -28,7 +28,7 @@ from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
 from regrow.study.studyfile import read_study
-from regrow.study.teachers import check_teachers
+from regrow.study.teachers import awaits, check_teachers
 from regrow.study.watching import LOGS, Watch
 from regrow.study.words import label
 from regrow.suggest import nearest
@@ -107,11 +107,12 @@ def run_study(
     comparisons, unreadable = plan(study, folder)
     jobs = jobs_of(comparisons)
     check_models({job.config.model for job in jobs})
-    check_teachers(job.config for job in jobs if job.state != "done")
+    rest = [job for job in jobs if job.state != "done"]
+    first, taught = _teachers_first(rest)
+    check_teachers(job.config for job in first)
     for path in unreadable:
         _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
-    rest = [job for job in jobs if job.state != "done"]
     done = len(jobs) - len(rest)
     _say(console, f"{study.name}: {len(jobs)} runs, {done} done, {len(rest)} to run; in {folder}")
     if dry_run:
@@ -120,7 +121,9 @@ def run_study(
     if rest:
         with launcher or local() as train:
             claim(study, folder, comparisons)
-            failed = _train(train, rest, folder, console)
+            failed = _train(train, first, folder, console)
+            ready, left = _with_teachers(taught)
+            failed |= left | (_train(train, ready, folder, console) if ready else {})
     else:
         claim(study, folder, comparisons)
     reported = [_report(each, console) for each in comparisons]
@@ -201,6 +204,25 @@ def _train(
         for logs in {job.folder.parent / LOGS for job in jobs}:
             if logs.is_dir() and not any(logs.iterdir()):
                 logs.rmdir()
+
+
+def _teachers_first(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs that can be trained now, and those that learn from another of ``jobs``."""
+    folders = [job.folder for job in jobs]
+    taught = [job for job in jobs if awaits(job.config, folders)]
+    return [job for job in jobs if job not in taught], taught
+
+
+def _with_teachers(jobs: Sequence[Job]) -> tuple[list[Job], dict[Path, str]]:
+    """The jobs whose teachers are finished, and {run folder: why its teacher is not} of the others."""
+    ready, left = [], {}
+    for job in jobs:
+        try:
+            check_teachers([job.config])
+            ready.append(job)
+        except ValueError as error:
+            left[job.folder] = str(error)
+    return ready, left
 
 
 def _told(failed: dict[Path, str], console: Console) -> bool:

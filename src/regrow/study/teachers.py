@@ -45,11 +45,31 @@ def teacher_folder(teacher: str, seed: int) -> Path:
     return found[0]
 
 
+def awaits(config: RunConfig, others: Iterable[Path]) -> bool:
+    """Whether the teacher of the run with the settings ``config`` is one of ``others``.
+
+    Args:
+        others: the folders of runs that are still to be trained.
+    """
+    if not _is_taught(config) or config.teacher is None:
+        return False
+    place, ending = Path(config.teacher).absolute(), f"-seed{config.seed}"
+    return any(
+        each in (place, place.with_name(place.name + ending))
+        or (each.parent == place and each.name.endswith(ending))
+        for each in map(Path.absolute, others)
+    )
+
+
 def check_teachers(configs: Iterable[RunConfig]) -> None:
     """Raise ``ValueError`` if one of the runs has no teacher and needs one, before the first run would."""
     for config in configs:
-        if "distillation" in config.method.split("+") and config.teacher is not None:
+        if _is_taught(config) and config.teacher is not None:
             teacher_folder(config.teacher, config.seed)
+
+
+def _is_taught(config: RunConfig) -> bool:
+    return "distillation" in config.method.split("+")
 
 
 def _is_run(folder: Path) -> bool:
