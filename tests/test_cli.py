@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import forking
 from regrow.cli import app, main
 from regrow.study import page
+from regrow.study.records import read_config
 from regrow.study.typed import Mistyped
 
 SMALL = ["--width", "4", "--train-size", "100", "--threads", "1"]
@@ -47,6 +48,10 @@ def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Pat
         ("train --method rper --out run", "did you mean 'repr'?"),
         ("train --fraction 0.3 --out run", "--fraction belongs to the method repr"),
         ("train --method repr --epochs 2 --out run", "train for 3 epochs or more"),
+        ("train --preset papr --out run", "did you mean 'paper'?"),
+        ("train --model C3(8) --depth 4 --out run", "leave depth out"),
+        ("compare --preset paper --epochs 50 --out run", "train for 91 epochs or more, not 50"),
+        ("train --halve-every 100 --out run", "--halve-every belongs to the schedule halving"),
         ("compare --methods standard,dropuot --out run", "did you mean 'dropout'"),
         ("compare --seeds 3-1 --out run", "got '3-1'"),
         ("compare --methods standard,dropout --criterion l1 --out run", "would be ignored with standard and"),
@@ -106,6 +111,20 @@ def test_help_explains_and_never_imports_pytorch(command: list[str]) -> None:
     }
     for word in words.get("".join(command), ["report"]):
         assert word in shown.stdout
+
+
+def test_flags_and_files_override_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("width: 4\nbatch_size: 32\nmodel: c3\n")
+    flags = "--epochs 2 --train-size 100 --threads 1 --lr 0.02 --pooling max --config"
+    arguments = ["train", "--preset", "paper", *flags.split(), str(file), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    config = read_config(tmp_path / "run")
+    assert (config["epochs"], config["batch_size"], config["lr"]) == (2, 32, 0.02)
+    assert (config["width"], config["pooling"], config["batch_norm"]) == (4, "max", False)
+    assert (config["momentum"], config["augmentation"], config["schedule"]) == (0, "none", "constant")
+    assert "preset" not in config
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:

@@ -66,6 +66,15 @@ def test_the_best_epoch_is_tested_with_its_own_weights(tmp_path: Path) -> None:
     assert (short["best_epoch"], short["best_test_accuracy"]) == (best["epoch"], short["test_accuracy"])
 
 
+def test_of_a_sequence_the_best_epoch_is_one_of_the_last_task(tmp_path: Path) -> None:
+    record = run(tmp_path / "run", epochs=6, tasks=2, regime="permuted-labels", seed=1)
+    assert record.result is not None
+    lines = [line for line in record.epochs if line["task"] == 2]
+    best = max(lines, key=lambda line: line["validation_accuracy"])
+    assert best["epoch"] == record.result["best_epoch"] > 3
+    assert best["validation_accuracy"] == record.result["best_validation_accuracy"]
+
+
 @pytest.mark.parametrize("method", list(METHOD_SETTINGS))
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method: str) -> None:
     for name in ("a", "b"):
