@@ -8,6 +8,7 @@ from torch import nn
 import regrow
 from optimizers import MADGRAD, ScheduleFreeSGD
 from regrow.restarts.perturb import reinitialize, shrink_and_perturb
+from regrow.restarts.seeds import drawing
 from relatives import OPTIMIZERS, X, net, tensors, train
 
 pytestmark = pytest.mark.devices
@@ -16,12 +17,10 @@ pytestmark = pytest.mark.devices
 def plain(model, seed):
     """A copy of the model as its modules draw it, one after the other, from one seed."""
     twin = copy.deepcopy(model).cpu()
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    for module in twin.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    torch.set_rng_state(state)
+    with drawing(seed):
+        for module in twin.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     return twin
 
 
@@ -109,8 +108,8 @@ def test_a_new_head_is_the_last_layer_alone():
     assert optimizer.state[model[10].weight]["step"] == 0
     assert not optimizer.state[model[10].weight]["exp_avg"].any()
     assert optimizer.state[model[7].weight]["step"] == steps[id(model[7].weight)] == 2
-    torch.manual_seed(3)
-    twin = nn.Linear(5, 3, device="cpu")
+    with drawing(3):
+        twin = nn.Linear(5, 3, device="cpu")
     assert torch.equal(model[10].weight.cpu(), twin.weight)
 
 
@@ -144,6 +143,13 @@ def test_from_scratch_equals_a_plain_loop_and_leaves_the_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.cpu(), expected[name].cpu()), name
+
+
+def test_a_model_that_was_built_from_the_same_seed_does_not_begin_as_it_began():
+    model = net()
+    before = tensors(model)
+    reinitialize(model, seed=0)
+    assert not torch.equal(model[0].weight, before["0.weight"])
 
 
 def test_a_fresh_model_gives_its_values():
