@@ -262,6 +262,20 @@ def repr_(s, _):
     train_a_cycle(s.model, {"fraction": 0.4})
 
 
+def restart(s, _):
+    inner = unwrap(s.model)
+    borrowed = [name for name, layer in inner.named_modules() if name == "conv3" and is_borrowed(layer)]
+    before, _ = snapshot(inner)
+    record = regrow.restart(s.model, sgd(inner), example_inputs=X[:1], fraction=0.4)
+    assert record["filters"]
+    assert {"conv1", *borrowed} <= record["left_out"].keys()
+    for name, filters in record["filters"].items():
+        new, old = inner.get_submodule(name).weight[filters], before[f"{name}.weight"][filters]
+        assert (new != old).flatten(1).any(1).all()
+        assert new.flatten(1).any(1).all()
+    assert values(s.model).isfinite().all()
+
+
 def cut(s, _):
     keep = {name: mask for name, mask in KEEP.items() if len(mask) == unwrap(s.model).conv2.out_channels}
     keep = keep or {"conv1": torch.arange(6) % 3 > 0}
@@ -393,7 +407,7 @@ DO = dict(
     zip(
         OPERATIONS,
         (
-            repr_, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
+            repr_, restart, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
             fold_norms, save, load, export_onnx, reestimate_norms, plain_layers,
         ),
         strict=True,

@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from regrow.criteria.masks import keep_of_masks
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
+    from regrow.losses import distillation_loss, orthogonal_loss
     from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
     from regrow.pruning.side_by_side import compare_latency
-    from regrow.repr.cycle import Event, RePr, release
+    from regrow.repr.cycle import RePr, release
+    from regrow.repr.events import Event
+    from regrow.repr.restart import restart
+    from regrow.restarts.continual import ContinualBackprop
+    from regrow.restarts.dense_sparse import DenseSparseDense
+    from regrow.restarts.evolution import KnowledgeEvolution
+    from regrow.restarts.perturb import reinitialize, shrink_and_perturb
+    from regrow.restarts.redo import redo
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.deploy import deploy
     from regrow.shipping.fold import fold_norms
@@ -30,7 +38,10 @@ if TYPE_CHECKING:
     from regrow.surgery.cut import cut
 
 _HOMES = {
-    "Event": "regrow.repr.cycle",
+    "ContinualBackprop": "regrow.restarts.continual",
+    "DenseSparseDense": "regrow.restarts.dense_sparse",
+    "Event": "regrow.repr.events",
+    "KnowledgeEvolution": "regrow.restarts.evolution",
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
@@ -39,25 +50,34 @@ _HOMES = {
     "compensate": "regrow.compensation.compensate",
     "cut": "regrow.surgery.cut",
     "deploy": "regrow.shipping.deploy",
+    "distillation_loss": "regrow.losses",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "keep_of_masks": "regrow.criteria.masks",
     "load": "regrow.shipping.checkpoint",
     "load_bridgeout_state": "regrow.noise.layers",
+    "orthogonal_loss": "regrow.losses",
     "overlap": "regrow.criteria.score",
     "plain_layers": "regrow.shipping.plain",
     "prune": "regrow.pruning.prune",
     "read_as": "regrow.compensation.compensate",
+    "redo": "regrow.restarts.redo",
+    "reinitialize": "regrow.restarts.perturb",
     "release": "regrow.repr.cycle",
     "reestimate_norms": "regrow.compensation.norms",
     "remove_bridgeout": "regrow.noise.layers",
+    "restart": "regrow.repr.restart",
     "save": "regrow.shipping.checkpoint",
     "score": "regrow.criteria.score",
     "select": "regrow.criteria.select",
+    "shrink_and_perturb": "regrow.restarts.perturb",
 }
 
 __all__ = [
+    "ContinualBackprop",
+    "DenseSparseDense",
     "Event",
+    "KnowledgeEvolution",
     "RePr",
     "add_bridgeout",
     "bridgeout",
@@ -66,21 +86,27 @@ __all__ = [
     "compensate",
     "cut",
     "deploy",
+    "distillation_loss",
     "export_onnx",
     "fold_norms",
     "keep_of_masks",
     "load",
     "load_bridgeout_state",
+    "orthogonal_loss",
     "overlap",
     "plain_layers",
     "prune",
     "read_as",
+    "redo",
     "reestimate_norms",
+    "reinitialize",
     "release",
     "remove_bridgeout",
+    "restart",
     "save",
     "score",
     "select",
+    "shrink_and_perturb",
 ]
 
 

@@ -362,7 +362,7 @@ def test_headline_says_how_many_seeds_and_flops_it_takes():
 def test_headline_has_a_line_per_method():
     one = Paired({0: 1.0}, 1.0, None, None, None)
     lines = headline([summary("standard"), summary("repr", one), summary("dsd", one)]).split("\n")
-    assert [line.split(":")[0] for line in lines] == ["RePr", "dsd"]
+    assert [line.split(":")[0] for line in lines] == ["RePr", "Dense-Sparse-Dense"]
 
 
 def test_overview_counts_verdicts_and_names_methods():

@@ -5,7 +5,7 @@ import pytest
 
 from regrow.criteria import score as scoring
 from regrow.criteria import select as selection
-from regrow.repr import subphase
+from regrow.repr import restoring
 from regrow.study import compare, names
 from regrow.study.config import RunConfig, make_config, read_settings
 
@@ -17,7 +17,7 @@ from regrow.study.config import RunConfig, make_config, read_settings
         ("augmentation", names.AUGMENTATIONS),
         ("pooling", names.POOLINGS),
         ("criterion", scoring.CRITERIA),
-        ("consumers", subphase.CONSUMERS),
+        ("consumers", restoring.CONSUMERS),
         ("scope", selection.SCOPES),
         ("method", (*compare.METHOD_SETTINGS, *names.METHOD_ALIASES)),
     ],

@@ -29,18 +29,39 @@ if TYPE_CHECKING:
 
     from regrow.study.records import RunRecord
 
-_REPR = frozenset(
-    {"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first", "compact"}
+_RESTART = frozenset(
+    {"fraction", "criterion", "consumers", "rows", "scope", "floor", "exclude", "skip_first"}
 )
+_REPR = _RESTART | {"compact"}
+_DISTILLATION = frozenset({"teacher", "temperature", "distillation_weight"})
+_BRIDGEOUT = frozenset({"p", "q", "reestimate"})
+_ORTHOGONAL, _GENERATIONS = frozenset({"orthogonal"}), frozenset({"generations"})
 # The settings that belong to one method, in which methods may differ. The lengths of the cycle are not among
 # them: the learning rate of every method, standard training too, follows them.
 METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
     "standard": frozenset(),
     "repr": _REPR,
-    "bridgeout": frozenset({"p", "q", "reestimate"}),
-    "targeted-bridgeout": frozenset({"p", "q", "target_fraction", "reestimate"}),
+    "bridgeout": _BRIDGEOUT,
+    "targeted-bridgeout": _BRIDGEOUT | {"target_fraction"},
     "dropout": frozenset({"p"}),
     "targeted-dropout": frozenset({"p", "target_fraction"}),
+    "orthogonal-loss": _ORTHOGONAL,
+    "distillation": _DISTILLATION,
+    "dsd": frozenset({"fraction"}),
+    "ban": _GENERATIONS | {"temperature", "distillation_weight"},
+    "shrink-and-perturb": _GENERATIONS | {"shrink", "perturb"},
+    "continual-backprop": frozenset({"replacement_rate", "maturity"}),
+    "later-layer-forgetting": _GENERATIONS | {"last"},
+    "knowledge-evolution": _GENERATIONS | {"fixed"},
+    "restart": _GENERATIONS | _RESTART | {"head"},
+    "new-head": _GENERATIONS,
+    "last-layers": _GENERATIONS | {"last"},
+    "from-scratch": _GENERATIONS,
+    "redo": _GENERATIONS | {"dormant"},
+    "repr+orthogonal-loss": _REPR | _ORTHOGONAL,
+    "repr+distillation": _REPR | _DISTILLATION,
+    "repr+orthogonal-loss+distillation": _REPR | _ORTHOGONAL | _DISTILLATION,
+    "repr+bridgeout": _REPR | _BRIDGEOUT,
 }
 # Every method regularises by weight decay too, and standard training by nothing else: a fair comparison
 # gives each the strength that suits it, and the report shows it.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regrow.short import line, short
-from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.names import DEFAULT_GENERATIONS, METHOD_ALIASES, PRECISION_ALIASES
 from regrow.study.regimes import check_regime
 from regrow.study.rounds import Rounds
 from regrow.study.schedule import Cycle, place_cycle
@@ -30,8 +30,8 @@ Regime = Literal[
     "new-pictures",
     "new-domain",
 ]
-_DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
-    "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
+_DATA, _MODEL, _TRAINING, _REPR, _NOISE, _LOSS, _ANEW, _RUN = (
+    "Data", "Model", "Training", "RePr and restart", "Bridgeout and dropout", "Losses", "New weights", "Run",
 )  # fmt: skip
 
 
@@ -117,11 +117,35 @@ class RunConfig(BaseModel):
     )
 
     method: Literal[
-        "standard", "backprop", "repr", "bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout"
+        "standard",
+        "backprop",
+        "repr",
+        "bridgeout",
+        "targeted-bridgeout",
+        "dropout",
+        "targeted-dropout",
+        "orthogonal-loss",
+        "distillation",
+        "dsd",
+        "ban",
+        "shrink-and-perturb",
+        "continual-backprop",
+        "later-layer-forgetting",
+        "knowledge-evolution",
+        "restart",
+        "new-head",
+        "last-layers",
+        "from-scratch",
+        "redo",
+        "repr+orthogonal-loss",
+        "repr+distillation",
+        "repr+orthogonal-loss+distillation",
+        "repr+bridgeout",
     ] = _setting(
         "standard",
         _TRAINING,
-        "How to train. backprop is another name of standard, which has weight decay and nothing else.",
+        "How to train (docs/compare.md). backprop is another name of standard, which has weight decay and "
+        "nothing else.",
     )
     fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
     cycles: int | None = _setting(
@@ -137,13 +161,32 @@ class RunConfig(BaseModel):
         ge=0,
         le=_LONGEST,
     )
-    criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
-        "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
+    criterion: Literal[
+        "ortho",
+        "ortho-corrected",
+        "l1",
+        "l2",
+        "random",
+        "mean-activation",
+        "apoz",
+        "gradient",
+        "taylor",
+        "hessian",
+        "oracle",
+    ] = _setting(
+        "ortho",
+        _REPR,
+        "How to rank the filters. ortho is the paper's overlap; the last six look at 256 training pictures.",
     )
     consumers: Literal["zero", "keep", "init"] = _setting(
         "zero",
         _REPR,
         "Weights that read a restored filter: zero them (the output does not move), keep them, or init anew.",
+    )
+    rows: Literal["orthogonal", "init"] = _setting(
+        "orthogonal",
+        _REPR,
+        "Weights of a restored filter: directions that no other filter uses, or drawn as in a new layer.",
     )
     scope: Literal["global", "layer"] = _setting(
         "global", _REPR, "Rank over the whole net or within each layer."
@@ -171,6 +214,54 @@ class RunConfig(BaseModel):
     )
     reestimate: bool = _setting(
         True, _NOISE, "Re-estimate batch-norm statistics when Bridgeout's noise is taken off at the end."
+    )
+
+    orthogonal: float = _setting(
+        0.01, _LOSS, "Weight of the overlap of all filters in the loss.", ge=0, le=1e30
+    )
+    teacher: str | None = _setting(
+        None,
+        _LOSS,
+        "Run folder of the network to learn from, or a folder with runs …-seedN, of which each run takes "
+        "the one with its own seed.",
+        max_length=4096,
+        pattern=r"^[^\x00]+$",
+    )
+    temperature: float = _setting(
+        4.0, _LOSS, "Divides the scores of teacher and student before they are compared.", gt=0, le=1e5
+    )
+    distillation_weight: float = _setting(
+        0.9, _LOSS, "Weight of the teacher in the loss; labels have the rest.", ge=0, le=1
+    )
+
+    generations: int | None = _setting(
+        None,
+        _ANEW,
+        "Equal parts of the epochs of a task; the method acts between them (default: docs/compare.md).",
+        ge=1,
+        le=1000,
+    )
+    head: bool = _setting(False, _ANEW, "Draw the last layer anew too, at each restart.")
+    last: int = _setting(2, _ANEW, "How many of the last layers are drawn anew.", ge=1, le=1000)
+    shrink: float = _setting(
+        0.4, _ANEW, "Share of the old weights that shrink-and-perturb keeps.", ge=0, le=10
+    )
+    perturb: float = _setting(0.1, _ANEW, "Share of new weights that shrink-and-perturb adds.", ge=0, le=10)
+    replacement_rate: float = _setting(
+        1e-4, _ANEW, "Share of the mature filters that continual backprop draws anew in a step.", ge=0, le=1
+    )
+    maturity: int = _setting(
+        100, _ANEW, "Steps that continual backprop leaves a new filter in peace for.", ge=0, le=_MANY
+    )
+    fixed: float = _setting(
+        0.8, _ANEW, "Share of the weights that never change by knowledge evolution.", gt=0, lt=1
+    )
+    dormant: float = _setting(
+        0.025,
+        _ANEW,
+        "redo draws filters anew that are at most so active, relative to their layer.",
+        ge=0,
+        le=1e6,
     )
 
     seed: int = _setting(
@@ -201,7 +292,15 @@ class RunConfig(BaseModel):
     @property
     def rounds(self) -> Rounds:
         """The rounds that the epochs are divided into."""
-        return Rounds(self.epochs, self.tasks)
+        return Rounds(self.epochs, self.tasks, self.generations_of_a_task)
+
+    @property
+    def generations_of_a_task(self) -> int:
+        """``generations``, or the default of the method; 1 for a method that has none."""
+        if self.method not in DEFAULT_GENERATIONS:
+            return 1
+        one, several = DEFAULT_GENERATIONS[self.method]
+        return self.generations or (one if self.tasks == 1 else several)
 
     @property
     def cycle(self) -> Cycle:
@@ -233,10 +332,31 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
         data=config.data,
         second_data=config.second_data,
     )
-    config.rounds.check()
-    if "repr" in config.method.split("+"):
-        config.cycle.check(config.epochs // config.tasks)
+    _check_method(config)
     return config
+
+
+def _check_method(config: RunConfig) -> None:
+    """Raise ``ValueError`` if the method cannot do anything with the other settings."""
+    parts = config.method.split("+")
+    config.rounds.check()
+    if "repr" in parts:
+        config.cycle.check(config.epochs // config.tasks)
+    if "distillation" in parts and config.teacher is None:
+        raise ValueError(
+            f"teacher: {config.method} learns from another network, and none is given: set it to the folder "
+            "of a finished run, or to a folder with runs that end in -seed0, -seed1 …"
+        )
+    if config.method in DEFAULT_GENERATIONS and config.rounds.count == 1:
+        raise ValueError(
+            f"method: {config.method} acts between tasks and between generations, and this run has one of "
+            "each: set tasks or generations to 2 or more."
+        )
+    if config.method == "dsd" and config.rounds.length < 3:
+        raise ValueError(
+            f"epochs: dsd trains a third of each task with its smallest weights at 0: train for "
+            f"{3 * config.tasks} epochs or more, not {config.epochs}."
+        )
 
 
 def _check_names(settings: Mapping[str, Any]) -> None:

@@ -170,7 +170,8 @@ def overlap_curves(series: Sequence[Series], width: float) -> Figure:
     _shade(axes, series, width)
     _curves(axes, series, "overlap", scale=1)
     for each in series:
-        for epoch in sorted({e["epoch"] for run in each.runs for e in run.events if e["kind"] == "restore"}):
+        restored = [e for run in each.runs for e in run.events if e["kind"] in ("restore", "restart")]
+        for epoch in sorted({event["epoch"] for event in restored}):
             axes.axvline(epoch + 0.5, color=each.color, linewidth=0.9, linestyle=(0, (3, 2)))
     axes.set_ylabel("sum of overlap")
     axes.set_xlabel("epoch")

@@ -28,6 +28,7 @@ from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
 from regrow.study.studyfile import read_study
+from regrow.study.teachers import check_teachers
 from regrow.study.watching import LOGS, Watch
 from regrow.study.words import label
 from regrow.suggest import nearest
@@ -106,6 +107,7 @@ def run_study(
     comparisons, unreadable = plan(study, folder)
     jobs = jobs_of(comparisons)
     check_models({job.config.model for job in jobs})
+    check_teachers(job.config for job in jobs if job.state != "done")
     for path in unreadable:
         _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
@@ -150,6 +152,7 @@ def run_comparison(
     _check_home(folder)
     jobs = [_comparison_job(config, folder, rerun) for config in configs]
     check_models({config.model for config in configs})
+    check_teachers(job.config for job in jobs if job.state != "done")
     compared = jobs + _compared_before(jobs, folder)
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):

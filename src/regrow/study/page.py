@@ -148,7 +148,7 @@ def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
         {
             (event["cycle"], event["epoch"]): event["filters"]
             for event in run.events
-            if event["kind"] == "drop"
+            if event["kind"] in ("drop", "restart")
         }
         for run in runs
     ]
@@ -228,7 +228,7 @@ def _remarks(runs: Sequence[RunRecord]) -> dict[str, Any]:
             least_covered = event.get("least_covered")
             for layer in least_covered if isinstance(least_covered, list) else []:
                 layers[str(layer)] = layers.get(str(layer), 0) + 1
-    restores = sum(event["kind"] == "restore" for run in runs for event in run.events)
+    restores = sum(event["kind"] in ("restore", "restart") for run in runs for event in run.events)
     return {"notes": notes, "least_covered": layers, "restores": restores}
 
 

@@ -62,6 +62,7 @@ class Parts:
                 wrapped=self.wrapped,
                 optimizer=self.optimizer,
                 example_inputs=torch.zeros(1, self._channels, *splits.size, device=device),
+                normalization=lambda: self.normalization,
                 pictures=self._pictures,
                 calibration=lambda: self.calibration,
                 fresh=self._fresh,
@@ -132,6 +133,7 @@ class Parts:
         whole: dict[str, Any] = {
             "mean": splits.mean, "std": splits.std, "device": self._device, "channels": self._channels,
         }  # fmt: skip
+        self.normalization = splits.mean, splits.std
         feed = {**whole, "rank": ranks.rank, "ranks": ranks.count}
         self.train = Batches(
             splits.train,
@@ -162,8 +164,9 @@ class Parts:
         )
         return list(batches.epoch(0))
 
-    def _fresh(self, number: int) -> dict[str, Tensor]:
+    def _fresh(self, number: int) -> torch.nn.Module:
         seed = int(np.random.SeedSequence([self.config.seed, _FIRST_WEIGHTS, number]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return dict(build(self.config, self._splits).state_dict())
+            model = build(self.config, self._splits)
+        return model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]

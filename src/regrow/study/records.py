@@ -46,7 +46,7 @@ from regrow.short import said, short
 VERSION = 3
 # Kinds of events: what a method did to the network between two epochs.
 KINDS = (
-    "drop", "restore", "restart", "reset", "fresh", "shrink", "evolve", "sparsify", "densify", "redo",
+    "drop", "restore", "restart", "replace", "reset", "fresh", "shrink", "evolve", "sparsify", "densify",
 )  # fmt: skip
 
 # More than the records of the longest run that the settings allow.

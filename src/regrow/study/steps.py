@@ -61,8 +61,8 @@ class Step:
             share: this process's share of the pictures of the whole batch.
 
         Returns:
-            ``share`` times the loss [], which is a mean over the pictures, and how many of these were classified
-            correctly, int64 []. The next call may overwrite them.
+            ``share`` times the loss [], which is a mean over the pictures, and how many of these were
+            classified correctly, int64 []. The next call may overwrite them.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):

@@ -6,10 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regrow.filters import eligible
 from regrow.study.config import RunConfig
+
+# A second number beside the seed keeps the draws of methods apart from all others.
+_DRAWS = 7
 
 
 @dataclass(frozen=True)
@@ -22,10 +27,12 @@ class Given:
         wrapped: the same, in its wrapper if several processes train together.
         optimizer: of the parameters of ``model``.
         example_inputs: a batch of one picture.
+        normalization: gives mean and standard deviation of each channel, in 0..1 units, by which the pictures
+            of the round that trains are normalised.
         pictures: gives the first 256 training pictures of a round, with labels, in batches, not augmented.
         calibration: gives the calibration batches of the round that trains.
-        fresh: gives the state of a newly built network, with first weights that the run's seed and the number
-            of the round fix.
+        fresh: builds the network anew for a round, on the device, without noise and wrappers; its first
+            weights depend on the run's seed and the number of the round alone.
     """
 
     config: RunConfig
@@ -33,9 +40,14 @@ class Given:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     example_inputs: Tensor
+    normalization: Callable[[], tuple[tuple[float, ...], tuple[float, ...]]]
     pictures: Callable[[int], list[tuple[Tensor, Tensor]]]
     calibration: Callable[[], list[Tensor]]
-    fresh: Callable[[int], dict[str, Tensor]]
+    fresh: Callable[[int], nn.Module]
+
+    def seed(self, number: int) -> int:
+        """A seed for what a method draws before round ``number``."""
+        return int(np.random.SeedSequence([self.config.seed, _DRAWS, number]).generate_state(1)[0])
 
 
 class Method:
@@ -186,3 +198,17 @@ def event(
     """
     listed = {name: list(map(int, indices)) for name, indices in (filters or {}).items()}
     return {"kind": kind, "cycle": number, "filters": listed, "notes": list(notes)}
+
+
+def replaced(
+    model: nn.Module, number: int, units: Mapping[str, Sequence[int]], notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The event of ``units``, {qualified name of a layer: indices}, that were drawn anew one by one."""
+    ranked = eligible(model)
+    others = [
+        f"{len(indices)} units of the linear layer {name} are new."
+        for name, indices in units.items()
+        if name not in ranked
+    ]
+    filters = {name: indices for name, indices in units.items() if name in ranked}
+    return event("replace", number, filters=filters, notes=[*notes, *others])

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from regrow.criteria.score import DATA_CRITERIA
 from regrow.repr.cycle import RePr
 from regrow.study.config import RunConfig
 from regrow.study.methods.method import Given, Method
@@ -34,7 +35,14 @@ class Regrown(Method):
         if self.cycle is not None:
             self.cycle.remove()
         given = self._given
-        self.cycle = make_repr(given.wrapped, given.optimizer, given.config, given.example_inputs, number)
+        self.cycle = make_repr(
+            given.wrapped,
+            given.optimizer,
+            given.config,
+            given.example_inputs,
+            number,
+            batches=pictures_to_rank(given, number),
+        )
 
     def after_epoch(self) -> list[dict[str, Any]]:
         happened = self._running.step()
@@ -57,14 +65,25 @@ class Regrown(Method):
         return self.cycle
 
 
+def pictures_to_rank(given: Given, number: int) -> list[tuple[Tensor, Tensor]] | None:
+    """The pictures of round ``number`` that the criterion of a run looks at; None if it looks at none."""
+    return given.pictures(number) if given.config.criterion in DATA_CRITERIA else None
+
+
 def make_repr(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: RunConfig,
     example_inputs: torch.Tensor,
     number: int = 0,
+    *,
+    batches: list[tuple[Tensor, Tensor]] | None = None,
 ) -> RePr:
-    """Build RePr as ``config`` says, for round ``number``. Raises the errors of ``RePr``."""
+    """Build RePr as ``config`` says, for round ``number``. Raises the errors of ``RePr``.
+
+    Args:
+        batches: for a criterion that looks at pictures.
+    """
     return RePr(
         model,
         optimizer,
@@ -74,7 +93,9 @@ def make_repr(
         sub=config.cycle.sub,
         cycles=config.cycle.cycles,
         criterion=config.criterion,
+        batches=batches,
         consumers=config.consumers,
+        rows=config.rows,
         scope=config.scope,
         floor=config.floor,
         exclude=config.exclude,
