@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.looking.images import check_batches, inputs_of
 from regrow.given import check_inputs, check_optimizer, check_seed
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating
 from regrow.looking.hooks import hooked
+from regrow.looking.images import check_batches, inputs_of
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
