@@ -291,8 +291,8 @@ def test_every_regime_trains_its_tasks_and_tests_each_at_its_end(tmp_path: Path,
 
 def test_the_first_task_is_what_a_run_of_one_task_trains(tmp_path: Path) -> None:
     settings = {"full": 1, "sub": 1, "cycles": 1, "method": "repr", "width": 4}
-    sequence = run(tmp_path / "a", regime="permuted-labels", tasks=3, epochs=6, **settings)
-    alone = run(tmp_path / "b", epochs=2, **settings)
+    sequence = run(tmp_path / "a", regime="permuted-labels", tasks=3, epochs=9, **settings)
+    alone = run(tmp_path / "b", epochs=3, **settings)
     assert sequence.result is not None
     assert alone.result is not None
     assert sequence.result["task_accuracies"][0] == alone.result["test_accuracy"]
