@@ -85,7 +85,7 @@ class Watch(TorchDispatchMode):
         self._measure, self._keep = measure, keep
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._calls: list[_Call] = []
-        self._norms = 0  # how many norms are being computed, one inside the other
+        self._paused = 0  # how many norms and measurements are being computed, one inside the other
 
     def inputs(self, inputs: Any) -> Any:
         """The inputs of a pass: what is computed from them is no constant."""
@@ -109,17 +109,17 @@ class Watch(TorchDispatchMode):
         return found
 
     def before_norm(self, _name: str, _norm: nn.Module, _inputs: Any) -> None:
-        self._norms += 1
+        self._paused += 1
 
     def after_norm(self, _name: str, _norm: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._norms -= 1
-        if not self._norms:
+        self._paused -= 1
+        if not self._paused:
             given = [each for each in inputs if isinstance(each, Tensor)]
             self._read(_values_of(given))
             self._follow(given, output, True)
 
     def after_convolution(self, name: str, _conv: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if self._norms:
+        if self._paused:
             return
         if (inner := getattr(output, _MARK, None)) is not None:  # one convolution inside of another
             inner.leaves = True
@@ -130,7 +130,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if self._norms or name.startswith(_NO_READERS):
+        if self._paused or name.startswith(_NO_READERS):
             return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = _values_of(given)
@@ -166,9 +166,11 @@ class Watch(TorchDispatchMode):
         setattr(made, _MARK, None)
 
     def _read(self, values: list[_Value]) -> None:
+        self._paused += 1
         for value in values:
             if value.tensor is not None:
                 value.measured, value.tensor = self._measure(value.call.name, value.tensor), None
+        self._paused -= 1
 
     def _keep_all(self, values: list[_Value]) -> None:
         for value in values:
@@ -221,9 +223,14 @@ def channel_sums(conv: Convolution, tensor: Tensor, batch: bool = False) -> Tens
     """The sums of ``tensor``, a value of ``conv``, over all dimensions but the channels, or but these and
     the first; in double precision, on devices that have it."""
     kept = {channel_axis(conv), -tensor.dim() if batch else 0}
-    return wide_sum(tensor, [dim for dim in range(-tensor.dim(), 0) if dim not in kept])
+    dims = [dim for dim in range(-tensor.dim(), 0) if dim not in kept]
+    return tensor.sum(dims, dtype=_widest(tensor)) if dims else wide(tensor)
 
 
-def wide_sum(tensor: Tensor, dims: list[int]) -> Tensor:
-    """``tensor.sum(dims)`` in double precision, on devices that have it."""
-    return tensor.sum(dims, dtype=torch.float32 if tensor.device.type == "mps" else torch.float64)
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in double precision, on devices that have it."""
+    return tensor.to(_widest(tensor))
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
