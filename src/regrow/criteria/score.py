@@ -94,8 +94,21 @@ def check_criterion(criterion: Any) -> None:
         raise ValueError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
 
 
-def check_pictures(criterion: Criterion, batches: Any, loss: Any) -> None:
-    """Raise ``ValueError`` if ``criterion`` reads pictures and there are none, or ``loss`` is no function."""
+def criterion_name(criterion: Criterion) -> str:
+    """The name of a criterion for records; of a function, the one that it was defined by."""
+    return (
+        criterion
+        if isinstance(criterion, str)
+        else getattr(criterion, "__qualname__", type(criterion).__name__)
+    )
+
+
+def check_pictures(criterion: Criterion, batches: Any, loss: Any, argument: str = "batches") -> None:
+    """Raise ``ValueError`` if ``criterion`` reads pictures and there are none, or ``loss`` is no function.
+
+    Args:
+        argument: what the caller's public function calls ``batches``.
+    """
     if loss is not None and (not callable(loss) or isinstance(loss, type)):
         raise ValueError(
             f"loss is a function of outputs and labels that returns a tensor of one number, and got "
@@ -104,7 +117,7 @@ def check_pictures(criterion: Criterion, batches: Any, loss: Any) -> None:
     if batches is None and criterion in DATA_CRITERIA:
         pairs = "pairs of inputs and labels" if criterion in LABELLED_CRITERIA else "inputs"
         raise ValueError(
-            f"criterion {criterion!r} reads pictures: pass batches=, {pairs} of a few hundred pictures in "
+            f"criterion {criterion!r} reads pictures: pass {argument}=, {pairs} of a few hundred pictures in "
             "all, such as itertools.islice(loader, 4), or [(x, y)] for one batch."
         )
 
