@@ -61,7 +61,7 @@ def _of_weights(
     add, shape = (_add_sizes, _filters) if criterion == "gradient" else (_add_squares, _weights)
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=True):
+    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
         pictures += count
         sums = add_gradients(model, convs, inputs, labels, count, loss, add, shape)
         for name, part in sums.items():
@@ -126,7 +126,7 @@ def _taylor(
 ) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=True):
+    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
         pictures += count
         found = [_changes(model, convs, inputs, labels, count, loss)]
         if found[0] is None:  # numbers of several pictures, or several of one, share a first entry
@@ -150,7 +150,7 @@ def _changes(
     """Σ a · ∂L/∂a for each layer: Tensor[pictures, channels]; None where pictures cannot be told apart."""
     with watching(model, convs, lambda _name, tensor: _Seen(tensor), _Seen.keep) as watch:
         outputs = run(model, watch.inputs(inputs))
-    calls = [(name, seen) for name, every in watch.take().items() for seen in every]
+    calls = [(name, seen) for name, every in watch.take(outputs).items() for seen in every]
     if count > 1 and any(len(seen.value) != count or _is_single(convs[n], seen.value) for n, seen in calls):
         return None
     total = total_loss(outputs, labels, count, loss)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regrow.criteria.activations import ACTIVATION_CRITERIA, activation_scores
 from regrow.criteria.batches import Loss
 from regrow.criteria.gradients import LOSS_CRITERIA, loss_scores
+from regrow.criteria.values import wide
 from regrow.filters import check_finite, convolutions, eligible, row_lengths, rows, unit_rows
 from regrow.given import check_mapping, check_module, check_seed, check_weight, kind_of, tensor_given
 from regrow.modules import Convolution, filters_first, unwrap
@@ -144,18 +145,19 @@ def score(
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
         seed: for ``"random"``; the same seed gives the same scores.
         batches: pictures, in any iterable, such as a DataLoader: tensors, dicts of keywords, or pairs of
-            such inputs and labels, on any device. All are read, once. All but ``"mean-activation"`` and
-            ``"apoz"`` need labels.
+            such inputs (or a tuple of arguments) and labels, on any device. All are read, once. All but
+            ``"mean-activation"`` and ``"apoz"`` take the loss.
         loss: a function of outputs and labels that returns a tensor of one number, for a batch of one
-            picture too. None: the cross entropy.
+            picture too; the labels are None where a batch has none. None: the cross entropy.
 
     Returns:
-        {qualified name: Tensor[filters]} on the device of the weights.
+        {qualified name: Tensor[filters]} on the device of the weights. A criterion that reads pictures gives
+        0 to the filters of a layer that they do not reach.
 
     Raises:
         ValueError: unknown criterion or layer name, no convolution left, NaN, infinite or complex weights,
             ``"random"`` without a seed, a criterion without the pictures or labels that it needs, pictures
-            that do not fit, reach a layer not at all or give NaN, a function's scores that do not fit.
+            that do not fit or give NaN, a function's scores that do not fit.
     """
     check_module(model, "score")
     check_criterion(criterion)
@@ -197,20 +199,23 @@ def score(
 def _complete(
     scores: Mapping[str, Tensor], convs: Mapping[str, Convolution], criterion: str
 ) -> dict[str, Tensor]:
-    """``scores`` in the order of ``convs``. Raises ``ValueError`` where one is missing, NaN or infinite."""
-    if missing := [name for name in convs if name not in scores]:
-        raise ValueError(
-            f"no batch reaches {missing[0]!r}, so criterion {criterion!r} says nothing of its filters: "
-            f"exclude such layers ({', '.join(map(repr, missing[:3]))}{', …' if len(missing) > 3 else ''})."
-        )
-    finite = numbers([scores[name].isfinite().all() for name in convs])
-    for name, is_finite in zip(convs, finite, strict=True):
+    """``scores`` in the order of ``convs``, 0 for a layer that has none, because no pass reached it.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+    """
+    found = {
+        name: scores[name] if name in scores else wide(conv.weight.new_zeros(conv.out_channels))
+        for name, conv in convs.items()
+    }
+    finite = numbers([values.isfinite().all() for values in found.values()])
+    for name, is_finite in zip(found, finite, strict=True):
         if not is_finite:
             raise ValueError(
                 f"the pictures give NaN or infinite values of criterion {criterion!r} in {name!r}: check the "
                 "pictures, the labels and the model."
             )
-    return {name: scores[name] for name in convs}
+    return found
 
 
 def _checked(given: Any, model: nn.Module, convs: Mapping[str, Convolution]) -> dict[str, Tensor]:

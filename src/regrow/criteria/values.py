@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from regrow.looking.calls import mapped
+from regrow.looking.calls import mapped, tensors
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, Norm, channel_axis
 from regrow.torch_private import TorchDispatchMode, storage_key, tree_leaves
@@ -39,7 +39,7 @@ class _Value:
         before: the values that it was computed from, by number.
         tensor: itself, until something reads it.
         measured: what the caller measured when it was first read.
-        leaves: something else than the next value read it, or nothing did.
+        leaves: something else than the next value read it, or it is an output of the model.
     """
 
     call: _Call
@@ -96,14 +96,17 @@ class Watch(TorchDispatchMode):
 
         return mapped(inputs, marked)
 
-    def take(self) -> dict[str, list[Any]]:
-        """What was measured of each convolution in the pass that has ended, one entry for each call."""
+    def take(self, outputs: Any) -> dict[str, list[Any]]:
+        """What was measured of each convolution in the pass that has ended, one entry for each call.
+
+        Args:
+            outputs: what the pass returned.
+        """
+        for value in _values_of(tensors(outputs)):
+            value.leaves = True
         found: dict[str, list[Any]] = {}
         for call in self._calls:
-            for value in call.values:
-                if value.tensor is not None:
-                    self._read([value])
-                    value.leaves = True
+            self._read(call.values)
             found.setdefault(call.name, []).append(call.last().measured)
         self._calls = []
         return found
@@ -141,7 +144,10 @@ class Watch(TorchDispatchMode):
         goes_on = torch.Tag.pointwise in func.tags or name in _POINTWISE or any(n in name for n in _NORMS)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for place, tensor in enumerate(made):
-            self._follow(given, tensor, goes_on and not place)
+            if not place or not goes_on:
+                self._follow(given, tensor, goes_on)
+            elif any(hasattr(each, _MARK) for each in given):  # the means and variances of a norm
+                setattr(tensor, _MARK, None)
         if values and {*map(_memory, made)} & {*map(_memory, given)}:  # it may be written to by another name
             self._keep_all(values)
         return output
