@@ -101,20 +101,24 @@ def run(model: nn.Module, inputs: Any) -> Any:
 def singles(value: Any, count: int) -> list[Any] | None:
     """The inputs, outputs or labels of ``count`` pictures as those of single ones, each a batch of one.
 
-    Tensors with ``count`` entries are taken apart, in whatever containers; all else goes to every picture.
+    Tensors with ``count`` entries are taken apart, in whatever containers; all else goes to every picture. A
+    list may also hold something for each picture, such as the boxes in it.
 
     Returns:
         None where nothing could be taken apart.
     """
     if count == 1 or value is None:
         return [value] * count
+    each_its_own = isinstance(value, list) and len(value) == count
+    if each_its_own and not all(isinstance(each, Tensor) for each in value):
+        return [[each] for each in value]
     apart = {
         id(leaf): leaf.split(1)
         for leaf in tree_leaves(value)
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count
     }
     if not apart:
-        return [[each] for each in value] if isinstance(value, list) and len(value) == count else None
+        return [[each] for each in value] if each_its_own else None
 
     def at(place: int) -> Any:
         return tree_map(lambda leaf: apart[id(leaf)][place] if id(leaf) in apart else leaf, value)
