@@ -19,6 +19,8 @@ from regrow.criteria.gradients import LOSS_CRITERIA, loss_scores
 from regrow.criteria.values import wide
 from regrow.filters import check_finite, convolutions, eligible, row_lengths, rows, unit_rows
 from regrow.given import check_mapping, check_module, check_seed, check_weight, kind_of, tensor_given
+from regrow.looking.copies import copied
+from regrow.marks import states_of, strip
 from regrow.modules import Convolution, filters_first, unwrap
 from regrow.numbers import numbers
 from regrow.suggest import nearest
@@ -171,10 +173,15 @@ def score(
             from regrow.criteria.oracle import oracle_scores
 
             return oracle_scores(model, batches, loss, exclude=exclude)
+        probe = unwrap(model)
+        if "narrowed" in states_of(probe):  # its layers make the channels that are left; those of a copy, all
+            probe = copied(probe)
+            strip(probe)
+        layers: dict[str, Any] = {name: probe.get_submodule(name) for name in convs}
         if criterion in ACTIVATION_CRITERIA:
-            found = activation_scores(unwrap(model), convs, batches, criterion)
+            found = activation_scores(probe, layers, batches, criterion)
         else:
-            found = loss_scores(unwrap(model), convs, batches, criterion, loss)
+            found = loss_scores(probe, layers, batches, criterion, loss)
         return _complete(found, convs, criterion)
     if criterion != "random":
         of = WEIGHT_CRITERIA[criterion]
