@@ -198,7 +198,8 @@ class RunConfig(BaseModel):
     ] = _setting(
         "ortho",
         _REPR,
-        "How to rank the filters. ortho is the paper's overlap; the last six look at 256 training pictures.",
+        "How to rank the filters. ortho is the paper's overlap; those from mean-activation on read 256 "
+        "training pictures.",
     )
     consumers: Literal["zero", "keep", "init"] = _setting(
         "zero",
