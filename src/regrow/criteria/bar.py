@@ -1,4 +1,4 @@
-"""A progress bar on standard error for what takes more than two seconds; nothing where that is no terminal."""
+"""A progress bar on standard error for what takes over two seconds; nothing where that is no terminal."""
 
 from __future__ import annotations
 

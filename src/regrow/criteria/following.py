@@ -1,4 +1,4 @@
-"""What follows a layer whose filters are dropped one at a time, for many filters and pictures in one batch."""
+"""What follows a layer whose filters are dropped one at a time, many filters and pictures in a batch."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Following:
     Args:
         parts: the model taken apart.
         layer: a convolution.
-        silent: {layer: the channel in which it is silent without filter i, Tensor[filters]}, of the convolution
-            and of the norms that are silenced with its filters.
+        silent: {layer: the channel in which it is silent without filter i, Tensor[filters]}, of the
+            convolution and of the norms that are silenced with its filters.
         clean: the pass of the full network.
         quick: what the convolutions of small pictures are computed with.
 
@@ -113,7 +113,7 @@ class Following:
             yield these, going[self._steps[-1]]
 
     def _step(self, place: int, values: Values, cases: Cases, *, alone: bool) -> bool:
-        """Do one operation; with ``alone`` only if it changes one channel of each case. Whether it was done."""
+        """Do one operation, with ``alone`` only if one channel of each case changes; whether it was done."""
         node = self._steps[place]
         module = self._parts.module(node)
         value: Any = self._on_one_channel(node, module, values, cases)
@@ -170,9 +170,9 @@ class Following:
                 return first.relu_()
             if type(module) is nn.Conv2d and (made := self._quick.convolved(module, first)) is not None:
                 return made
-            if type(module) is nn.MaxPool2d and lies_positions_first(first):
-                if (made := max_pool(module, first)) is not None:
-                    return made
+            pools = type(module) is nn.MaxPool2d and lies_positions_first(first)
+            if pools and (made := max_pool(module, first)) is not None:
+                return made
         return self._parts.evaluate(node, value_of)
 
     def _depends(self, node: fx.Node) -> bool:

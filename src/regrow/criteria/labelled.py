@@ -56,8 +56,8 @@ def read_batches(batches: Iterable[Any], device: torch.device, *, needs_labels: 
         labels = mapped(pair[1], lambda each: each.to(device)) if len(pair) == 2 else None
         if labels is None and needs_labels:
             raise ValueError(
-                "a batch has no labels, which the cross entropy needs: pass batches of (inputs, labels), or a "
-                "loss that needs none."
+                "a batch has no labels, which the cross entropy needs: pass batches of (inputs, labels), or "
+                "a loss that needs none."
             )
         found = [each for each in tensors(inputs) if each.dim()]
         if not found or not len(found[0]):

@@ -1,8 +1,8 @@
 """The greedy oracle: how much the loss grows when a filter is dropped alone (RePr, arXiv 1811.07275, §5).
 
-The plain way is one pass of the network for each filter. Here the network is taken apart: what comes ahead of a
-layer is computed once, the next layer's output is changed by the one channel that is missing, and what follows
-is computed for many filters and pictures at once. It is the same number, up to rounding.
+The plain way is one pass of the network for each filter. Here the network is taken apart: what comes ahead of
+a layer is computed once, the next layer's output is changed by the one channel that is missing, and what
+follows is computed for many filters and pictures at once. It is the same number, up to rounding.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def oracle_scores(
 ) -> dict[str, Tensor]:
     """The loss of ``model`` without each filter alone, minus its loss with all filters; higher = keep.
 
-    A filter is dropped as RePr drops it: its row and bias are 0, and the norms that read its channel alone are
-    silent there, so that the channel is exactly 0. The model is in evaluation mode, and is only read. Where a
-    model, or what follows one of its layers, cannot be taken apart (torch.fx cannot trace it, or a trial on a
-    few pictures comes out otherwise), the scores come from a pass for each filter, which takes much longer; the
-    log ``regrow`` says so (level INFO).
+    A filter is dropped as RePr drops it: its row and bias are 0, and the norms that read its channel alone
+    are silent there, so that the channel is exactly 0. The model is only read; a copy runs in evaluation
+    mode. Where a model, or what follows one of its layers, cannot be taken apart (torch.fx cannot trace it,
+    or a trial on a few pictures comes out otherwise), the scores come from a pass for each filter, which
+    takes much longer; the log ``regrow`` says so (level INFO).
 
     Args:
         model: any module with convolutions; wrappers are looked through.
@@ -53,8 +53,8 @@ def oracle_scores(
         progress: whether to show a bar, on a terminal and after two seconds.
 
     Returns:
-        {qualified name: Tensor[filters]}, float32, on the device of the weights: the mean over all pictures. 0
-        for a layer that the pictures do not reach.
+        {qualified name: Tensor[filters]}, float32, on the device of the weights: the mean over all pictures.
+        0 for a layer that the pictures do not reach.
 
     Raises:
         ValueError: an unknown layer name, no convolution left, ``batches`` empty or of another kind, a loss
@@ -82,8 +82,8 @@ def oracle_scores(
             found |= looped_scores(whole, slow, held, chosen, advance)
     except (NotCopied, PassFailed) as error:
         raise ValueError(
-            f"the model cannot be copied and run on batches: {error}. Pass batches of what the model takes, as "
-            "your loader gives them."
+            f"the model cannot be copied and run on batches: {error}. Pass batches of what the model takes, "
+            "as your loader gives them."
         ) from error
     return {
         name: found.get(name, torch.zeros(conv.out_channels)).to(conv.weight.device, torch.float32)

@@ -1,8 +1,8 @@
 """3×3 convolutions of small pictures with a quarter of the multiplications, for many pictures at once.
 
-The minimal filtering algorithms of Toom, Cook and Winograd (Lavin & Gray 2015, arXiv 1509.09308): m outputs of
-a filter with three taps take m + 2 multiplications, and in two dimensions the savings multiply. Pictures lie in
-memory as [height, width, pictures, channels], so that every step is one matrix product.
+The minimal filtering algorithms of Toom, Cook and Winograd (Lavin & Gray 2015, arXiv 1509.09308): m outputs
+of a filter with three taps take m + 2 multiplications, and in two dimensions the savings multiply. Pictures
+lie in memory as [height, width, pictures, channels], so that every step is one matrix product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 _TILES = (4, 3, 2)  # outputs of a tile; with larger ones float32 would lose digits
-_MOST = 8  # pixels a side: beyond, oneDNN's own convolution is about as quick
+_MOST = 16  # pixels a side: beyond, PyTorch's own convolution is as quick
 _LEAST = 48  # channels and filters: below, the sums around the products cost more than they save
 _POINTS = (0.0, 1.0, -1.0, 2.0, -2.0)  # where the polynomials are evaluated; infinity is the last one
 
@@ -57,7 +57,7 @@ def is_quicker(conv: nn.Module, size: Sequence[int], device: torch.device) -> bo
 class SmallMaps:
     """A convolution for pictures of one size, [n, channels, height, width] → [n, filters, height, width].
 
-    It computes what ``conv`` does, up to rounding (about 1e-6 of the largest output). The result lies in
+    It computes what ``conv`` does, up to rounding (about 1e-5 of the largest output). The result lies in
     memory as [height, width, n, filters].
     """
 
@@ -119,7 +119,7 @@ class Scratch:
 
 
 def max_pool(pool: Any, pictures: Tensor) -> Tensor | None:
-    """2×2 maxima of pictures that lie positions first, lying so too; None where ``pool`` does another thing."""
+    """2×2 maxima of pictures that lie positions first, as these do; None where ``pool`` is another kind."""
     height, width = pictures.shape[2:]
     twos = (2, (2, 2))
     if pool.kernel_size not in twos or pool.stride not in twos or pool.padding not in (0, (0, 0)):
@@ -142,8 +142,8 @@ def _tiles(side: int) -> int:
 
 @functools.cache
 def _matrices(side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What turns a line of ``side`` inputs, padded with one zero at each end, into factors [s, side]; the three
-    taps into factors [u, 3]; and products [s] into the outputs [side, s].
+    """What turns a line of ``side`` inputs, padded with one zero at each end, into factors [s, side]; the
+    three taps into factors [u, 3]; and products [s] into the outputs [side, s].
 
     There are t tiles of u factors: s = u · t, and the factor u of tile t has number u · tiles + t.
     """

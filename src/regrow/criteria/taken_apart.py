@@ -1,4 +1,4 @@
-"""A model taken apart: its pass as a list of operations, the values between them, and what depends on what."""
+"""A model taken apart: its pass as a list of operations, their results, and what depends on what."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from regrow.log import first_line
-from regrow.modules import CHANNEL_LAYERS, CONVOLUTION_CLASSES
+from regrow.modules import CHANNEL_LAYERS, filter_dim, is_stock
 
 _IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
@@ -101,7 +101,7 @@ class Parts:
         return args[0]  # the output
 
     def numbers(self, node: fx.Node, clean: Mapping[fx.Node, Any], pictures: int, cases: int) -> Any:
-        """The result of an operation on shapes, for ``cases`` in place of ``pictures`` in the first dimension."""
+        """The result of an operation on shapes, with ``cases`` in place of ``pictures``."""
 
         def value_of(other: fx.Node) -> Any:
             value = clean[other]
@@ -140,40 +140,41 @@ def _without_writes(graph: fx.Graph, modules: Mapping[str, Any]) -> None:
         NotTakenApart: the input is used again afterwards, or there is no such operation.
     """
     order = {node: number for number, node in enumerate(graph.nodes)}
+    writers = {module for module in modules.values() if getattr(module, "inplace", False) is True}
     for node in graph.nodes:
-        target: Any = node.target
-        module = modules[target] if node.op == "call_module" else None
-        if getattr(module, "inplace", False):
-            module.inplace = False
-        elif node.op == "call_function" and target in _IN_PLACE:
-            node.target = _IN_PLACE[target]
-        elif node.op == "call_function" and _writes(node):
-            continue
-        elif node.op in ("call_function", "call_method") and _name(target).endswith("_"):
-            plain = _name(target).removesuffix("_")
-            if plain.endswith("_"):  # __getitem__ and the like
-                continue
-            home = Tensor if node.op == "call_method" else inspect.getmodule(target)
-            if not hasattr(home, plain):
-                raise NotTakenApart(f"the operation {node.name!r} writes to a tensor")
-            node.target = plain if node.op == "call_method" else getattr(home, plain)
-        elif target is operator.setitem or "out" in node.kwargs:
-            raise NotTakenApart(f"the operation {node.name!r} writes to a tensor")
+        if node.op == "call_module":
+            wrote = modules[str(node.target)] in writers
         else:
-            continue
-        if any(order[user] > order[node] for user in node.all_input_nodes[0].users):
+            wrote = node.op in ("call_function", "call_method") and _made_plain(node)
+        if wrote and any(order[user] > order[node] for user in node.all_input_nodes[0].users):
             raise NotTakenApart(f"the operation {node.name!r} writes to a tensor that is used again")
+    for module in writers:
+        module.inplace = False
 
 
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+def _made_plain(node: fx.Node) -> bool:
+    """Whether a call of a function or method wrote to its input; if so, it does not any more."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    if target is operator.setitem or node.kwargs.get("out") is not None:
+        raise NotTakenApart(f"the operation {node.name!r} writes to a tensor")
+    if target in _IN_PLACE:
+        node.target = _IN_PLACE[target]
+        return True
+    if name.endswith("_") and not name.endswith("__"):
+        home = Tensor if node.op == "call_method" else inspect.getmodule(target) or torch
+        plain = getattr(home, name[:-1], None)
+        if plain is None:
+            raise NotTakenApart(f"the operation {node.name!r} writes to a tensor")
+        node.target = name[:-1] if node.op == "call_method" else plain
+        return True
+    return _without_argument(node)
 
 
-def _writes(node: fx.Node) -> bool:
-    """Take ``inplace=True`` out of a call of a function; whether it was there and the input is used no more."""
-    function: Any = node.target
+def _without_argument(node: fx.Node) -> bool:
+    """Whether ``inplace=True`` was among the arguments of a call of a function, which has it False now."""
     try:
-        place = list(inspect.signature(function).parameters).index("inplace")
+        place = list(inspect.signature(node.target).parameters).index("inplace")  # type: ignore[arg-type]
     except (ValueError, TypeError):  # no such argument, or a function without a signature
         return False
     if node.kwargs.get("inplace"):
@@ -182,8 +183,6 @@ def _writes(node: fx.Node) -> bool:
         node.args = (*node.args[:place], False, *node.args[place + 1 :])
     else:
         return False
-    if list(node.all_input_nodes[0].users)[-1] is not node:
-        raise NotTakenApart(f"the operation {node.name!r} writes to a tensor that is used again")
     return True
 
 
@@ -200,7 +199,7 @@ def _fold(graph: fx.Graph, modules: dict[str, Any], silenced: Mapping[str, Itera
         if source is None or source.op != "call_module" or len(source.users) > 1:
             continue
         norm, conv = modules[node.target], modules[str(source.target)]
-        if type(norm) not in _NORMS or type(conv) not in CONVOLUTION_CLASSES or norm.running_mean is None:
+        if type(norm) not in _NORMS or not is_stock(conv) or filter_dim(conv) or norm.running_mean is None:
             continue
         if calls[norm] == calls[conv] == 1 and node.target in silenced.get(str(source.target), ()):
             modules[str(source.target)] = fuse_conv_bn_eval(conv, norm)
