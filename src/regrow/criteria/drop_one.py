@@ -20,6 +20,7 @@ def looped_scores(
     readers: Mapping[str, Readers],
     batches: Sequence[Batch],
     loss: Loss,
+    before: float,
     advance: Advance | None = None,
 ) -> dict[str, Tensor]:
     """``oracle_scores`` of the layers in ``readers`` by one pass for each filter.
@@ -27,6 +28,7 @@ def looped_scores(
     Args:
         probe: a copy of the model in evaluation mode; its filters are silent for a moment, one at a time.
         readers: from the result of ``read_structure``, those of the layers that are wanted.
+        before: the loss with all filters.
         advance: is told the batches that are done.
 
     Returns:
@@ -36,21 +38,25 @@ def looped_scores(
         PassFailed: the model's forward pass fails.
     """
     found = {}
-    before = mean_loss([_loss(probe, batch, loss) for batch in batches], batches) if readers else 0.0
     for name in readers:
         conv: Any = probe.get_submodule(name)
         scores = []
         for index in range(conv.out_channels):
             with dropped(probe, readers, name, index):
-                scores.append(mean_loss([_loss(probe, batch, loss) for batch in batches], batches) - before)
+                scores.append(plain_loss(probe, batches, loss) - before)
             if advance:
                 advance(len(batches))
         found[name] = torch.tensor(scores, dtype=torch.float64)
     return found
 
 
-def _loss(probe: nn.Module, batch: Batch, loss: Loss) -> Tensor:
-    return loss_of(loss, outputs(probe, batch), batch)
+def plain_loss(probe: nn.Module, batches: Sequence[Batch], loss: Loss) -> float:
+    """The mean loss of a model over all pictures, by one pass for each batch.
+
+    Raises:
+        PassFailed: the model's forward pass fails.
+    """
+    return mean_loss([loss_of(loss, outputs(probe, batch), batch) for batch in batches], batches)
 
 
 def outputs(probe: nn.Module, batch: Batch) -> Any:

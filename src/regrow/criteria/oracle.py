@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from regrow.criteria.apart import quick_scores
 from regrow.criteria.bar import progress_bar
-from regrow.criteria.drop_one import looped_scores
-from regrow.criteria.labelled import Loss, read_batches
+from regrow.criteria.drop_one import looped_scores, plain_loss
+from regrow.criteria.labelled import Loss, check_loss, read_batches
 from regrow.filters import check_finite, eligible
+from regrow.log import first_line
 from regrow.looking.calls import PassFailed, switch, undisturbed
 from regrow.looking.copies import NotCopied, copied
 from regrow.marks import check, strip
@@ -77,13 +78,15 @@ def oracle_scores(
             torch.no_grad(),
             progress_bar("scoring filters", steps, shown=progress) as advance,
         ):
+            before = plain_loss(whole, held, chosen)
+            check_loss(before)
             found = quick_scores(whole, readers, held, chosen, advance)
             slow = {name: readers[name] for name in readers if name not in found}
-            found |= looped_scores(whole, slow, held, chosen, advance)
+            found |= looped_scores(whole, slow, held, chosen, before, advance)
     except (NotCopied, PassFailed) as error:
         raise ValueError(
-            f"the model cannot be copied and run on batches: {error}. Pass batches of what the model takes, "
-            "as your loader gives them."
+            f"the model cannot be copied and run on batches: {first_line(error.__cause__ or error)}. Pass "
+            "batches of what the model takes, as your loader gives them."
         ) from error
     return {
         name: found.get(name, torch.zeros(conv.out_channels)).to(conv.weight.device, torch.float32)

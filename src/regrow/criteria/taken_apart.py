@@ -202,7 +202,8 @@ def _fold(graph: fx.Graph, modules: dict[str, Any], silenced: Mapping[str, Itera
         if type(norm) not in _NORMS or not is_stock(conv) or filter_dim(conv) or norm.running_mean is None:
             continue
         if calls[norm] == calls[conv] == 1 and node.target in silenced.get(str(source.target), ()):
-            modules[str(source.target)] = fuse_conv_bn_eval(conv, norm)
+            modules[str(source.target)] = fused = fuse_conv_bn_eval(conv, norm)
+            calls[fused] = 1
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 
