@@ -33,7 +33,7 @@ OWN: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     ),
     "later-layer-forgetting": ({"last": 1}, [("reset", 2), ("reset", 4)]),
     "knowledge-evolution": ({"fixed": 0.5}, [("evolve", 2), ("evolve", 4)]),
-    "restart": ({"tasks": 2, "head": True, "criterion": "taylor"}, [("restart", 3), ("reset", 3)]),
+    "restart": ({"tasks": 2, "renew_head": True, "criterion": "taylor"}, [("restart", 3), ("reset", 3)]),
     "new-head": ({"tasks": 2}, [("reset", 3)]),
     "last-layers": ({"tasks": 3}, [("reset", 2), ("reset", 4)]),
     "from-scratch": ({"tasks": 2}, [("fresh", 3)]),
