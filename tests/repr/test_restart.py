@@ -356,7 +356,9 @@ def test_a_warning_says_that_outputs_have_become_much_larger():
         ({"floor": -1}, "0 <= floor <= 1, got -1"),
         ({"scope": "layers"}, "unknown scope 'layers'; did you mean 'layer'"),
         ({"criterion": "orto"}, "unknown criterion 'orto'; did you mean 'ortho'"),
-        ({"criterion": None}, "unknown criterion None"),
+        ({"criterion": None}, "criterion is a name, such as 'ortho', or a function .* got None"),
+        ({"criterion": "taylor"}, "criterion 'taylor' reads pictures: pass batches="),
+        ({"batches": X}, r"batches is an iterable of batches, got a tensor .*batches=\[x\]"),
         ({"consumers": "kept"}, "unknown choice consumers='kept'; did you mean 'keep'"),
         ({"rows": "random"}, "unknown choice rows='random'"),
         ({"seed": 0.5}, r"seed must be a whole number of at most 64 bits, got 0\.5"),
@@ -370,7 +372,7 @@ def test_a_warning_says_that_outputs_have_become_much_larger():
         ),
         ({"optimizer": "stranger"}, r"the optimizer does not hold 'conv2\.weight'"),
         ({"model": "resnet18"}, "restart takes a model, an nn.Module, and got the text 'resnet18'"),
-        ({"loss": "mse"}, r"loss is a function of \(outputs, labels\), got the text 'mse'"),
+        ({"loss": "mse"}, "loss is a function of outputs and labels .*got the text 'mse'"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_changes(given, message):

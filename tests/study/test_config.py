@@ -67,6 +67,16 @@ def test_defaults_run_standard_training_on_digits() -> None:
             "epochs: 10 epochs cannot be divided evenly by 3 tasks: train for 9, say",
         ),
         ({"method": "repr", "epochs": 4, "tasks": 2}, "train for 3 epochs or more, not 2"),
+        ({"method": "distillation"}, "teacher: distillation learns from another network, and none is given"),
+        ({"method": "repr+distillation"}, "teacher: repr.distillation learns"),
+        (
+            {"method": "restart"},
+            "method: restart acts between tasks .* set tasks or generations to 2",
+        ),
+        ({"method": "ban", "generations": 1}, "method: ban acts between tasks"),
+        ({"method": "ban", "epochs": 10}, "10 epochs cannot be divided evenly by 3 generations: train for 9"),
+        ({"method": "dsd", "epochs": 2}, "epochs: dsd trains a third .* train for 3 epochs or more, not 2"),
+        ({"method": "repr+orthogonal-loss", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),
     ],
@@ -74,6 +84,18 @@ def test_defaults_run_standard_training_on_digits() -> None:
 def test_bad_settings_say_what_to_write(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(settings)
+
+
+def test_generations_are_those_of_the_method() -> None:
+    def generations(**settings: Any) -> int:
+        return make_config({"epochs": 12, **settings}).rounds.generations
+
+    assert generations(method="ban") == generations(method="shrink-and-perturb") == 3
+    assert generations(method="shrink-and-perturb", tasks=2) == 1
+    assert generations(method="ban", tasks=2) == 3
+    assert generations(method="restart", tasks=2) == 1
+    assert generations(method="restart", generations=4) == 4
+    assert generations(method="standard", generations=5) == 1, "standard training has none"
 
 
 BEYOND: dict[str, list[Any]] = {
@@ -92,6 +114,18 @@ BEYOND: dict[str, list[Any]] = {
     "cycles": [0, 10**12, 2**64],
     "full": [0, 10**12, 2**64],
     "sub": [-1, 10**12, 2**64],
+    "orthogonal": [-1, 1e31],
+    "teacher": ["", "a\0b", "t" * 5000],
+    "temperature": [0, -1, 1e6],
+    "distillation_weight": [-0.1, 1.1],
+    "generations": [0, 1001],
+    "last": [0, 1001],
+    "shrink": [-0.1, 11],
+    "perturb": [-0.1, 11],
+    "replacement_rate": [-0.1, 1.1],
+    "maturity": [-1, 10**12],
+    "fixed": [0, 1],
+    "dormant": [-1, 1e7],
     "q": [0, 1e12, float("nan"), float("inf")],
     "threads": [0, -1, 1025, 10**6, 1e12, 2**64],
     "model": ["x" * 10**6, 3],

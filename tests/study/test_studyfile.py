@@ -122,7 +122,7 @@ def test_exclude_is_a_list_and_a_list_of_lists_an_axis(tmp_path: Path) -> None:
         ("methods: {repr: {cycles: 1}}\nseeds: 0", "'cycles' must be the same for all methods"),
         (
             "methods: [standard, dropout]\nseeds: 0\nsettings: {fraction: 0.3}",
-            "settings: 'fraction' belongs to the methods repr, dsd and restart, and would be ignored with standard",
+            "settings: 'fraction' belongs to the methods repr, dsd and restart, and would be ignored",
         ),
         (
             "methods: bridgeout\nseeds: 0\nsettings: {cycles: 2}",

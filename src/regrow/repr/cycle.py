@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.criteria.score import Criterion
 from regrow.criteria.select import check_selection
 from regrow.filters import check_finite
 from regrow.given import check_inputs, check_module, check_optimizer, names_given
@@ -30,7 +31,7 @@ from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.state import VERSION, check_state, phase_at
 from regrow.repr.subphase import SubPhase, check_memory, listed, phases_on
-from regrow.repr.weakest import Criterion, Function
+from regrow.repr.weakest import Batches, Weakest
 from regrow.repr.worth import judge
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.planning import plan_removal_and_cut
@@ -101,8 +102,8 @@ class RePr:
         full: int = 20,
         sub: int = 10,
         cycles: int = 3,
-        criterion: str | Function = "ortho",
-        batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        criterion: Criterion = "ortho",
+        batches: Batches | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         consumers: str = "zero",
         rows: str = "orthogonal",
@@ -120,7 +121,7 @@ class RePr:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         check_selection(fraction, scope, floor)
-        self._criterion = Criterion(criterion, batches, loss, often=cycles > 1)
+        self._weakest = Weakest(criterion, batches, loss, often=cycles > 1)
         check_restoring(consumers, rows)
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
@@ -137,7 +138,7 @@ class RePr:
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
             "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles,
-            "criterion": self._criterion.name,
+            "criterion": self._weakest.name,
             "consumers": consumers, "rows": rows, "scope": scope, "floor": float(floor), "exclude": exclude,
             "skip_first": bool(skip_first), "seed": seed,
         }  # fmt: skip
@@ -229,7 +230,7 @@ class RePr:
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
-        dropped, said = self._weakest(cycle)
+        dropped, said = self._choose_weakest(cycle)
         plan, silenced, reasons = self._plan(dropped)
         return {
             "dropped": dropped,
@@ -239,14 +240,14 @@ class RePr:
             "notes": said + reasons,
         }
 
-    def _weakest(self, cycle: int) -> tuple[dict[str, list[int]], list[str]]:
+    def _choose_weakest(self, cycle: int) -> tuple[dict[str, list[int]], list[str]]:
         settings = self._settings
         seed = _seed(settings["seed"], cycle, 0)
-        return self._criterion.weakest(self._model, settings, exclude=self.left_out, seed=seed)
+        return self._weakest.of(self._model, settings, exclude=self.left_out, seed=seed)
 
     def _restart(self, cycle: int) -> Event:
         """Drop filters and restore them at once."""
-        dropped, said = self._first_decides(lambda: self._weakest(cycle))
+        dropped, said = self._first_decides(lambda: self._choose_weakest(cycle))
         for warning in said:
             warnings.warn(warning, stacklevel=4)
         self._warn_if_rate_is_low("restarted")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.criteria.score import Criterion
 from regrow.criteria.select import check_selection
 from regrow.given import check_inputs, check_optimizer, check_seed, names_given
 from regrow.interrupts import uninterrupted
@@ -19,7 +20,7 @@ from regrow.repr.layers import usable_layers
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies
-from regrow.repr.weakest import Criterion, Function
+from regrow.repr.weakest import Batches, Weakest
 from regrow.torch_private import tree_map_only
 
 VERSION = 1
@@ -31,8 +32,8 @@ def restart(
     *,
     example_inputs: Any,
     fraction: float = 0.3,
-    criterion: str | Function = "ortho",
-    batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+    criterion: Criterion = "ortho",
+    batches: Batches | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     consumers: str = "zero",
     rows: str = "orthogonal",
@@ -89,12 +90,12 @@ def restart(
     check_optimizer(optimizer, "restart")
     check_inputs(example_inputs, "restart")
     check_selection(fraction, scope, floor)
-    scored = Criterion(criterion, batches, loss)
+    weakest = Weakest(criterion, batches, loss)
     check_restoring(consumers, rows)
     check_seed(seed)
     exclude = names_given(exclude, "exclude")
     settings = {
-        "fraction": float(fraction), "criterion": scored.name, "consumers": consumers, "rows": rows,
+        "fraction": float(fraction), "criterion": weakest.name, "consumers": consumers, "rows": rows,
         "scope": scope, "floor": float(floor), "exclude": exclude, "skip_first": bool(skip_first),
         "seed": seed,
     }  # fmt: skip
@@ -108,7 +109,7 @@ def restart(
             copy_from_first([*inner.parameters(), *inner.buffers()], group)
 
     filters, said = first_decides(
-        lambda: scored.weakest(inner, settings, exclude=layers.left_out, seed=seed), group, device
+        lambda: weakest.of(inner, settings, exclude=layers.left_out, seed=seed), group, device
     )
     for warning in said:
         warnings.warn(warning, stacklevel=2)

@@ -261,7 +261,7 @@ class ContinualBackprop:
         good = isinstance(utility, Tensor) and utility.is_floating_point() and utility.shape == (width,)
         good = good and isinstance(age, Tensor) and age.dtype == torch.int64 and age.shape == (width,)
         good = good and not isinstance(count, bool) and isinstance(count, int | float)
-        if not good or not 0 <= count < width + 1 or bool((age < 0).any()):
+        if not good or not 0 <= count < width + 1 or bool((age < 0).any()) or not utility.isfinite().all():
             raise ValueError(f"the state does not fit the {width} units of {name!r}.")
 
     def __reduce_ex__(self, protocol: Any) -> Any:

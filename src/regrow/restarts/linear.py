@@ -1,9 +1,9 @@
 """Which layers read which units of a linear layer, as forward passes on a copy show it.
 
-The graph in ``structure`` follows channels of convolutions. Here noise stands for the outputs of a linear
-layer, and is drawn anew in some units: a reader's channel that changes only when a unit is drawn anew reads
-that unit. A layer is left alone unless each unit arrives at one channel of the same number, mixed with
-nothing else, and nothing but the linear layers found reads it.
+The graph in ``structure`` follows channels of convolutions. Here noise stands for the outputs of all layers
+with weights, and is drawn anew in some units of one: a channel of another layer's input that changes then,
+and only then, is that unit's. A layer is left alone unless each unit arrives at one channel of the same
+number, mixed with nothing else, and nothing but the linear layers found reads it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from regrow.modules import Norm, channel_dims, channel_layers, channels_read, pe
 from regrow.structure.readers import Readers, Reads
 from regrow.torch_private import own_parameters
 
+_NONE = torch.zeros(0, dtype=torch.int64)
 _DRAWS = 4  # of each half of the units: an activation may stop half of the numbers
 
 
@@ -72,6 +73,7 @@ class _Passes:
         self._inputs = example_inputs
         self._layers = channel_layers(self._probe)
         self._tied = tied_modules(model)
+        self._calls = 0  # of the layer, in the last pass
 
     def readers(self, name: str) -> Readers | str:
         """The readers of the units of a linear layer; or why it is left alone."""
@@ -81,29 +83,33 @@ class _Passes:
             for reader, module in self._layers
             if reader != name and channels_read(module) == units and isinstance(module, nn.Linear | Norm)
         }
-        if not any(isinstance(module, nn.Linear) for module in candidates.values()):
+
+        def is_linear(reader: str) -> bool:
+            return isinstance(candidates[reader], nn.Linear)
+
+        if not any(map(is_linear, candidates)):
             return "no linear layer reads its units one by one"
         every = torch.arange(units)
         reached = {reader: torch.zeros(units, dtype=torch.bool) for reader in candidates}
         wrong: set[str] = set()
-        before, _ = self._seen(name, candidates, torch.zeros(0, dtype=torch.int64), 0)
-        if before is None:
-            return "example_inputs do not reach it"
+        before, _ = self._seen(name, candidates, _NONE, 0, others=1)
+        if self._calls != 1:
+            return "it runs more than once" if self._calls else "example_inputs do not reach it"
         for bit in range(max(1, (units - 1).bit_length())):
             for value in (0, 1):
                 some = every[(every >> bit & 1) == value]
                 for draw in range(_DRAWS):
-                    after, _ = self._seen(name, candidates, some, 1 + draw)
+                    after, _ = self._seen(name, candidates, some, 1 + draw, others=1)
                     for reader, module in candidates.items():
-                        moved = _moved(module, before.get(reader, []), (after or {}).get(reader, []))
+                        moved = _moved(module, before.get(reader, []), after.get(reader, []))
                         if moved is None or bool(moved[~torch.isin(every, some)].any()):
                             wrong.add(reader)
                         else:
                             reached[reader] |= moved
-        if mixed := [reader for reader in wrong if isinstance(candidates[reader], nn.Linear)]:
+        if mixed := [reader for reader in candidates if reader in wrong and is_linear(reader)]:
             return f"{mixed[0]!r} does not read its units one by one"
         reading = [reader for reader in candidates if reader not in wrong and bool(reached[reader].any())]
-        linear = [reader for reader in reading if isinstance(candidates[reader], nn.Linear)]
+        linear = [reader for reader in reading if is_linear(reader)]
         if not linear or not torch.stack([reached[reader] for reader in linear]).any(0).all():
             return "no linear layer reads all of its units"
         for reader in linear:
@@ -113,7 +119,7 @@ class _Passes:
         if self._depends(name, {reader: candidates[reader] for reader in linear}):
             return "its units are mixed with other numbers on their way"
         if self._heard(name, linear):
-            return "something reads it beside linear layers"
+            return "something reads it beside the linear layers behind it"
         numbers = range(units)
         norms = [
             reader
@@ -131,46 +137,45 @@ class _Passes:
 
     def _seen(
         self, name: str, readers: dict[str, nn.Module], some: Tensor, draw: int, others: int = 0
-    ) -> tuple[dict[str, list[Tensor]] | None, list[Tensor]]:
-        """The inputs of ``readers`` and the model's outputs in one pass; None if the layer did not run.
+    ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+        """The inputs of ``readers``, and the model's outputs, in one pass.
 
         Args:
             some: the units that are drawn anew, from the seed ``draw``.
-            others: a seed from which the inputs and the outputs of all other layers are drawn; 0: they stay.
+            others: a seed from which the model's inputs and the outputs of all other layers with weights are
+                drawn, but for norms; with 0 they are as they are.
         """
         seen: dict[str, list[Tensor]] = {}
-        count = 0
+        self._calls = ran = 0
 
         def before(reader: str, _module: nn.Module, inputs: Any) -> None:
             if reader in readers and inputs and isinstance(inputs[0], Tensor):
                 seen.setdefault(reader, []).append(inputs[0].clone())
 
         def after(layer: str, module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
-            nonlocal count
+            nonlocal ran
             if layer == name:
-                count += 1
-                noise = _noise(output, count)
-                some_too = some.to(output.device)
-                again = _noise(output, 1000 * draw + count).index_select(-1, some_too)
-                return noise.index_copy(-1, some_too, again)
-            if others and not isinstance(module, Norm):
-                return _noise(output, 77 * others)
-            return None
+                self._calls += 1
+                index = some.to(output.device)
+                return _noise(output, 0).index_copy(-1, index, _noise(output, draw).index_select(-1, index))
+            if not others or isinstance(module, Norm):
+                return None
+            ran += 1
+            return _noise(output, 1000 * others + ran)
 
         inputs = self._inputs
         if others:
             inputs = mapped(inputs, lambda x: _noise(x, others))
         with hooked(self._layers, after=after, before=before):
             output, _ = run(self._probe, inputs, training=False)
-        return (seen if count else None), floating(output)
+        return seen, floating(output)
 
     def _depends(self, name: str, readers: dict[str, nn.Module]) -> bool:
         """Whether what ``readers`` read depends on anything but the units of the layer."""
-        none = torch.zeros(0, dtype=torch.int64)
-        one, _ = self._seen(name, readers, none, 0, others=1)
-        two, _ = self._seen(name, readers, none, 0, others=2)
+        one, _ = self._seen(name, readers, _NONE, 0, others=1)
+        two, _ = self._seen(name, readers, _NONE, 0, others=2)
         for reader, module in readers.items():
-            moved = _moved(module, (one or {}).get(reader, []), (two or {}).get(reader, []))
+            moved = _moved(module, one.get(reader, []), two.get(reader, []))
             if moved is None or bool(moved.any()):
                 return True
         return False

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+_OTHERS = 0x5EED
+
 
 def seed_of(seed: int, number: int) -> int:
     """A seed for the draw ``number`` of those that ``seed`` begins."""
@@ -15,7 +17,11 @@ def seed_of(seed: int, number: int) -> int:
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """What draws on the CPU inside of the block draws from ``seed``; afterwards the generator goes on."""
+    """What draws on the CPU inside of the block draws from ``seed``; afterwards the generator goes on.
+
+    These are other numbers than after ``torch.manual_seed(seed)``: with them a model that was built there
+    would get the very values anew that it had at the start.
+    """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed_of(seed, _OTHERS))
         yield
