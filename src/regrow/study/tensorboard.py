@@ -42,8 +42,8 @@ def write_tensorboard(
     """Write one event file per run, below ``folder``, for ``tensorboard --logdir``; older ones are replaced.
 
     The files hold scalars for each epoch, test accuracy at the last epoch of each task, total costs at the
-    last epoch, and the settings as hyperparameters. Records hold no dates: the first epoch begins at 0 on TensorBoard's clock, so that its
-    relative time is training time.
+    last epoch, and the settings as hyperparameters. Records hold no dates: the first epoch begins at 0 on
+    TensorBoard's clock, so that its relative time is training time.
 
     Args:
         runs: as ``gather`` gives them; of unfinished runs, the recorded epochs are written.
