@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -322,3 +324,23 @@ def test_detection_labels_one_of_a_list_for_each_picture():
     assert (
         score(toy(), "hessian", batches=[(PICTURES, labels)], loss=loss)["0"].tolist() == BY_HAND["hessian"]
     )
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 9999), st.integers(1, 5), st.sampled_from(["mean-activation", "apoz", *BY_HAND]))
+def test_scores_go_with_their_filters_and_not_with_the_batches(seed, size, criterion):
+    generator = torch.Generator().manual_seed(seed)
+    model = chain((4, 3), dim=1).double().eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter)
+    order = torch.randperm(4, generator=generator).to(model.conv1.weight.device)
+    mixed = copy.deepcopy(model)
+    for layer in (mixed.conv1, mixed.norm1):
+        layer.weight.data, layer.bias.data = layer.weight[order], layer.bias[order]
+    mixed.conv2.weight.data = model.conv2.weight[:, order]
+    x = torch.randn(5, 3, 6, generator=generator).double()
+    labels = torch.randint(0, 4, (5,), generator=generator)
+    found = score(model, criterion, batches=[(x, labels)])
+    again = score(mixed, criterion, batches=zip(x.split(size), labels.split(size), strict=True))
+    torch.testing.assert_close(again["conv1"], found["conv1"][order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(again["conv2"], found["conv2"], rtol=1e-9, atol=1e-12)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nets import DECODERS, Residual, decoder
+from regrow.criteria.score import score
 from regrow.filters import convolutions
 from regrow.noise.layers import add_bridgeout
 from regrow.pruning.prune import prune
@@ -71,6 +72,50 @@ def test_lowest_l2_goes_in_each_layer(make_net):
     assert report["layers"]["conv1"] == {"before": 6, "after": 6}
     assert report["accuracy"] is report["compensation"] is None
     assert report["settings"]["exclude"] == ["conv1"]
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("criterion", ["mean-activation", "apoz", "gradient", "taylor", "hessian"])
+def test_a_criterion_that_reads_the_calibration_pictures(make_net, criterion):
+    model = make_net()
+    labelled = [(torch.randn(40, 3, 8, 8), torch.randint(4, (40,))) for _ in range(2)]
+    scores = score(model, criterion, batches=labelled)
+    settings = {"fraction": 0.25, "criterion": criterion, "calibration": iter(labelled), "example_inputs": X}
+    report = prune(model, compensate=False, round_to=1, **settings)
+    assert report == json.loads(json.dumps(report))
+    assert report["settings"]["criterion"] == criterion
+    for name, values in scores.items():
+        lowest = values.argsort(stable=True)[: round(len(values) / 4 + 1e-9)]
+        assert report["dropped"][name] == sorted(lowest.tolist())
+
+
+def test_a_criterion_takes_the_first_512_pictures_and_the_loss_given(make_net):
+    model, read = make_net(), []
+    labelled = [(torch.randn(300, 3, 8, 8), torch.randn(300)) for _ in range(3)]
+
+    def loss(outputs, labels):
+        read.append(len(labels))
+        return (outputs[:, 0] - labels).square().mean()
+
+    scores = score(model, "hessian", batches=labelled[:2], loss=loss)
+    read.clear()
+    report = prune(
+        model, fraction=0.5, criterion="hessian", loss=loss, calibration=labelled, example_inputs=X
+    )
+    assert len(read) == 600
+    assert report["compensation"]["images"] == 600
+    for name, values in scores.items():
+        assert report["dropped"][name] == sorted(values.argsort()[: len(values) // 2].tolist())
+
+
+def test_a_function_as_the_criterion(make_net):
+    def last_first(model):
+        return {name: -torch.arange(conv.out_channels) for name, conv in convolutions(model).items()}
+
+    report = prune(make_net(), fraction=0.5, criterion=last_first, example_inputs=X, compensate=False)
+    assert report["dropped"] == {"conv1": [3, 4, 5], "conv2": [4, 5, 6, 7], "conv3": [4, 5, 6, 7]}
+    assert report["settings"]["criterion"].endswith("last_first")
+    json.dumps(report)
 
 
 @pytest.mark.devices
@@ -230,6 +275,12 @@ def bridged(model):
         (None, {"fraction": {"conv1": 0.5}, "scope": "global"}, "needs scope='layer'"),
         (None, {"fraction": {"conv1": 0.5}, "exclude": "conv1"}, "names 'conv1', where.*excluded"),
         (None, {"criterion": "l3"}, "did you mean 'l2'"),
+        (
+            None,
+            {"criterion": "apoz", "calibration": None, "compensate": False},
+            "pass calibration=, inputs of",
+        ),
+        (None, {"criterion": "taylor"}, "'taylor' takes the cross entropy, so a batch is a pair"),
         (None, {"scope": "locally"}, "unknown scope"),
         (None, {"exclude": ["conv9"]}, "no convolution is named 'conv9'"),
         (None, {"calibration": None}, "compensate=False"),

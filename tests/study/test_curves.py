@@ -70,6 +70,19 @@ def test_a_filter_of_zeros_is_cut_first_and_changes_nothing():
     assert judge.calls == 5  # uncut, zeroed and removed are one network
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "hessian", "gradient"])
+def test_criteria_that_take_the_loss_see_the_filter_that_matters(criterion):
+    # Of the filters 1 and 2 the head reads the first alone: l2 would cut it, and the loss does not.
+    labelled = [(X, LABELS)]
+    settings = {"example_inputs": X, "fractions": [0, 0.5], "readings": ["removed"], "criterion": criterion}
+    found = pruned_accuracies(net([1.0, 2.0], [1.0, 0.0]), Judge(), calibration=labelled, **settings)
+    assert by_reading(found) == {"removed": [1.0, 1.0]}
+    with pytest.raises(ValueError, match="reads pictures: pass calibration=, pairs of inputs and labels"):
+        pruned_accuracies(net([1.0, 2.0], [1.0, 0.0]), Judge(), **settings)
+    with pytest.raises(ValueError, match="takes the cross entropy, so a batch is a pair"):
+        pruned_accuracies(net([1.0, 2.0], [1.0, 0.0]), Judge(), calibration=[X], **settings)
+
+
 def test_the_filter_that_matters_is_missed_when_its_norm_is_smaller():
     found = pruned_accuracies(
         net([1.0, 2.0], [1.0, 0.0]),

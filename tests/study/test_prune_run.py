@@ -123,6 +123,19 @@ def test_a_drop_of_a_network_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_network")
+@pytest.mark.parametrize("criterion", ["apoz", "taylor"])
+def test_a_criterion_that_reads_pictures(tmp_path: Path, criterion: str) -> None:
+    given = ["any", "--criterion", criterion, "--fraction", 0.5, "--out", tmp_path / "out", "--device", "cpu"]
+    refused = prune(*given, "--no-compensate")
+    assert f"criterion {criterion!r} reads pictures: pass --data (and --data-dir)" in str(refused.exception)
+    done = prune(*given, "--data", "digits", "--no-compensate")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "prune.json").read_text())
+    assert report["settings"]["criterion"] == criterion
+    assert report["compensation"] is None
+
+
+@pytest.mark.usefixtures("small_network")
 def test_pictures_of_other_classes_are_named_as_the_reason(tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["any", "--data", "folder", "--device", "cpu", "--out", out]
@@ -133,6 +146,8 @@ def test_pictures_of_other_classes_are_named_as_the_reason(tmp_path: Path) -> No
     assert refused.exit_code == 1
     assert reason in str(refused.exception)
     assert "pass --data (" not in str(refused.exception).lower()
+    refused = prune(*given, "--fraction", 0.5, "--criterion", "taylor")
+    assert f"'taylor' needs labelled pictures of the network's classes: {reason}" in str(refused.exception)
     assert not out.exists()
     with pytest.warns(UserWarning, match=f"accuracy is not measured: {reason}"):
         done = prune(*given, "--fraction", 0.5)

@@ -69,6 +69,9 @@ def test_a_run_comes_back_with_its_weights_and_pictures(tmp_path: Path) -> None:
     splits = load_data("digits", train_size=20)
     (calibration,) = found.calibration
     torch.testing.assert_close(calibration, _normalised(splits.train, splits.mean, splits.std))
+    ((labelled, labels),) = found.labelled
+    assert labelled is calibration
+    assert torch.equal(labels, splits.train.labels)
     for loader, images in ((found.validation, splits.validation), (found.test, splits.test)):
         assert len(loader) == len(images)
         ((pictures, labels),) = loader
@@ -230,7 +233,7 @@ def test_random_weights_take_the_statistics_of_the_pictures(library) -> None:
 def test_pictures_of_other_classes_calibrate_only(library) -> None:
     library(Net(7), None, None, None)
     found = by_name("any", data="digits", device="cpu")
-    assert found.validation is found.test is None
+    assert found.validation is found.test is found.labelled is None
     assert sum(map(len, found.calibration)) == 512
 
 
