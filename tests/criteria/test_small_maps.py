@@ -45,8 +45,9 @@ def test_the_middle_tap_of_a_picture_of_one_pixel_by_hand() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "groups": 2}, {"kernel_size": 5, "padding": 2},
-        {"padding": 2, "dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"padding": 1, "dtype": torch.float64},
+        {"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 1, "groups": 2},
+        {"kernel_size": 5, "padding": 2}, {"padding": 2, "dilation": 2},
+        {"padding": 1, "padding_mode": "circular"}, {"padding": 1, "dtype": torch.float64},
     ],
 )  # fmt: skip
 def test_other_convolutions_are_left_to_pytorch(settings: dict) -> None:

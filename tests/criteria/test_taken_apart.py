@@ -65,8 +65,8 @@ def test_nothing_is_written_to() -> None:
         lambda net, x: net.a(x) if x.sum() > 0 else x,
         lambda net, x: F.relu(x, inplace=True) + net.a(x),
         lambda net, x: net.relu(x) + net.a(x),
-        lambda net, x: x.zero_().add(1),
-        lambda net, x: torch.add(x, 1, out=x),
+        lambda _, x: x.zero_().add(1),
+        lambda _, x: torch.add(x, 1, out=x),
     ],
 )
 def test_what_cannot_be_taken_apart(draw: Any) -> None:
