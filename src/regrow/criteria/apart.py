@@ -48,7 +48,7 @@ def quick_scores(
         return {}
     for name in readers:
         try:
-            silent[name] = _silent(probe, readers, name)
+            silent[name] = silent_channels(probe, readers, name)
             _try(probe, readers, name, Following(parts, name, silent[name], trial, quick), trial, few)
         except NotTakenApart as error:
             gave_up(f"following the filters of {name!r} together, each takes a pass", error)
@@ -60,7 +60,7 @@ def quick_scores(
         before.append(loss_of(loss, clean.outputs, batch))
         for name in silent:
             following = Following(parts, name, silent[name], clean, quick)
-            totals[name].append(_losses(following, clean, batch, loss, advance))
+            totals[name].append(losses_without(following, clean, batch, loss, following.filters, advance))
     at_all = mean_loss(before, batches) if silent else 0.0
     return {
         name: torch.tensor(
@@ -70,7 +70,7 @@ def quick_scores(
     }
 
 
-def _silent(probe: nn.Module, readers: Mapping[str, Readers], name: str) -> dict[str, Tensor]:
+def silent_channels(probe: nn.Module, readers: Mapping[str, Readers], name: str) -> dict[str, Tensor]:
     """{layer: the channel in which it is silent without filter i} of a convolution and its norms.
 
     Raises:
@@ -97,13 +97,25 @@ def _try(
             _compare(made, outputs(probe, few))
 
 
-def _losses(following: Following, clean: Pass, batch: Batch, loss: Loss, advance: Advance) -> list[Tensor]:
-    """The losses of a batch without each filter alone."""
+def losses_without(
+    following: Following,
+    clean: Pass,
+    batch: Batch,
+    loss: Loss,
+    filters: Tensor,
+    advance: Advance | None = None,
+) -> list[Tensor]:
+    """The losses of a batch without each of ``filters`` alone, each a Tensor [].
+
+    Raises:
+        NotTakenApart: an operation fails.
+    """
     largest = max(sum(leaf.numel() for leaf in floating(clean.outputs)), following.largest)
     losses: list[Tensor] = []
-    for filters in following.filters.split(max(1, _NUMBERS // largest)):
-        losses += [loss_of(loss, made, batch) for made in _without(following, clean, filters)]
-        advance(len(filters))
+    for some in filters.split(max(1, _NUMBERS // largest)):
+        losses += [loss_of(loss, made, batch) for made in _without(following, clean, some)]
+        if advance:
+            advance(len(some))
     return losses
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 _AFTER = 2.0  # seconds
 
 
-class Advance(Protocol):
-    """Tells the bar how many more steps are done."""
-
-    def __call__(self, steps: int = 1) -> None: ...
+Advance = Callable[[int], None]  # tells the bar how many more steps are done
 
 
 @contextmanager
@@ -26,7 +23,7 @@ def progress_bar(title: str, steps: int, *, shown: bool = True) -> Iterator[Adva
         with suppress(ImportError):
             from rich.progress import Progress as bar_class
 
-    def advance(steps_done: int = 1) -> None:
+    def advance(steps_done: int) -> None:
         nonlocal done, bar, task
         done += steps_done
         if bar is None and bar_class is not None and time.monotonic() - begun > _AFTER:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from regrow.given import kind_of
-from regrow.looking.calls import mapped, tensors
+from regrow.looking.calls import tensors
+from regrow.torch_private import tree_map
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -29,7 +30,7 @@ class Batch:
         """The first pictures of the batch; all if its tensors do not have them in their first dimension."""
         if any(not each.dim() or len(each) != self.pictures for each in tensors(self.inputs)):
             return self
-        inputs = mapped(self.inputs, lambda each: each[:count])
+        inputs = _of_tensors(self.inputs, lambda each: each[:count])
         return Batch(inputs, None, min(count, self.pictures))
 
 
@@ -52,8 +53,8 @@ def read_batches(batches: Iterable[Any], device: torch.device, *, needs_labels: 
                 "a batch is (inputs, labels), where inputs are a tensor, a tuple of arguments or a dict of "
                 f"keywords; got {kind_of(batch)}."
             )
-        inputs = mapped(pair[0], lambda each: each.to(device))
-        labels = mapped(pair[1], lambda each: each.to(device)) if len(pair) == 2 else None
+        inputs = _of_tensors(pair[0], lambda each: each.to(device))
+        labels = _of_tensors(pair[1], lambda each: each.to(device)) if len(pair) == 2 else None
         if labels is None and needs_labels:
             raise ValueError(
                 "a batch has no labels, which the cross entropy needs: pass batches of (inputs, labels), or "
@@ -66,6 +67,12 @@ def read_batches(batches: Iterable[Any], device: torch.device, *, needs_labels: 
         empty = False
     if empty:
         raise ValueError("batches yields no batch: pass a loader, not an iterator that was used before.")
+
+
+def _of_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with each tensor in its containers changed, those of whole numbers too."""
+    plain = dict(value) if isinstance(value, Mapping) else value
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, plain)
 
 
 def loss_of(loss: Loss, outputs: Any, batch: Batch) -> Tensor:

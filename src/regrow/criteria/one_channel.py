@@ -266,5 +266,9 @@ def _by_patches(conv: Any, change: Tensor, channels: Tensor, clean: Tensor, case
     made = before.new_empty(height * width, len(cases), filters)
     for some in cases.of_filters():
         taps = weight[:, channels[some][0]].T.expand(height * width, -1, -1)
-        torch.baddbmm(before[:, cases.pictures[some]], patches[:, some], taps, out=made[:, some])
+        pictures = cases.pictures[some]  # in order, each once
+        all_of_them = len(pictures) == before.shape[1]
+        torch.baddbmm(
+            before if all_of_them else before[:, pictures], patches[:, some], taps, out=made[:, some]
+        )
     return pictures_first(made.view(height, width, len(cases), filters))

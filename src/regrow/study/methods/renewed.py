@@ -64,7 +64,7 @@ class LastLayers(_Renewing):
 
 
 class Restart(_Renewing):
-    """The weakest filters start anew, by ``regrow.restart``; with ``head`` the last layer too."""
+    """The weakest filters start anew, by ``regrow.restart``; with ``renew_head`` the last layer too."""
 
     name = "restart"
 
