@@ -230,11 +230,10 @@ def refresh_slots(
             if mask is None:
                 continue
             mask = mask.to(slot.device)
-            settled = slot[~mask]
             if known and slot.shape == parameter.shape:
                 slot[mask] = parameter.detach().to(slot)[mask]
             else:
-                slot[mask] = settled.mean() if magnitudes and settled.numel() else 0
+                slot[mask] = slot[~mask].mean() if magnitudes and not mask.all() else 0
         if known:
             notes.append(f"{name} holds copies of the weights, which took the values of these filters.")
     for kind, states in memory.joint.items():

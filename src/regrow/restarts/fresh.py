@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from regrow.given import check_module
 from regrow.looking.copies import copied
-from regrow.modules import unwrap
+from regrow.modules import filter_dim, filters_first, is_stock, unwrap
 from regrow.restarts.seeds import drawing
 from regrow.torch_private import own_buffers, own_parameters
 
@@ -100,12 +101,17 @@ def check_fresh(model: nn.Module, fresh: Any) -> nn.Module:
     return fresh
 
 
-def drawn(layer: nn.Module, seed: int) -> dict[str, Tensor]:
-    """The parameters of one layer, {name: values on the CPU}, as its ``reset_parameters`` draws them."""
-    twin: Any = copied(layer).cpu()
+def drawn_rows(layer: nn.Module, count: int, seed: int) -> Tensor:
+    """Incoming weights for ``count`` units of a convolution or linear layer, units first, on the CPU, as its
+    ``reset_parameters`` draws them."""
+    twin: Any = copied(layer, requires_grad=False).cpu()
+    if is_stock(layer) and filter_dim(layer) == 0:
+        # PyTorch's own layers draw each unit alike, so that the others need not be drawn.
+        twin.weight, twin.bias = nn.Parameter(twin.weight[:count].clone(), requires_grad=False), None
     with drawing(seed):
         twin.reset_parameters()
-    return {name: p.detach() for name, p in own_parameters(twin).items() if p is not None}
+        every = filters_first(twin, twin.weight.detach())
+        return every[torch.randperm(len(every))[:count]]
 
 
 def _why_not(module: nn.Module, fresh: nn.Module | None) -> str:

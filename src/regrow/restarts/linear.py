@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regrow.log import gave_up
 from regrow.looking.calls import PassFailed, floating, mapped, run, switch
 from regrow.looking.copies import copied
-from regrow.looking.hooks import hooked
+from regrow.looking.hooks import hooked, idle
 from regrow.looking.noise import unsettle
 from regrow.marks import borrowed_weight
 from regrow.modules import Norm, channel_dims, channel_layers, channels_read, per_channel, tied_modules
@@ -24,7 +24,7 @@ from regrow.structure.readers import Readers, Reads
 from regrow.torch_private import own_parameters
 
 _NONE = torch.zeros(0, dtype=torch.int64)
-_DRAWS = 4  # of each half of the units: an activation may stop half of the numbers
+_SHOWN = 8  # how often each unit is drawn anew at least: an activation may stop half of the numbers
 
 
 def linear_readers(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Readers], dict[str, str]]:
@@ -95,10 +95,11 @@ class _Passes:
         before, _ = self._seen(name, candidates, _NONE, 0, others=1)
         if self._calls != 1:
             return "it runs more than once" if self._calls else "example_inputs do not reach it"
-        for bit in range(max(1, (units - 1).bit_length())):
+        bits = max(1, (units - 1).bit_length())
+        for bit in range(bits):
             for value in (0, 1):
                 some = every[(every >> bit & 1) == value]
-                for draw in range(_DRAWS):
+                for draw in range(max(2, _SHOWN // bits)):
                     after, _ = self._seen(name, candidates, some, 1 + draw, others=1)
                     for reader, module in candidates.items():
                         moved = _moved(module, before.get(reader, []), after.get(reader, []))
@@ -166,7 +167,8 @@ class _Passes:
         inputs = self._inputs
         if others:
             inputs = mapped(inputs, lambda x: _noise(x, others))
-        with hooked(self._layers, after=after, before=before):
+        computed = [] if not others else [each for each in self._layers if not isinstance(each[1], Norm)]
+        with idle(computed), hooked(self._layers, after=after, before=before):
             output, _ = run(self._probe, inputs, training=False)
         return seen, floating(output)
 
@@ -188,7 +190,7 @@ class _Passes:
             weight.data.zero_()
         every = torch.arange(self._units(name))
         _, before = self._seen(name, {}, every, 1)
-        after = [self._seen(name, {}, every, 1 + draw)[1] for draw in range(1, _DRAWS)]
+        after = [self._seen(name, {}, every, 1 + draw)[1] for draw in range(1, 4)]
         for weight, values in zip(weights, saved, strict=True):
             weight.data.copy_(values)
         return any(len(one) != len(before) or not all(map(torch.equal, before, one)) for one in after)

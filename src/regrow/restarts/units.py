@@ -21,7 +21,7 @@ from regrow.modules import (
     filters_first,
     grouped,
 )
-from regrow.restarts.fresh import drawn
+from regrow.restarts.fresh import drawn_rows
 from regrow.restarts.linear import linear_readers
 from regrow.restarts.seeds import seed_of
 from regrow.structure.read import read_structure
@@ -175,10 +175,9 @@ def renew(
 def _new_rows(name: str, layer: nn.Module, count: int, seed: int, fresh: nn.Module | None) -> Tensor:
     """New incoming weights for ``count`` units of ``layer``, units first."""
     if fresh is None:
-        every = filters_first(layer, drawn(layer, seed)["weight"])
-    else:
-        there: Any = fresh.get_submodule(name)
-        every = filters_first(there, there.weight.detach())
+        return drawn_rows(layer, count, seed)
+    there: Any = fresh.get_submodule(name)
+    every = filters_first(there, there.weight.detach())
     # Filters of a given model are taken in an order of chance, or a unit would always begin in the same way.
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     return every[order[:count].to(every.device)]
