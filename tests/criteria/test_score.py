@@ -1,5 +1,8 @@
+import contextlib
 import copy
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -8,7 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import regrow
-from regrow.criteria.score import CRITERIA, WEIGHT_CRITERIA, l1, l2, ortho, ortho_corrected, overlap, score
+from nets import UNet, chain, keep_but, unsettled
+from regrow.criteria.score import (
+    CRITERIA,
+    DATA_CRITERIA,
+    WEIGHT_CRITERIA,
+    l1,
+    l2,
+    ortho,
+    ortho_corrected,
+    overlap,
+    score,
+)
 from regrow.criteria.select import select
 
 # Three filters of two weights: directions (1, 0), (√½, √½) and (0, 1), at lengths 1, √2 and 2.
@@ -96,7 +110,7 @@ def test_sums_beyond_float64_are_refused(make_net):
 
 
 @given(
-    st.sampled_from(sorted(set(CRITERIA) - {"random"})),
+    st.sampled_from(sorted(WEIGHT_CRITERIA)),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     st.integers(-90, 90),
     st.integers(0, 999),
@@ -127,7 +141,7 @@ def test_layers_of_very_different_scales_keep_their_order():
         assert lowest.max() < middle.min() < middle.max() < highest.min()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", [*WEIGHT_CRITERIA, "random"])
 def test_complex_weights_are_refused_by_name(make_net, criterion):
     model = make_net((4, 5))
     model.conv2 = nn.Conv2d(4, 5, 3, dtype=torch.complex64)
@@ -184,10 +198,11 @@ def test_score_names_every_usable_layer_in_order_and_only_reads(make_net):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"oracle"}))
 def test_every_criterion_by_name(make_net, criterion):
     model = make_net((4, 5)).bfloat16()
-    scores = score(model, criterion, seed=3, exclude=["conv1"])
+    batches = [(torch.randn(3, 3, 8, 8).bfloat16(), torch.tensor([0, 1, 2]))]
+    scores = score(model, criterion, seed=3, exclude=["conv1"], batches=batches)
     assert list(scores) == ["conv2"]
     assert scores["conv2"].shape == (5,)
     assert scores["conv2"].isfinite().all()
@@ -248,3 +263,211 @@ def test_the_length_of_a_transposed_filter_by_hand():
 def test_grouped_transposed_convolutions_have_no_score():
     model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=4), nn.ConvTranspose2d(4, 4, 2))
     assert set(score(model, "l1")) == {"1"}
+
+
+READS_PICTURES = sorted(set(DATA_CRITERIA) - {"oracle"})
+
+
+def pictures():
+    return torch.randn(6, 3, 8, 8), torch.tensor([0, 3, 1, 2, 0, 1])
+
+
+def same(one, other):
+    assert list(one) == list(other)
+    for name, values in one.items():
+        torch.testing.assert_close(values, other[name], rtol=1e-5, atol=1e-9)
+
+
+class Counting(nn.Module):
+    """Counts its passes in a buffer, and draws random numbers and drops some in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.passes += 1
+        torch.rand(1)
+        return self.dropout(x)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+def test_a_model_that_is_training_is_only_read(criterion):
+    model = nn.Sequential(Counting(), *chain())
+    model[5].eval()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    batches = [pictures()]
+    generator = torch.get_rng_state()
+    scores = score(model, criterion, batches=batches)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(each.grad, grads[name]) for name, each in model.named_parameters())
+    assert all(each.requires_grad and not vars(each) for each in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    same(scores, score(copy.deepcopy(model).eval(), criterion, batches=batches))
+
+
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+def test_an_error_leaves_the_model_as_it_was(criterion):
+    model = chain().train()
+    with pytest.raises(ValueError, match="forward pass fails on a batch"):
+        score(model, criterion, batches=[pictures(), (torch.randn(2, 5, 8, 8), torch.zeros(2).long())])
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_contexts_play_no_part(criterion, context):
+    model, batches = unsettled(chain()), [pictures()]
+    plain = score(model, criterion, batches=batches)
+    with context():
+        same(score(model, criterion, batches=batches), plain)
+        made_there = [(batches[0][0] + 0, batches[0][1])]
+        same(score(model, criterion, batches=made_there), plain)
+
+
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+@pytest.mark.parametrize("wrap", ["DDP", "DataParallel", "compile", "compiled in place"])
+def test_wrappers_are_looked_through(criterion, wrap, tmp_path):
+    model, batches = unsettled(chain()), [pictures()]
+    plain = score(model, criterion, batches=batches)
+    with contextlib.ExitStack() as stack:
+        if wrap == "DDP":
+            where = f"file://{tmp_path}/group"
+            torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+            stack.callback(torch.distributed.destroy_process_group)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        elif wrap == "DataParallel":
+            wrapped = nn.DataParallel(model)
+        elif wrap == "compile":
+            wrapped = torch.compile(model, backend="eager")
+            wrapped(batches[0][0])
+        else:
+            wrapped = model
+            model.compile(backend="eager")
+        same(score(wrapped, criterion, batches=batches), plain)
+
+
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+def test_a_model_in_the_sub_phase_of_a_cycle(criterion):
+    model, batches = unsettled(chain()), [pictures()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    cycle = regrow.RePr(
+        model, optimizer, example_inputs=batches[0][0][:1], full=1, sub=2, fraction=0.5, compact=True
+    )
+    dropped = cycle.step().filters
+    assert dropped
+    scores = score(model, criterion, batches=batches)
+    cycle.remove()
+    same(scores, score(model, criterion, batches=batches))
+    for name, filters in dropped.items():
+        assert not scores[name][filters].any()
+
+
+@pytest.mark.parametrize("criterion", READS_PICTURES)
+def test_a_model_that_was_cut_has_a_score_for_each_filter_that_it_has(criterion):
+    """A cut into a stream leaves layers that put their channels among zeros."""
+    model, (x, labels) = unsettled(UNet()), pictures()
+
+    def loss(outputs, labels):
+        return torch.nn.functional.cross_entropy(outputs.mean((2, 3)), labels % 2)
+
+    keep = {"down1": keep_but(6, 0, 4), "up1": keep_but(6, 1), "norm": keep_but(1)}
+    keep.pop("norm")
+    whole = copy.deepcopy(model)
+    regrow.surgery.removal.remove_filters(whole, keep, example_inputs=x[:1])
+    expected = score(whole, criterion, batches=[(x, labels)], loss=loss)
+    regrow.cut(model, keep, example_inputs=x[:1])
+    scores = score(model, criterion, batches=[(x, labels)], loss=loss)
+    for name, values in scores.items():
+        filters = model.get_submodule(name).out_channels
+        assert values.shape == (filters,)
+        mask = keep.get(name, torch.ones(len(expected[name]), dtype=torch.bool))
+        left = expected[name][mask] if filters < len(mask) else expected[name]
+        if criterion != "gradient":  # the mean over a filter's weights, of which the cut leaves fewer
+            torch.testing.assert_close(values, left, rtol=1e-4, atol=1e-7)
+
+
+def test_the_oracle_is_asked_with_what_score_was_given(monkeypatch, make_net):
+    asked = []
+
+    def oracle_scores(*args, **kwargs):
+        asked.append((args, kwargs))
+        return {"conv1": torch.zeros(4)}
+
+    monkeypatch.setitem(
+        sys.modules, "regrow.criteria.oracle", types.SimpleNamespace(oracle_scores=oracle_scores)
+    )
+    model, batches = make_net(), [pictures()]
+    assert list(score(model, "oracle", batches=batches, exclude="conv2")) == ["conv1"]
+    assert asked == [((model, batches, None), {"exclude": "conv2"})]
+
+
+@pytest.mark.devices
+def test_a_function_as_the_criterion(make_net):
+    model = make_net((4, 5))
+
+    def biases(given):
+        assert given is model
+        return {name: given.get_submodule(name).bias for name in ("conv2", "conv1")}
+
+    scores = score(nn.DataParallel(model), biases)
+    assert list(scores) == ["conv1", "conv2"]
+    assert torch.equal(scores["conv2"], model.conv2.bias)
+    assert not scores["conv2"].requires_grad
+    assert list(score(model, biases, exclude="conv1")) == ["conv2"]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "maps names of convolutions to one score per filter, and got None"),
+        ({"conv1": torch.zeros(4)}, "returns no scores for 'conv2': add them, or exclude that layer"),
+        ({"conv1": torch.zeros(4), "conv2": torch.zeros(4)}, r"each of its 5 filters, and returned .* \[4\]"),
+        ({"conv1": torch.zeros(4, 1), "conv2": torch.zeros(5)}, r"each of its 4 filters, .* \[4, 1\]"),
+        (
+            {"conv1": torch.zeros(4), "conv2": torch.full((5,), math.nan)},
+            "returns NaN for filters of 'conv2'",
+        ),
+        ({"conv1": torch.zeros(4), "conv_2": torch.zeros(5)}, "scores for 'conv_2'; did you mean 'conv2'"),
+        ({"conv1": "high", "conv2": torch.zeros(5)}, "for 'conv1' must be a tensor, and got the text 'high'"),
+        ({"conv1": 1j * torch.ones(4), "conv2": torch.zeros(5)}, "returns for 'conv1' one real number"),
+    ],
+)
+def test_a_function_that_returns_something_else(make_net, returned, message):
+    with pytest.raises(ValueError, match=message):
+        score(make_net((4, 5)), lambda _: returned)
+
+
+def test_bad_input_of_criteria_that_read_pictures(make_net):
+    model = make_net()
+    with pytest.raises(ValueError, match=r"'apoz' reads pictures: pass batches=, inputs of"):
+        score(model, "apoz")
+    with pytest.raises(
+        ValueError, match=r"'hessian' reads pictures: pass batches=, pairs of inputs and labels"
+    ):
+        score(model, "hessian")
+    with pytest.raises(ValueError, match="unknown criterion 'tailor'; did you mean 'taylor'"):
+        score(model, "tailor", batches=[pictures()])
+    with pytest.raises(ValueError, match=r"criterion is a name.*, and got None"):
+        score(model, None)
+    with pytest.raises(ValueError, match=r"criterion is a name.*, and got a CrossEntropyLoss"):
+        score(model, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"loss is a function of outputs and labels .* got the text 'mse'"):
+        score(model, "taylor", batches=[pictures()], loss="mse")
+    with pytest.raises(ValueError, match=r"loss is a function .* got the class CrossEntropyLoss"):
+        score(model, "taylor", batches=[pictures()], loss=nn.CrossEntropyLoss)
+    model.lazy = nn.LazyBatchNorm2d()
+    with pytest.raises(ValueError, match=r"without a weight before its first pass \(see 'lazy'\)"):
+        score(model, "taylor", batches=[pictures()])
