@@ -6,6 +6,7 @@ import torchvision
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from regrow.noise.layers import add_bridgeout
 from regrow.repr import joined
 from regrow.repr.cycle import RePr
 from regrow.study.models import build_model
@@ -49,10 +50,12 @@ INSIDE = {
 }
 
 
-def launches(net, compact=None, phase="plain", steps=3):
+def launches(net, compact=None, phase="plain", steps=3, noise=False):
     """The operations of each of the first steps in the phase; forward, backward and the optimizer's step."""
     torch.manual_seed(0)
     model = NETS[net]()
+    if noise:
+        add_bridgeout(model)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, foreach=True
     )
@@ -103,3 +106,14 @@ def test_a_sub_phase_adds_a_quarter_at_most(net, compact, first):
     assert max(watched) <= first * plain
     assert then <= 1.25 * plain
     assert watched == [then + 4] * 2
+
+
+@pytest.mark.parametrize(("net", "compact"), [("convnet", True), ("ResNet-20", True), ("ResNet-20", False)])
+def test_what_stays_of_noisy_weights_takes_four_operations_more(net, compact):
+    """One to join the noisy weights and one to take what stays, ahead and back; the others have their own."""
+    (plain,), (noisy,) = launches(net, steps=1), launches(net, steps=1, noise=True)
+    without, found = launches(net, compact, "sub"), launches(net, compact, "sub", noise=True)
+    assert all(
+        each + noisy - plain <= now <= each + noisy - plain + 4
+        for each, now in zip(without, found, strict=True)
+    )

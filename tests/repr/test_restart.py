@@ -16,7 +16,6 @@ from cycles import OPTIMIZERS, X, batch, build, fit, hooks, repr_on, run, same_w
 from nets import Residual, chain
 from optimizers import MADGRAD, ScheduleFreeSGD
 from regrow.criteria.select import select
-from regrow.repr.events import Event, regrown
 
 pytestmark = pytest.mark.devices
 WEAK = {"conv2": [1, 4], "conv3": [0, 2, 7]}  # 5 of 16 filters, which is what fraction=0.3 asks for
@@ -62,6 +61,7 @@ def test_the_record_says_what_started_anew_and_what_was_left_alone():
     assert json.loads(json.dumps(record)) == record
     assert record == {
         "version": 1,
+        "kind": "restart",
         "settings": {
             "fraction": 0.3, "criterion": "l2", "consumers": "zero", "rows": "orthogonal", "scope": "global",
             "floor": 0.1, "exclude": [], "skip_first": True, "seed": 3,
@@ -406,14 +406,3 @@ def test_under_no_grad_and_inside_of_a_cycle_in_its_full_phase():
         ValueError, match="restart was refused, because the model computes without its dropped"
     ):
         restart(model, optimizer)
-
-
-def test_when_filters_were_regrown_last():
-    events = [
-        None,
-        Event("drop", 1, 1, {"a": [0, 1]}),
-        Event("restore", 2, 1, {"a": [0, 1]}),
-        {"kind": "restart", "step": 5, "cycle": 2, "filters": {"a": [1], "b": [3]}},
-    ]
-    assert regrown(events) == {"a": {0: 2, 1: 5}, "b": {3: 5}}
-    assert regrown([]) == {}

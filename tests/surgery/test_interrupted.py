@@ -1,5 +1,6 @@
 """Ctrl-C inside a model's passes and inside changes: none is swallowed, and no model is left half changed."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from regrow.compensation.compensate import compensate
 from regrow.compensation.norms import reestimate_norms
 from regrow.pruning.prune import prune
 from regrow.repr.cycle import RePr
+from regrow.repr.restart import restart
 from regrow.structure.read import read_structure
 from regrow.surgery.cut import cut
 from regrow.surgery.removal import Removal, remove_filters
@@ -174,6 +176,24 @@ def test_an_interrupt_in_a_drop_or_restore_counts_it_as_done(monkeypatch: pytest
     assert cycle.state_dict()["step"] == 2
     assert cycle.state_dict()["sub_phase"] is None
     assert all(filters.abs().sum() > 0 for filters in model.a.weight)
+
+
+@pytest.mark.usefixtures("_listening")
+def test_an_interrupt_in_a_restart_comes_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regrow.repr import restoring
+
+    found = []
+    for stop in (True, False):
+        torch.manual_seed(0)
+        model = Stopping()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with monkeypatch.context() as patch:
+            if stop:
+                interrupted(patch, restoring, "silence")
+            with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+                restart(model, optimizer, example_inputs=X, fraction=0.3)
+        found.append(model.state_dict())
+    assert same(*found)
 
 
 @pytest.mark.usefixtures("_listening")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,18 +30,3 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """The event as plain JSON-able data."""
         return asdict(self)
-
-
-def regrown(events: Iterable[Event | Mapping[str, Any]]) -> dict[str, dict[int, int]]:
-    """When each filter was regrown last: {qualified name: {index of the filter: step}}.
-
-    Args:
-        events: what ``RePr.step`` has returned, None included, or these events as ``to_dict`` gives them.
-    """
-    found: dict[str, dict[int, int]] = {}
-    for event in events:
-        plain = event.to_dict() if isinstance(event, Event) else event
-        if plain and plain["kind"] in ("restore", "restart"):
-            for name, indices in plain["filters"].items():
-                found.setdefault(name, {}).update(dict.fromkeys(indices, plain["step"]))
-    return found

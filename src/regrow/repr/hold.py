@@ -58,7 +58,9 @@ class Hold:
         trained = [(parameter, rows) for parameter, rows in entries if parameter.requires_grad]
         self._unmasked = [(parameter, rows) for parameter, rows in trained if parameter in held]
         self._mask([(parameter, rows) for parameter, rows in trained if parameter not in held])
-        self._handles += [parameter.register_hook(self._note_gradient) for parameter, _ in trained[:1]]
+        # Not a weight, if there is a bias or a norm: of a weight with a hook Bridgeout makes w̃ by itself.
+        noting = sorted((parameter for parameter, _ in trained), key=Tensor.dim)[:1]
+        self._handles += [parameter.register_hook(self._note_gradient) for parameter in noting]
         still = all(type(part).__module__.startswith(_STILL) for part in parts)
         self._to_watch = _WATCHED if still and len(self._unmasked) == len(trained) else None
         self._sums = self._sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class Parts:
             for layer, names in slices.items()
             if any(isinstance(getattr(type(layer), name, None), property) for name in names)
         }
+        # Layers that can say ahead of their own pass with which weight they will compute.
+        self._ahead = {
+            layer
+            for layer in self._computed
+            if getattr(type(layer), "_regrow_weight_ahead", None) is not None
+        }
+        self._preparing = True
         self._layouts: dict[Hashable, Layout | None] = {}
         self._numbers = {layer: number for number, layer in enumerate(slices)}
         self._batches: list[_Batch] = []
@@ -64,6 +71,7 @@ class Parts:
         self._alive: list[Tensor] = []
         self._together: Together[Tensors] = Together(self._make, self._kind, _size, self._stamp, list(slices))
         self._together.prepare()
+        self._preparing = False
         self._read, self._alive = {}, []
         self.lock = threading.RLock()  # of the thread whose pass is served
 
@@ -125,8 +133,8 @@ class Parts:
 
     def _kind(self, layer: nn.Module) -> Hashable:
         """The device of a layer that can share an operation; None for one that takes its tensors itself."""
-        # A hook of the user's may change the weights, and of Bridgeout's w̃ slices are taken too.
-        if layer in self._computed or has_pre_hooks(layer):
+        # A hook of the user's may change the weights.
+        if (layer in self._computed and layer not in self._ahead) or has_pre_hooks(layer):
             return None
         own, buffers = own_parameters(layer), own_buffers(layer)
         tensors = [own.get(name, buffers.get(name)) for name in self._slices[layer]]
@@ -139,22 +147,31 @@ class Parts:
         return tuple([(id(tensor), writes_to(tensor)) for tensor in tensors])
 
     def _make(self, layers: Sequence[nn.Module]) -> list[Tensors | None]:
-        made: list[Tensors] = [{} for _ in layers]
-        alike: dict[tuple[torch.dtype, bool], list[_Entry]] = {}
-        for layer, tensors in zip(layers, made, strict=True):
+        made: list[Tensors | None] = [{} for _ in layers]
+        alike: dict[tuple[torch.dtype, bool, bool], list[_Entry]] = {}
+        for number, layer in enumerate(layers):
             own, buffers = own_parameters(layer), own_buffers(layer)
+            ahead: Tensor | None = None
+            if layer in self._ahead and "weight" in self._slices[layer]:
+                ahead = own["weight"] if self._preparing else cast(Any, layer)._regrow_weight_ahead()
+                if ahead is None:
+                    made[number] = None
+                    continue
+            tensors = made[number] = {}
             for name in self._slices[layer]:
-                is_buffer = name in buffers
-                tensor = buffers[name] if is_buffer else own[name]
-                alike.setdefault((tensor.dtype, is_buffer), []).append((layer, name, tensor, tensors))
-        for (dtype, are_buffers), entries in alike.items():
+                is_buffer, is_ahead = name in buffers, name == "weight" and ahead is not None
+                tensor = cast(Tensor, ahead if is_ahead else buffers[name] if is_buffer else own[name])
+                kind = tensor.dtype, is_buffer, is_ahead
+                alike.setdefault(kind, []).append((layer, name, tensor, tensors))
+        for (dtype, are_buffers, are_ahead), entries in alike.items():
             whole = [tensor for _, _, tensor, _ in entries]
             self._alive += whole
             strides = tuple([tensor.stride() for tensor in whole])
             # A model may be moved, or change its memory format, between two passes.
-            key = whole[0].device, dtype, are_buffers, tuple(map(id, layers)), strides
+            those = tuple([id(layer) for layer, *_ in entries])
+            key = whole[0].device, dtype, are_buffers, are_ahead, those, strides
             if key not in self._layouts:
-                self._layouts[key] = self._laid_out(entries, whole, are_buffers)
+                self._layouts[key] = self._laid_out(entries, whole, are_buffers, are_ahead)
             layout = self._layouts[key]
             if layout is None:
                 return [None] * len(layers)
@@ -170,10 +187,10 @@ class Parts:
                 parts = take_parts(whole, layout)
             for (_, name, _, tensors), part in zip(entries, parts, strict=True):
                 tensors[name] = part
-        return [*made]
+        return made
 
     def _laid_out(
-        self, entries: Sequence[_Entry], whole: Sequence[Tensor], are_buffers: bool
+        self, entries: Sequence[_Entry], whole: Sequence[Tensor], are_buffers: bool, are_ahead: bool
     ) -> Layout | None:
         """The layout of the tensors ``whole`` of ``entries``; None if one does not fill its memory."""
         if not all(map(is_dense, whole)):
@@ -183,7 +200,8 @@ class Parts:
         _ = layout.written if are_buffers else layout.spread
         names = [(layer, self._numbers[layer], name) for layer, name, _, _ in entries]
         strides = [tensor.stride() for tensor in whole]
-        self._batches.append(_Batch(layout, strides, are_buffers, names))
+        if not are_ahead:  # in compiled code each layer makes its weight, and takes what stays of it
+            self._batches.append(_Batch(layout, strides, are_buffers, names))
         return layout
 
     @torch.no_grad()

@@ -72,10 +72,10 @@ def restart(
             of a run a seed of its own.
 
     Returns:
-        A JSON-able record: version; settings; filters {qualified name: indices of the filters that started
-        anew}; least_covered, the layers whose null space was too small for orthogonal rows; left_out
-        {qualified name: why the convolution was left alone}; notes, one sentence for each thing that could
-        not be done as asked, and for what was done to the optimizer.
+        A JSON-able record: version; kind, as in ``Event``; settings; filters {qualified name: indices of the
+        filters that started anew}; least_covered, the layers whose null space was too small for orthogonal
+        rows; left_out {qualified name: why the convolution was left alone}; notes, one sentence for each
+        thing that could not be done as asked, and for what was done to the optimizer.
 
     Raises:
         ValueError: an argument out of range, an unknown name, no convolution left, an optimizer that does
@@ -130,6 +130,7 @@ def restart(
         warnings.warn(warning, stacklevel=2)
     return {
         "version": VERSION,
+        "kind": "restart",
         "settings": settings,
         "filters": filters,
         "least_covered": least_covered,
