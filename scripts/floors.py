@@ -35,7 +35,7 @@ FLOORS = (
     ("criteria", "structure"),
     ("surgery",),
     ("compensation", "repr"),
-    ("noise", "shipping"),
+    ("analysis", "noise", "shipping"),
     ("pruning",),
     ("study",),
     ("cli",),
