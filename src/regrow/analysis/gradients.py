@@ -127,7 +127,7 @@ class GradientWatch:
         self._records.append(
             {
                 "version": VERSION,
-                "event": {key: said[key] for key in ("kind", "step", "cycle") if key in said},
+                "event": {key: said[key] for key in ("kind", "step", "epoch", "cycle") if key in said},
                 "filters": filters,
                 "seen": 0,
                 "steps": [],

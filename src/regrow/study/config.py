@@ -147,6 +147,13 @@ class RunConfig(BaseModel):
         True, _NOISE, "Re-estimate batch-norm statistics when Bridgeout's noise is taken off at the end."
     )
 
+    snapshots: int | None = _setting(
+        None,
+        _RUN,
+        "Keep the weights every so many epochs, and around every drop and restore, for regrow analyse.",
+        ge=1,
+        le=_LONGEST,
+    )
     seed: int = _setting(
         0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0, le=_LAST_SEED
     )

@@ -40,6 +40,7 @@ from regrow.study.fits import check_fits
 from regrow.study.flops import step_flops
 from regrow.study.lock import locked
 from regrow.study.models import model_channels
+from regrow.study.observing import Observer
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks, device_here, joined
 from regrow.study.run_folder import (
@@ -238,8 +239,12 @@ def _run(
     done: dict[str, Any] = {
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
     }  # fmt: skip
-    if checkpoint is not None:
+    observer = Observer(model, folder, config.snapshots, ranks)
+    if checkpoint is None:
+        observer.begin()
+    else:
         done = from_bytes(checkpoint)
+        observer.load_state_dict(done.get("observed"))
         load_state(done["trained"], *run.trained)
         if ranks.rank < len(done["random"]):
             load_random_state(done["random"][ranks.rank])
@@ -264,7 +269,9 @@ def _run(
             counted = len(done["events"]), step_flops(model, images, labels)
         begun = time.perf_counter()
         try:
-            loss, accuracy = train_epoch(run.step, run.train, epoch, run.scheduler, ranks, progress)
+            loss, accuracy = train_epoch(
+                run.step, run.train, epoch, run.scheduler, ranks, progress, observer.step
+            )
         except BadLoss as bad:
             ranks.first(partial(save_weights, good, last_good_path(folder)))
             raise Diverged(
@@ -300,6 +307,7 @@ def _run(
         if event is not None:
             run.step.renew()
             done["events"].append({"version": records.VERSION, "epoch": epoch, **event.to_dict()})
+        observer.after_epoch(epoch, good, done["events"][-1] if event is not None else None)
         generators = ranks.gather(to_bytes(random_state()))
         done.update(
             epoch=epoch,
@@ -307,8 +315,10 @@ def _run(
             seconds=spent + time.perf_counter() - started,
             trained=state_of(*run.trained),
             random=[from_bytes(each) for each in generators],
+            observed=observer.state_dict(),
         )
         ranks.first(partial(_write, folder, done, new_event=event is not None))
+    observer.write_gradients()
     _finish(config, folder, run, done, ranks, spent - started)
 
 
