@@ -99,7 +99,7 @@ def read_analysis(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_between(folder: str | Path) -> dict[str, Any] | None:
-    """The correlations between the runs in ``folder``; None if there are none. Raises as ``read_analysis``."""
+    """The correlations between the runs in ``folder``; None without any. As ``read_analysis``."""
     return _read(analysis_path(folder), _OF_RUNS)
 
 
