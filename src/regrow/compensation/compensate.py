@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.compensation.norms import has_statistics, reestimate_norms, running_norms
 from regrow.given import check_inputs
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import evaluating
 from regrow.looking.copies import copied
 from regrow.looking.hooks import hooked
+from regrow.looking.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.marks import check
 from regrow.modules import channel_dim, unwrap
 from regrow.structure.norms import own_norms

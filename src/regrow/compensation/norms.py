@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
+from regrow.looking.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.torch_private import BatchNorm

@@ -1,16 +1,24 @@
-"""Criteria that score filters, each a pure function of a weight; ``score`` finds them by name."""
+"""``score``: how much each filter is worth keeping, by the name of a criterion or by a function.
+
+The criteria of weights are here, each a pure function of a weight. Those that read pictures are in
+``activations``, ``gradients`` and ``oracle``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import check_finite, eligible, row_lengths, rows, unit_rows
-from regrow.given import check_module, check_seed, check_weight
-from regrow.modules import filters_first
+from regrow.criteria.activations import ACTIVATION_CRITERIA, activation_scores
+from regrow.criteria.batches import Loss
+from regrow.criteria.gradients import LOSS_CRITERIA, loss_scores
+from regrow.filters import check_finite, convolutions, eligible, row_lengths, rows, unit_rows
+from regrow.given import check_mapping, check_module, check_seed, check_weight, kind_of, tensor_given
+from regrow.modules import Convolution, filters_first, unwrap
 from regrow.numbers import numbers
 from regrow.suggest import nearest
 
@@ -68,37 +76,91 @@ def l2(weight: Tensor) -> Tensor:
 
 
 WEIGHT_CRITERIA = {"ortho": ortho, "ortho-corrected": ortho_corrected, "l1": l1, "l2": l2}
-CRITERIA = (*WEIGHT_CRITERIA, "random")
+DATA_CRITERIA = (*ACTIVATION_CRITERIA, *LOSS_CRITERIA, "oracle")
+LABELLED_CRITERIA = (*LOSS_CRITERIA, "oracle")
+CRITERIA = (*WEIGHT_CRITERIA, "random", *DATA_CRITERIA)
+
+Criterion = str | Callable[[nn.Module], Mapping[str, Tensor]]
 
 
-def check_criterion(criterion: str) -> None:
-    """Raise ``ValueError``, with similar names, if ``criterion`` is not in ``CRITERIA``."""
-    if criterion not in CRITERIA:
-        raise ValueError(f"unknown criterion {criterion!r}{nearest(str(criterion), CRITERIA)}")
+def check_criterion(criterion: Any) -> None:
+    """Raise ``ValueError``, with similar names, unless ``criterion`` is in ``CRITERIA`` or a function."""
+    if isinstance(criterion, nn.Module | type) or not (isinstance(criterion, str) or callable(criterion)):
+        raise ValueError(
+            f"criterion is a name, such as 'ortho', or a function of the model that returns a score for each "
+            f"filter, {{name: Tensor[filters]}}, and got {kind_of(criterion)}."
+        )
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise ValueError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
+
+
+def check_pictures(criterion: Criterion, batches: Any, loss: Any) -> None:
+    """Raise ``ValueError`` if ``criterion`` reads pictures and there are none, or ``loss`` is no function."""
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        raise ValueError(
+            f"loss is a function of outputs and labels that returns a tensor of one number, and got "
+            f"{kind_of(loss)}. Try torch.nn.functional.cross_entropy."
+        )
+    if batches is None and criterion in DATA_CRITERIA:
+        pairs = "pairs of inputs and labels" if criterion in LABELLED_CRITERIA else "inputs"
+        raise ValueError(
+            f"criterion {criterion!r} reads pictures: pass batches=, {pairs} of a few hundred pictures in "
+            "all, such as itertools.islice(loader, 4), or [(x, y)] for one batch."
+        )
 
 
 def score(
-    model: nn.Module, criterion: str = "ortho", *, exclude: Iterable[str] = (), seed: int | None = None
+    model: nn.Module,
+    criterion: Criterion = "ortho",
+    *,
+    exclude: Iterable[str] = (),
+    seed: int | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Score every filter of every ungrouped convolution, transposed ones too; higher = keep.
 
+    docs/criteria.md compares the criteria. Those that read pictures run the model in evaluation mode, in full
+    precision, and leave its modes, buffers and gradients and the random generators as they were.
+
     Args:
         model: any module with convolutions; it is only read.
-        criterion: ``"ortho"`` (RePr's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``.
+        criterion: ``"ortho"`` (RePr's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``;
+            with pictures, ``"mean-activation"``, ``"apoz"``, ``"gradient"``, ``"taylor"``, ``"hessian"`` or
+            ``"oracle"``; or a function of the model without wrappers, that returns {name: Tensor[filters]}.
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
         seed: for ``"random"``; the same seed gives the same scores.
+        batches: pictures, in any iterable, such as a DataLoader: tensors, dicts of keywords, or pairs of
+            such inputs and labels, on any device. All are read, once. All but ``"mean-activation"`` and
+            ``"apoz"`` need labels.
+        loss: a function of outputs and labels that returns a tensor of one number, for a batch of one
+            picture too. None: the cross entropy.
 
     Returns:
         {qualified name: Tensor[filters]} on the device of the weights.
 
     Raises:
         ValueError: unknown criterion or layer name, no convolution left, NaN, infinite or complex weights,
-            ``"random"`` without a seed.
+            ``"random"`` without a seed, a criterion without the pictures or labels that it needs, pictures
+            that do not fit, reach a layer not at all or give NaN, a function's scores that do not fit.
     """
     check_module(model, "score")
     check_criterion(criterion)
+    check_pictures(criterion, batches, loss)
     convs = eligible(model, exclude)
+    if not isinstance(criterion, str):
+        return _checked(criterion(unwrap(model)), model, convs)
     check_finite(convs)
+    if criterion in DATA_CRITERIA and batches is not None:
+        if criterion == "oracle":
+            from regrow.criteria.oracle import oracle_scores
+
+            return oracle_scores(model, batches, loss, exclude=exclude)
+        if criterion in ACTIVATION_CRITERIA:
+            found = activation_scores(unwrap(model), convs, batches, criterion)
+        else:
+            found = loss_scores(unwrap(model), convs, batches, criterion, loss)
+        return _complete(found, convs, criterion)
     if criterion != "random":
         of = WEIGHT_CRITERIA[criterion]
         scores = {name: of(filters_first(conv, conv.weight)) for name, conv in convs.items()}
@@ -117,3 +179,51 @@ def score(
         name: torch.rand(conv.out_channels, generator=generator).to(conv.weight.device)
         for name, conv in convs.items()
     }
+
+
+def _complete(
+    scores: Mapping[str, Tensor], convs: Mapping[str, Convolution], criterion: str
+) -> dict[str, Tensor]:
+    """``scores`` in the order of ``convs``. Raises ``ValueError`` where one is missing, NaN or infinite."""
+    if missing := [name for name in convs if name not in scores]:
+        raise ValueError(
+            f"no batch reaches {missing[0]!r}, so criterion {criterion!r} says nothing of its filters: "
+            f"exclude such layers ({', '.join(map(repr, missing[:3]))}{', …' if len(missing) > 3 else ''})."
+        )
+    finite = numbers([scores[name].isfinite().all() for name in convs])
+    for name, is_finite in zip(convs, finite, strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"the pictures give NaN or infinite values of criterion {criterion!r} in {name!r}: check the "
+                "pictures, the labels and the model."
+            )
+    return {name: scores[name] for name in convs}
+
+
+def _checked(given: Any, model: nn.Module, convs: Mapping[str, Convolution]) -> dict[str, Tensor]:
+    """The scores that a function gave for the layers ``convs``, in their order and on their devices.
+
+    Raises:
+        ValueError: a layer is unknown or missing, has another number of scores than of filters, or NaN.
+    """
+    check_mapping(given, "what the criterion returns", "one score per filter")
+    every = convolutions(model)
+    if unknown := [name for name in given if name not in every]:
+        raise ValueError(f"the criterion returns scores for {unknown[0]!r}{nearest(unknown[0], every)}")
+    found = {}
+    for name, conv in convs.items():
+        if name not in given:
+            raise ValueError(
+                f"the criterion returns no scores for {name!r}: add them, or exclude that layer."
+            )
+        values = tensor_given(given[name], f"what the criterion returns for {name!r}").detach()
+        if values.shape != (conv.out_channels,) or values.is_complex():
+            raise ValueError(
+                f"the criterion returns for {name!r} one real number for each of its {conv.out_channels} "
+                f"filters, and returned {values.dtype} of shape {list(values.shape)}."
+            )
+        found[name] = values.to(conv.weight.device)
+    bad = numbers([values.isnan().any() for values in found.values()])
+    if holds := [name for name, is_nan in zip(found, bad, strict=True) if is_nan]:
+        raise ValueError(f"the criterion returns NaN for filters of {holds[0]!r}.")
+    return found

@@ -103,7 +103,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers, such as running statistics, have their former values afterwards."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    written = torch.is_inference_mode_enabled()  # nothing else writes to tensors that were made there
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers() if written or not buffer.is_inference()]
     try:
         yield
     finally:

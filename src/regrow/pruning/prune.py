@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches, count_images, inputs_of
 from regrow.criteria.score import check_criterion, score
 from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
+from regrow.looking.images import check_batches, count_images, inputs_of
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing

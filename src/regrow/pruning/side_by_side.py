@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches
 from regrow.given import check_inputs, kind_of
+from regrow.looking.images import check_batches
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning.accuracy import top1

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.compensate import READINGS, read_as
-from regrow.compensation.images import check_batches
 from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.criteria.score import check_criterion, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import convolutions, left_out
+from regrow.looking.images import check_batches
 from regrow.modules import unwrap
 from regrow.pruning.accuracy import top1
 from regrow.structure.read import read_structure

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.compensation.images import check_batches, check_finite_results, forward, inputs_of
 from regrow.looking.calls import evaluating
+from regrow.looking.images import check_batches, check_finite_results, forward, inputs_of
 
 
 def test_the_input_is_a_tensor_the_first_item_or_all_keywords() -> None:
