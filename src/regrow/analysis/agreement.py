@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow.analysis.ranks import pearson, spearman
-from regrow.compensation.images import check_batches
-from regrow.criteria.score import CRITERIA, score
-from regrow.given import check_module
+from regrow.criteria.batches import Loss
+from regrow.criteria.score import CRITERIA, Criterion, check_criterion, score
+from regrow.given import check_module, names_given
+from regrow.looking.images import check_batches
 
 VERSION = 1
 ORACLE = "oracle"
-Criterion = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 def criteria_against_oracle(
     model: nn.Module,
     batches: Iterable[Any],
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | None = None,
     *,
-    criteria: Iterable[str] | Mapping[str, str | Criterion] | None = None,
+    criteria: Iterable[str] | Mapping[str, Criterion] | None = None,
     exclude: Iterable[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How the scores of each criterion correlate with those of the oracle (RePr, arXiv 1811.07275, Fig. 5).
+    """How the scores of each criterion correlate with those of the oracle (RePr, arXiv 1811.07275).
 
     The oracle's score of a filter is how much the loss rises when this filter alone is dropped. The paper
     reports for ``ortho`` a correlation of 0.38 of the values and of 0.58 of the ranks.
@@ -35,7 +35,7 @@ def criteria_against_oracle(
     Args:
         model: any module with convolutions; it is only read.
         batches: (inputs, labels), all of which are kept in memory: a few hundred pictures.
-        loss: a function of (outputs, labels), the mean loss of a batch (default: cross entropy).
+        loss: as ``score`` takes it (default: cross entropy).
         criteria: names as ``score`` takes them, or {name: name or function of the model} (default: all
             criteria that regrow has).
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
@@ -51,9 +51,15 @@ def criteria_against_oracle(
     check_batches(batches, "batches")
     if criteria is None:
         criteria = [name for name in CRITERIA if name != ORACLE]
-    named = criteria if isinstance(criteria, Mapping) else {name: name for name in criteria}
+    named: Mapping[str, Criterion] = (
+        criteria
+        if isinstance(criteria, Mapping)
+        else {name: name for name in names_given(criteria, "criteria")}
+    )
+    for each in named.values():
+        check_criterion(each)
     settings: dict[str, Any] = {
-        "exclude": list(exclude),
+        "exclude": names_given(exclude, "exclude"),
         "seed": seed,
         "batches": list(batches),
         "loss": loss,

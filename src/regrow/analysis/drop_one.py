@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.images import check_batches, inputs_of
 from regrow.filters import eligible
 from regrow.given import kind_of
 from regrow.looking.calls import call, undisturbed
 from regrow.looking.copies import copied
+from regrow.looking.images import check_batches, inputs_of
 from regrow.marks import check_whole, strip
 from regrow.modules import unwrap
 from regrow.structure.read import read_structure
@@ -28,7 +28,7 @@ def drop_one_accuracy(
     exclude: Iterable[str] = (),
     progress: Callable[[], object] | None = None,
 ) -> dict[str, Tensor]:
-    """The accuracy of a classifier when each filter is dropped alone (RePr, arXiv 1811.07275, Fig. 1).
+    """The accuracy of a classifier when each filter is dropped alone (RePr, arXiv 1811.07275).
 
     A dropped filter emits exactly 0, behind its norm too. The model computes in evaluation mode.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.analysis.canonical import Directions, TooFewSamples, check_variance, correlate, directions_of
-from regrow.compensation.images import check_batches, forward, inputs_of
 from regrow.filters import convolutions
 from regrow.looking.calls import evaluating, undisturbed
 from regrow.looking.hooks import hooked
+from regrow.looking.images import check_batches, forward, inputs_of
 from regrow.marks import check_whole
 from regrow.modules import unwrap
 
@@ -59,24 +59,42 @@ def layer_correlations(
     if not isinstance(grid, int) or isinstance(grid, bool) or grid < 1:
         raise ValueError(f"grid is a number of cells of at least 1, got {grid!r}.")
     same = unwrap(model_a) is unwrap(model_b)
-    outputs = _outputs([model_a] if same else [model_a, model_b], batches, grid)
+    found = layer_directions([model_a] if same else [model_a, model_b], batches, variance=variance, grid=grid)
+    return record_of(found[0], found[-1])
+
+
+def layer_directions(
+    models: Sequence[nn.Module], batches: Iterable[Any], *, variance: float, grid: int
+) -> list[dict[str, Directions | None]]:
+    """The directions in which the output of each convolution of each model varies, in samples as above.
+
+    None stands for a layer whose output never varies or is not finite.
+    """
+    outputs = _outputs(models, batches, grid)
     cells = min(min(each.shape[2:]) for found in outputs for each in found.values())
-    sampled = [{name: _samples(each, cells) for name, each in found.items()} for found in outputs]
-    first = {name: _directions(each, variance) for name, each in sampled[0].items()}
-    second = first if same else {name: _directions(each, variance) for name, each in sampled[1].items()}
-    pairs = [[_correlation(a, b) for b in second.values()] for a in first.values()]
+    return [
+        {name: _directions(_samples(each, cells), variance) for name, each in found.items()}
+        for found in outputs
+    ]
+
+
+def record_of(
+    first: Mapping[str, Directions | None], second: Mapping[str, Directions | None]
+) -> dict[str, Any]:
+    """The record of ``layer_correlations`` for the layers of two models."""
+    pairs = [[correlation(a, b) for b in second.values()] for a in first.values()]
     return {
         "version": VERSION,
         "layers_a": list(first),
         "layers_b": list(second),
         "mean": [[mean for mean, _ in row] for row in pairs],
         "weighted": [[weighted for _, weighted in row] for row in pairs],
-        "samples": len(next(iter(sampled[0].values()))),
+        "samples": next((len(each.basis) for each in first.values() if each is not None), 0),
     }
 
 
 @torch.no_grad()
-def _outputs(models: list[nn.Module], batches: Iterable[Any], grid: int) -> list[dict[str, Tensor]]:
+def _outputs(models: Sequence[nn.Module], batches: Iterable[Any], grid: int) -> list[dict[str, Tensor]]:
     """{name: [pictures, filters, cells, …]} of the convolutions of each model that the inputs reach."""
     found: list[dict[str, list[Tensor]]] = [{} for _ in models]
     passes: dict[str, Tensor] = {}
@@ -127,7 +145,8 @@ def _directions(samples: Tensor, variance: float) -> Directions | None:
     return directions_of(samples, variance) if bool(samples.isfinite().all()) else None
 
 
-def _correlation(a: Directions | None, b: Directions | None) -> tuple[float | None, float | None]:
+def correlation(a: Directions | None, b: Directions | None) -> tuple[float | None, float | None]:
+    """The two means of a canonical correlation; None twice where there is none."""
     if a is None or b is None or len(a.basis) != len(b.basis):
         return None, None
     try:

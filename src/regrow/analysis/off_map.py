@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 def off_map(
     events: Iterable[Any], filters: Mapping[str, int], steps: int, *, time: str = "step"
 ) -> NDArray[np.bool_]:
-    """Which filter was off in which step: a map of RePr's drops and restores (arXiv 1811.07275, Fig. 4).
+    """Which filter was off in which step: a map of RePr's drops and restores (arXiv 1811.07275).
 
     A filter dropped after step a and restored after step b is off in steps a+1 to b, which are columns a to
     b−1; one that is not restored is off to the end.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow.analysis.off_map import off_map as map_of
 from regrow.study.compute import spent
 from regrow.study.drawing import COLORS, INK, Style, printable
 from regrow.study.paired import Paired
@@ -65,14 +66,8 @@ def off_map(run: RunRecord) -> NDArray[np.bool_]:
     A filter dropped after epoch a and restored after epoch b is off in epochs a+1 to b.
     """
     sizes: dict[str, int] = run.result["filters"] if run.result is not None else {}
-    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     last = run.epochs[-1]["epoch"] if run.epochs else 0
-    off = np.zeros((sum(sizes.values()), last), dtype=bool)
-    for event in run.events:
-        for layer, indices in event["filters"].items():
-            rows = starts.get(layer, 0) + np.asarray(indices, dtype=int)
-            off[rows, event["epoch"] :] = event["kind"] == "drop"
-    return off
+    return map_of(run.events, sizes, last, time="epoch")
 
 
 def dots(series: Sequence[Series], differences: Mapping[str, Paired], width: float) -> Figure:

@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.study import compare, drawing, figures, pruned, words
+from regrow.study import analyse_figures, compare, drawing, figures, pruned, words
+from regrow.study.analyse_summary import Analyses, criterion_curves, final_table
 from regrow.study.compare import METHOD_SETTINGS, MethodSummary
 from regrow.study.compute import equal_compute
 from regrow.study.drawing import NARROW, WIDE
@@ -44,6 +45,7 @@ class Content:
         left_out: {folder or file: why it could not be read}.
         home: the folder of the page.
         numbers: {name: its number among the variants of its method}; the others are numbered here.
+        analyses: what ``regrow analyse`` and the runs have left in their folders.
     """
 
     title: str
@@ -56,6 +58,7 @@ class Content:
     left_out: Mapping[str, str]
     home: Path
     numbers: Mapping[str, int] = field(default_factory=dict)
+    analyses: Analyses = field(default_factory=Analyses)
 
 
 def render(content: Content) -> str:
@@ -92,6 +95,7 @@ def render(content: Content) -> str:
     finished = [run for run in runs if run.result is not None]
     series = _series(content)
     drawings = _drawings(series, summaries, content.curves)
+    drawings |= _analysis_drawings(content.analyses, series)
     return environment.from_string(source).render(
         title=content.title,
         baseline=summaries[0].baseline,
@@ -124,6 +128,9 @@ def render(content: Content) -> str:
             for each in series
             if (shares := cut_shares(each.runs)) is not None
         ],
+        analyses=content.analyses,
+        agreements=final_table(content.analyses.found),
+        unanalysed=[near(run.folder, home) for run in content.analyses.outdated],
         settings=_settings(series),
         environments=_environments(finished, home),
         commands=sorted({run.environment["command"] for run in finished}),
@@ -192,6 +199,30 @@ def _drawings(
         drawings["overlap"] = partial(figures.overlap_curves, trained)
     for each in _mapped(series):
         drawings[f"map {each.method}"] = partial(figures.filter_map, each.runs[:_MAPS], each.color)
+    return drawings
+
+
+def _analysis_drawings(analyses: Analyses, series: Sequence[Series]) -> dict[str, Callable[[float], Figure]]:
+    drawings: dict[str, Callable[[float], Figure]] = {}
+    looks = {each.method: each.style for each in series}
+    found = analyses.found
+    for method, those in found.items():
+        curves = criterion_curves(those)
+        if any(len(curve.epochs) > 1 for curve in curves):
+            drawings[f"agreement {method}"] = partial(analyse_figures.agreement_curves, curves)
+        framed = [one["first_layer"] for _, one in those if one["first_layer"]]
+        if framed:
+            drawings[f"pictures {method}"] = partial(
+                analyse_figures.filter_pictures, framed[0], looks[method].color
+            )
+    if found:
+        firsts = {method: those[0] for method, those in [*found.items()][:_MAPS]}
+        drawings["layers"] = partial(analyse_figures.layer_maps, firsts)
+        drawings["drop one"] = partial(analyse_figures.drop_one_curves, found, looks)
+    if analyses.between is not None:
+        drawings["runs"] = partial(analyse_figures.run_map, analyses.between)
+    if analyses.gradients:
+        drawings["gradients"] = partial(analyse_figures.gradient_curves, analyses.gradients, looks)
     return drawings
 
 

@@ -86,7 +86,19 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
     splits = load_splits(config)
     with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
-    weights = records.weights_path(folder)
+    load_weights(model, records.weights_path(folder))
+    source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
+    place = device_of(device or config.device)
+    channels = model_channels(config.model, splits.channels)
+    return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
+
+
+def load_weights(model: nn.Module, weights: Path) -> None:
+    """Load the file ``weights`` of a run into the run's ``model``.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not fit; ``model`` is not changed.
+    """
     try:
         check_plain(weights, os.stat(weights))
         with safe_open(weights, framework="pt") as file:
@@ -105,10 +117,6 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
             f"{line(weights)} does not fit the network of its config.yaml: {line(error)}"
         ) from None
     model.load_state_dict(tensors)
-    source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
-    place = device_of(device or config.device)
-    channels = model_channels(config.model, splits.channels)
-    return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
 
 
 def by_name(
