@@ -59,28 +59,37 @@ def test_against_copies_with_one_filter_removed():
     assert len({*found["conv1"].tolist(), *found["conv2"].tolist()}) > 1
 
 
-def test_nothing_changes_and_progress_is_called():
+def test_nothing_changes():
     model = nets.chain((3, 3)).train()
     before = copy.deepcopy(model.state_dict())
-    calls = []
-    drop_one_accuracy(
-        model,
-        [(torch.randn(4, 3, 6, 6), torch.zeros(4).long())],
-        exclude=["conv1"],
-        progress=lambda: calls.append(1),
+    found = drop_one_accuracy(
+        model, [(torch.randn(4, 3, 6, 6), torch.zeros(4).long())], exclude=["conv1"], progress=False
     )
-    assert len(calls) == 3
+    assert [*found] == ["conv2"]
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_classifier_of_a_net_without_a_linear_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    batch = torch.randn(10, 3, 5, 5), torch.arange(10) % 5
+    found = drop_one_accuracy(model, [batch])
+    with torch.no_grad():
+        logits = model(batch[0])
+    logits[:, 2] = 0
+    assert found["2"][2] == pytest.approx(float((logits.argmax(1) == batch[1]).double().mean()))
 
 
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
         ([], "yields no batch"),
-        ([torch.zeros(4, 2, 3, 3)], r"batches must yield \(inputs, labels\)"),
-        ([(torch.zeros(4, 2, 3, 3), torch.zeros(3))], "logits"),
-        (torch.zeros(4, 2, 3, 3), "batches is an iterable of batches"),
+        ([torch.zeros(4, 2, 3, 3)], r"batches of \(inputs, labels \[batch\]\)"),
+        ([(torch.zeros(4, 2, 3, 3), torch.zeros(3))], r"for labels a tensor \[3\]"),
+        (torch.zeros(4, 2, 3, 3), r"batches is an iterable of \(inputs, labels\)"),
     ],
 )
 def test_what_is_refused(batches, message):

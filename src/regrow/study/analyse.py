@@ -99,7 +99,7 @@ def analyse_run(
     directions = layer_directions([model], batches, grid=GRID, variance=VARIANCE)[0]
     layers = record_of(directions, directions)
     done()
-    dropped = drop_one_accuracy(model, batches)
+    dropped = drop_one_accuracy(model, batches, progress=False)
     done()
     record = {
         "version": analysed.VERSION,
