@@ -273,8 +273,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+# Runs that agree in these have the same layers and can take the same pictures.
+_ALIKE = ("data", "image_size", "split_seed", "model", "depth", "width", "batch_norm", "pooling")
+
+
 def by_parent(runs: Sequence[RunRecord]) -> list[tuple[Path, list[RunRecord]]]:
-    """``runs`` by the folder that they lie in, those folders that hold several."""
+    """``runs`` by the folder that they lie in, of folders that hold several runs of one network and data."""
     ordered = sorted(runs, key=lambda run: (str(run.folder.parent), run.method, run.seed))
     groups = itertools.groupby(ordered, key=lambda run: run.folder.parent)
-    return [(parent, found) for parent, each in groups if len(found := list(each)) > 1]
+    several = [(parent, found) for parent, each in groups if len(found := list(each)) > 1]
+    return [
+        (parent, found)
+        for parent, found in several
+        if all(run.config.get(key) == found[0].config.get(key) for run in found for key in _ALIKE)
+    ]

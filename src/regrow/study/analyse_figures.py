@@ -50,6 +50,7 @@ def agreement_curves(curves: Sequence[Curve], width: float) -> Figure:
                 color=COLORS[number % len(COLORS)],
                 linestyle=_DASHES[number // len(COLORS) % len(_DASHES)],
                 linewidth=2.2 if curve.criterion == "ortho" else 1.3,
+                zorder=3 if curve.criterion == "ortho" else 2,
                 marker="o",
                 markersize=4 if len(curve.epochs) == 1 else 2.5,
                 label=printable(curve.criterion, _LONGEST),
@@ -73,12 +74,13 @@ def layer_maps(found: Mapping[str, tuple[RunRecord, Mapping[str, Any]]], width: 
     beside = width > 6
     count = len(found)
     shape = (1, count) if beside else (count, 1)
-    side = min(4.2, width / count) if beside else min(3.6, width)
+    layers = max(len(analysis["layers"]["layers_a"]) for _, analysis in found.values())
+    side = min(1.6 + 0.4 * layers, 4.2, width / count) if beside else min(1.9 + 0.3 * layers, width)
     figure = Figure(figsize=(width, side + 0.5 if beside else (side + 0.3) * count), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False).ravel()
     for axes, (method, (run, analysis)) in zip(panels, found.items(), strict=True):
-        layers = analysis["layers"]
-        _heat(axes, layers["mean"], layers["layers_a"], numbers=side > 3 or len(layers["layers_a"]) < 5)
+        alike = analysis["layers"]
+        _heat(axes, alike["mean"], alike["layers_a"], numbers=side > 0.42 * layers + 0.7)
         axes.set_title(f"{printable(label(method), _LONGEST)}, seed {run.seed}", fontsize=9, loc="left")
     _bar(figure, list(panels))
     return figure
@@ -156,6 +158,7 @@ def gradient_curves(
 ) -> Figure:
     """Gradient of regrown rows over that of kept rows, by step after each restore; the first is darkest."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = Figure(figsize=(width, 0.2 * width + 1.9), layout="constrained")
     axes = figure.subplots()
@@ -177,6 +180,8 @@ def gradient_curves(
             )
             highest = max(highest, float(np.nanmax(values, initial=0)))
     axes.set_xscale("log")
+    # The figures' style draws no mathematical signs, in which matplotlib writes powers of ten.
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.set_ylim(bottom=0, top=1.08 * highest)
     axes.set_xlabel("step after the restore")
     axes.set_ylabel("gradient, regrown / kept")

@@ -185,6 +185,14 @@ def starving(runs: Sequence[list[dict[str, Any]]]) -> list[tuple[int, list[int],
     return [each for each in found if each[1]]
 
 
+def correlation_text(value: float | None) -> str:
+    """A correlation with two decimals and a true minus sign; a dash where there is none."""
+    if value is None:
+        return "—"
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "−")
+
+
 def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 

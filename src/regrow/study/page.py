@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.study import analyse_figures, compare, drawing, figures, pruned, words
-from regrow.study.analyse_summary import Analyses, criterion_curves, final_table
+from regrow.study.analyse_summary import Analyses, correlation_text, criterion_curves, final_table
 from regrow.study.compare import METHOD_SETTINGS, MethodSummary
 from regrow.study.compute import equal_compute
 from regrow.study.drawing import NARROW, WIDE
@@ -86,6 +86,7 @@ def render(content: Content) -> str:
         estimate=pruned.percent,
         area=pruned.area,
         setting=_setting,
+        correlation=correlation_text,
         # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
     )
