@@ -77,7 +77,7 @@ _network = partial(_opt, panel="Network")
 _output = partial(_opt, panel="Output")
 
 _LONGEST = 1000  # characters of an error message
-_RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, random, …"
+_RANKING = "How to rank the filters; the lowest go first: l2, l1, ortho, taylor, hessian, apoz, random, …"
 Folders = Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain some.")]
 Out = Annotated[Path, _run("Folder to write to.", "--out")]
 Rerun = Annotated[bool, _run("Train finished runs again.", "--rerun")]

@@ -46,8 +46,8 @@ def activation_scores(
     with only_read(model), torch.no_grad():
         for inputs, _, _ in batches_of(model, batches, criterion, labelled=False):
             with watching(model, convs, measure) as watch:
-                run(model, watch.inputs(inputs))
-            for name, calls in watch.take().items():
+                outputs = run(model, watch.inputs(inputs))
+            for name, calls in watch.take(outputs).items():
                 for sums, count in calls:
                     totals[name] = totals[name] + sums if name in totals else sums
                     counts[name] = counts.get(name, 0) + count

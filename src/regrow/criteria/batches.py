@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regrow.given import kind_of
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating, mapped, undisturbed
-from regrow.looking.images import check_batches, count_images
+from regrow.looking.images import check_batches
 from regrow.marks import STATES, states_of
 from regrow.modules import device_of
 from regrow.torch_private import tree_leaves, tree_map
@@ -45,7 +45,8 @@ def batches_of(
     """Yield inputs, labels and the number of pictures of each batch, on the device of ``model``.
 
     Args:
-        batches: pairs of inputs and labels, or inputs alone, which come with the labels None.
+        batches: pairs of inputs and labels, or inputs alone, which come with the labels None. Inputs are a
+            tensor or a dict of keywords, and in a pair also a tuple of arguments.
         labelled: whether every batch must have labels.
 
     Raises:
@@ -61,15 +62,20 @@ def batches_of(
     for batch in batches:
         paired = isinstance(batch, tuple | list) and len(batch) > 1
         if labelled and not paired:
-            raise ValueError(f"criterion {criterion!r} takes the loss, so {_PAIR}; got {kind_of(batch)}.")
+            raise ValueError(
+                f"criterion {criterion!r} takes the cross entropy, so {_PAIR}; got {kind_of(batch)}. For a "
+                "loss without labels write loss=lambda outputs, _: …"
+            )
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         labels = batch[1] if paired else None
-        if not isinstance(inputs, Tensor | Mapping):
-            raise ValueError(
-                f"{_PAIR}; the inputs are a tensor or a dict of keywords, got {kind_of(inputs)}."
-            )
         inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-        count = count_images(inputs)
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors or not isinstance(inputs, Tensor | dict | tuple | list):
+            raise ValueError(
+                f"{_PAIR}; the inputs are a tensor, a tuple of arguments or a dict of keywords, got "
+                f"{kind_of(inputs)}."
+            )
+        count = len(tensors[0])
         if not count:
             raise ValueError("a batch has no picture in it: leave empty batches out.")
         # Autograd takes no tensor that was made under torch.inference_mode.
@@ -95,20 +101,24 @@ def run(model: nn.Module, inputs: Any) -> Any:
 def singles(value: Any, count: int) -> list[Any] | None:
     """The inputs, outputs or labels of ``count`` pictures as those of single ones, each a batch of one.
 
-    Tensors with ``count`` entries are taken apart, in whatever containers; all else goes to every picture.
+    Tensors with ``count`` entries are taken apart, in whatever containers; all else goes to every picture. A
+    list may also hold something for each picture, such as the boxes in it.
 
     Returns:
         None where nothing could be taken apart.
     """
-    if count == 1:
-        return [value]
+    if count == 1 or value is None:
+        return [value] * count
+    each_its_own = isinstance(value, list) and len(value) == count
+    if each_its_own and not all(isinstance(each, Tensor) for each in value):
+        return [[each] for each in value]
     apart = {
         id(leaf): leaf.split(1)
         for leaf in tree_leaves(value)
         if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count
     }
     if not apart:
-        return [[each] for each in value] if isinstance(value, list) and len(value) == count else None
+        return [[each] for each in value] if each_its_own else None
 
     def at(place: int) -> Any:
         return tree_map(lambda leaf: apart[id(leaf)][place] if id(leaf) in apart else leaf, value)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from regrow.criteria.batches import Loss, batches_of, one_by_one, only_read, run, total_loss
-from regrow.criteria.per_picture import reduced_gradients
-from regrow.criteria.values import channel_sums, of_filters, watching, wide_sum
+from regrow.criteria.per_picture import add_gradients
+from regrow.criteria.values import channel_sums, of_filters, watching, wide
 from regrow.indexing import index_tensor
 from regrow.looking.precision import without_tf32
 from regrow.modules import Convolution, filters_first
@@ -58,18 +58,14 @@ def _of_weights(
     criterion: str,
     loss: Loss | None,
 ) -> dict[str, Tensor]:
-    def reduce(gradients: Tensor) -> Tensor:
-        if criterion == "gradient":
-            return wide_sum(gradients.abs().mean(2), [0])
-        return wide_sum(gradients.square(), [0])
-
+    add, shape = (_add_sizes, _filters) if criterion == "gradient" else (_add_squares, _weights)
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=True):
+    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
         pictures += count
-        parts = reduced_gradients(model, convs, inputs, labels, count, loss, reduce)
-        for name, part in parts.items():
-            totals[name] = totals[name] + part if name in totals else part
+        sums = add_gradients(model, convs, inputs, labels, count, loss, add, shape)
+        for name, part in sums.items():
+            totals[name] = totals.get(name, 0) + wide(part)
     scores = {}
     for name, conv in convs.items():
         values = totals[name] / pictures
@@ -78,6 +74,25 @@ def _of_weights(
             values = 0.5 * (weight.to(values.dtype).square() * values).sum(1)
         scores[name] = _spread(conv, values)
     return scores
+
+
+def _filters(conv: Convolution) -> tuple[int, ...]:
+    return _weights(conv)[:1]
+
+
+def _weights(conv: Convolution) -> tuple[int, ...]:
+    return tuple(filters_first(conv, own_parameters(conv)["weight"]).flatten(1).shape)
+
+
+def _add_sizes(total: Tensor, gradients: Tensor) -> None:
+    total.add_(gradients.abs_().mean(2).sum(0))
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    if len(gradients) == 1:
+        total.addcmul_(gradients[0], gradients[0])
+    else:
+        total.add_(gradients.square_().sum(0))
 
 
 def _spread(conv: Convolution, values: Tensor) -> Tensor:
@@ -111,7 +126,7 @@ def _taylor(
 ) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=True):
+    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
         pictures += count
         found = [_changes(model, convs, inputs, labels, count, loss)]
         if found[0] is None:  # numbers of several pictures, or several of one, share a first entry
@@ -119,8 +134,8 @@ def _taylor(
             found = [_changes(model, convs, one, label, 1, loss) for one, label in alone]
         for changes in found:
             for name, change in (changes or {}).items():
-                part = wide_sum(change.abs(), [0])
-                totals[name] = totals[name] + part if name in totals else part
+                part = change.abs().sum(0)
+                totals[name] = totals.get(name, 0) + part
     return {name: of_filters(convs[name], total / pictures) for name, total in totals.items()}
 
 
@@ -135,7 +150,7 @@ def _changes(
     """Σ a · ∂L/∂a for each layer: Tensor[pictures, channels]; None where pictures cannot be told apart."""
     with watching(model, convs, lambda _name, tensor: _Seen(tensor), _Seen.keep) as watch:
         outputs = run(model, watch.inputs(inputs))
-    calls = [(name, seen) for name, every in watch.take().items() for seen in every]
+    calls = [(name, seen) for name, every in watch.take(outputs).items() for seen in every]
     if count > 1 and any(len(seen.value) != count or _is_single(convs[n], seen.value) for n, seen in calls):
         return None
     total = total_loss(outputs, labels, count, loss)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,25 +12,26 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from regrow.criteria.batches import Loss, one_by_one, run, total_loss
 from regrow.looking.hooks import hooked
-from regrow.modules import Convolution, Transposed, filter_dim, filters_first, is_stock
+from regrow.modules import Convolution, filter_dim, filters_first, is_stock
 from regrow.torch_private import own_parameters
 
-Reduce = Callable[[Tensor], Tensor]
-_NUMBERS = 1 << 24  # of all that is computed at once for a few pictures
+Add = Callable[[Tensor, Tensor], Any]
+_NUMBERS = 1 << 20  # of all that is computed at once: as many as lie in a cache
 # How far the sum of the gradients may be from the gradient of the sum, by rounding.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def reduced_gradients(
+def add_gradients(
     model: nn.Module,
     convs: Mapping[str, Convolution],
     inputs: Any,
     labels: Any,
     count: int,
     loss: Loss | None,
-    reduce: Reduce,
+    add: Add,
+    shape: Callable[[Convolution], tuple[int, ...]],
 ) -> dict[str, Tensor]:
-    """What ``reduce`` makes of the gradients of each layer's weight, summed over the pictures of a batch.
+    """Sums over the pictures of a batch, of what ``add`` makes of the gradients of each layer's weight.
 
     One pass and one backward pass serve all pictures where every layer is PyTorch's own and is used as a
     layer: the gradient of a picture is then the product of what the layer reads and of the gradient of what
@@ -38,36 +40,31 @@ def reduced_gradients(
 
     Args:
         convs: layers in a model that is in evaluation mode, with gradients on.
-        reduce: takes gradients [pictures, filters, weights of a filter], and returns a sum over the pictures,
-            of any shape.
+        add: takes a sum and gradients [pictures, filters, weights of a filter], which it may change, and
+            adds to the sum in place.
+        shape: of the sum of a layer.
+
+    Returns:
+        {name: Tensor of that shape}, float32 (float64 for float64 weights).
     """
-    found = None
+
+    def empty() -> dict[str, Tensor]:
+        return {name: _wide(conv.weight).new_zeros(shape(conv)) for name, conv in convs.items()}
+
     if count > 1 and all(is_stock(conv) for conv in convs.values()):
-        found = _together(model, convs, inputs, labels, count, loss, reduce)
-    if found is None:
-        found = _one_by_one(model, convs, inputs, labels, count, loss, reduce)
-    return found
-
-
-def _one_by_one(
-    model: nn.Module,
-    convs: Mapping[str, Convolution],
-    inputs: Any,
-    labels: Any,
-    count: int,
-    loss: Loss | None,
-    reduce: Reduce,
-) -> dict[str, Tensor]:
+        sums = empty()
+        if _together(model, convs, inputs, labels, count, loss, add, sums):
+            return sums
+    sums = empty()
     weights = [own_parameters(conv)["weight"] for conv in convs.values()]
-    found: dict[str, Tensor] = {}
     for one, label in one_by_one(inputs, labels, count):
         total = total_loss(run(model, one), label, 1, loss)
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
-        for (name, conv), weight, gradient in zip(convs.items(), weights, gradients, strict=True):
-            given = torch.zeros_like(weight) if gradient is None else gradient
-            part = reduce(_wide(filters_first(conv, given).flatten(1).unsqueeze(0)))
-            found[name] = found[name] + part if name in found else part
-    return found
+        for (name, conv), gradient in zip(convs.items(), gradients, strict=True):
+            if gradient is not None:
+                rows = filters_first(conv, gradient).flatten(1).clone()
+                add(sums[name], _wide(rows.unsqueeze(0)))
+    return sums
 
 
 def _together(
@@ -77,9 +74,10 @@ def _together(
     labels: Any,
     count: int,
     loss: Loss | None,
-    reduce: Reduce,
-) -> dict[str, Tensor] | None:
-    """As ``reduced_gradients``, from one pass; None where autograd contradicts."""
+    add: Add,
+    sums: dict[str, Tensor],
+) -> bool:
+    """Fill ``sums`` from one pass; return whether autograd agrees."""
     made: list[tuple[str, Tensor, GradientEdge]] = []
     strange = False
 
@@ -94,13 +92,11 @@ def _together(
     with hooked(list(convs.items()), after):
         outputs = run(model, inputs)
     if strange:
-        return None
+        return False
     total = total_loss(outputs, labels, count, loss)
     weights = [own_parameters(conv)["weight"] for conv in convs.values()]
-    edges = [edge for *_, edge in made]
-    gradients = torch.autograd.grad(total, [*weights, *edges], allow_unused=True)
+    gradients = torch.autograd.grad(total, [*weights, *(edge for *_, edge in made)], allow_unused=True)
     of_outputs = gradients[len(weights) :]
-    found: dict[str, Tensor] = {}
     with torch.no_grad():
         for (name, conv), whole in zip(convs.items(), gradients, strict=False):
             calls = [
@@ -108,56 +104,67 @@ def _together(
                 for (other, read, _), gradient in zip(made, of_outputs, strict=True)
                 if other == name and gradient is not None
             ]
-            shape = filters_first(conv, conv.weight).flatten(1).shape
-            sums, sizes = conv.weight.new_zeros(shape), conv.weight.new_zeros(shape)
-            sums, sizes = _wide(sums), _wide(sizes)
-            for part in _in_parts(conv, calls, count):
-                sums += part.sum(0)
-                sizes += part.abs().sum(0)
-                reduced = reduce(part)
-                found[name] = found[name] + reduced if name in found else reduced
-            if name not in found:
-                found[name] = reduce(sums.unsqueeze(0))
-            told = sums.new_zeros(shape) if whole is None else filters_first(conv, whole).flatten(1)
-            allowed = _ROUNDING.get(conv.weight.dtype, 5e-2) * sizes.max()
-            if not bool(((sums - told).abs().max() <= allowed) | ~sizes.max().isfinite()):
-                return None
-    return found
+            if not _add_layer(conv, calls, count, whole, functools.partial(add, sums[name])):
+                return False
+    return True
 
 
-def _in_parts(conv: Any, calls: list[tuple[Tensor, Tensor]], count: int) -> Iterator[Tensor]:
-    """The gradients of a layer's weight, [pictures, filters, weights of a filter], a few pictures at a time.
+def _add_layer(
+    conv: Any,
+    calls: list[tuple[Tensor, Tensor]],
+    count: int,
+    whole: Tensor | None,
+    add: Callable[[Tensor], Any],
+) -> bool:
+    """Hand the gradients of a layer's weight to ``add``, a few pictures at a time.
+
+    A gradient is a product, [rows of the weight, positions] times [positions, all else of the weight]. The
+    sum of the gradients is compared with ``whole``, what autograd found, by its product with a vector.
 
     Args:
         calls: what the layer read and the gradient of what it made, for each call of the layer.
+
+    Returns:
+        Whether they are equal.
     """
     if not calls:
-        return
-    most = max(_numbers(conv, read, gradient) for read, gradient in calls)
-    size = max(1, _NUMBERS // most)
+        return whole is None or not bool(whole.any())
+    rows = conv.weight.flatten(1)
+    ruler = torch.linspace(1, 2, rows.shape[1], dtype=_wide(rows).dtype, device=rows.device)
+    measured, sizes = ruler.new_zeros(len(rows)), ruler.new_zeros(len(rows))
+    size = max(1, _NUMBERS // max(_numbers(conv, read, gradient) for read, gradient in calls))
     for begin in range(0, count, size):
-        at = slice(begin, begin + size)
-        total = _gradients(conv, *(tensor[at] for tensor in calls[0]))
-        for call in calls[1:]:
-            total = total + _gradients(conv, *(tensor[at] for tensor in call))
-        yield total
+        total = None
+        for read, gradient in calls:
+            left, right = _factors(conv, read[begin : begin + size], gradient[begin : begin + size])
+            lengths = torch.matmul(left, (right @ ruler).unsqueeze(2)).squeeze(2)
+            measured += lengths.sum(0)
+            sizes += lengths.abs().sum(0)
+            product = torch.bmm(left, right)
+            total = product if total is None else total.add_(product)
+        assert total is not None
+        if filter_dim(conv):
+            total = total.unflatten(2, (conv.out_channels, -1)).transpose(1, 2).flatten(2)
+        add(total)
+    told = _wide(whole.flatten(1)) @ ruler if whole is not None else torch.zeros_like(measured)
+    allowed = _ROUNDING.get(conv.weight.dtype, 5e-2) * sizes.max()
+    return bool(((measured - told).abs().max() <= allowed) | ~allowed.isfinite())
 
 
 def _numbers(conv: Any, read: Tensor, gradient: Tensor) -> int:
     """How many numbers are computed for one picture."""
-    around, positions = (gradient, read) if isinstance(conv, Transposed) else (read, gradient)
+    around, positions = (gradient, read) if filter_dim(conv) else (read, gradient)
     windows = around.shape[1] * conv.weight[0, 0].numel() * positions[0, 0].numel()
     return int(windows + conv.weight.numel())
 
 
-def _gradients(conv: Any, read: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of an ungrouped layer's weight for each picture: [pictures, filters, weights]."""
+def _factors(conv: Any, read: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors, [pictures, rows of the weight, positions] and [pictures, positions, all else of the
+    weight], whose product is the gradient of an ungrouped layer's weight for each picture."""
     read, gradient = _wide(read), _wide(gradient)
     if filter_dim(conv):  # a transposed convolution: what it makes lies around what it reads
-        windows = _windows(conv, gradient, read)
-        found = torch.bmm(read.flatten(2), windows).unflatten(2, (conv.out_channels, -1))
-        return found.transpose(1, 2).flatten(2)
-    return torch.bmm(gradient.flatten(2), _windows(conv, read, gradient))
+        return read.flatten(2), _windows(conv, gradient, read)
+    return gradient.flatten(2), _windows(conv, read, gradient)
 
 
 def _windows(conv: Any, around: Tensor, positions: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regrow.criteria.activations import ACTIVATION_CRITERIA, activation_scores
 from regrow.criteria.batches import Loss
 from regrow.criteria.gradients import LOSS_CRITERIA, loss_scores
+from regrow.criteria.values import wide
 from regrow.filters import check_finite, convolutions, eligible, row_lengths, rows, unit_rows
 from regrow.given import check_mapping, check_module, check_seed, check_weight, kind_of, tensor_given
 from regrow.modules import Convolution, filters_first, unwrap
@@ -94,8 +95,21 @@ def check_criterion(criterion: Any) -> None:
         raise ValueError(f"unknown criterion {criterion!r}{nearest(criterion, CRITERIA)}")
 
 
-def check_pictures(criterion: Criterion, batches: Any, loss: Any) -> None:
-    """Raise ``ValueError`` if ``criterion`` reads pictures and there are none, or ``loss`` is no function."""
+def criterion_name(criterion: Criterion) -> str:
+    """The name of a criterion for records; of a function, the one that it was defined by."""
+    return (
+        criterion
+        if isinstance(criterion, str)
+        else getattr(criterion, "__qualname__", type(criterion).__name__)
+    )
+
+
+def check_pictures(criterion: Criterion, batches: Any, loss: Any, argument: str = "batches") -> None:
+    """Raise ``ValueError`` if ``criterion`` reads pictures and there are none, or ``loss`` is no function.
+
+    Args:
+        argument: what the caller's public function calls ``batches``.
+    """
     if loss is not None and (not callable(loss) or isinstance(loss, type)):
         raise ValueError(
             f"loss is a function of outputs and labels that returns a tensor of one number, and got "
@@ -104,7 +118,7 @@ def check_pictures(criterion: Criterion, batches: Any, loss: Any) -> None:
     if batches is None and criterion in DATA_CRITERIA:
         pairs = "pairs of inputs and labels" if criterion in LABELLED_CRITERIA else "inputs"
         raise ValueError(
-            f"criterion {criterion!r} reads pictures: pass batches=, {pairs} of a few hundred pictures in "
+            f"criterion {criterion!r} reads pictures: pass {argument}=, {pairs} of a few hundred pictures in "
             "all, such as itertools.islice(loader, 4), or [(x, y)] for one batch."
         )
 
@@ -131,18 +145,19 @@ def score(
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
         seed: for ``"random"``; the same seed gives the same scores.
         batches: pictures, in any iterable, such as a DataLoader: tensors, dicts of keywords, or pairs of
-            such inputs and labels, on any device. All are read, once. All but ``"mean-activation"`` and
-            ``"apoz"`` need labels.
+            such inputs (or a tuple of arguments) and labels, on any device. All are read, once. All but
+            ``"mean-activation"`` and ``"apoz"`` take the loss.
         loss: a function of outputs and labels that returns a tensor of one number, for a batch of one
-            picture too. None: the cross entropy.
+            picture too; the labels are None where a batch has none. None: the cross entropy.
 
     Returns:
-        {qualified name: Tensor[filters]} on the device of the weights.
+        {qualified name: Tensor[filters]} on the device of the weights. A criterion that reads pictures gives
+        0 to the filters of a layer that they do not reach.
 
     Raises:
         ValueError: unknown criterion or layer name, no convolution left, NaN, infinite or complex weights,
             ``"random"`` without a seed, a criterion without the pictures or labels that it needs, pictures
-            that do not fit, reach a layer not at all or give NaN, a function's scores that do not fit.
+            that do not fit or give NaN, a function's scores that do not fit.
     """
     check_module(model, "score")
     check_criterion(criterion)
@@ -184,20 +199,23 @@ def score(
 def _complete(
     scores: Mapping[str, Tensor], convs: Mapping[str, Convolution], criterion: str
 ) -> dict[str, Tensor]:
-    """``scores`` in the order of ``convs``. Raises ``ValueError`` where one is missing, NaN or infinite."""
-    if missing := [name for name in convs if name not in scores]:
-        raise ValueError(
-            f"no batch reaches {missing[0]!r}, so criterion {criterion!r} says nothing of its filters: "
-            f"exclude such layers ({', '.join(map(repr, missing[:3]))}{', …' if len(missing) > 3 else ''})."
-        )
-    finite = numbers([scores[name].isfinite().all() for name in convs])
-    for name, is_finite in zip(convs, finite, strict=True):
+    """``scores`` in the order of ``convs``, 0 for a layer that has none, because no pass reached it.
+
+    Raises:
+        ValueError: a score is NaN or infinite.
+    """
+    found = {
+        name: scores[name] if name in scores else wide(conv.weight.new_zeros(conv.out_channels))
+        for name, conv in convs.items()
+    }
+    finite = numbers([values.isfinite().all() for values in found.values()])
+    for name, is_finite in zip(found, finite, strict=True):
         if not is_finite:
             raise ValueError(
                 f"the pictures give NaN or infinite values of criterion {criterion!r} in {name!r}: check the "
                 "pictures, the labels and the model."
             )
-    return {name: scores[name] for name in convs}
+    return found
 
 
 def _checked(given: Any, model: nn.Module, convs: Mapping[str, Convolution]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from regrow.looking.calls import mapped
+from regrow.looking.calls import mapped, tensors
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, Norm, channel_axis
 from regrow.torch_private import TorchDispatchMode, storage_key, tree_leaves
@@ -39,7 +39,7 @@ class _Value:
         before: the values that it was computed from, by number.
         tensor: itself, until something reads it.
         measured: what the caller measured when it was first read.
-        leaves: something else than the next value read it, or nothing did.
+        leaves: something else than the next value read it, or it is an output of the model.
     """
 
     call: _Call
@@ -85,7 +85,7 @@ class Watch(TorchDispatchMode):
         self._measure, self._keep = measure, keep
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._calls: list[_Call] = []
-        self._norms = 0  # how many norms are being computed, one inside the other
+        self._paused = 0  # how many norms and measurements are being computed, one inside the other
 
     def inputs(self, inputs: Any) -> Any:
         """The inputs of a pass: what is computed from them is no constant."""
@@ -96,30 +96,33 @@ class Watch(TorchDispatchMode):
 
         return mapped(inputs, marked)
 
-    def take(self) -> dict[str, list[Any]]:
-        """What was measured of each convolution in the pass that has ended, one entry for each call."""
+    def take(self, outputs: Any) -> dict[str, list[Any]]:
+        """What was measured of each convolution in the pass that has ended, one entry for each call.
+
+        Args:
+            outputs: what the pass returned.
+        """
+        for value in _values_of(tensors(outputs)):
+            value.leaves = True
         found: dict[str, list[Any]] = {}
         for call in self._calls:
-            for value in call.values:
-                if value.tensor is not None:
-                    self._read([value])
-                    value.leaves = True
+            self._read(call.values)
             found.setdefault(call.name, []).append(call.last().measured)
         self._calls = []
         return found
 
     def before_norm(self, _name: str, _norm: nn.Module, _inputs: Any) -> None:
-        self._norms += 1
+        self._paused += 1
 
     def after_norm(self, _name: str, _norm: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._norms -= 1
-        if not self._norms:
+        self._paused -= 1
+        if not self._paused:
             given = [each for each in inputs if isinstance(each, Tensor)]
             self._read(_values_of(given))
             self._follow(given, output, True)
 
     def after_convolution(self, name: str, _conv: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if self._norms:
+        if self._paused:
             return
         if (inner := getattr(output, _MARK, None)) is not None:  # one convolution inside of another
             inner.leaves = True
@@ -130,7 +133,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if self._norms or name.startswith(_NO_READERS):
+        if self._paused or name.startswith(_NO_READERS):
             return func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = _values_of(given)
@@ -141,7 +144,10 @@ class Watch(TorchDispatchMode):
         goes_on = torch.Tag.pointwise in func.tags or name in _POINTWISE or any(n in name for n in _NORMS)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for place, tensor in enumerate(made):
-            self._follow(given, tensor, goes_on and not place)
+            if not place or not goes_on:
+                self._follow(given, tensor, goes_on)
+            elif any(hasattr(each, _MARK) for each in given):  # the means and variances of a norm
+                setattr(tensor, _MARK, None)
         if values and {*map(_memory, made)} & {*map(_memory, given)}:  # it may be written to by another name
             self._keep_all(values)
         return output
@@ -166,9 +172,11 @@ class Watch(TorchDispatchMode):
         setattr(made, _MARK, None)
 
     def _read(self, values: list[_Value]) -> None:
+        self._paused += 1
         for value in values:
             if value.tensor is not None:
                 value.measured, value.tensor = self._measure(value.call.name, value.tensor), None
+        self._paused -= 1
 
     def _keep_all(self, values: list[_Value]) -> None:
         for value in values:
@@ -221,9 +229,14 @@ def channel_sums(conv: Convolution, tensor: Tensor, batch: bool = False) -> Tens
     """The sums of ``tensor``, a value of ``conv``, over all dimensions but the channels, or but these and
     the first; in double precision, on devices that have it."""
     kept = {channel_axis(conv), -tensor.dim() if batch else 0}
-    return wide_sum(tensor, [dim for dim in range(-tensor.dim(), 0) if dim not in kept])
+    dims = [dim for dim in range(-tensor.dim(), 0) if dim not in kept]
+    return tensor.sum(dims, dtype=_widest(tensor)) if dims else wide(tensor)
 
 
-def wide_sum(tensor: Tensor, dims: list[int]) -> Tensor:
-    """``tensor.sum(dims)`` in double precision, on devices that have it."""
-    return tensor.sum(dims, dtype=torch.float32 if tensor.device.type == "mps" else torch.float64)
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in double precision, on devices that have it."""
+    return tensor.to(_widest(tensor))
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

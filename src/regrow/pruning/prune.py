@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.score import check_criterion, score
+from regrow.criteria.batches import Loss
+from regrow.criteria.score import (
+    DATA_CRITERIA,
+    Criterion,
+    check_criterion,
+    check_pictures,
+    criterion_name,
+    score,
+)
 from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
 from regrow.interrupts import uninterrupted
@@ -45,7 +53,8 @@ def prune(
     latency: float | None = None,
     calibration: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
-    criterion: str = "l2",
+    criterion: Criterion = "l2",
+    loss: Loss | None = None,
     scope: str = "layer",
     coupled: str | None = None,
     round_to: int | None = None,
@@ -74,9 +83,11 @@ def prune(
         macs, params, latency: target: share of the present value to leave, 0 < share < 1. Latency is the
             median of repeated passes on this machine; the dense and the smaller network take turns.
         calibration: batches of images to compensate with, as ``compensate`` takes them; labels are
-            ignored. The first 512 images are used: they must be of all kinds, so shuffle.
+            ignored there. The first 512 images are used: they must be of all kinds, so shuffle. A criterion
+            that reads pictures reads these.
         validation: batches of (inputs, labels [n]), to report accuracy, and for ``max_drop``.
-        criterion: as ``score`` takes it.
+        criterion, loss: as ``score`` takes them. Where the criterion takes the loss, ``calibration`` must
+            have labels.
         scope: ``"layer"`` removes the same share of each layer, ``"global"`` ranks all filters together,
             ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
         coupled: filters that are added into the same channel of a residual stream are dropped
@@ -117,6 +128,7 @@ def prune(
         scope,
     )
     check_criterion(criterion)
+    check_pictures(criterion, calibration, loss, "calibration")
     choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
     form = form_of(deployed)
     if form is not None:
@@ -151,8 +163,16 @@ def prune(
     if isinstance(value, Mapping):
         check_reach(value, every, left)
     unnamed = {name: left[name] for name in every if name not in shares}
+    batches = None
+    if calibration is not None and (compensate or criterion in DATA_CRITERIA):
+        batches = _first_batches(base, calibration)
     scores = score(
-        base, criterion, exclude=unnamed | dict.fromkeys(names, "excluded by name") | fixed, seed=seed
+        base,
+        criterion,
+        exclude=unnamed | dict.fromkeys(names, "excluded by name") | fixed,
+        seed=seed,
+        batches=batches,
+        loss=loss,
     )
 
     def choices(way: str) -> choosing.Choice:
@@ -161,7 +181,7 @@ def prune(
         families = choosing.merged(choosing.families_of(whole, readers, scores), units)
         return choosing.Choice(scope, floor, round_to, families, units)
 
-    images = _first_images(base, calibration) if compensate and calibration is not None else None
+    images = list(inputs_of(base, batches)) if compensate and batches is not None else None
     if isinstance(validation, Iterator):  # an iterator yields its batches once; they are needed again
         validation = list(validation)
     accuracy, pictures = top1(base, validation) if validation is not None else (None, None)
@@ -197,7 +217,7 @@ def prune(
         "version": _VERSION,
         "target": {"kind": kind, "value": value, "reached": reached},
         "settings": {
-            "criterion": criterion,
+            "criterion": criterion_name(criterion),
             "scope": scope,
             "coupled": coupled,
             "round_to": round_to,
@@ -251,12 +271,18 @@ def _warn_if_short(
         )
 
 
-def _first_images(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
+def _first_batches(model: nn.Module, calibration: Iterable[Any]) -> list[Any]:
     """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``."""
     check_batches(calibration, "calibration")
-    batches, images = [], 0
-    for inputs in inputs_of(model, calibration):
-        batches.append(inputs)
+    batches: list[Any] = []
+    images = 0
+
+    def remembered() -> Iterator[Any]:
+        for batch in calibration:
+            batches.append(batch)
+            yield batch
+
+    for inputs in inputs_of(model, remembered()):
         images += count_images(inputs) or 1
         if images >= _CALIBRATION_IMAGES:
             break

@@ -111,8 +111,23 @@ class RunConfig(BaseModel):
     sub: int | None = _setting(
         None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1, le=_LONGEST
     )
-    criterion: Literal["ortho", "ortho-corrected", "l1", "l2", "random"] = _setting(
-        "ortho", _REPR, "How to rank the filters. ortho is the paper's overlap."
+    criterion: Literal[
+        "ortho",
+        "ortho-corrected",
+        "l1",
+        "l2",
+        "random",
+        "mean-activation",
+        "apoz",
+        "gradient",
+        "taylor",
+        "hessian",
+        "oracle",
+    ] = _setting(
+        "ortho",
+        _REPR,
+        "How to rank the filters. ortho is the paper's overlap; those from mean-activation on read 256 "
+        "training pictures.",
     )
     consumers: Literal["zero", "keep", "init"] = _setting(
         "zero",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from regrow.compensation.compensate import READINGS, read_as
 from regrow.compensation.norms import reestimate_norms, running_norms
-from regrow.criteria.score import check_criterion, score
+from regrow.criteria.score import DATA_CRITERIA, Criterion, check_criterion, check_pictures, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import convolutions, left_out
 from regrow.looking.images import check_batches
@@ -40,7 +40,7 @@ def pruned_accuracies(
     calibration: Iterable[Any] | None = None,
     fractions: Iterable[float] = FRACTIONS,
     readings: Iterable[str] = READINGS,
-    criterion: str = "l2",
+    criterion: Criterion = "l2",
     scope: str = "layer",
     seed: int | None = None,
     progress: Callable[[], object] | None = None,
@@ -59,7 +59,8 @@ def pruned_accuracies(
         accuracy: a function that returns the accuracy, 0 to 1, of the model it is given, a copy in eval
             mode. It is called once for each reading and number of filters cut.
         example_inputs: an input of ``model``; one picture is enough.
-        calibration: batches of images for ``"compensated"``, as ``regrow.compensate`` takes them.
+        calibration: batches of images for ``"compensated"``, as ``regrow.compensate`` takes them. A criterion
+            that reads pictures reads these, with their labels if it takes the loss (the cross entropy).
         fractions: shares of the filters to cut, each 0 ≤ fraction < 1.
         readings: of ``"zeroed"``, ``"removed"``, ``"compensated"``.
         criterion: as ``regrow.score`` takes it.
@@ -77,17 +78,18 @@ def pruned_accuracies(
     """
     fractions, readings = sorted(set(fractions)), list(dict.fromkeys(readings))
     check_curve(criterion, scope, fractions, readings)
+    check_pictures(criterion, calibration, None, "calibration")
     batches: list[Any] = []
-    if "compensated" in readings:
-        if calibration is None:
-            raise ValueError(
-                "the reading 'compensated' needs calibration=: batches of a few hundred images in all."
-            )
+    if "compensated" in readings and calibration is None:
+        raise ValueError(
+            "the reading 'compensated' needs calibration=: batches of a few hundred images in all."
+        )
+    if calibration is not None and ("compensated" in readings or criterion in DATA_CRITERIA):
         check_batches(calibration, "calibration")
         batches = list(calibration)
     base = copy.deepcopy(unwrap(model)).eval()
     excluded = _left_out(base, example_inputs)
-    scores = score(base, criterion, exclude=excluded, seed=seed)
+    scores = score(base, criterion, exclude=excluded, seed=seed, batches=batches)
     # The filters cut at one fraction are also cut at the next, so their number says which they are.
     known: dict[tuple[str, int], float] = {}
     points = []
@@ -189,7 +191,7 @@ def measure_run(
 
 
 def check_curve(
-    criterion: str, scope: str, fractions: Sequence[float], readings: Sequence[str], split: str = "test"
+    criterion: Criterion, scope: str, fractions: Sequence[float], readings: Sequence[str], split: str = "test"
 ) -> None:
     """Raise ``ValueError`` unless the arguments of ``measure_run`` are known and in range."""
     check_criterion(criterion)
@@ -272,7 +274,7 @@ def _measure(
         trained.model.to(memory_format=torch.channels_last),
         lambda pruned: top1(pruned, judged)[0],
         example_inputs=trained.example,
-        calibration=trained.calibration,
+        calibration=trained.labelled or trained.calibration,
         progress=progress,
         **settings,
     )

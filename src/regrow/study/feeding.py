@@ -177,7 +177,12 @@ def _home(device: torch.device, size: int) -> torch.device:
 
 
 def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:
-    """The first 512 of ``images`` in batches of 128 to 255, without augmentation, to take statistics from.
+    """The pictures of ``labelled_batches``, to take statistics from."""
+    return [pictures for pictures, _ in labelled_batches(images, **settings)]
+
+
+def labelled_batches(images: Images, **settings: Any) -> list[tuple[Tensor, Tensor]]:
+    """The first 512 of ``images`` and their labels in batches of 128 to 255, without augmentation.
 
     In a training set from ``load_data`` they are a stratified part, the same for every run.
 
@@ -188,4 +193,4 @@ def calibration_batches(images: Images, **settings: Any) -> list[Tensor]:
     first = Images(images.pixels[:_CALIBRATION], images.labels[:_CALIBRATION])
     # No small batch at the end: a batch norm cannot take statistics from one picture.
     size = math.ceil(len(first) / max(1, len(first) // 128))
-    return [pictures for pictures, _ in Batches(first, batch_size=size, shuffle=False, **settings).epoch(0)]
+    return list(Batches(first, batch_size=size, shuffle=False, **settings).epoch(0))

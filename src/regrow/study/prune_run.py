@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regrow.atomic import move, temporary_folder
-from regrow.criteria.score import check_criterion
+from regrow.criteria.score import DATA_CRITERIA, LABELLED_CRITERIA, check_criterion
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
 from regrow.pruning.accuracy import top1
@@ -103,6 +103,16 @@ def run_prune(
             "compensation for the removed filters needs pictures: pass --data (and --data-dir), or switch it "
             "off with --no-compensate."
         )
+    if criterion in DATA_CRITERIA and trained.calibration is None:
+        raise ValueError(
+            f"criterion {criterion!r} reads pictures: pass --data (and --data-dir), or another --criterion, "
+            "such as l2."
+        )
+    if criterion in LABELLED_CRITERIA and trained.labelled is None:
+        raise ValueError(
+            f"criterion {criterion!r} needs labelled pictures of the network's classes: {trained.unjudged}. "
+            "Pass other --data, or another --criterion, such as l2."
+        )
     if trained.validation is None and targets.get("max_drop") is not None:
         raise ValueError(
             f"--max-drop needs labelled pictures of the network's classes: {trained.unjudged}. "
@@ -127,7 +137,7 @@ def run_prune(
         report = prune(
             trained.model,
             example_inputs=trained.example,
-            calibration=trained.calibration,
+            calibration=trained.labelled or trained.calibration,
             validation=trained.validation,
             criterion=criterion,
             scope=scope,

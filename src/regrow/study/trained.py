@@ -18,7 +18,7 @@ from regrow.short import line, said
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.data import Images, Splits, load_data
-from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.feeding import Batches, labelled_batches
 from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
@@ -50,6 +50,7 @@ class Trained:
     Attributes:
         example: a batch of one picture, all zeros.
         calibration: training pictures without augmentation and labels; None without data.
+        labelled: the calibration pictures with their labels; None as ``validation``.
         validation, test: pictures with labels; None without data, or if the network has another number of
             classes.
         unjudged: empty, or why there is no ``validation``.
@@ -65,6 +66,7 @@ class Trained:
     source: dict[str, Any]
     seed: int
     unjudged: str = ""
+    labelled: list[tuple[Tensor, Tensor]] | None = None
 
 
 def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = None) -> Trained:
@@ -182,13 +184,15 @@ def _with_data(
             ) from error
     judged, known = classes == len(splits.classes), len(splits.classes)
     unjudged = "" if judged else f"the network tells {classes} classes apart, and the pictures have {known}"
+    labelled = labelled_batches(splits.train, **feed)
     return Trained(
         model,
         example,
-        calibration_batches(splits.train, **feed),
+        [pictures for pictures, _ in labelled],
         Loader(splits.validation, **feed) if judged else None,
         Loader(splits.test, **feed) if judged else None,
         source,
         seed,
         unjudged,
+        labelled if judged else None,
     )
