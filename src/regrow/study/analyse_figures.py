@@ -10,6 +10,7 @@ import numpy as np
 
 from regrow.study.analyse_summary import KINDS, PUBLISHED, Between, Curve, sorted_drops, starving
 from regrow.study.drawing import COLORS, INK, Style, printable
+from regrow.study.figures import SHADE
 from regrow.study.words import label
 
 if TYPE_CHECKING:
@@ -26,8 +27,14 @@ _LONGEST = 22
 _NUMBERED = 9
 
 
-def agreement_curves(curves: Sequence[Curve], width: float) -> Figure:
-    """Correlation of each criterion with the oracle over training, by value and by rank."""
+def agreement_curves(curves: Sequence[Curve], phases: Sequence[tuple[int, int]], width: float) -> Figure:
+    """Correlation of each criterion with the oracle over training, by value and by rank.
+
+    Args:
+        curves: of one method.
+        phases: first and last epochs of the sub phases, which are shaded.
+        width: inches.
+    """
     from matplotlib.figure import Figure
 
     beside = width > 6
@@ -38,6 +45,8 @@ def agreement_curves(curves: Sequence[Curve], width: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).ravel()
     for index, (axes, kind) in enumerate(zip(panels, KINDS, strict=True)):
+        for first, last in phases:
+            axes.axvspan(first - 0.5, last + 0.5, color=SHADE, linewidth=0, zorder=0)
         axes.axhline(0, color=INK, linewidth=0.7)
         axes.axhline(
             PUBLISHED[kind], color=COLORS[0], linewidth=0.9, linestyle=(0, (4, 3)), label="ortho, published"

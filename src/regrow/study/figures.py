@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regrow.study.pruned import CurveSet
     from regrow.study.records import RunRecord
 
-_FAINT, _SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
+_FAINT, SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
 # The name of a variant takes two lines of that length: what tells it from others may stand anywhere in it.
 _LONGEST_NAME = 52
@@ -396,7 +396,7 @@ def _shade(axes: Axes, series: Sequence[Series], width: float | None) -> None:
     for each, phases in with_phases:
         shared = all(other == phases for _, other in with_phases)
         for number, (first, last) in enumerate(phases, start=1):
-            color, alpha = (_SHADE, 1.0) if shared else (each.color, 0.1)
+            color, alpha = (SHADE, 1.0) if shared else (each.color, 0.1)
             axes.axvspan(first - 0.5, last + 0.5, color=color, alpha=alpha, linewidth=0, zorder=0)
             if width is None or not shared or each is not with_phases[0][0]:
                 continue

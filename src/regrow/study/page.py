@@ -210,7 +210,9 @@ def _analysis_drawings(analyses: Analyses, series: Sequence[Series]) -> dict[str
     for method, those in found.items():
         curves = criterion_curves(those)
         if any(len(curve.epochs) > 1 for curve in curves):
-            drawings[f"agreement {method}"] = partial(analyse_figures.agreement_curves, curves)
+            drawings[f"agreement {method}"] = partial(
+                analyse_figures.agreement_curves, curves, figures.sub_phases(those[0][0])
+            )
         framed = [one["first_layer"] for _, one in those if one["first_layer"]]
         if framed:
             drawings[f"pictures {method}"] = partial(
