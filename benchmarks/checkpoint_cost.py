@@ -33,6 +33,7 @@ from regrow.study.building import build, load_splits, make_optimizer, make_sched
 from regrow.study.checkpoints import from_bytes, to_bytes, write_checkpoint
 from regrow.study.config import make_config
 from regrow.study.feeding import Batches
+from regrow.study.methods.method import Method
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import random_state, state_of
@@ -102,7 +103,7 @@ def measure(
             "epoch": number,
             "epochs": [line] * EPOCHS,
             "events": [],
-            "trained": state_of(model, optimizer, scheduler, scaler, None),
+            "trained": state_of(model, optimizer, scheduler, scaler, Method()),
             "random": [from_bytes(to_bytes(random_state()))],
         }
         write_checkpoint(folder, number, state)

@@ -28,12 +28,12 @@ from regrow.study.checkpoints import to_bytes
 from regrow.study.config import RunConfig, make_config
 from regrow.study.data import Splits
 from regrow.study.images import Images
+from regrow.study.parts import DTYPES, Parts
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 from regrow.study.records import environment
 from regrow.study.snapshot import state_of
 from regrow.study.steps import Step, evaluate, train_epoch
-from regrow.study.train import _DTYPES, _Parts, _set_up
 
 METHODS: dict[str, dict[str, Any]] = {
     "standard": {},
@@ -62,14 +62,13 @@ def random_images(count: int, side: int, seed: int) -> Images:
     return Images(pixels, torch.randint(10, (count,), generator=generator))
 
 
-def prepared(config: RunConfig, splits: Splits, device: torch.device, *, captured: bool, sub: bool) -> _Parts:
+def prepared(config: RunConfig, splits: Splits, device: torch.device, *, captured: bool, sub: bool) -> Parts:
     """The parts of a run, in the sub phase if asked for, with the one kind of step or the other."""
-    parts = _set_up(config, splits, device, Ranks())
+    parts = Parts(config, splits, device, Ranks())
     if sub:
-        assert parts.repr_ is not None
-        parts.repr_.step()
+        parts.method.after_epoch()
     if not captured:
-        dtype = _DTYPES[config.precision]
+        dtype = DTYPES[config.precision]
         parts.step = Step(parts.wrapped, parts.optimizer, parts.scaler, dtype)
         for group in parts.optimizer.param_groups:
             if "capturable" in group:
@@ -89,13 +88,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def epoch(parts: _Parts, number: int) -> None:
+def epoch(parts: Parts, number: int) -> None:
     quiet = Progress(quiet=True)
     quiet.start("run", len(parts.train))
     train_epoch(parts.step, parts.train, number, parts.scheduler, Ranks(), quiet)
 
 
-def weights(parts: _Parts) -> dict[str, Tensor]:
+def weights(parts: Parts) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
 
 

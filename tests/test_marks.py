@@ -95,6 +95,18 @@ def in_a_cycle(model):
     return Situation(model, copy.deepcopy(model), kept=(cycle, optimizer))
 
 
+def replacing_units(model):
+    method = regrow.ContinualBackprop(model, sgd(model), example_inputs=X[:1])
+    return Situation(model, copy.deepcopy(model), kept=method)
+
+
+def sparse(model):
+    optimizer = sgd(model)
+    method = regrow.DenseSparseDense(model, optimizer)
+    method.sparsify()
+    return Situation(model, copy.deepcopy(model), kept=(method, optimizer))
+
+
 def with_bridgeout(model):
     plain = copy.deepcopy(model)
     regrow.add_bridgeout(model, p=0.3, seed=1)
@@ -179,6 +191,8 @@ CASES = {
     "narrowed": ("narrowed", lambda model: in_sub_phase(model, True)),
     "masked": ("masked", lambda model: in_sub_phase(model, False)),
     "in a cycle": ("in a cycle", in_a_cycle),
+    "replacing units": ("replacing units", replacing_units),
+    "sparse": ("sparse", sparse),
     "bridgeout": ("bridgeout", with_bridgeout),
     "placed": ("placed", placed),
     "folded": ("folded", folded),
@@ -260,6 +274,20 @@ def train_a_cycle(model, settings):
 # operation → what it does to a model in a situation, and how its result is held against that of the plain one
 def repr_(s, _):
     train_a_cycle(s.model, {"fraction": 0.4})
+
+
+def restart(s, _):
+    inner = unwrap(s.model)
+    borrowed = [name for name, layer in inner.named_modules() if name == "conv3" and is_borrowed(layer)]
+    before, _ = snapshot(inner)
+    record = regrow.restart(s.model, sgd(inner), example_inputs=X[:1], fraction=0.4)
+    assert record["filters"]
+    assert {"conv1", *borrowed} <= record["left_out"].keys()
+    for name, filters in record["filters"].items():
+        new, old = inner.get_submodule(name).weight[filters], before[f"{name}.weight"][filters]
+        assert (new != old).flatten(1).any(1).all()
+        assert new.flatten(1).any(1).all()
+    assert values(s.model).isfinite().all()
 
 
 def cut(s, _):
@@ -389,12 +417,80 @@ def plain_layers(s, _):
     assert not set(states_of(plain)) & {"bridgeout", "narrowed", "masked", "in a cycle", "placed"}
 
 
+def drawn_anew(s, method, **settings):
+    """``method`` draws the parameters that it names anew, and no others; new norms may be as they were."""
+    lazy = nn.parameter.is_lazy
+    before = {name: p.clone() for name, p in unwrap(s.model).named_parameters() if not lazy(p)}
+    named = method(s.model, sgd(s.model), **settings)["parameters"]
+    assert named
+    for name, parameter in unwrap(s.model).named_parameters():
+        assert "norm" in name or torch.equal(parameter, before[name]) is (name not in named), name
+    assert values(s.model).isfinite().all()
+
+
+def shrink_and_perturb(s, _):
+    drawn_anew(s, regrow.shrink_and_perturb)
+
+
+def reinitialize(s, _):
+    drawn_anew(s, regrow.reinitialize, last=2)
+    drawn_anew(s, regrow.reinitialize)
+
+
+def redo(s, _):
+    record = regrow.redo(s.model, sgd(s.model), batches=[X], example_inputs=X[:1], threshold=1)
+    assert record["dormant"]
+    for name, units in record["dormant"].items():
+        assert not unwrap(s.model).get_submodule(name).bias[units].any()
+    assert values(s.model).isfinite().all()
+
+
+def continual_backprop(s, _):
+    inner, optimizer = unwrap(s.model), sgd(s.model)
+    method = regrow.ContinualBackprop(s.model, optimizer, example_inputs=X[:1], rate=0.5, maturity=1)
+    chosen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        inner.train()(X).square().mean().backward()
+        optimizer.step()
+        chosen.append(method.step())
+    assert not chosen[0]
+    assert chosen[1]
+    method.remove()
+    assert "replacing units" not in states_of(s.model)
+    assert values(s.model).isfinite().all()
+
+
+def knowledge_evolution(s, _):
+    evolution = regrow.KnowledgeEvolution(s.model, split=0.5)
+    before = {name: p.clone() for name, p in unwrap(s.model).named_parameters()}
+    assert evolution.evolve(sgd(s.model))["drawn"]
+    for name, mask in evolution.fixed().items():
+        assert torch.equal(unwrap(s.model).get_parameter(name) == before[name], mask)
+
+
+def dense_sparse_dense(s, _):
+    inner, optimizer = unwrap(s.model), sgd(s.model)
+    method = regrow.DenseSparseDense(s.model, optimizer)
+    held = method.sparsify()["held"]
+    for _ in range(2):
+        optimizer.zero_grad()
+        inner.train()(X).square().mean().backward()
+        optimizer.step()
+    for name, count in held.items():
+        assert int((inner.get_parameter(name) == 0).sum()) >= count > 0
+    method.densify()
+    assert "sparse" not in states_of(s.model)
+
+
 DO = dict(
     zip(
         OPERATIONS,
         (
-            repr_, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
+            repr_, restart, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
             fold_norms, save, load, export_onnx, reestimate_norms, plain_layers,
+            shrink_and_perturb, reinitialize, redo, continual_backprop, knowledge_evolution,
+            dense_sparse_dense,
         ),
         strict=True,
     )

@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from regrow.criteria.masks import keep_of_masks
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
+    from regrow.losses import distillation_loss, orthogonal_loss
     from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
     from regrow.noise.perturbation import bridgeout
     from regrow.pruning.prune import prune
     from regrow.pruning.side_by_side import compare_latency
-    from regrow.repr.cycle import Event, RePr, release
+    from regrow.repr.cycle import RePr, release
+    from regrow.repr.events import Event
+    from regrow.repr.restart import restart
+    from regrow.restarts.continual import ContinualBackprop
+    from regrow.restarts.dense_sparse import DenseSparseDense
+    from regrow.restarts.evolution import KnowledgeEvolution
+    from regrow.restarts.perturb import reinitialize, shrink_and_perturb
+    from regrow.restarts.redo import redo
     from regrow.shipping.checkpoint import load, save
     from regrow.shipping.deploy import deploy
     from regrow.shipping.fold import fold_norms
@@ -36,8 +44,11 @@ if TYPE_CHECKING:
     from regrow.surgery.cut import cut
 
 _HOMES = {
-    "Event": "regrow.repr.cycle",
+    "ContinualBackprop": "regrow.restarts.continual",
+    "DenseSparseDense": "regrow.restarts.dense_sparse",
+    "Event": "regrow.repr.events",
     "GradientWatch": "regrow.analysis.gradients",
+    "KnowledgeEvolution": "regrow.restarts.evolution",
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
@@ -48,6 +59,7 @@ _HOMES = {
     "criteria_against_oracle": "regrow.analysis.agreement",
     "cut": "regrow.surgery.cut",
     "deploy": "regrow.shipping.deploy",
+    "distillation_loss": "regrow.losses",
     "drop_one_accuracy": "regrow.analysis.drop_one",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
@@ -56,21 +68,29 @@ _HOMES = {
     "load": "regrow.shipping.checkpoint",
     "load_bridgeout_state": "regrow.noise.layers",
     "off_map": "regrow.analysis.off_map",
+    "orthogonal_loss": "regrow.losses",
     "overlap": "regrow.criteria.score",
     "plain_layers": "regrow.shipping.plain",
     "prune": "regrow.pruning.prune",
     "read_as": "regrow.compensation.compensate",
+    "redo": "regrow.restarts.redo",
+    "reinitialize": "regrow.restarts.perturb",
     "release": "regrow.repr.cycle",
     "reestimate_norms": "regrow.compensation.norms",
     "remove_bridgeout": "regrow.noise.layers",
+    "restart": "regrow.repr.restart",
     "save": "regrow.shipping.checkpoint",
     "score": "regrow.criteria.score",
     "select": "regrow.criteria.select",
+    "shrink_and_perturb": "regrow.restarts.perturb",
 }
 
 __all__ = [
+    "ContinualBackprop",
+    "DenseSparseDense",
     "Event",
     "GradientWatch",
+    "KnowledgeEvolution",
     "RePr",
     "add_bridgeout",
     "bridgeout",
@@ -81,6 +101,7 @@ __all__ = [
     "criteria_against_oracle",
     "cut",
     "deploy",
+    "distillation_loss",
     "drop_one_accuracy",
     "export_onnx",
     "fold_norms",
@@ -89,16 +110,21 @@ __all__ = [
     "load",
     "load_bridgeout_state",
     "off_map",
+    "orthogonal_loss",
     "overlap",
     "plain_layers",
     "prune",
     "read_as",
+    "redo",
     "reestimate_norms",
+    "reinitialize",
     "release",
     "remove_bridgeout",
+    "restart",
     "save",
     "score",
     "select",
+    "shrink_and_perturb",
 ]
 
 

@@ -156,6 +156,7 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
     (run_config,) = _configs(config, settings, [{}])
     from regrow.study import records
     from regrow.study.progress import Progress
+    from regrow.study.sequences import outcome
 
     with uninterrupted():  # PyTorch aborts when a signal raises an exception while it is imported
         from regrow.study.train import train as run
@@ -163,10 +164,9 @@ def train(out: Out, settings: dict[str, Any], config: ConfigFile = None, rerun: 
     ran = run(run_config, out, rerun=rerun, progress=Progress())
     if not is_first():
         return
-    result = records.read_run(out).result or {}
     _say(
         f"{'' if ran else 'already finished (--rerun trains it again): '}"
-        f"test accuracy {result['test_accuracy']:.2%}, trained in {result['train_seconds']:.1f} s, see {out}"
+        f"{outcome(records.read_run(out).result or {})}, see {out}"
     )
 
 

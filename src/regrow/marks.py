@@ -18,8 +18,10 @@ from regrow.modules import unwrap
 from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffers, own_parameters
 
 OPERATIONS = (
-    *("RePr", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
+    *("RePr", "restart", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
     *("fold_norms", "save", "load", "export_onnx", "reestimate_norms", "plain_layers"),
+    *("shrink_and_perturb", "reinitialize", "redo", "ContinualBackprop", "KnowledgeEvolution"),
+    "DenseSparseDense",
 )
 _RELEASE = "Call cycle.remove() first, or regrow.release(model) if the cycle is lost."
 _WEIGHT_ENDS = {
@@ -32,6 +34,14 @@ STATES = {
     "narrowed": ("computes without its dropped filters (the sub phase of a RePr)", _RELEASE),
     "masked": ("has its dropped filters held at 0 (the sub phase of a RePr)", _RELEASE),
     "in a cycle": ("is in a RePr that has not come to its end", _RELEASE),
+    "replacing units": (
+        "has units that a ContinualBackprop watches and draws anew",
+        "Call the remove() of that ContinualBackprop first.",
+    ),
+    "sparse": (
+        "has its smallest weights held at 0 (a DenseSparseDense)",
+        "Call the densify() or remove() of that DenseSparseDense first.",
+    ),
     "bridgeout": ("has Bridgeout", "Call remove_bridgeout(model) first."),
     "placed": (
         "was cut, and puts channels at their places among zeros",
@@ -67,24 +77,33 @@ STATES = {
     ),
     "lazy": ("has a layer without a weight before its first pass", "Run one forward pass first."),
 }
-_STRUCTURE = {"RePr", "cut", "prune", "compensate", "read_as"}
+_STRUCTURE = {"RePr", "restart", "cut", "prune", "compensate", "read_as"}
+# What draws weights anew in place, or holds them.
+_RESTARTS = {
+    *("shrink_and_perturb", "reinitialize", "redo", "ContinualBackprop", "KnowledgeEvolution"),
+    "DenseSparseDense",
+}
 # The table: state → the operations that are refused. All others go on, and their results are right. A layer
 # whose weight is not a parameter of its own is left alone by name (see ``borrowed_weight``).
 REFUSED: dict[str, set[str]] = {
-    "narrowed": {*_STRUCTURE, "add_bridgeout", "remove_bridgeout", "load"},
-    "masked": {*_STRUCTURE, "add_bridgeout", "remove_bridgeout", "load"},
+    "narrowed": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
+    "masked": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
     "in a cycle": {"RePr", "cut", "prune"},
+    "replacing units": {"RePr", "cut", "prune", "ContinualBackprop"},
+    "sparse": {*_STRUCTURE, *_RESTARTS, "load"},
     "bridgeout": {"add_bridgeout", "cut", "prune"},
     "placed": {"compensate", "read_as"},
-    "folded": {*_STRUCTURE, "add_bridgeout", "save", "load"},
+    "folded": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "save", "load"},
     "data parallel": {"cut", "prune"},
     "sharded": {*OPERATIONS} - {"reestimate_norms"},
     "compiled": set(),
     "parametrized": set(),
-    "pruning masks": {*_STRUCTURE, "fold_norms", "load", "plain_layers"},
-    "weight hooks": {*_STRUCTURE, "fold_norms", "load", "plain_layers"},
-    "inference mode": {*_STRUCTURE, "add_bridgeout", "fold_norms", "load", "plain_layers"},
-    "inference tensors": {*_STRUCTURE, "add_bridgeout", "load", "export_onnx", "reestimate_norms"},
+    "pruning masks": {*_STRUCTURE, *_RESTARTS, "fold_norms", "load", "plain_layers"},
+    "weight hooks": {*_STRUCTURE, *_RESTARTS, "fold_norms", "load", "plain_layers"},
+    "inference mode": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "fold_norms", "load", "plain_layers"},
+    "inference tensors": {
+        *(*_STRUCTURE, *_RESTARTS, "add_bridgeout", "load", "export_onnx", "reestimate_norms"),
+    },
     "lazy": {*OPERATIONS} - {"remove_bridgeout"},
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from cycles import build, fit, repr_on, run, sgd
 from regrow.criteria.score import score
 from regrow.criteria.select import select
-from regrow.repr.cycle import Event
+from regrow.repr.events import Event
 
 
 @pytest.mark.devices

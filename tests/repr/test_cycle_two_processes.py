@@ -1,5 +1,6 @@
 """Two processes that train one model choose, drop and restore the same filters."""
 
+import copy
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from torch import nn
 import forking
 from cycles import X, build, fit, sgd, widths
 from regrow.repr.cycle import RePr
+from regrow.repr.restart import restart
 
 
 def test_two_processes_stay_together(tmp_path):
@@ -32,6 +34,11 @@ def test_two_processes_stay_together(tmp_path):
     for kind in ("drop", "restore"):
         one, two = (torch.load(tmp_path / f"{kind}{rank}.pt", weights_only=True) for rank in range(2))
         assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (torch.load(tmp_path / f"at_once{rank}.pt", weights_only=True) for rank in range(2))
+    for kind, found in one.items():
+        assert found["said"] == two[kind]["said"]
+        assert found["said"]["filters"]
+        assert all(torch.equal(tensor, two[kind]["weights"][key]) for key, tensor in found["weights"].items())
 
 
 def run_as_one_of_two(folder, rank):
@@ -70,8 +77,28 @@ def train_as_one_of_two(folder, rank):
         if events[-1] is not None:
             torch.save(model.state_dict(), f"{folder}/{events[-1].kind}{rank}.pt")
     events = [event and event.to_dict() for event in events]
+    trained = copy.deepcopy(model.state_dict())
+    at_once = restart_as_one_of_two(model, optimizer, wrapped, rank)
+    torch.save(at_once, f"{folder}/at_once{rank}.pt")
     check_that_errors_reach_both(model, optimizer, wrapped, rank)
-    torch.save({"model": model.state_dict(), "widths": seen, "events": events}, f"{folder}/{rank}.pt")
+    torch.save({"model": trained, "widths": seen, "events": events}, f"{folder}/{rank}.pt")
+
+
+def restart_as_one_of_two(model, optimizer, wrapped, rank):
+    """The net after a restart by ``RePr(sub=0)``, after one by ``restart``, and what both return."""
+    cycle = RePr(wrapped, optimizer, example_inputs=X[:1], full=1, sub=0, cycles=1, consumers="init")
+    found = {}
+    for kind in ("cycle", "restart"):
+        fit(wrapped, optimizer, rank)
+        if rank == 1:
+            with torch.no_grad():
+                model.conv3.weight.copy_(model.conv3.weight.flip(0))
+        if kind == "cycle":
+            said = cycle.step().to_dict()
+        else:
+            said = restart(wrapped, optimizer, example_inputs=X[:1], rows="init")
+        found[kind] = {"said": said, "weights": copy.deepcopy(model.state_dict())}
+    return found
 
 
 def check_that_errors_reach_both(model, optimizer, wrapped, rank):

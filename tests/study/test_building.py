@@ -1,4 +1,4 @@
-"""What a run trains with: data, net, noise, RePr, optimizer and rates as its settings say."""
+"""What a run trains with: data, net, optimizer and rates as its settings say."""
 
 from typing import Any
 
@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.noise.layers import bridgeout_state
 from regrow.study.building import (
-    add_noise,
     build,
     device_of,
     load_splits,
     make_optimizer,
-    make_repr,
     make_scheduler,
 )
 from regrow.study.config import RunConfig, make_config
@@ -72,113 +69,6 @@ def test_first_weights_come_from_the_global_generator() -> None:
         nets.append(build(config(width=2), splits()).state_dict()["features.0.conv.weight"])
     assert torch.equal(nets[0], nets[1])
     assert not torch.equal(nets[0], nets[2])
-
-
-@pytest.mark.parametrize(("method", "targeted"), [("bridgeout", 1.0), ("targeted-bridgeout", 0.6)])
-def test_the_noise_of_bridgeout(method: str, targeted: float) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
-    add_noise(model, config(method=method, p=0.2, q=1.2, target_fraction=0.6, seed=5))
-    settings = bridgeout_state(model)["settings"]
-    assert {key: settings[key] for key in ("p", "q", "target_fraction", "seed", "linear")} == {
-        "p": 0.2, "q": 1.2, "target_fraction": targeted, "seed": 5, "linear": False,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "noisy"), [("dropout", [0, 1, 2, 3]), ("targeted-dropout", [0, 1])])
-def test_the_noise_of_dropout(method: str, noisy: list[int]) -> None:
-    model = nn.Sequential(nn.ReLU())
-    add_noise(model, config(method=method, p=0.5, target_fraction=0.5))
-    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(200, 4)
-    dropped = model.train()(x)
-    # Dropped to 0, or divided by 1 − p; among the smaller half only, when targeted.
-    for place in range(4):
-        value = float(x[0, place])
-        expected = {0.0, 2 * value} if place in noisy else {value}
-        assert set(dropped[:, place].tolist()) == expected
-    assert torch.equal(model.eval()(x), x)
-
-
-@pytest.mark.parametrize("method", ["standard", "repr"])
-def test_methods_without_noise(method: str) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
-    add_noise(model, config(method=method, p=0.9))
-    x = torch.rand(4, 1, 3, 3)
-    assert torch.equal(model.train()(x), model.eval()(x))
-
-
-def test_repr_follows_the_settings() -> None:
-    settings = config(
-        method="repr", depth=4, width=4, epochs=4, full=2, sub=1, cycles=1, fraction=0.5, scope="layer",
-        criterion="l2", exclude=["features.3"],
-    )  # fmt: skip
-    model = build(settings, splits())
-    with torch.no_grad():  # a layer of small filters, which would all go if the layers were ranked together
-        model.features[1].conv.weight.mul_(torch.tensor([1e-3, 2e-3, 1e-3, 2e-3]).view(4, 1, 1, 1))
-        model.features[2].conv.weight[:2] *= 10
-    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
-    assert set(cycle.left_out) == {
-        "features.0.conv",
-        "features.3.conv",
-    }  # the first one, and the excluded one
-    assert cycle.step() is None
-    drop = cycle.step()
-    assert (drop.kind, drop.filters) == ("drop", {"features.1.conv": [0, 2], "features.2.conv": [2, 3]})
-    assert cycle.step().kind == "restore"
-    assert [cycle.step() for _ in range(4)] == [None] * 4  # one cycle
-
-
-@pytest.mark.parametrize(("consumers", "moved"), [("zero", False), ("init", True)])
-def test_what_reads_a_restored_filter_follows_the_settings(consumers: str, moved: bool) -> None:
-    settings = config(
-        method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, exclude=["features.2"], consumers=consumers
-    )
-    model = build(settings, splits())
-    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
-    dropped = cycle.step().filters["features.1.conv"]
-    cycle.step()
-    assert bool(model.features[2].conv.weight[:, dropped].any()) == moved
-
-
-def test_the_choices_of_chance_follow_the_seed() -> None:
-    chosen = []
-    for seed in (1, 1, 2):
-        settings = config(
-            method="repr", width=16, epochs=4, full=1, sub=1, cycles=1, criterion="random", seed=seed
-        )
-        model = build(settings, splits())
-        cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
-        chosen.append(cycle.step().filters)
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
-@pytest.mark.parametrize("compact", [True, False])
-def test_the_sub_phase_is_compact_or_masked_as_the_settings_say(compact: bool) -> None:
-    settings = config(method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, compact=compact)
-    model = build(settings, splits())
-    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
-    cycle.step()
-    assert (cycle.state_dict()["sub_phase"]["plan"] is not None) == compact
-
-
-def test_the_first_convolution_takes_part_when_it_is_asked_to() -> None:
-    settings = config(
-        method="repr", width=4, epochs=4, full=1, sub=1, cycles=1, fraction=0.75, floor=0.5, skip_first=False
-    )
-    model = build(settings, splits())
-    cycle = make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8))
-    with pytest.warns(UserWarning, match="floor"):
-        drop = cycle.step()
-    # Half of each layer stays, where 75 % were to go.
-    assert {name: len(filters) for name, filters in drop.filters.items()} == dict.fromkeys(
-        (f"features.{place}.conv" for place in range(3)), 2
-    )
-
-
-def test_other_methods_have_no_cycle() -> None:
-    model = build(config(width=2), splits())
-    for method in ("standard", "bridgeout", "dropout"):
-        settings = config(method=method)
-        assert make_repr(model, make_optimizer(model, settings), settings, torch.zeros(1, 1, 8, 8)) is None
 
 
 def test_optimizers() -> None:
@@ -245,3 +135,35 @@ def test_a_device_that_is_not_there(name: str) -> None:
         ValueError, match=rf"device '{name}' cannot be used here \(.+\)\. Write --device cpu\."
     ):
         device_of(name)
+
+
+def test_the_pictures_of_a_sequence_of_tasks_follow_the_settings() -> None:
+    plain = load_splits(config())
+    corrected = load_splits(config(regime="corrected-labels", tasks=2, label_noise=0.2))
+    assert torch.equal(corrected.train.labels, plain.train.labels)  # ``task_splits`` falsifies them
+    with pytest.raises(ValueError, match="10 classes do not make 3 equal groups"):
+        load_splits(config(regime="new-classes", tasks=3))
+
+
+def test_a_second_data_set_is_loaded_by_the_same_settings(monkeypatch) -> None:
+    asked = []
+
+    def load(name: str, **settings: Any) -> Splits:
+        asked.append((name, settings))
+        images = Images(
+            torch.zeros(20, 1, *((8, 8) if name == "digits" else (28, 28)), dtype=torch.uint8),
+            torch.arange(20) % 10,
+        )
+        return Splits(images, images, images, tuple(map(str, range(10))), (0.5,), (0.5,))
+
+    monkeypatch.setattr("regrow.study.building.load_data", load)
+    settings = {"regime": "new-domain", "tasks": 2, "second_data": "fashion-mnist", "data_dir": "here"}
+    found = load_splits(config(split_seed=3, train_size=20, **settings))
+    assert [name for name, _ in asked] == ["digits", "fashion-mnist"]
+    assert asked[0][1] == asked[1][1]
+    assert (asked[0][1]["split_seed"], asked[0][1]["data_dir"].name) == (3, "here")
+    assert found.second is not None
+    assert found.size == found.second.size == (8, 8)
+    # Its own pictures lie in a folder that does not hold the published ones.
+    load_splits(config(**settings | {"data": "folder", "image_size": 28}))
+    assert [each["data_dir"] and each["data_dir"].name for _, each in asked[2:]] == ["here", None]

@@ -14,9 +14,11 @@ from regrow.study.compare import (
     overview,
     summarise,
     table,
+    task_table,
 )
 from regrow.study.paired import Paired, Spread
 from regrow.study.records import RunRecord
+from regrow.study.sequences import mean_after_switch
 
 
 def run(method, seed, test=0.8, seconds=10.0, *, validation=0.7, finished=True, **settings):
@@ -121,6 +123,79 @@ def test_equal_compute_by_hand():
     assert other.at_equal_compute.mean == pytest.approx(0.75)
     assert other.difference_at_equal_compute.differences == {0: pytest.approx(10), 1: pytest.approx(-10)}
     assert standard.difference_at_equal_compute is None
+
+
+def sequence(method, seed, *accuracies, **settings):
+    """A run that has trained a task for each of ``accuracies``."""
+    made = trained(method, seed, [0.5] * len(accuracies), 1.0, 10, test=accuracies[-1], **settings)
+    more = {"task_accuracies": [*accuracies], "mean_accuracy_after_switch": mean_after_switch(accuracies)}
+    return replace(made, result={**made.result, **more})
+
+
+SEQUENCES = [
+    sequence("standard", 0, 0.95, 0.80, 0.70),
+    sequence("standard", 1, 0.96, 0.82, 0.72),
+    sequence("repr", 0, 0.90, 0.84, 0.72),
+    sequence("repr", 1, 0.91, 0.83, 0.75),
+]
+
+
+def test_of_a_sequence_the_mean_without_the_first_task_is_compared():
+    standard, other = summarise(SEQUENCES)
+    assert standard.accuracy.mean == pytest.approx(0.76)
+    assert standard.test_accuracy.mean == pytest.approx(0.71)  # of the last task
+    assert other.difference.differences == {0: pytest.approx(3), 1: pytest.approx(2)}
+    assert other.measure == "mean test accuracy in tasks 2 to 3"
+    assert [point.difference.mean for point in other.tasks] == pytest.approx([-5, 2.5, 2.5])
+    assert [point.difference for point in standard.tasks] == [None] * 3
+    # The epochs of different tasks have no common measure.
+    assert (other.at_equal_compute, other.unit, other.flops_ratio) == (None, None, 1.0)
+    assert headline([standard, other]).startswith(
+        "RePr: +2.5 points mean test accuracy in tasks 2 to 3 over standard training (95 % interval"
+    )
+    assert "in mean test accuracy in tasks 2 to 3:" in overview([standard, other])
+
+
+def test_runs_with_one_task_are_compared_by_test_accuracy():
+    one, other = summarise([sequence("standard", 0, 0.9), sequence("repr", 0, 0.8)])
+    assert (one.after_switch, one.tasks, one.measure) == (None, (), "test accuracy")
+    assert other.difference.mean == pytest.approx(-10)
+    assert other.at_equal_compute is not None
+    assert task_table([one, other]) is None
+
+
+def test_other_tasks_are_not_comparable():
+    runs = [sequence("standard", 0, 0.9, 0.8, tasks=2), sequence("repr", 0, 0.9, tasks=1)]
+    with pytest.raises(ValueError, match="tasks is 2 and 1"):
+        summarise(runs)
+    with pytest.raises(ValueError, match="regime is 'same' and 'new-pictures'"):
+        check_comparable([run("standard", 0), run("repr", 0, regime="new-pictures")])
+
+
+def shown(what, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(what)
+    return console.export_text()
+
+
+def test_tables_of_a_sequence():
+    summaries = summarise(SEQUENCES)
+    text = shown(table(summaries))
+    assert "after switches" in text
+    assert "after switches: mean test accuracy in tasks 2 to 3" in text
+    assert "76.00 ± 1.41 %" in text
+    lines = [line.split() for line in shown(task_table(summaries)).splitlines()]
+    assert ["Standard", "training", "95.5", "81.0", "71.0"] in lines
+    assert ["RePr", "90.5", "83.5", "73.5"] in lines
+    assert ["−5.0", "+2.5", "+2.5"] in lines
+
+
+def test_of_many_tasks_eight_are_shown_and_fit_a_terminal():
+    runs = [sequence(method, 0, *([0.9] * 29), 0.1) for method in ("standard", "targeted-bridgeout")]
+    text = shown(task_table(summarise(runs)))
+    assert "task 1      5      9     13     18     22     26     30" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "10.0" in text
 
 
 def test_records_without_flops_have_no_ratio_of_them():
@@ -287,7 +362,7 @@ def test_headline_says_how_many_seeds_and_flops_it_takes():
 def test_headline_has_a_line_per_method():
     one = Paired({0: 1.0}, 1.0, None, None, None)
     lines = headline([summary("standard"), summary("repr", one), summary("dsd", one)]).split("\n")
-    assert [line.split(":")[0] for line in lines] == ["RePr", "dsd"]
+    assert [line.split(":")[0] for line in lines] == ["RePr", "Dense-Sparse-Dense"]
 
 
 def test_overview_counts_verdicts_and_names_methods():

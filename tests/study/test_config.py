@@ -5,7 +5,7 @@ import pytest
 
 from regrow.criteria import score as scoring
 from regrow.criteria import select as selection
-from regrow.repr import subphase
+from regrow.repr import restoring
 from regrow.study import compare, names
 from regrow.study.config import RunConfig, make_config, read_settings
 
@@ -17,7 +17,7 @@ from regrow.study.config import RunConfig, make_config, read_settings
         ("augmentation", names.AUGMENTATIONS),
         ("pooling", names.POOLINGS),
         ("criterion", scoring.CRITERIA),
-        ("consumers", subphase.CONSUMERS),
+        ("consumers", restoring.CONSUMERS),
         ("scope", selection.SCOPES),
         ("method", (*compare.METHOD_SETTINGS, *names.METHOD_ALIASES)),
     ],
@@ -62,6 +62,21 @@ def test_defaults_run_standard_training_on_digits() -> None:
         ({"data": "fashon"}, "data: unknown name; did you mean 'fashion-mnist'. .got 'fashon'"),
         ({"pooling": "Q"}, "pooling: unknown name; choose from 'max', 'avg', 'none' .got 'Q'"),
         ({"epochs": "many"}, "epochs: .*got 'many'"),
+        (
+            {"epochs": 10, "tasks": 3},
+            "epochs: 10 epochs cannot be divided evenly by 3 tasks: train for 9, say",
+        ),
+        ({"method": "repr", "epochs": 4, "tasks": 2}, "train for 3 epochs or more, not 2"),
+        ({"method": "distillation"}, "teacher: distillation learns from another network, and none is given"),
+        ({"method": "repr+distillation"}, "teacher: repr.distillation learns"),
+        (
+            {"method": "restart"},
+            "method: restart acts between tasks .* set tasks or generations to 2",
+        ),
+        ({"method": "ban", "generations": 1}, "method: ban acts between tasks"),
+        ({"method": "ban", "epochs": 10}, "10 epochs cannot be divided evenly by 3 generations: train for 9"),
+        ({"method": "dsd", "epochs": 2}, "epochs: dsd trains a third .* train for 3 epochs or more, not 2"),
+        ({"method": "repr+orthogonal-loss", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 2}, "train for 3 epochs or more, not 2"),
         ({"method": "repr", "epochs": 90, "full": 20, "sub": 10, "cycles": 3}, "train for 91 epochs"),
     ],
@@ -69,6 +84,18 @@ def test_defaults_run_standard_training_on_digits() -> None:
 def test_bad_settings_say_what_to_write(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(settings)
+
+
+def test_generations_are_those_of_the_method() -> None:
+    def generations(**settings: Any) -> int:
+        return make_config({"epochs": 12, **settings}).rounds.generations
+
+    assert generations(method="ban") == generations(method="shrink-and-perturb") == 3
+    assert generations(method="shrink-and-perturb", tasks=2) == 1
+    assert generations(method="ban", tasks=2) == 3
+    assert generations(method="restart", tasks=2) == 1
+    assert generations(method="restart", generations=4) == 4
+    assert generations(method="standard", generations=5) == 1, "standard training has none"
 
 
 BEYOND: dict[str, list[Any]] = {
@@ -83,9 +110,22 @@ BEYOND: dict[str, list[Any]] = {
     "lr": [0, -0.1, 1e31, 1e308, float("nan"), float("inf")],
     "weight_decay": [-1, 1e31, float("nan"), float("inf")],
     "momentum": [1, -0.1, float("nan")],
+    "tasks": [0, 1001, 2**64],
     "cycles": [0, 10**12, 2**64],
     "full": [0, 10**12, 2**64],
-    "sub": [0, 10**12, 2**64],
+    "sub": [-1, 10**12, 2**64],
+    "orthogonal": [-1, 1e31],
+    "teacher": ["", "a\0b", "t" * 5000],
+    "temperature": [0, -1, 1e6],
+    "distillation_weight": [-0.1, 1.1],
+    "generations": [0, 1001],
+    "last": [0, 1001],
+    "shrink": [-0.1, 11],
+    "perturb": [-0.1, 11],
+    "replacement_rate": [-0.1, 1.1],
+    "maturity": [-1, 10**12],
+    "fixed": [0, 1],
+    "dormant": [-1, 1e7],
     "q": [0, 1e12, float("nan"), float("inf")],
     "threads": [0, -1, 1025, 10**6, 1e12, 2**64],
     "model": ["x" * 10**6, 3],

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from regrow.study import feeding
-from regrow.study.feeding import Batches, calibration_batches
+from regrow.study.feeding import Batches, batch_count, calibration_batches
 from regrow.study.images import Images
 
 
@@ -278,3 +278,11 @@ def test_too_little_for_every_process_is_refused() -> None:
         make(numbered(7), batch_size=8, ranks=4)
     with pytest.raises(ValueError, match="rank must be from 0 to 1, not 2"):
         make(numbered(50), rank=2, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "size", "ranks"), [(10, 4, 1), (9, 4, 1), (8, 4, 1), (3, 4, 1), (9, 4, 2), (11, 4, 2)]
+)
+def test_batches_are_counted_without_the_pictures(pictures: int, size: int, ranks: int) -> None:
+    batches = make(numbered(pictures), size, ranks=ranks)
+    assert batch_count(pictures, size, ranks) == len(batches) == len(list(batches.epoch(0)))

@@ -11,6 +11,7 @@ from regrow.study.figures import Series, off_map, stacked, sub_phases
 from regrow.study.paired import paired
 from regrow.study.pruned import Curve, CurveSet
 from regrow.study.records import RunRecord
+from regrow.study.sequences import mean_after_switch, task_points
 
 
 def make_run(seed=0, phases="FFSSF", *, events=True, method="repr", layers=None, accuracy=0.5):
@@ -42,6 +43,17 @@ def make_run(seed=0, phases="FFSSF", *, events=True, method="repr", layers=None,
     )
 
 
+def make_sequence(seed=0, *accuracies, method="repr"):
+    """A run whose epochs are each a task, tested with one of ``accuracies``."""
+    run = make_run(seed, "F" * len(accuracies), method=method, events=False)
+    for task, epoch in enumerate(run.epochs, start=1):
+        epoch["task"] = task
+    run.result.update(
+        task_accuracies=list(accuracies), mean_accuracy_after_switch=mean_after_switch(accuracies)
+    )
+    return run
+
+
 def test_off_map_by_hand():
     expected = np.zeros((5, 5), dtype=bool)
     expected[[2, 4], 2:4] = True  # filters 0 and 2 of b lie behind the two of a; off in epochs 3 and 4
@@ -71,6 +83,19 @@ def series(method="repr", runs=2, **settings):
     )
 
 
+def task_figure(width, methods=("standard", "repr")):
+    """Two methods, three tasks, two seeds."""
+    runs = {
+        "standard": {0: make_sequence(0, 0.9, 0.7, 0.6), 1: make_sequence(1, 0.9, 0.8, 0.7)},
+        "repr": {0: make_sequence(0, 0.8, 0.8, 0.8), 1: make_sequence(1, 0.9, 0.8, 0.9)},
+    }
+    shown = [Series(name, LOOKS[name], list(runs[name].values())) for name in methods]
+    points = {
+        name: task_points(runs[name], runs["standard"] if name != "standard" else None) for name in methods
+    }
+    return figures.task_curves(shown, points, width)
+
+
 CURVES = CurveSet(
     "test",
     "l2",
@@ -95,6 +120,7 @@ DRAWINGS = {
     ),
     "overlap": lambda width: figures.overlap_curves([series()], width),
     "map": lambda width: figures.filter_map(series(runs=3).runs, "#D55E00", width),
+    "tasks": lambda width: task_figure(width),
     "pruned": lambda width: figures.pruned_curves(CURVES, LOOKS, width),
 }
 
@@ -263,3 +289,39 @@ def test_of_many_seeds_single_ones_are_not_drawn():
     few = figures.overlap_curves([series(runs=12)], 10).axes[0]
     many = figures.overlap_curves([series(runs=13)], 10).axes[0]
     assert len(few.collections) == len(many.collections) + 1
+
+
+def test_accuracy_over_tasks_by_hand():
+    accuracy, difference = task_figure(WIDE).axes
+    means = [line for line in accuracy.get_lines() if line.get_marker() in ("o", "s")]
+    assert [line.get_ydata() for line in means] == [pytest.approx([90, 75, 65]), pytest.approx([85, 80, 85])]
+    for line in means:  # beside each other, so that no interval covers another
+        assert np.round(line.get_xdata()).tolist() == [1, 2, 3]
+    assert means[0].get_xdata()[0] < means[1].get_xdata()[0]
+    # Seeds 0 and 1 of standard training are 70 and 80 in task 2: 75 ± 12.7062 · 5.
+    bars = [line.get_ydata() for line in accuracy.get_lines() if line.get_color() == "#010203"]
+    assert any(bar == pytest.approx([75 - 63.531, 75 + 63.531], abs=0.01) for bar in bars if len(bar) == 2)
+    (mean,) = (line for line in difference.get_lines() if line.get_marker() == "s")
+    assert mean.get_ydata() == pytest.approx([-5, 5, 20])
+    assert accuracy.get_ylim()[1] <= 101
+    assert (accuracy.get_ylabel(), difference.get_ylabel()) == ("test accuracy, %", "difference, points")
+
+
+def test_one_method_alone_has_no_panel_of_differences():
+    assert len(task_figure(WIDE, ["standard"]).axes) == 1
+
+
+def test_the_next_task_begins_at_a_line():
+    made = Series("repr", LOOKS["repr"], [make_sequence(0, 0.8, 0.7, 0.6)])
+    upper, _ = figures.learning_curves([made], WIDE).axes
+    assert [line.get_xdata()[0] for line in upper.get_lines() if list(line.get_ydata()) == [0, 1]] == [
+        1.5,
+        2.5,
+    ]
+
+
+def test_dots_of_a_sequence_are_means_without_the_first_task():
+    runs = [make_sequence(seed, 0.9, 0.7, 0.6) for seed in (0, 1)]
+    axes = figures.dots([Series("repr", LOOKS["repr"], runs)], {}, WIDE).axes[0]
+    assert axes.get_xlabel() == "mean test accuracy in tasks 2 to 3, %"
+    assert axes.get_lines()[0].get_xdata() == pytest.approx([65, 65])

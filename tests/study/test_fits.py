@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from killing import start
+from regrow.repr.cycle import RePr
 from regrow.study import records
 from regrow.study.checkpoints import find_checkpoints, from_bytes, to_bytes, write_checkpoint
 from regrow.study.config import make_config
 from regrow.study.data import load_data
-from regrow.study.fits import check_fits
+from regrow.study.methods.regrown import Regrown
+from regrow.study.parts import Parts
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
 from regrow.study.steps import train_epoch
-from regrow.study.train import _Parts, _set_up, train
+from regrow.study.train import train
 
 SMALL: dict[str, Any] = {
     "data": "digits", "width": 4, "depth": 2, "train_size": 100, "batch_size": 50, "epochs": 4, "threads": 1,
@@ -42,11 +44,11 @@ _HOSTILE: list[Any] = [
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
+def run(request: pytest.FixtureRequest) -> tuple[Parts, dict[str, Any]]:
     """The parts of a run, and its state after the second epoch, in the middle of RePr's sub phase."""
     config = make_config({**SMALL, **METHODS[request.param]})
     ranks = Ranks()
-    parts = _set_up(config, load_data("digits", train_size=100), torch.device("cpu"), ranks)
+    parts = Parts(config, load_data("digits", train_size=100), torch.device("cpu"), ranks)
     epochs, events = [], []
     progress = Progress(quiet=True)
     progress.start("run", 4)
@@ -58,9 +60,7 @@ def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
             "alive": 8, "filters": 8, "seconds": 0.1, "flops": 10,
         }  # fmt: skip
         epochs.append(line)
-        event = parts.repr_.step() if parts.repr_ is not None else None
-        if event is not None:
-            events.append({"version": 2, "epoch": epoch, **event.to_dict()})
+        events += [{"version": 2, "epoch": epoch, **each} for each in parts.method.after_epoch()]
     state = {
         "epoch": 2, "epochs": epochs, "events": events, "measured": {"loss": 1.0, "accuracy": 0.5},
         "seconds": 1.0, "environment": {**records.environment("cpu", 1), "resumed": 0},
@@ -69,18 +69,23 @@ def run(request: pytest.FixtureRequest) -> tuple[_Parts, dict[str, Any]]:
     return parts, from_bytes(to_bytes(state))
 
 
-def check(parts: _Parts, state: Any) -> None:
-    check_fits(state, 4, len(parts.train), *parts.trained)
+def cycle_of(parts: Parts) -> RePr | None:
+    part = parts.method.parts.get("repr")
+    return part.cycle if isinstance(part, Regrown) else None
 
 
-def test_a_state_of_the_run_itself_fits(run: tuple[_Parts, dict[str, Any]]) -> None:
+def check(parts: Parts, state: Any) -> None:
+    parts.check(state)
+
+
+def test_a_state_of_the_run_itself_fits(run: tuple[Parts, dict[str, Any]]) -> None:
     parts, state = run
     check(parts, state)
     load_state(copy.deepcopy(state["trained"]), *parts.trained)
     load_random_state(state["random"][0])
 
 
-def test_a_state_from_a_gpu_fits(run: tuple[_Parts, dict[str, Any]]) -> None:
+def test_a_state_from_a_gpu_fits(run: tuple[Parts, dict[str, Any]]) -> None:
     """Adam is capturable there, and stays here what it is here."""
     parts, state = run
     if not isinstance(parts.optimizer, torch.optim.Adam):
@@ -142,11 +147,11 @@ def hostile(state: dict[str, Any], count: int, seed: int) -> Iterator[tuple[str,
         yield repr(at), changed(state, at, what)
 
 
-def snapshot(parts: _Parts) -> Any:
+def snapshot(parts: Parts) -> Any:
     return to_bytes({"trained": state_of(*parts.trained), "random": random_state()})
 
 
-def test_hostile_states_are_refused_or_harmless(run: tuple[_Parts, dict[str, Any]]) -> None:
+def test_hostile_states_are_refused_or_harmless(run: tuple[Parts, dict[str, Any]]) -> None:
     parts, state = run
     before, refused, taken = snapshot(parts), [], []
     for where, each in hostile(state, _FILES, seed=3):
@@ -175,6 +180,9 @@ def test_hostile_states_are_refused_or_harmless(run: tuple[_Parts, dict[str, Any
         ("epoch", 0, "epoch must be a whole number from 1 to 4"),
         ("epoch", 5, "epoch must be a whole number from 1 to 4"),
         ("epochs", [], "records of 2 epochs"),
+        ("task_accuracies", [0.5], "1 accuracies of tasks do not fit epoch 2"),
+        ("task_accuracies", [1.5], "must list fractions from 0 to 1"),
+        ("task_accuracies", {}, "must list fractions from 0 to 1"),
         ("trained.model", {}, "which the file lacks"),
         ("trained.model.classifier\u2024weight", torch.zeros(10, 5), r"shape \[10, 5\] in the file"),
         ("trained.model.classifier\u2024weight", torch.zeros(10, 4).double(), "torch.float64 in the file"),
@@ -199,7 +207,7 @@ def test_hostile_states_are_refused_or_harmless(run: tuple[_Parts, dict[str, Any
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(
-    run: tuple[_Parts, dict[str, Any]], at: str, new: Any, message: str
+    run: tuple[Parts, dict[str, Any]], at: str, new: Any, message: str
 ) -> None:
     parts, state = run
     way = [int(key) if key.isdigit() else key.replace("\u2024", ".") for key in at.split(".")]
@@ -221,26 +229,26 @@ MEMORY: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(MEMORY)))
-def test_hostile_memory_of_repr_changes_nothing(run: tuple[_Parts, dict[str, Any]], number: int) -> None:
+def test_hostile_memory_of_repr_changes_nothing(run: tuple[Parts, dict[str, Any]], number: int) -> None:
     parts, state = run
-    if parts.repr_ is None:
-        assert state["trained"]["repr"] is None
+    if (cycle := cycle_of(parts)) is None:
+        assert state["trained"]["method"] == {}
         return
     key, new = MEMORY[number]
     before = snapshot(parts)
-    repr_state = state["trained"]["repr"]
+    repr_state = state["trained"]["method"]["repr"]
     bad = {**repr_state, "sub_phase": {**repr_state["sub_phase"], key: new}}
-    for load in (parts.repr_.check_state_dict, parts.repr_.load_state_dict):
+    for load in (cycle.check_state_dict, cycle.load_state_dict):
         with pytest.raises(ValueError, match=r"."):
             load(bad)
         assert snapshot(parts) == before
 
 
-def test_states_of_repr_that_do_not_agree_with_themselves(run: tuple[_Parts, dict[str, Any]]) -> None:
+def test_states_of_repr_that_do_not_agree_with_themselves(run: tuple[Parts, dict[str, Any]]) -> None:
     parts, state = run
-    if parts.repr_ is None:
+    if (cycle := cycle_of(parts)) is None:
         return
-    good = state["trained"]["repr"]
+    good = state["trained"]["method"]["repr"]
     for change, message in (
         ({"step": 0}, "is in its full phase, and the state has a sub phase"),
         ({"sub_phase": None}, "is in its sub phase, and the state has no"),
@@ -254,11 +262,11 @@ def test_states_of_repr_that_do_not_agree_with_themselves(run: tuple[_Parts, dic
         ({"version": "x" * 10**6}, "version"),
     ):
         with pytest.raises(ValueError, match=message) as refused:
-            parts.repr_.load_state_dict({**good, **change})
+            cycle.load_state_dict({**good, **change})
         assert len(str(refused.value)) < 600
     for other in (None, 3, [], "state"):
         with pytest.raises(ValueError, match="not a state of RePr"):
-            parts.repr_.load_state_dict(other)
+            cycle.load_state_dict(other)
 
 
 def test_the_checkpoint_before_a_hostile_one_is_taken(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 from regrow.study.config import make_config
-from regrow.study.identity import describe, differing, normalised, run_key, shown, unresolved
+from regrow.study.identity import describe, differing, normalised, resolved, run_key, shown, unresolved
 
 
 def key(**settings: object) -> str:
@@ -40,3 +40,16 @@ def test_values_in_few_letters() -> None:
         "default", "yes", "no", "0.2", "4", "0.0001", "1000000", "7", "none", "a+b", "ortho",
     ]  # fmt: skip
     assert describe({"skip_first": False, "p": 0.25}, ["p", "skip_first"]) == "p 0.25, skip first no"
+
+
+def test_default_generations_said_out_loud_are_the_same_run() -> None:
+    assert key(method="ban", generations=3) == key(method="ban") != key(method="ban", generations=2)
+    assert key(method="standard", generations=3) == key()
+    assert unresolved(make_config({"method": "ban", "generations": 3}))["generations"] is None
+    assert unresolved(make_config({"method": "ban", "generations": 2}))["generations"] == 2
+
+
+def test_methods_of_any_generations_can_be_compared() -> None:
+    """The lengths of the cycle, which all methods share, do not depend on them."""
+    settings = [resolved(make_config({"method": method, "epochs": 30})) for method in ("standard", "ban")]
+    assert set(differing(settings)) == {"method", "generations"}

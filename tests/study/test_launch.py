@@ -312,3 +312,20 @@ def test_the_example_is_what_the_page_shows_and_runs(
     (tmp_path / "study.yaml").write_text(blocks[1])
     assert run_study(tmp_path / "study.yaml", tmp_path / "two", dry_run=True)
     assert "90 runs" in capsys.readouterr().out  # 3 variants × 5 seeds × 3 nets × 2 data sets
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_example_of_changing_data_is_what_the_page_shows_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = (ROOT / "examples" / "changing_data.yaml").read_text()
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert f"```yaml\n{example}```" in page
+    assert run_study(ROOT / "examples" / "changing_data.yaml", tmp_path / "out", dry_run=True)
+    assert "12 runs, 0 done, 12 to run" in capsys.readouterr().out
+    short = example.replace("epochs: 60", "epochs: 4").replace("seeds: 0-2", "seeds: 0")
+    (tmp_path / "short.yaml").write_text(short)
+    assert run_study(tmp_path / "short.yaml", tmp_path / "short")
+    shown = capsys.readouterr().out
+    assert "convnet on digits, 4 tasks of permuted labels" in shown
+    assert "after switches: mean test accuracy in tasks 2 to 4" in shown

@@ -13,6 +13,7 @@ from regrow.study.paired import (
     seeds_needed,
     sign_test,
     spread,
+    t_interval,
 )
 
 
@@ -178,3 +179,13 @@ def test_a_constant_shift_is_the_mean_difference(one, shift):
 def test_spread_by_hand():
     assert spread([1.0, 2.0, 3.0]) == Spread(2.0, 1.0)
     assert spread([4.0]) == Spread(4.0, None)
+
+
+def test_t_interval_by_hand():
+    # Mean 2, standard deviation 1, t of 2 degrees of freedom 4.3027: 2 ± 4.3027 / √3.
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.25, 0.25, 0.25]])
+def test_there_is_no_t_interval_without_a_spread(values):
+    assert t_interval(values) is None

@@ -11,8 +11,9 @@ import yaml
 from regrow.study import records
 
 EPOCH = {
-    "version": 2,
+    "version": 3,
     "epoch": 1,
+    "task": 1,
     "phase": "full",
     "learning_rate": 0.1,
     "train_loss": 1.5,
@@ -26,7 +27,7 @@ EPOCH = {
     "flops": 1000,
 }
 EVENT = {
-    "version": 2,
+    "version": 3,
     "epoch": 2,
     "kind": "drop",
     "cycle": 1,
@@ -34,7 +35,7 @@ EVENT = {
     "notes": [],
 }
 RESULT = {
-    "version": 2,
+    "version": 3,
     "test_accuracy": 0.6,
     "test_loss": 1.2,
     "validation_accuracy": 0.62,
@@ -44,12 +45,14 @@ RESULT = {
     "train_flops": 3000,
     "resumed": 0,
     "filters": {"features.0.conv": 4, "features.1.conv": 2},
+    "task_accuracies": [0.6],
+    "mean_accuracy_after_switch": None,
 }
 
 
 def make_run(folder: Path, method: str = "repr", seed: int = 0, *, finished: bool = True) -> Path:
     records.write_yaml(
-        records.config_path(folder), {"version": 2, "method": method, "seed": seed, "epochs": 3}
+        records.config_path(folder), {"version": 3, "method": method, "seed": seed, "epochs": 3}
     )
     records.write_json(records.environment_path(folder), records.environment("cpu", threads=2))
     for epoch in (1, 2, 3):
@@ -255,7 +258,7 @@ def test_a_diverged_run_can_be_read(tmp_path):
 def test_a_newer_version_says_to_upgrade(tmp_path, name):
     path = make_run(tmp_path) / name
     path.write_text(
-        path.read_text().replace('"version": 2', '"version": 3').replace("version: 2", "version: 3")
+        path.read_text().replace('"version": 3', '"version": 4').replace("version: 3", "version: 4")
     )
     with pytest.raises(ValueError, match=rf"{name}.*newer regrow .*upgrade regrow"):
         records.read_run(tmp_path)
@@ -284,7 +287,7 @@ def test_a_newer_version_says_to_upgrade(tmp_path, name):
         (
             "events.jsonl",
             json.dumps(EVENT | {"kind": "cut"}) + "\n",
-            "must be 'drop' or 'restore', got 'cut'",
+            "must be one of 'drop', 'restore', .*, got 'cut'",
         ),
         ("events.jsonl", json.dumps(EVENT | {"filters": {"a": 1}}) + "\n", "list of indices for 'a'"),
         ("events.jsonl", json.dumps(EVENT | {"filters": {"features.0.conv": [4]}}) + "\n", "no filter 4"),
@@ -317,7 +320,7 @@ def test_find_runs_says_what_a_run_folder_is(tmp_path):
 
 
 CURVE = {
-    "version": 2,
+    "version": 3,
     "split": "test",
     "criterion": "l2",
     "scope": "layer",
@@ -349,7 +352,7 @@ POINT = CURVE["points"][0]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 3}, "newer regrow"),
+        ({"version": 4}, "newer regrow"),
         ({"weights": None}, "'weights' must be str, got None"),
         ({"classes": 0}, "'classes' must be 1 or more, got 0"),
         ({"points": {}}, "'points' must be list"),
@@ -380,3 +383,54 @@ def test_bytes_are_written_whole_and_without_a_trace(tmp_path):
     records.write_bytes(tmp_path / "new" / "a.png", b"\x00\xff")
     assert (tmp_path / "new" / "a.png").read_bytes() == b"\x00\xff"
     assert os.listdir(tmp_path / "new") == ["a.png"]
+
+
+def test_records_without_tasks_are_those_of_a_single_task(tmp_path):
+    folder = make_run(tmp_path / "run")
+    old = {
+        key: value
+        for key, value in RESULT.items()
+        if key not in ("task_accuracies", "mean_accuracy_after_switch")
+    }
+    records.write_json(records.result_path(folder), old | {"version": 2})
+    lines = [
+        {key: value for key, value in EPOCH.items() if key != "task"} | {"version": 2, "epoch": epoch}
+        for epoch in (1, 2)
+    ]
+    records.write_lines(records.epochs_path(folder), lines)
+    run = records.read_run(folder)
+    assert [line["task"] for line in run.epochs] == [1, 1]
+    assert run.result["task_accuracies"] is None
+    assert run.result["mean_accuracy_after_switch"] is None
+
+
+def test_accuracies_over_tasks_come_back_as_written(tmp_path):
+    folder = make_run(tmp_path / "run")
+    accuracies = {"task_accuracies": [0.9, 0.5, 0.7], "mean_accuracy_after_switch": 0.6}
+    records.write_json(records.result_path(folder), RESULT | accuracies)
+    result = records.read_run(folder).result
+    assert {key: result[key] for key in accuracies} == accuracies
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task_accuracies": 0.5}, "'task_accuracies' must be list or null, got 0.5"),
+        ({"task_accuracies": [0.5, "a"]}, "'task_accuracies' must list fractions from 0 to 1"),
+        ({"task_accuracies": [0.5, True]}, "must list fractions from 0 to 1"),
+        ({"task_accuracies": [55.0]}, "must list fractions from 0 to 1, got [55.0]"),
+        ({"task_accuracies": [0.5, None]}, "must list fractions from 0 to 1"),
+        ({"task_accuracies": [0.5, 0.6]}, "'mean_accuracy_after_switch' must be a number where"),
+        ({"mean_accuracy_after_switch": 0.6}, "must be a number where 'task_accuracies' has two or more"),
+        (
+            {"task_accuracies": [0.5, 0.6], "mean_accuracy_after_switch": 60},
+            "'mean_accuracy_after_switch' must be a fraction from 0 to 1, got 60",
+        ),
+    ],
+)
+def test_malformed_accuracies_over_tasks_are_refused_by_name(tmp_path, changes, message):
+    folder = make_run(tmp_path / "run")
+    records.write_json(records.result_path(folder), RESULT | changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        records.read_run(folder)
+    assert "result.json" in str(caught.value)

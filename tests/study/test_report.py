@@ -681,3 +681,99 @@ def test_the_command_reports_what_can_be_read_and_writes_event_files(tmp_path):
     page = Page((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
     assert page.row("RePr, fraction 0.2", "1")
     assert "torn : torn/result.json is not valid JSON" in page.words()
+
+
+# Accuracies of three tasks by method and seed; of tasks 2 and 3 the means are 75, 77 and 78, 82: +3 and +5.
+TASKS = {
+    "standard": ((0.95, 0.80, 0.70), (0.95, 0.80, 0.74)),
+    "repr": ((0.90, 0.80, 0.76), (0.90, 0.84, 0.80)),
+}
+
+
+@pytest.fixture(scope="module")
+def sequence(tmp_path_factory):
+    """A comparison of two methods that trained three tasks each, and its report."""
+    root = tmp_path_factory.mktemp("sequence")
+    for method, seeds in TASKS.items():
+        for seed, accuracies in enumerate(seeds):
+            folder = make_run(
+                records.run_folder(root, method, seed),
+                method,
+                seed,
+                flops=100,
+                tasks=3,
+                regime="new-pictures",
+            )
+            lines = [
+                line | {"task": (line["epoch"] + 3) // 4}
+                for line in records.read_lines(records.epochs_path(folder))
+            ]
+            records.write_lines(records.epochs_path(folder), lines)
+            result = json.loads(records.result_path(folder).read_text())
+            mean = sum(accuracies[1:]) / 2
+            more = {
+                "task_accuracies": accuracies,
+                "mean_accuracy_after_switch": mean,
+                "test_accuracy": accuracies[-1],
+            }
+            records.write_json(records.result_path(folder), result | more)
+    write_report(records.find_runs(root), root / "report.html")
+    return root
+
+
+def test_a_sequence_is_reported_by_its_mean_without_the_first_task(sequence):
+    page = Page((sequence / "report.html").read_text(encoding="utf-8"))
+    assert "convnet on digits, 3 tasks of new pictures" in page.words()
+    assert "RePr: +4.0 points mean test accuracy in tasks 2 to 3 over standard training" in page.words()
+    assert page.rows[0][2].replace("\u00a0", " ") == "Mean test accuracy in tasks 2 to 3"
+    assert page.row("Standard training", "2")[2] == "76.00 ± 1.41 %"
+    assert page.row("RePr", "2")[2:4] == ["80.00 ± 2.83 %", "+4.00 [−8.71, +16.71]"]
+    assert page.row("RePr", "0")[2:5] == ["78.00 %", "85.00 %", "+3.00"]
+    assert "Its number here is the mean over tasks 2 to 3" in page.words()
+    assert "Accuracy at equal compute is left out" in page.words()
+    assert "Dotted: the next task begins." in page.words()
+
+
+def test_the_table_over_tasks_has_paired_differences(sequence):
+    page = Page((sequence / "report.html").read_text(encoding="utf-8"))
+    assert "tasks" in page.ids
+    (head,) = [row for row in page.rows if "Task 1" in [cell.replace("\u00a0", " ") for cell in row]]
+    assert [cell.replace("\u00a0", " ") for cell in head] == [
+        "Method", "n", "Mean of tasks 2 to 3", "Task 1", "Task 2", "Task 3",
+    ]  # fmt: skip
+    (row,) = [row for row in page.rows if row[:1] == ["RePr"] and len(row) == 6 and "−5.00" in row[3]]
+    assert row[2] == "80.00 ± 2.83 % +4.00 [−8.71, +16.71]"
+    assert row[3] == "90.00 ± 0.00 % −5.00"
+    assert row[4] == "82.00 ± 2.83 % +2.00 [−23.41, +27.41]"
+
+
+def test_the_numbers_of_a_sequence_are_in_the_files_too(sequence):
+    results = json.loads((sequence / "results.json").read_text())
+    assert results["compared"] == "mean test accuracy in tasks 2 to 3"
+    assert results["methods"][1]["mean_accuracy_after_switch"] == pytest.approx(0.8)
+    assert results["methods"][1]["test_accuracy"] == pytest.approx(0.78)
+    assert [(row["method"], row["task"]) for row in results["tasks"]] == [
+        (method, task) for method in ("standard", "repr") for task in (1, 2, 3)
+    ]
+    assert results["tasks"][3]["difference_points"] == pytest.approx(-5)
+    assert results["tasks"][4]["difference_low"] == pytest.approx(2 - 12.7062 * 2, abs=1e-3)
+    with (sequence / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["mean_accuracy_after_switch"]) == pytest.approx(0.75)
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_sequence_of_two_tasks_is_drawn(tmp_path):
+    folder = make_run(tmp_path / "a", "standard", tasks=2)
+    result = json.loads(records.result_path(folder).read_text())
+    more = {"task_accuracies": [0.9, 0.7], "mean_accuracy_after_switch": 0.7, "test_accuracy": 0.7}
+    records.write_json(records.result_path(folder), result | more)
+    page = Page(
+        write_report(records.find_runs(tmp_path), tmp_path / "report.html").read_text(encoding="utf-8")
+    )
+    assert "Its number here is that of task 2" in page.words()
+    assert not any("Mean of tasks" in cell for row in page.rows for cell in row)
+
+
+def test_a_report_of_single_tasks_has_no_section_over_tasks(page):
+    assert "tasks" not in page.ids

@@ -32,6 +32,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "repr": {"method": "repr", "full": 1, "sub": 2, "cycles": 1},
     "bridgeout": {"method": "bridgeout", "p": 0.2},
     "dropout": {"method": "dropout", "p": 0.2, "optimizer": "adamw"},
+    "tasks": {
+        "method": "repr",
+        "full": 1,
+        "sub": 1,
+        "cycles": 1,
+        "tasks": 2,
+        "regime": "permuted-labels",
+    },
     "half": {"precision": "float16", "augmentation": "shift-flip"},
 }
 TIMES = ("seconds", "train_seconds", "resumed")

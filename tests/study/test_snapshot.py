@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from regrow.study.checkpoints import from_bytes, to_bytes
+from regrow.study.methods.method import Method
 from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
 
 
@@ -23,7 +24,7 @@ def test_a_run_goes_on_on_another_device():
         states = []
         for model, optimizer in objects:
             scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-            states.append((model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), None))
+            states.append((model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False), Method()))
         load_state(from_bytes(to_bytes(state_of(*states[0]))), *states[1])
         _, optimizer = objects[1]
         assert optimizer.param_groups[0]["capturable"] is here

@@ -117,12 +117,12 @@ def test_exclude_is_a_list_and_a_list_of_lists_an_axis(tmp_path: Path) -> None:
         ("methods: {repr: {p: 0.1}}\nseeds: 0", "for itself: compact, consumers, criterion"),
         (
             "methods: {standard: {fraction: 0.1}}\nseeds: 0",
-            "standard: 'fraction' belongs to repr, and standard",
+            "standard: 'fraction' belongs to repr, dsd, restart, and standard",
         ),
         ("methods: {repr: {cycles: 1}}\nseeds: 0", "'cycles' must be the same for all methods"),
         (
             "methods: [standard, dropout]\nseeds: 0\nsettings: {fraction: 0.3}",
-            "settings: 'fraction' belongs to the method repr, and would be ignored with standard and dropout",
+            "settings: 'fraction' belongs to the methods repr, dsd and restart, and would be ignored",
         ),
         (
             "methods: bridgeout\nseeds: 0\nsettings: {cycles: 2}",

@@ -15,7 +15,9 @@ from regrow.study.feeding import Batches, calibration_batches
 from regrow.study.identity import resolved
 from regrow.study.models import build_model
 from regrow.study.steps import evaluate
+from regrow.study.tasks import task_splits
 from regrow.study.train import Diverged, train
+from regrow.study.trained import from_run
 
 SMALL: dict[str, Any] = {"data": "digits", "width": 8, "train_size": 300, "epochs": 4, "threads": 1}
 
@@ -235,6 +237,75 @@ def test_fashion_mnist_end_to_end(tmp_path: Path, settings: dict[str, Any]) -> N
     # Ten classes: chance is 0.1. A working pipeline is far above it after 80 steps.
     assert record.result["test_accuracy"] > 0.3
     assert len(record.events) == (2 if settings["method"] == "repr" else 0)
+
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "same": {},
+    "permuted-labels": {},
+    "growing-data": {},
+    "corrected-labels": {"label_noise": 0.4},
+    "new-classes": {},
+    "new-pictures": {},
+    "new-domain": {"second_data": "fashion-mnist"},
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_trains_its_tasks_and_tests_each_at_its_end(tmp_path: Path, regime: str) -> None:
+    record = run(tmp_path / "run", regime=regime, tasks=2, width=4, train_size=200, **REGIMES[regime])
+    assert record.result is not None
+    assert [line["task"] for line in record.epochs] == [1, 1, 2, 2]
+    accuracies = record.result["task_accuracies"]
+    assert len(accuracies) == 2
+    assert record.result["test_accuracy"] == accuracies[1] == record.result["mean_accuracy_after_switch"]
+    # What a run leaves is judged by the pictures of its last task.
+    trained = from_run(tmp_path / "run", device="cpu")
+    assert trained.test is not None
+    right = sum(int((trained.model(x).argmax(1) == y).sum()) for x, y in trained.test)
+    assert right / len(trained.test) == pytest.approx(accuracies[1])
+
+
+def test_the_first_task_is_what_a_run_of_one_task_trains(tmp_path: Path) -> None:
+    settings = {"full": 1, "sub": 1, "cycles": 1, "method": "repr", "width": 4}
+    sequence = run(tmp_path / "a", regime="permuted-labels", tasks=3, epochs=9, **settings)
+    alone = run(tmp_path / "b", epochs=3, **settings)
+    assert sequence.result is not None
+    assert alone.result is not None
+    assert sequence.result["task_accuracies"][0] == alone.result["test_accuracy"]
+    assert alone.result["task_accuracies"] == [alone.result["test_accuracy"]]
+    assert alone.result["mean_accuracy_after_switch"] is None
+    mean = sum(sequence.result["task_accuracies"][1:]) / 2
+    assert sequence.result["mean_accuracy_after_switch"] == pytest.approx(mean)
+
+
+def test_the_test_pictures_of_each_task_are_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def counted(model: Any, batches: Batches, *rest: Any) -> dict[str, float]:
+        seen.append(batches.labels.tolist())
+        return evaluate(model, batches, *rest)
+
+    monkeypatch.setattr("regrow.study.train.evaluate", counted)
+    settings = {"regime": "permuted-labels", "tasks": 3, "epochs": 6, "width": 4}
+    run(tmp_path / "run", **settings)
+    splits, config = load_data("digits", train_size=300), make_config({**SMALL, **settings})
+    tasks = [task_splits(splits, config, task) for task in (1, 2, 3)]
+    expected = []
+    for each in tasks:
+        expected += [each.validation.labels.tolist()] * 2 + [each.test.labels.tolist()]
+    assert seen == expected
+
+
+def test_a_regime_that_the_data_does_not_suit_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"regime": "new-classes", "tasks": 4}, "10 classes do not make 4 equal groups"),
+        ({"regime": "growing-data", "tasks": 4, "train_size": 30}, "has 7 training pictures, and needs 10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.gives_up  # maps of one pixel cannot be normalised by one picture

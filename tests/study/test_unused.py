@@ -47,7 +47,10 @@ def test_what_changes_the_run_is_taken(method: str) -> None:
 def test_of_several_runs_one_has_to_use_it() -> None:
     standard, bridgeout = (make_config({"method": method}) for method in ("standard", "bridgeout"))
     check_used({"p": 0.2}, [standard, bridgeout])
-    message = "--fraction belongs to the method repr, and would be ignored with standard and bridgeout: "
+    message = (
+        "--fraction belongs to the methods repr, dsd and restart, and would be ignored with standard and "
+        "bridgeout: "
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         check_used({"fraction": 0.2}, [standard, bridgeout, bridgeout], lambda key: f"--{key}")
 

@@ -157,18 +157,18 @@ def test_an_interrupt_in_a_change_comes_when_it_is_done(name: str, monkeypatch: 
 
 @pytest.mark.usefixtures("_listening")
 def test_an_interrupt_in_a_drop_or_restore_counts_it_as_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.repr import subphase
+    from regrow.repr import restoring
 
     model = Stopping()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     cycle = RePr(model, optimizer, example_inputs=X, full=1, sub=1, cycles=1, fraction=0.3)
     with monkeypatch.context() as patch:
-        interrupted(patch, subphase, "silence")
+        interrupted(patch, restoring, "silence")
         with pytest.raises(KeyboardInterrupt):
             cycle.step()
     assert (cycle.phase, cycle.state_dict()["step"]) == ("sub", 1)
     with monkeypatch.context() as patch:
-        interrupted(patch, subphase, "orthogonal_rows")
+        interrupted(patch, restoring, "orthogonal_rows")
         with pytest.raises(KeyboardInterrupt):
             cycle.step()
     assert cycle.state_dict()["step"] == 2

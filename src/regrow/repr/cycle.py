@@ -2,72 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.score import check_criterion, score
-from regrow.criteria.select import check_selection, select
-from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
+from regrow.criteria.score import Criterion
+from regrow.criteria.select import check_selection
+from regrow.filters import check_finite
 from regrow.given import check_inputs, check_module, check_optimizer, names_given
 from regrow.interrupts import uninterrupted
 from regrow.log import first_line, gave_up
-from regrow.looking.calls import PassFailed, floating, run
+from regrow.looking.calls import PassFailed, run
 from regrow.looking.copies import NotCopied, copied, dtypes, inputs_as
 from regrow.marks import Mark, check, marks_on
 from regrow.modules import device_of, unwrap
 from regrow.repr.averaged import Averaged
+from regrow.repr.events import Event
+from regrow.repr.jumps import jump, largest_outputs
+from regrow.repr.layers import usable_layers
 from regrow.repr.narrow import check_plan, narrow
 from regrow.repr.ranks import copy_from_first, first_decides, group_of
+from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.state import VERSION, check_state, phase_at
-from regrow.repr.subphase import CONSUMERS, SubPhase, check_memory, listed, phases_on
+from regrow.repr.subphase import SubPhase, check_memory, listed, phases_on
+from regrow.repr.weakest import Batches, Weakest
 from regrow.repr.worth import judge
-from regrow.structure.read import read_structure
-from regrow.structure.readers import silent_entries
-from regrow.suggest import nearest
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal
-from regrow.torch_private import own_parameters, takes_step_hooks, tree_map_only
+from regrow.torch_private import takes_step_hooks, tree_map_only
 
 # At less than this share of the highest learning rate, a network heals too slowly after a drop or restore.
 _LOW_RATE = 0.1
-# A restore that makes an output so many times as large sends gradients of that size through the network.
-_JUMP = 10
-
-
-@dataclass(frozen=True)
-class Event:
-    """A drop or restore that ``RePr.step`` carried out.
-
-    Attributes:
-        kind: ``"drop"`` or ``"restore"``.
-        step: the number of calls of ``step``, this one included.
-        cycle: number of the cycle, from 1.
-        filters: {qualified name: indices of the filters}, without the layers that have no such filter.
-        least_covered: on restore, the layers whose null space was too small for the new rows, which then
-            took the directions that the existing rows cover least.
-        notes: one sentence for each thing that could not be done as asked.
-    """
-
-    kind: str
-    step: int
-    cycle: int
-    filters: dict[str, list[int]]
-    least_covered: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The event as plain JSON-able data."""
-        return asdict(self)
 
 
 class RePr:
@@ -75,8 +47,9 @@ class RePr:
 
     Call ``step()`` once per epoch, or once per batch: ``full`` and ``sub`` count these calls. After ``full``
     calls the filters with the lowest scores are dropped: they emit exactly 0, and no optimizer moves them.
-    After ``sub`` more calls they are restored with new directions. After ``cycles`` cycles ``step()`` does
-    nothing. Keep the learning rate high until the last restore: near a rate of 0 the network cannot heal.
+    After ``sub`` more calls they are restored with new directions. With ``sub=0`` they are dropped and
+    restored at once, in the same call (a restart). After ``cycles`` cycles ``step()`` does nothing. Keep the
+    learning rate high until the last restore: near a rate of 0 the network cannot heal.
 
     Args:
         model: any module, also in a DDP or ``torch.compile`` wrapper. Grouped and depthwise convolutions are
@@ -85,12 +58,21 @@ class RePr:
             drop and restore all processes have its weights and buffers, bit for bit.
         optimizer: the optimizer that trains ``model``.
         fraction: share of the ranked filters to drop, 0 ≤ fraction < 1.
-        full, sub: lengths of the two phases of a cycle, in calls of ``step``.
+        full, sub: lengths of the two phases of a cycle, in calls of ``step``. With ``sub=0`` there is no
+            phase without the dropped filters, and ``compact`` has no effect.
         cycles: the number of cycles.
-        criterion: ``"ortho"`` (the paper's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"``, ``"random"``.
+        criterion: a criterion of ``score``, such as ``"ortho"`` (the paper's overlap), ``"random"`` or
+            ``"taylor"``; or a function of the model that returns {name: Tensor[filters]}, higher = keep. A
+            state has the function's qualified name only: give the function again when you resume.
+        batches, loss: what the criteria that read pictures need (see ``score``). ``batches`` are read in
+            every cycle: a loader, a list, or a function that returns them. With DDP, only the first process
+            reads them.
         consumers: the weights by which other layers read a restored channel. ``"zero"``: 0, so that the
             restore does not change the network's output. ``"keep"``: the weights from before the drop, by
             which a net without norms can collapse. ``"init"``: newly drawn weights.
+        rows: the rows of the restored filters. ``"orthogonal"``: the paper's, in directions that no other
+            filter of the layer uses, with the mean length of the kept rows. ``"init"``: drawn as PyTorch
+            draws a new layer, uniform in ±1/√(inputs of a filter).
         compact: with True, leave dropped filters out of the computation in the sub phase (``narrow``); with
             False, compute them and hold them at 0, which gives the same results up to rounding. None takes
             what is quicker: it leaves them out on a CPU, and on a GPU where a pass saves enough
@@ -120,8 +102,11 @@ class RePr:
         full: int = 20,
         sub: int = 10,
         cycles: int = 3,
-        criterion: str = "ortho",
+        criterion: Criterion = "ortho",
+        batches: Batches | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
         consumers: str = "zero",
+        rows: str = "orthogonal",
         compact: bool | None = None,
         scope: str = "global",
         floor: float = 0.1,
@@ -132,13 +117,12 @@ class RePr:
         check(model, "RePr")
         check_optimizer(optimizer, "RePr")
         check_inputs(example_inputs, "RePr")
-        for name, value in (("full", full), ("sub", sub), ("cycles", cycles)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name, value, least in (("full", full, 1), ("sub", sub, 0), ("cycles", cycles, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         check_selection(fraction, scope, floor)
-        check_criterion(criterion)
-        if consumers not in CONSUMERS:
-            raise ValueError(f"unknown choice consumers={consumers!r}{nearest(str(consumers), CONSUMERS)}")
+        self._weakest = Weakest(criterion, batches, loss, often=cycles > 1)
+        check_restoring(consumers, rows)
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
         if not _is_seen(optimizer):
@@ -153,21 +137,14 @@ class RePr:
         self._group = group_of(model)
         self._optimizer = optimizer
         self._settings: dict[str, Any] = {
-            "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles, "criterion": criterion,
-            "consumers": consumers, "scope": scope, "floor": float(floor), "exclude": exclude,
+            "fraction": float(fraction), "full": full, "sub": sub, "cycles": cycles,
+            "criterion": self._weakest.name,
+            "consumers": consumers, "rows": rows, "scope": scope, "floor": float(floor), "exclude": exclude,
             "skip_first": bool(skip_first), "seed": seed,
         }  # fmt: skip
-        check_finite(eligible(self._model, exclude))
-        self._readers = read_structure(model, example_inputs)
-        self.left_out = self._find_left_out(exclude, skip_first)
-        names = eligible(self._model, self.left_out)
-        self._layers = {name: self._readers[name] for name in names}
-        self._check_held()
-        for readers in self._layers.values():
-            for consumer in readers.consumers:
-                weight = own_parameters(self._model.get_submodule(consumer)).get("weight")
-                if weight is None or not weight.requires_grad:
-                    readers.mixed = readers.mixed or f"{consumer!r} reads it and is frozen"
+        layers = usable_layers(model, optimizer, example_inputs, exclude, skip_first)
+        self._readers, self._layers = layers.readers, layers.usable
+        self.left_out = dict(layers.left_out)
         self._replicated = isinstance(model, nn.DataParallel)
         self._compact = compact
         # Clones: a view, such as x[:1], would keep the whole batch in memory.
@@ -183,49 +160,6 @@ class RePr:
         for name in self._layers:
             self._conv(name)._regrow_cycle = self._mark
         self._copies.watch()
-
-    def _check_held(self) -> None:
-        # A parameter in another optimizer, such as a bias, would not stay at 0 in a dropped filter.
-        groups = [group for part in stepping(self._optimizer) for group in part.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        entries = silent_entries(self._model, self._layers, {name: [0] for name in self._layers})
-        needed = {id(parameter) for parameter, *_ in entries if parameter.requires_grad}
-        missing = [name for name, p in self._model.named_parameters() if id(p) in needed - held]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not hold {', '.join(map(repr, missing[:3]))}"
-                + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-                + ". Build it from all of this model's parameters, after the model has been moved to its "
-                "device; or list in exclude= the layers that it does not train, or freeze them."
-            )
-
-    def _find_left_out(self, exclude: list[str], skip_first: bool) -> dict[str, str]:
-        every = convolutions(self._model)
-        reasons = dict.fromkeys(sorted(excluded(exclude, every)), "excluded by name")
-        if skip_first and self._readers:
-            first = next(iter(self._readers))
-            reasons.setdefault(first, "the first convolution (skip_first=False includes it)")
-        for name, reason in left_out(self._model).items():
-            reasons.setdefault(name, reason)
-        for name in every:
-            if name not in self._readers:
-                reasons.setdefault(name, "example_inputs do not reach it")
-                continue
-            if why := self._readers[name].output:
-                reasons.setdefault(name, why)
-            if norm := self._readers[name].unsilenced:
-                reasons.setdefault(name, f"{norm!r} behind it cannot be silenced for its channels alone")
-            for norm in self._readers[name].norms:
-                affine = list(self._model.get_submodule(norm).parameters(recurse=False))
-                if any(not parameter.requires_grad for parameter in affine):
-                    reasons.setdefault(name, f"the norm behind it, {norm!r}, is frozen")
-        if len(reasons) == len(every):
-            listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise ValueError(
-                f"no convolution is left to work on ({listed}). Exclude fewer layers, or pass "
-                "skip_first=False."
-            )
-        return reasons
 
     @property
     def phase(self) -> str:
@@ -247,7 +181,7 @@ class RePr:
         """Count one epoch (or batch), and drop or restore filters when their time has come.
 
         Returns:
-            The drop or restore, if there was one.
+            The drop, the restore, or with ``sub=0`` the restart, if there was one.
 
         Raises:
             ValueError: NaN or infinite weights at a drop or restore; nothing is changed or counted.
@@ -270,7 +204,7 @@ class RePr:
         event = None
         if cycle < self._settings["cycles"]:
             if position + 1 == self._settings["full"]:
-                event = self._drop(cycle)
+                event = self._drop(cycle) if self._settings["sub"] else self._restart(cycle)
             elif position + 1 == self._length:
                 event = self._restore(cycle)
         if event is None:  # a drop or restore counts its step itself
@@ -296,16 +230,7 @@ class RePr:
 
     def _choose(self, cycle: int) -> dict[str, Any]:
         """The filters to drop and a plan to compute without them, as plain JSON-able data."""
-        settings = self._settings
-        seed = _seed(settings["seed"], cycle, 0)
-        scores = score(self._model, settings["criterion"], exclude=self.left_out, seed=seed)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            keep = select(scores, settings["fraction"], scope=settings["scope"], floor=settings["floor"])
-        said = [str(warning.message) for warning in caught]
-        dropped = {
-            name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items() if not mask.all()
-        }
+        dropped, said = self._choose_weakest(cycle)
         plan, silenced, reasons = self._plan(dropped)
         return {
             "dropped": dropped,
@@ -315,23 +240,54 @@ class RePr:
             "notes": said + reasons,
         }
 
+    def _choose_weakest(self, cycle: int) -> tuple[dict[str, list[int]], list[str]]:
+        settings = self._settings
+        seed = _seed(settings["seed"], cycle, 0)
+        return self._weakest.of(self._model, settings, exclude=self.left_out, seed=seed)
+
+    def _restart(self, cycle: int) -> Event:
+        """Drop filters and restore them at once."""
+        dropped, said = self._first_decides(lambda: self._choose_weakest(cycle))
+        for warning in said:
+            warnings.warn(warning, stacklevel=4)
+        self._warn_if_rate_is_low("restarted")
+        self._copy_from_first()
+        before = largest_outputs(self._model, self._inputs())
+        with uninterrupted():
+            least_covered, notes = restart_filters(
+                Filters(self._model, self._layers, dropped),
+                self._optimizer,
+                self._copies,
+                consumers=self._settings["consumers"],
+                new_rows=self._settings["rows"],
+                generator=self._generator(cycle),
+                averaged=self._averaged,
+                agree=self._copy_from_first,
+            )
+            self._step += 1
+        self._warn_of_a_jump(before)
+        told = self._first_decides(lambda: {"least_covered": least_covered, "notes": said + notes})
+        return Event("restart", self._step, cycle + 1, dropped, **told)
+
     def _restore(self, cycle: int) -> Event:
         sub = self._sub
         assert sub is not None
         self._first_decides(lambda: check_finite({name: self._conv(name) for name in sub.dropped}))
         self._warn_if_rate_is_low("restored")
-        before = self._largest_outputs()
-        generator = torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
+        before = largest_outputs(self._model, self._inputs())
         with uninterrupted():
             # Processors may round the decomposition differently, and the processes need equal rows.
-            least_covered, notes = sub.restore(generator, agree=self._copy_from_first)
+            least_covered, notes = sub.restore(self._generator(cycle), agree=self._copy_from_first)
             self._sub = None
             self._step += 1
-        self._warn_of_a_jump(before, self._largest_outputs())
+        self._warn_of_a_jump(before)
         if sub.captured:
             notes.append("capture your CUDA graph again: it computes without the filters restored now.")
         said = self._first_decides(lambda: {"least_covered": least_covered, "notes": notes})
         return Event("restore", self._step, cycle + 1, sub.dropped, **said)
+
+    def _generator(self, cycle: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_seed(self._settings["seed"], cycle, 1))
 
     def _first_decides(self, decide: Callable[[], Any]) -> Any:
         return first_decides(decide, self._group, device_of(self._model))
@@ -384,33 +340,17 @@ class RePr:
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self._example_inputs)
         return inputs_as(inputs, now.pop()) if now != self._dtypes and len(now) == 1 else inputs
 
-    def _largest_outputs(self) -> list[float]:
-        """The largest value of each output on ``example_inputs``, in evaluation mode; [] if a pass fails."""
-        try:
-            # The user's own hooks may count the passes of the model, so that a copy runs.
-            output, _ = run(copied(self._model), self._inputs(), training=False)
-        except (NotCopied, PassFailed) as error:
-            gave_up("comparing the output before and after a restore", error)
-            return []
-        return [float(tensor.detach().abs().max()) for tensor in floating(output) if tensor.numel()]
-
-    def _warn_of_a_jump(self, before: list[float], after: list[float]) -> None:
-        for small, large in zip(before, after, strict=False):
-            if 0 < small < math.inf and not large <= _JUMP * small:
-                others = " or consumers='zero'" if self._settings["consumers"] != "zero" else ""
-                warnings.warn(
-                    f"the restore made the largest output on example_inputs {large / small:.3g} times as "
-                    f"large ({small:.3g} before, {large:.3g} after), and training may diverge or collapse: "
-                    f"build RePr with a smaller fraction{others}, or train at a lower rate.",
-                    stacklevel=5,
-                )
-                return
+    def _warn_of_a_jump(self, before: list[float]) -> None:
+        what = "restore" if self._settings["sub"] else "restart"
+        after = largest_outputs(self._model, self._inputs())
+        if warning := jump(before, after, self._settings["consumers"], what, "build RePr"):
+            warnings.warn(warning, stacklevel=5)
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
         return SubPhase(
             model, self._optimizer, self._layers, dropped, consumers, memory, plan, silenced, self._copies,
-            self._averaged, self._worth(plan), self._replicated,
+            self._averaged, self._worth(plan), self._replicated, self._settings["rows"],
         )  # fmt: skip
 
     def _worth(self, plan: CutPlan | None) -> Callable[[Any], bool] | None:

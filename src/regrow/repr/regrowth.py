@@ -1,6 +1,8 @@
-"""New orthogonal directions for dropped filters (RePr, arXiv 1811.07275, §3)."""
+"""New rows for dropped filters: orthogonal directions (RePr, arXiv 1811.07275, §3), or numbers drawn anew."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +48,21 @@ def orthogonal_rows(kept: Tensor, dropped: Tensor, *, generator: torch.Generator
         else:
             new = _orthonormal(random, directions[: dimension - null].T)
     return (new * length).to(kept), fallback
+
+
+def drawn_as_new(weight: Tensor, shape: Sequence[int], *, generator: torch.Generator) -> Tensor:
+    """Numbers as PyTorch draws them for a new layer with this weight: uniform in ±1/√(inputs of a filter).
+
+    Args:
+        weight: the weight of a convolution or a linear layer, in PyTorch's order of dimensions.
+        shape: of the numbers wanted.
+        generator: a CPU generator; the same state gives the same numbers on every device and rank.
+
+    Returns:
+        Tensor of ``shape`` on the device and in the type of ``weight``.
+    """
+    bound = weight[0].numel() ** -0.5
+    return ((torch.rand(shape, generator=generator) * 2 - 1) * bound).to(weight)
 
 
 def _orthonormal(vectors: Tensor, basis: Tensor) -> Tensor:

@@ -295,8 +295,8 @@ def _fits(slot: Tensor, parameter: nn.Parameter) -> bool:
 def _entries(fresh: Tensor, parameter: nn.Parameter, slot: Tensor) -> Tensor | None:
     """Where ``slot`` is new: a sum is new where everything in it is; None if nowhere."""
     if slot.shape != parameter.shape:
-        for dim in range(slot.dim(), fresh.dim()):
-            fresh = fresh.all(dim)
+        while fresh.dim() > slot.dim():
+            fresh = fresh.all(-1)
         for dim in range(fresh.dim()):
             fresh = fresh if slot.shape[dim] == parameter.shape[dim] else fresh.all(dim, keepdim=True)
     return fresh if fresh.any() else None

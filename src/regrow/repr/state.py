@@ -9,6 +9,8 @@ from regrow.given import kind_of
 from regrow.short import line, short
 
 VERSION = 1
+# Settings that states of earlier releases lack, with the values that these releases had.
+_EARLIER = {"rows": "orthogonal"}
 
 
 def phase_at(settings: Mapping[str, Any], step: int) -> str:
@@ -33,6 +35,7 @@ def check_state(state: Any, settings: Mapping[str, Any]) -> None:
     theirs = state["settings"]
     if not isinstance(theirs, Mapping):
         raise ValueError(f"not a state of RePr: its settings are {kind_of(theirs)}.")
+    theirs = {**_EARLIER, **theirs}
     other = [
         f"{key}={short(theirs.get(key))} (here {short(ours)})"
         for key, ours in settings.items()

@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.filters import rows
 from regrow.indexing import Where, index_tensor
 from regrow.marks import Mark, marks_on
 from regrow.modules import filters_first
 from regrow.repr.averaged import Averaged
 from regrow.repr.hold import Hold
 from regrow.repr.narrow import Narrowing, narrow
-from regrow.repr.regrowth import orthogonal_rows
-from regrow.repr.slots import Copies, capturing, readable, refresh_slots
+from regrow.repr.restoring import Filters
+from regrow.repr.slots import Copies, capturing, readable
 from regrow.short import short
-from regrow.structure.readers import (
-    Readers,
-    column_mask,
-    entries_of,
-    per_channel_tensors,
-    place_in,
-    silence,
-    silent_entries,
-)
-from regrow.structure.sums import silence_norms
+from regrow.structure.readers import Readers, per_channel_tensors, place_in, silent_entries
 from regrow.surgery.plan import CutPlan
 from regrow.torch_private import own_parameters
-
-CONSUMERS = ("zero", "keep", "init")
 
 
 class _Held(Mark):
@@ -76,6 +64,7 @@ class SubPhase:
         averaged: the averaged copies of the model that follow it.
         worth: is asked ahead of the first pass in train mode whether leaving filters out of a pass with these
             arguments is quicker than computing them; with None it is done as ``plan`` says.
+        new_rows: the rows of the filters after the restore, one of ``ROWS``.
         replicated: whether ``model`` runs in ``nn.DataParallel``; ``plan`` is None then.
 
     Attributes:
@@ -101,6 +90,7 @@ class SubPhase:
         averaged: Sequence[Averaged] = (),
         worth: Callable[[Any], bool] | None = None,
         replicated: bool = False,
+        new_rows: str = "orthogonal",
     ) -> None:
         self.plan = plan
         self._looked = self.captured = False
@@ -108,9 +98,10 @@ class SubPhase:
         self._model = model
         self._optimizer = optimizer
         self._readers = readers
-        self._consumers = consumers
+        self._consumers, self._new_rows = consumers, new_rows
         self.dropped = {name: list(indices) for name, indices in dropped.items()}
         self._silenced = {name: list(channels) for name, channels in silenced.items()}
+        self._filters = Filters(model, readers, self.dropped, self._silenced)
         self._worth = worth
         # The replicas of nn.DataParallel run in threads of their own, and share what is put on the layers.
         self._narrowing = None if replicated else self._narrowed(plan or CutPlan())
@@ -119,19 +110,16 @@ class SubPhase:
             self._old_columns = _copy(memory["old_columns"])
             self._old_norms = _copy(memory.get("old_norms", {}))
         else:
-            columns = private_columns(model, readers, self.dropped) if consumers == "keep" else []
-            self._old_rows = {name: self._weight(name)[i] for name, i in self.dropped.items()}
-            self._old_columns = {name: weight[mask] for name, weight, mask in columns}
-            self._old_norms = {key: tensor[i] for key, tensor, i in self._silenced_entries()}
+            self._old_rows, self._old_columns = self._filters.values(consumers)
+            self._old_norms = {key: tensor[i] for key, tensor, i in self._filters.silenced_tensors()}
         self._copies = copies or Copies(optimizer)
         self._copies.look()
-        silence(model, readers, self.dropped)
-        silence_norms(model, self._silenced)
+        self._filters.silence()
         self._averaged = averaged
         for copy in averaged:
             self.silence_in(copy)
-        self.notes = self._forget() if memory is None else []
-        dead, held = self._dead_entries(), set[nn.Parameter]()
+        self.notes = self._filters.forget(optimizer, self._copies) if memory is None else []
+        dead, held = self._filters.dead(), set[nn.Parameter]()
         if self._narrowing is not None:
             pushed = {parameter for parameter, _ in self._pushed_entries()}
             held = {*self._narrowing.held} | {parameter for parameter, _ in dead if parameter not in pushed}
@@ -163,7 +151,7 @@ class SubPhase:
 
     def silence_in(self, copy: Averaged) -> None:
         """Have an averaged copy of the model emit 0 where the model does."""
-        copy.silence(entry for entry in self._entries() if not entry[0].endswith("running_var"))
+        copy.silence(entry for entry in self._filters.written() if not entry[0].endswith("running_var"))
 
     def moved_now(self, last: bool) -> list[str]:
         """``moved`` in the first, second, fourth, eighth … call and in the last: the device is waited for.
@@ -223,77 +211,18 @@ class SubPhase:
             consumers could not be treated as asked, and on the optimizer's memory.
         """
         self.release()
-        # Columns before rows: a column changes the kept rows to which the new rows must be orthogonal.
-        columns = private_columns(self._model, self._readers, self.dropped)
-        for consumer, parameter, mask in columns:
-            self._set_columns(consumer, parameter, mask, generator)
-        least_covered, notes = [], []
-        for name, indices in self.dropped.items():
-            weight = self._weight(name)
-            alive = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-            alive[indices] = False
-            old = rows(self._old_rows[name]).to(weight)
-            new, fallback = orthogonal_rows(rows(weight)[alive], old, generator=generator)
-            weight[indices] = new.view_as(weight[indices])
-            if fallback:
-                least_covered.append(name)
-            self._wake_norms(name, indices)
-            readers = self._readers[name]
-            if readers.mixed and self._consumers == "zero" and not readers.norm_first:
-                notes.append(f"{name}: the output moves at this restore, because {readers.mixed}.")
-            if readers.mixed and self._consumers == "init":
-                notes.append(f"{name}: its consumers keep their weights, because {readers.mixed}.")
-        for key, tensor, channels in self._silenced_entries():
+        columns, least_covered, notes = self._filters.regrow(
+            self._old_rows, self._old_columns, self._consumers, self._new_rows, generator
+        )
+        for key, tensor, channels in self._filters.silenced_tensors():
             tensor[channels] = self._old_norms[key].to(tensor)
         agree()
-        for copy in self._averaged:
-            copy.take(self._entries())
-            copy.take((f"{consumer}.weight", parameter, mask) for consumer, parameter, mask in columns)
-        return least_covered, notes + self._forget(columns)
-
-    def _weight(self, layer: str) -> Tensor:
-        """A view of a layer's weight, filters first."""
-        module: Any = self._model.get_submodule(layer)
-        return filters_first(module, module.weight.detach())
-
-    def _set_columns(self, name: str, weight: Tensor, mask: Tensor, generator: torch.Generator) -> None:
-        if self._consumers == "zero":
-            weight[mask] = 0
-        elif self._consumers == "keep":
-            weight[mask] = self._old_columns[name].to(weight)
-        else:
-            bound = weight[0].numel() ** -0.5  # as PyTorch initialises convolutions and linear layers
-            drawn = torch.rand(weight[mask].shape, generator=generator) * 2 - 1
-            weight[mask] = (drawn * bound).to(weight)
-
-    def _wake_norms(self, name: str, indices: list[int]) -> None:
-        """Reset the norms behind restored filters: weight 1, bias 0, running mean 0 and variance 1."""
-        readers = self._readers[name]
-        # No column can hide a channel that is added to others, but a norm weight of 0 before the sum can.
-        hide = self._consumers == "zero" and bool(readers.mixed) and readers.norm_first
-        for norm_name, reads in readers.norms.items():
-            norm: Any = self._model.get_submodule(norm_name)
-            for tensor, value in (
-                (norm.weight, 0 if hide else 1),
-                (norm.bias, 0),
-                (getattr(norm, "running_mean", None), 0),
-                (getattr(norm, "running_var", None), 1),
-            ):
-                if tensor is not None:
-                    tensor[reads.of(indices)] = value
-
-    def _dead_entries(self) -> list[tuple[nn.Parameter, Where]]:
-        return silent_entries(self._model, self._readers, self.dropped) + self._silenced_norms()
-
-    def _silenced_norms(self) -> list[tuple[nn.Parameter, Where]]:
-        return [
-            entry
-            for name, channels in self._silenced.items()
-            for entry in entries_of(self._model.get_submodule(name), index_tensor(channels))
-        ]
+        return least_covered, notes + self._filters.pass_on(
+            columns, self._optimizer, self._copies, self._averaged
+        )
 
     def _pushed_entries(self) -> list[tuple[nn.Parameter, Where]]:
-        """The entries among ``_dead_entries`` that would get gradients if nothing masked them.
+        """The entries among ``Filters.dead`` that would get gradients if nothing masked them.
 
         A norm with a weight of 0 hands back a gradient of 0. The gradient of that weight is a multiple of the
         norm's input, which is 0 too. So where nothing but such norms reads a dropped filter, only the biases
@@ -301,7 +230,7 @@ class SubPhase:
         """
         quiet = {name for name in self.dropped if self._readers[name].norm_first}
         others = {name: filters for name, filters in self.dropped.items() if name not in quiet}
-        entries = silent_entries(self._model, self._readers, others) + self._silenced_norms()
+        entries = silent_entries(self._model, self._readers, others) + self._filters.silenced_norms()
         for name in quiet:
             for norm, reads in self._readers[name].norms.items():
                 module = self._model.get_submodule(norm)
@@ -309,57 +238,6 @@ class SubPhase:
                 if bias is not None:
                     entries.append((bias, place_in(module, bias, index_tensor(reads.of(self.dropped[name])))))
         return entries
-
-    def _entries(self) -> Iterator[tuple[str, Tensor, Where]]:
-        """All that a drop and a restore write, but for the consumers: (name, tensor, index of where)."""
-        rows = [*self.dropped.items(), *self._silenced.items()]
-        for name, filters in self.dropped.items():
-            rows += [(norm, reads.of(filters)) for norm, reads in self._readers[name].norms.items()]
-        for name, those in rows:
-            module = self._model.get_submodule(name)
-            for key, tensor in per_channel_tensors(module).items():
-                yield f"{name}.{key}", tensor, place_in(module, tensor, index_tensor(those))
-
-    def _silenced_entries(self) -> list[tuple[str, Tensor, Tensor]]:
-        """The tensors of the norms in ``silenced``: (key, tensor, indices of the silent channels)."""
-        return [
-            (f"{name}.{key}", tensor.detach(), index_tensor(channels, tensor.device))
-            for name, channels in self._silenced.items()
-            for key, tensor in per_channel_tensors(self._model.get_submodule(name)).items()
-        ]
-
-    def _forget(self, columns: Sequence[tuple[str, nn.Parameter, Tensor]] = ()) -> list[str]:
-        """Clear the optimizer's state of the dead rows, and of the consumers' columns; notes on the rest."""
-        fresh: dict[nn.Parameter, Tensor] = {}
-        for parameter, indices in self._dead_entries():
-            shape = parameter.shape[:2]
-            mask = fresh.setdefault(parameter, torch.zeros(shape, dtype=torch.bool, device=parameter.device))
-            mask[indices] = True
-        for _, parameter, mask in columns:
-            fresh[parameter] = fresh[parameter] | mask if parameter in fresh else mask
-        return refresh_slots(self._optimizer, fresh, self._copies.known)
-
-
-def private_columns(
-    model: nn.Module, readers: Mapping[str, Readers], dropped: Mapping[str, list[int]]
-) -> list[tuple[str, nn.Parameter, Tensor]]:
-    """The weights that read only dropped filters: (consumer, weight, mask).
-
-    A mask is a BoolTensor over the first two dimensions of the weight. It leaves out dropped filters of the
-    consumer, which get new values in all channels.
-    """
-    masks: dict[str, Tensor] = {}
-    for name, indices in dropped.items():
-        if readers[name].mixed:
-            continue
-        for consumer, reads in readers[name].consumers.items():
-            layer: Any = model.get_submodule(consumer)
-            mask = column_mask(layer, reads.of(indices))
-            if gone := dropped.get(consumer):
-                filters_first(layer, mask)[gone] = False
-            masks[consumer] = masks[consumer] | mask if consumer in masks else mask
-    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in masks}
-    return [(name, weights[name], mask.to(weights[name].device)) for name, mask in masks.items()]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -390,7 +268,7 @@ def check_memory(
         if not fits or any(v is None or v.shape != (len(channels),) for v in old.values()):
             raise ValueError(f"the state does not fit {short(name)}, a norm whose channels it names.")
     if consumers == "keep":
-        columns = private_columns(model, readers, state["dropped"])
+        columns = Filters(model, readers, state["dropped"]).columns()
         shapes = {name: weight[mask].shape for name, weight, mask in columns}
         if other := shapes.items() ^ {name: old.shape for name, old in state["old_columns"].items()}.items():
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Build the data, network, noise, optimizer and learning rates of a run from its settings."""
+"""Build the data, network, optimizer and learning rates of a run from its settings."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from regrow.noise.layers import add_bridgeout
-from regrow.repr.cycle import RePr
 from regrow.short import line, short
 from regrow.study.config import RunConfig
 from regrow.study.data import Splits, load_data
 from regrow.study.models import build_model
-from regrow.study.rivals import add_dropout
 from regrow.study.schedule import rate_factor
+from regrow.study.tasks import check_tasks, with_second
 
 
 def load_splits(config: RunConfig) -> Splits:
-    """Load the pictures of a run. Raises the errors of ``load_data``."""
+    """Load the pictures of a run, from which ``tasks.task_splits`` makes each of its tasks.
+
+    Raises the errors of ``load_data``, ``with_second`` and ``check_tasks``.
+    """
+    splits = _loaded(config, config.data, config.data_dir)
+    if config.regime == "new-domain":
+        # The folder of the user's own pictures does not hold a published data set.
+        place = None if config.data == "folder" else config.data_dir
+        splits = with_second(splits, _loaded(config, config.second_data, place))
+    check_tasks(splits, config)
+    return splits
+
+
+def _loaded(config: RunConfig, name: str, folder: str | None) -> Splits:
     return load_data(
-        config.data,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
+        name,
+        data_dir=Path(folder) if folder else None,
         split_seed=config.split_seed,
         train_size=config.train_size,
-        label_noise=config.label_noise,
+        # The tasks whose labels are wrong get their noise from ``task_splits``.
+        label_noise=0.0 if config.regime == "corrected-labels" else config.label_noise,
         image_size=config.image_size,
     )
 
@@ -47,40 +59,6 @@ def build(config: RunConfig, splits: Splits) -> nn.Module:
     )
 
 
-def add_noise(model: nn.Module, config: RunConfig) -> None:
-    """Put the noise of ``config``'s method on ``model``, if the method has any."""
-    targeted = config.target_fraction if config.method.startswith("targeted-") else 1.0
-    if config.method in ("bridgeout", "targeted-bridgeout"):
-        add_bridgeout(model, config.p, config.q, target_fraction=targeted, seed=config.seed)
-    elif config.method in ("dropout", "targeted-dropout"):
-        add_dropout(model, config.p, targeted)
-
-
-def make_repr(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, example_inputs: torch.Tensor
-) -> RePr | None:
-    """Build RePr as ``config`` says; return None for another method. Raises the errors of ``RePr``."""
-    if config.method != "repr":
-        return None
-    return RePr(
-        model,
-        optimizer,
-        example_inputs=example_inputs,
-        fraction=config.fraction,
-        full=config.cycle.full,
-        sub=config.cycle.sub,
-        cycles=config.cycle.cycles,
-        criterion=config.criterion,
-        consumers=config.consumers,
-        scope=config.scope,
-        floor=config.floor,
-        exclude=config.exclude,
-        skip_first=config.skip_first,
-        compact=config.compact,
-        seed=config.seed,
-    )
-
-
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Build the optimizer that ``config`` names, over all trainable parameters of ``model``."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -99,15 +77,18 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build the scheduler that sets the learning rate of every step; an epoch has ``steps`` steps."""
+    """Build the scheduler that sets the learning rate of every step of a round.
+
+    With several generations the schedule of a task is squeezed into each of them.
+
+    Args:
+        steps: of an epoch of the round.
+    """
+    rounds = config.rounds
+    of_task = rounds.length * rounds.generations
+    hold = min(of_task, config.cycle.last_restore) * steps // rounds.generations
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: rate_factor(
-            config.schedule,
-            step,
-            config.epochs * steps,
-            min(config.epochs, config.cycle.last_restore) * steps,
-        ),
+        optimizer, lambda step: rate_factor(config.schedule, step, rounds.length * steps, hold)
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from regrow.log import gave_up, log
 from regrow.modules import device_of
+from regrow.study.methods.method import Method
 from regrow.study.snapshot import keeper
 from regrow.study.steps import Step
 
@@ -116,27 +117,33 @@ def training_step(
     processes: int,
     *,
     size: int,
+    method: Method | None = None,
 ) -> Step:
     """The step that a run trains with: captured where that is possible.
 
     Args:
-        model, optimizer, scaler, dtype, processes: as ``Step`` takes them.
+        model, optimizer, scaler, dtype, processes, method: as ``Step`` takes them.
         size: pictures in a whole batch.
     """
-    why = _why_not(device_of(model), scaler, processes)
+    method = Method() if method is None else method
+    why = _why_not(device_of(model), scaler, processes, method)
     if why is None:
-        return CapturedStep(model, optimizer, scaler, dtype, size=size)
+        return CapturedStep(model, optimizer, scaler, dtype, method, size=size)
     log.debug("training steps are launched kernel by kernel: %s", why)
-    return Step(model, optimizer, scaler, dtype, processes)
+    return Step(model, optimizer, scaler, dtype, processes, method)
 
 
-def _why_not(device: torch.device, scaler: torch.amp.GradScaler, processes: int) -> str | None:
+def _why_not(
+    device: torch.device, scaler: torch.amp.GradScaler, processes: int, method: Method
+) -> str | None:
     if device.type != "cuda":
         return f"CUDA graphs are for GPUs, and the device is {device.type}"
     if processes > 1:
         return "several processes train together"
     if scaler.is_enabled():
         return "float16's scaler decides after every step whether it counts"
+    if not method.captured:
+        return "the method looks at every pass"
     return None
 
 
@@ -150,7 +157,7 @@ class CapturedStep(Step):
     Args:
         size: pictures in a whole batch.
         make_graph: makes a recording for a device (default: ``CudaGraph``).
-        model, optimizer, scaler, dtype: as ``Step`` takes them; the scaler is not enabled.
+        model, optimizer, scaler, dtype, method: as ``Step`` takes them; the scaler is not enabled.
     """
 
     def __init__(
@@ -159,11 +166,12 @@ class CapturedStep(Step):
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         dtype: torch.dtype = torch.float32,
+        method: Method | None = None,
         *,
         size: int,
         make_graph: Callable[[torch.device], Graph] | None = None,
     ) -> None:
-        super().__init__(model, optimizer, scaler, dtype)
+        super().__init__(model, optimizer, scaler, dtype, method=method)
         self._size, self._make_graph = size, make_graph or CudaGraph
         self._graph: Graph | None = None
         # Of the type that SGD's kernel reads.

@@ -21,6 +21,7 @@ from regrow.study.paired import (
     spread,
     verdict,
 )
+from regrow.study.sequences import TaskPoint, compared_accuracy, measure, task_points, tasks_of
 from regrow.study.words import duration, interval, label, mention, p_value, percent, signed
 
 if TYPE_CHECKING:
@@ -28,23 +29,46 @@ if TYPE_CHECKING:
 
     from regrow.study.records import RunRecord
 
-_REPR = frozenset(
-    {"fraction", "criterion", "consumers", "scope", "floor", "exclude", "skip_first", "compact"}
+_RESTART = frozenset(
+    {"fraction", "criterion", "consumers", "rows", "scope", "floor", "exclude", "skip_first"}
 )
+_REPR = _RESTART | {"compact"}
+_DISTILLATION = frozenset({"teacher", "temperature", "distillation_weight"})
+_BRIDGEOUT = frozenset({"p", "q", "reestimate"})
+_ORTHOGONAL, _GENERATIONS = frozenset({"orthogonal"}), frozenset({"generations"})
 # The settings that belong to one method, in which methods may differ. The lengths of the cycle are not among
 # them: the learning rate of every method, standard training too, follows them.
 METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
     "standard": frozenset(),
     "repr": _REPR,
-    "bridgeout": frozenset({"p", "q", "reestimate"}),
-    "targeted-bridgeout": frozenset({"p", "q", "target_fraction", "reestimate"}),
+    "bridgeout": _BRIDGEOUT,
+    "targeted-bridgeout": _BRIDGEOUT | {"target_fraction"},
     "dropout": frozenset({"p"}),
     "targeted-dropout": frozenset({"p", "target_fraction"}),
+    "orthogonal-loss": _ORTHOGONAL,
+    "distillation": _DISTILLATION,
+    "dsd": frozenset({"fraction"}),
+    "ban": _GENERATIONS | {"temperature", "distillation_weight"},
+    "shrink-and-perturb": _GENERATIONS | {"shrink", "perturb"},
+    "continual-backprop": frozenset({"replacement_rate", "maturity"}),
+    "later-layer-forgetting": _GENERATIONS | {"last"},
+    "knowledge-evolution": _GENERATIONS | {"fixed"},
+    "restart": _GENERATIONS | _RESTART | {"head"},
+    "new-head": _GENERATIONS,
+    "last-layers": _GENERATIONS | {"last"},
+    "from-scratch": _GENERATIONS,
+    "redo": _GENERATIONS | {"dormant"},
+    "repr+orthogonal-loss": _REPR | _ORTHOGONAL,
+    "repr+distillation": _REPR | _DISTILLATION,
+    "repr+orthogonal-loss+distillation": _REPR | _ORTHOGONAL | _DISTILLATION,
+    "repr+bridgeout": _REPR | _BRIDGEOUT,
 }
 # Every method regularises by weight decay too, and standard training by nothing else: a fair comparison
 # gives each the strength that suits it, and the report shows it.
 STRENGTHS = frozenset({"weight_decay"})
 _MISSING = object()
+# More tasks than these do not fit into a terminal.
+_TASKS = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,8 @@ class MethodSummary:
     Attributes:
         method: the name of the group of runs: the method, or the variant's name.
         baseline: the name of the group that it is compared with.
-        difference: the paired difference in test accuracy.
+        test_accuracy: after the last epoch.
+        difference: the paired difference in ``accuracy``.
         bootstrap: 95 % bootstrap interval of the mean of ``difference``; None for fewer than three seeds.
         adjusted_p: p value of ``difference``, corrected by Holm's method over all comparisons.
         compared: the number of methods that are compared with the baseline.
@@ -67,7 +92,10 @@ class MethodSummary:
         flops, flops_ratio: the same for training FLOPs; None if the record of a run lacks them.
         unit: the unit of equal compute; None if compute could not be compared.
         at_equal_compute: best validation accuracy within the compute of the cheapest run of the seed.
-        difference_at_equal_compute: the paired difference in that accuracy.
+        difference_at_equal_compute: the paired difference in that accuracy. These three are None for runs
+            with several tasks, because they are not validated by the same pictures in all epochs.
+        after_switch: of runs with several tasks, the mean test accuracy of each over all tasks but the first.
+        tasks: each task of runs with several.
     """
 
     method: str
@@ -88,10 +116,22 @@ class MethodSummary:
     unit: Unit | None = None
     at_equal_compute: Spread | None = None
     difference_at_equal_compute: Paired | None = None
+    after_switch: Spread | None = None
+    tasks: tuple[TaskPoint, ...] = ()
 
     @property
     def n(self) -> int:
         return len(self.seeds)
+
+    @property
+    def accuracy(self) -> Spread:
+        """The accuracy that is compared: ``after_switch``, or for a single task ``test_accuracy``."""
+        return self.after_switch or self.test_accuracy
+
+    @property
+    def measure(self) -> str:
+        """What ``accuracy`` is: "test accuracy", or its mean over some tasks."""
+        return measure(len(self.tasks) or 1)
 
     @property
     def verdict(self) -> str:
@@ -165,7 +205,8 @@ def summarise(
     }
     adjusted = holm([each.p if each else None for each in differences.values()])
     compared = sum(each is not None for each in differences.values())
-    equal = equal_compute(groups)
+    sequence = any(tasks_of(run.result or {}) > 1 for run in finished)
+    equal = None if sequence else equal_compute(groups)
     return [
         _summary(name, baseline, groups, differences[name], p, compared, equal)
         for name, p in zip(names, adjusted, strict=True)
@@ -181,7 +222,7 @@ def headline(summaries: Sequence[MethodSummary]) -> str:
     if compared:
         return "\n".join(compared)
     lines = [
-        f"{label(summary.method)}: {percent(summary.test_accuracy)} test accuracy "
+        f"{label(summary.method)}: {percent(summary.accuracy)} {summary.measure} "
         f"({_seeds(summary.n)}), with no run of another method to compare with."
         for summary in summaries
     ]
@@ -200,7 +241,7 @@ def overview(summaries: Sequence[MethodSummary]) -> str:
     if rest:
         found.append(f"no gain shown for {rest if found else 'any'}")
     baseline = mention(summaries[0].baseline)
-    return f"{len(compared)} methods compared with {baseline} in test accuracy: {', '.join(found)}."
+    return f"{len(compared)} methods compared with {baseline} in {summaries[0].measure}: {', '.join(found)}."
 
 
 def table(summaries: Sequence[MethodSummary]) -> Table:
@@ -211,21 +252,55 @@ def table(summaries: Sequence[MethodSummary]) -> Table:
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("method", overflow="fold")
-    for column in ("n", "test accuracy", "points [95 % interval]", "time", "×"):
+    sequence = summaries[0].measure != measure(1)
+    accuracy = "after switches" if sequence else "test accuracy"
+    for column in ("n", accuracy, "points [95 % interval]", "time", "×"):
         shown.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         difference = summary.difference
         cells = [
             label(summary.method),
             str(summary.n),
-            percent(summary.test_accuracy),
+            percent(summary.accuracy),
             summary.verdict if difference is None else f"{signed(difference.mean)} {interval(difference)}",
             duration(summary.seconds),
             "" if summary.time_ratio is None else f"{summary.time_ratio:.2f}",
         ]
         # Text, not str, so that a method's name is not read as markup.
         shown.add_row(*map(Text, cells))
+    if sequence:
+        shown.caption, shown.caption_justify = f"after switches: {summaries[0].measure}", "left"
     return shown
+
+
+def task_table(summaries: Sequence[MethodSummary]) -> Table | None:
+    """Test accuracy at the end of each task, and below it the points over the baseline; None without tasks.
+
+    Of more than eight tasks eight are shown, from the first to the last.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    count = max((len(each.tasks) for each in summaries), default=0)
+    if count < 2:
+        return None
+    which = sorted({round(place * (count - 1) / (_TASKS - 1)) for place in range(_TASKS)})
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("test accuracy, %", overflow="fold")
+    for task in which:
+        shown.add_column(f"task {task + 1}" if task == which[0] else str(task + 1), justify="right")
+    for summary in summaries:
+        points = [summary.tasks[task] if task < len(summary.tasks) else None for task in which]
+        shown.add_row(
+            Text(label(summary.method)), *(Text(_task_cell(point) if point else "") for point in points)
+        )
+    return shown
+
+
+def _task_cell(point: TaskPoint) -> str:
+    accuracy = f"{100 * point.accuracy.mean:.1f}"
+    return accuracy if point.difference is None else f"{accuracy}\n{signed(point.difference.mean, 1)}"
 
 
 def _by_group(runs: Sequence[RunRecord], variants: Mapping[Path, str] | None) -> dict[str, list[RunRecord]]:
@@ -266,6 +341,7 @@ def _summary(
     flops = [result.get("train_flops") for result in mine.values()]
     reached = {} if equal is None else equal.accuracies[name]
     at_baseline = {} if equal is None else equal.accuracies.get(baseline, {})
+    tasks = task_points(groups[name], None if name == baseline else groups.get(baseline))
     return MethodSummary(
         method=name,
         baseline=baseline,
@@ -287,6 +363,8 @@ def _summary(
         difference_at_equal_compute=None
         if name == baseline
         else _difference(_hundredfold(at_baseline), _hundredfold(reached)),
+        after_switch=spread([compared_accuracy(result) for result in mine.values()]) if tasks else None,
+        tasks=tasks,
     )
 
 
@@ -307,7 +385,7 @@ def _ratio(
 
 
 def _points(runs: Mapping[int, RunRecord]) -> dict[int, float]:
-    return _hundredfold({seed: run.result["test_accuracy"] for seed, run in runs.items() if run.result})
+    return _hundredfold({seed: compared_accuracy(run.result) for seed, run in runs.items() if run.result})
 
 
 def _hundredfold(fractions: Mapping[int, float]) -> dict[int, float]:
@@ -351,7 +429,7 @@ def _comparison(summary: MethodSummary, difference: Paired) -> str:
     relation = "over" if difference.mean >= 0 else "against"
     found = {"gain": "a gain", "loss": "a loss"}.get(summary.verdict, summary.verdict)
     return (
-        f"{label(summary.method)}: {signed(difference.mean, places)} points test accuracy {relation} "
+        f"{label(summary.method)}: {signed(difference.mean, places)} points {summary.measure} {relation} "
         f"{mention(summary.baseline)} ({_certainty(summary, difference, places)}): {found}."
         f"{_plan(summary)}{_cost(summary)}"
     )

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from regrow.short import line, short
-from regrow.study.names import METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.names import DEFAULT_GENERATIONS, METHOD_ALIASES, PRECISION_ALIASES
+from regrow.study.regimes import check_regime
+from regrow.study.rounds import Rounds
 from regrow.study.schedule import Cycle, place_cycle
 from regrow.study.yamls import read_yaml
 from regrow.suggest import nearest
@@ -19,8 +21,17 @@ _LISTED = 3
 _LONGEST, _MANY = 100_000, 10**9
 _LAST_SEED = 2**63 - 1  # of PyTorch's generators
 Augmentation = Literal["none", "shift", "flip", "shift-flip"]
-_DATA, _MODEL, _TRAINING, _REPR, _NOISE, _RUN = (
-    "Data", "Model", "Training", "RePr", "Bridgeout and dropout", "Run",
+Regime = Literal[
+    "same",
+    "permuted-labels",
+    "growing-data",
+    "corrected-labels",
+    "new-classes",
+    "new-pictures",
+    "new-domain",
+]
+_DATA, _MODEL, _TRAINING, _REPR, _NOISE, _LOSS, _ANEW, _RUN = (
+    "Data", "Model", "Training", "RePr and restart", "Bridgeout and dropout", "Losses", "New weights", "Run",
 )  # fmt: skip
 
 
@@ -52,9 +63,20 @@ class RunConfig(BaseModel):
     )
     train_size: int | None = _setting(None, _DATA, "Train on this many pictures only.", ge=1, le=_MANY)
     label_noise: float = _setting(0.0, _DATA, "Share of the training labels to falsify.", ge=0, lt=1)
+    tasks: int = _setting(
+        1,
+        _DATA,
+        "Tasks that follow each other in a run, with the same number of epochs.",
+        ge=1,
+        le=1000,
+    )
     augmentation: Augmentation = _setting("shift", _DATA, "How training pictures are varied.")
     split_seed: int = _setting(
         0, _DATA, "Fixes the split into train, validation and test.", ge=0, le=_LAST_SEED
+    )
+    regime: Regime = _setting("same", _DATA, "How the data changes from task to task (docs/study.md).")
+    second_data: Literal["none", "digits", "fashion-mnist", "cifar10", "cifar100"] = _setting(
+        "none", _DATA, "The pictures of every second task of --regime new-domain."
     )
 
     model: str = _setting(
@@ -95,11 +117,35 @@ class RunConfig(BaseModel):
     )
 
     method: Literal[
-        "standard", "backprop", "repr", "bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout"
+        "standard",
+        "backprop",
+        "repr",
+        "bridgeout",
+        "targeted-bridgeout",
+        "dropout",
+        "targeted-dropout",
+        "orthogonal-loss",
+        "distillation",
+        "dsd",
+        "ban",
+        "shrink-and-perturb",
+        "continual-backprop",
+        "later-layer-forgetting",
+        "knowledge-evolution",
+        "restart",
+        "new-head",
+        "last-layers",
+        "from-scratch",
+        "redo",
+        "repr+orthogonal-loss",
+        "repr+distillation",
+        "repr+orthogonal-loss+distillation",
+        "repr+bridgeout",
     ] = _setting(
         "standard",
         _TRAINING,
-        "How to train. backprop is another name of standard, which has weight decay and nothing else.",
+        "How to train (docs/compare.md). backprop is another name of standard, which has weight decay and "
+        "nothing else.",
     )
     fraction: float = _setting(0.3, _REPR, "Share of the filters to drop.", ge=0, lt=1)
     cycles: int | None = _setting(
@@ -109,7 +155,11 @@ class RunConfig(BaseModel):
         None, _REPR, "Epochs of a cycle with all filters (default: placed).", ge=1, le=_LONGEST
     )
     sub: int | None = _setting(
-        None, _REPR, "Epochs of a cycle without the dropped filters (default: placed).", ge=1, le=_LONGEST
+        None,
+        _REPR,
+        "Epochs of a cycle without the dropped filters; with 0 they are restored at once (default: placed).",
+        ge=0,
+        le=_LONGEST,
     )
     criterion: Literal[
         "ortho",
@@ -126,13 +176,17 @@ class RunConfig(BaseModel):
     ] = _setting(
         "ortho",
         _REPR,
-        "How to rank the filters. ortho is the paper's overlap; those from mean-activation on read 256 "
-        "training pictures.",
+        "How to rank the filters. ortho is the paper's overlap; the last six look at 256 training pictures.",
     )
     consumers: Literal["zero", "keep", "init"] = _setting(
         "zero",
         _REPR,
         "Weights that read a restored filter: zero them (the output does not move), keep them, or init anew.",
+    )
+    rows: Literal["orthogonal", "init"] = _setting(
+        "orthogonal",
+        _REPR,
+        "Weights of a restored filter: directions that no other filter uses, or drawn as in a new layer.",
     )
     scope: Literal["global", "layer"] = _setting(
         "global", _REPR, "Rank over the whole net or within each layer."
@@ -160,6 +214,54 @@ class RunConfig(BaseModel):
     )
     reestimate: bool = _setting(
         True, _NOISE, "Re-estimate batch-norm statistics when Bridgeout's noise is taken off at the end."
+    )
+
+    orthogonal: float = _setting(
+        0.01, _LOSS, "Weight of the overlap of all filters in the loss.", ge=0, le=1e30
+    )
+    teacher: str | None = _setting(
+        None,
+        _LOSS,
+        "Run folder of the network to learn from, or a folder with runs …-seedN, of which each run takes "
+        "the one with its own seed.",
+        max_length=4096,
+        pattern=r"^[^\x00]+$",
+    )
+    temperature: float = _setting(
+        4.0, _LOSS, "Divides the scores of teacher and student before they are compared.", gt=0, le=1e5
+    )
+    distillation_weight: float = _setting(
+        0.9, _LOSS, "Weight of the teacher in the loss; labels have the rest.", ge=0, le=1
+    )
+
+    generations: int | None = _setting(
+        None,
+        _ANEW,
+        "Equal parts of the epochs of a task; the method acts between them (default: docs/compare.md).",
+        ge=1,
+        le=1000,
+    )
+    head: bool = _setting(False, _ANEW, "Draw the last layer anew too, at each restart.")
+    last: int = _setting(2, _ANEW, "How many of the last layers are drawn anew.", ge=1, le=1000)
+    shrink: float = _setting(
+        0.4, _ANEW, "Share of the old weights that shrink-and-perturb keeps.", ge=0, le=10
+    )
+    perturb: float = _setting(0.1, _ANEW, "Share of new weights that shrink-and-perturb adds.", ge=0, le=10)
+    replacement_rate: float = _setting(
+        1e-4, _ANEW, "Share of the mature filters that continual backprop draws anew in a step.", ge=0, le=1
+    )
+    maturity: int = _setting(
+        100, _ANEW, "Steps that continual backprop leaves a new filter in peace for.", ge=0, le=_MANY
+    )
+    fixed: float = _setting(
+        0.8, _ANEW, "Share of the weights that never change by knowledge evolution.", gt=0, lt=1
+    )
+    dormant: float = _setting(
+        0.025,
+        _ANEW,
+        "redo draws filters anew that are at most so active, relative to their layer.",
+        ge=0,
+        le=1e6,
     )
 
     snapshots: int | None = _setting(
@@ -195,9 +297,23 @@ class RunConfig(BaseModel):
         return 0.1 if self.optimizer == "sgd" else 0.002
 
     @property
+    def rounds(self) -> Rounds:
+        """The rounds that the epochs are divided into."""
+        return Rounds(self.epochs, self.tasks, self.generations_of_a_task)
+
+    @property
+    def generations_of_a_task(self) -> int:
+        """``generations``, or the default of the method; 1 for a method that has none."""
+        if self.method not in DEFAULT_GENERATIONS:
+            return 1
+        one, several = DEFAULT_GENERATIONS[self.method]
+        return self.generations or (one if self.tasks == 1 else several)
+
+    @property
     def cycle(self) -> Cycle:
-        """Where RePr's cycles lie in the epochs; the learning rate of standard training follows them too."""
-        return place_cycle(self.epochs, full=self.full, sub=self.sub, cycles=self.cycles)
+        """Where RePr's cycles lie in the epochs of a task; the learning rate of all methods follows them."""
+        of_task = max(1, self.epochs // self.tasks)
+        return place_cycle(of_task, full=self.full, sub=self.sub, cycles=self.cycles)
 
 
 def make_config(settings: Mapping[str, Any]) -> RunConfig:
@@ -216,9 +332,38 @@ def make_config(settings: Mapping[str, Any]) -> RunConfig:
         config = RunConfig.model_validate(settings)
     except ValidationError as error:
         raise ValueError(_listed(error)) from None
-    if config.method == "repr":
-        config.cycle.check(config.epochs)
+    check_regime(
+        config.regime,
+        config.tasks,
+        label_noise=config.label_noise,
+        data=config.data,
+        second_data=config.second_data,
+    )
+    _check_method(config)
     return config
+
+
+def _check_method(config: RunConfig) -> None:
+    """Raise ``ValueError`` if the method cannot do anything with the other settings."""
+    parts = config.method.split("+")
+    config.rounds.check()
+    if "repr" in parts:
+        config.cycle.check(config.epochs // config.tasks)
+    if "distillation" in parts and config.teacher is None:
+        raise ValueError(
+            f"teacher: {config.method} learns from another network, and none is given: set it to the folder "
+            "of a finished run, or to a folder with runs that end in -seed0, -seed1 …"
+        )
+    if config.method in DEFAULT_GENERATIONS and config.rounds.count == 1:
+        raise ValueError(
+            f"method: {config.method} acts between tasks and between generations, and this run has one of "
+            "each: set tasks or generations to 2 or more."
+        )
+    if config.method == "dsd" and config.rounds.length < 3:
+        raise ValueError(
+            f"epochs: dsd trains a third of each task with its smallest weights at 0: train for "
+            f"{3 * config.tasks} epochs or more, not {config.epochs}."
+        )
 
 
 def _check_names(settings: Mapping[str, Any]) -> None:

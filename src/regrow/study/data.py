@@ -17,7 +17,11 @@ __all__ = ["DataNotFound", "Images", "Splits", "load_data"]
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set ready for a run. ``mean`` and ``std``: of each channel of ``train``, in 0..1 units."""
+    """A data set ready for a run.
+
+    ``mean`` and ``std``: of each channel of ``train``, in 0..1 units. ``second``: the other data set of a run
+    that alternates between two; None for other runs.
+    """
 
     train: Images
     validation: Images
@@ -25,6 +29,7 @@ class Splits:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    second: Splits | None = None
 
     @property
     def channels(self) -> int:

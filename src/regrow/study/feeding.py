@@ -106,9 +106,9 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        whole, left = divmod(len(self.labels), self.batch_size)
-        dropped = self.shuffle and whole > 0 and left < 2 * self.ranks
-        return whole + (left > 0 and not dropped)
+        if self.shuffle:
+            return batch_count(len(self.labels), self.batch_size, self.ranks)
+        return math.ceil(len(self.labels) / self.batch_size)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch ``number``, counted from 0.
@@ -167,6 +167,13 @@ class Batches:
         # The pixels are bytes up to here, which take a quarter of the memory of floats.
         batch = pictures.float().sub_(self._mean).mul_(self._scale)
         return batch.expand(-1, self.channels, -1, -1).contiguous()
+
+
+def batch_count(pictures: int, batch_size: int, ranks: int = 1) -> int:
+    """How many batches a shuffled epoch over so many pictures has, for ``ranks`` processes."""
+    whole, left = divmod(pictures, batch_size)
+    dropped = whole > 0 and left < 2 * ranks
+    return whole + (left > 0 and not dropped)
 
 
 def _home(device: torch.device, size: int) -> torch.device:

@@ -15,6 +15,7 @@ from regrow.analysis.off_map import off_map as map_of
 from regrow.study.compute import spent
 from regrow.study.drawing import COLORS, INK, Style, printable
 from regrow.study.paired import Paired
+from regrow.study.sequences import compared_accuracy, measure, switches, tasks_of
 from regrow.study.words import label, prefixed
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from regrow.study.compute import EqualCompute, Unit
     from regrow.study.pruned import CurveSet
     from regrow.study.records import RunRecord
+    from regrow.study.sequences import TaskPoint
 
 _FAINT, SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
@@ -92,6 +94,41 @@ def dots(series: Sequence[Series], differences: Mapping[str, Paired], width: flo
     return figure
 
 
+def task_curves(series: Sequence[Series], tasks: Mapping[str, Sequence[TaskPoint]], width: float) -> Figure:
+    """Test accuracy at the end of each task by method, and beside it the paired differences.
+
+    Lines are means over the seeds, bars their 95 % t intervals.
+
+    Args:
+        series: the methods.
+        tasks: {method: its tasks}.
+        width: inches.
+    """
+    from matplotlib.figure import Figure
+
+    compared = [each for each in series if any(point.difference for point in tasks[each.method])]
+    beside = width > 6 and bool(compared)
+    panels = 2 if compared else 1
+    shape = (1, panels) if beside else (panels, 1)
+    height = 3.4 if beside or not compared else 5.4
+    figure = Figure(figsize=(width, height), layout="constrained")
+    upper, *lower = figure.subplots(*shape, squeeze=False).ravel()
+    for axes, shown in ((upper, series), *((axes, compared) for axes in lower)):
+        for place, each in enumerate(shown):
+            # Methods stand beside each other, so that no bar covers another one.
+            shift = min(0.06, 0.6 / len(shown)) * (place - (len(shown) - 1) / 2)
+            _task_line(axes, each, tasks[each.method], shift, differences=axes is not upper)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(0.5, max(len(tasks[each.method]) for each in shown) + 0.5)
+        axes.set_xlabel("task")
+    upper.set_ylabel("test accuracy, %")
+    upper.set_ylim(top=min(101.0, upper.get_ylim()[1]))  # an interval may end beyond what is possible
+    for axes in lower:
+        axes.axhline(0, color=COLORS[0], linewidth=0.9)
+        axes.set_ylabel("difference, points")
+    return figure
+
+
 def learning_curves(series: Sequence[Series], width: float) -> Figure:
     """Validation accuracy by epoch, over a strip with the learning rate."""
     from matplotlib.figure import Figure
@@ -101,6 +138,8 @@ def learning_curves(series: Sequence[Series], width: float) -> Figure:
     _shade(upper, series, width)
     _shade(lower, series, None)
     _curves(upper, series, "validation_accuracy", scale=100)
+    _mark_switches(upper, series)
+    _mark_switches(lower, series)
     upper.set_ylabel("validation accuracy, %")
     upper.set_ylim(bottom=_focus(series))
     upper.tick_params(axis="x", length=0)
@@ -126,7 +165,8 @@ def overlap_curves(series: Sequence[Series], width: float) -> Figure:
     _shade(axes, series, width)
     _curves(axes, series, "overlap", scale=1)
     for each in series:
-        for epoch in sorted({e["epoch"] for run in each.runs for e in run.events if e["kind"] == "restore"}):
+        restored = [e for run in each.runs for e in run.events if e["kind"] in ("restore", "restart")]
+        for epoch in sorted({event["epoch"] for event in restored}):
             axes.axvline(epoch + 0.5, color=each.color, linewidth=0.9, linestyle=(0, (3, 2)))
     axes.set_ylabel("sum of overlap")
     axes.set_xlabel("epoch")
@@ -271,11 +311,35 @@ def _unit(unit: Unit, largest: float) -> tuple[float, str]:
     return size, f"training so far, {name}"
 
 
+def _task_line(
+    axes: Axes, series: Series, tasks: Sequence[TaskPoint], shift: float, *, differences: bool
+) -> None:
+    """The means and intervals of a method by task: of accuracy in %, or of the differences in points."""
+    look: Any = {"color": series.color, "linestyle": series.style.line, "marker": series.style.marker}
+    drawn = []
+    for task, point in enumerate(tasks, start=1):
+        found = point.difference
+        if not differences:
+            low, high = point.interval or (None, None)
+            scale = 100.0
+            mean = point.accuracy.mean
+        elif found is not None:
+            mean, low, high, scale = found.mean, found.low, found.high, 1.0
+        else:
+            continue
+        drawn.append((task + shift, scale * mean))
+        if low is not None and high is not None:
+            axes.plot(
+                [task + shift] * 2, [scale * low, scale * high], color=series.color, linewidth=1.6, alpha=0.55
+            )
+    axes.plot(*zip(*drawn, strict=True), linewidth=1.4, markersize=5, **look)
+
+
 def _accuracy_dots(axes: Axes, series: Sequence[Series]) -> None:
     from matplotlib.collections import LineCollection
 
     values = [
-        {run.seed: 100 * run.result["test_accuracy"] for run in each.runs if run.result} for each in series
+        {run.seed: 100 * compared_accuracy(run.result) for run in each.runs if run.result} for each in series
     ]
     joins = [
         [(above[seed], row), (below[seed], row + 1)]
@@ -291,7 +355,8 @@ def _accuracy_dots(axes: Axes, series: Sequence[Series]) -> None:
         axes.scatter(numbers, rows, s=22, alpha=0.75, zorder=3, **look)
         axes.plot([np.mean(numbers)] * 2, [row - 0.36, row + 0.36], color=each.color, linewidth=2, zorder=4)
     _name_rows(axes, series)
-    axes.set_xlabel("test accuracy, %")
+    tasks = max((tasks_of(run.result or {}) for each in series for run in each.runs), default=1)
+    axes.set_xlabel(f"{measure(tasks)}, %")
 
 
 def _difference_dots(axes: Axes, series: Sequence[Series], differences: Mapping[str, Paired]) -> None:
@@ -377,6 +442,12 @@ def _curves(axes: Axes, series: Sequence[Series], key: str, scale: float) -> Non
 def _band(series: Sequence[Series]) -> float:
     """The opacity of a band, which is lower the more bands there are to overlap."""
     return min(0.13, 0.5 / len(series))
+
+
+def _mark_switches(axes: Axes, series: Sequence[Series]) -> None:
+    """Draw a thin line where the next task begins."""
+    for epoch in sorted({epoch for each in series for run in each.runs for epoch in switches(run)}):
+        axes.axvline(epoch + 0.5, color=INK, linewidth=0.6, linestyle=(0, (1, 2)), zorder=0.5)
 
 
 def _focus(series: Sequence[Series]) -> float | None:

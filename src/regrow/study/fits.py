@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.repr.cycle import RePr
 from regrow.shipping.stored import check_stored
 from regrow.short import line, short
-from regrow.study.records import check_epochs, check_events
+from regrow.study.methods.method import Method
+from regrow.study.records import check_accuracies, check_epochs, check_events
+from regrow.study.rounds import Rounds
 from regrow.study.snapshot import state_of
 
 _KEYS = ("epoch", "epochs", "events", "measured", "seconds", "environment", "trained", "random")
@@ -23,15 +24,23 @@ _SLOTS = {"SGD": {"momentum_buffer"}, "Adam": {"step", "exp_avg", "exp_avg_sq"}}
 _SLOTS["AdamW"] = _SLOTS["Adam"]
 
 
+def check_epoch(done: Any, epochs: int) -> int:
+    """How many epochs ``done``, the state in a checkpoint, has trained; ``ValueError`` if that cannot be."""
+    _mapping(done, _KEYS, "the state")
+    epoch: int = done["epoch"]
+    _whole(epoch, 1, epochs, "epoch")
+    return epoch
+
+
 def check_fits(
     done: Any,
-    epochs: int,
+    rounds: Rounds,
     steps: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-    repr_: RePr | None,
+    method: Method,
 ) -> None:
     """Raise ``ValueError`` unless ``done``, the state in a checkpoint, can be resumed with the other objects.
 
@@ -39,37 +48,36 @@ def check_fits(
 
     Args:
         done: what ``from_bytes`` returned.
-        epochs: of the whole run.
-        steps: of an epoch.
-        model, optimizer, scheduler, scaler, repr_: built from the run's settings; nothing of them is changed.
+        rounds: of the whole run.
+        steps: of an epoch of the round that goes on.
+        model, optimizer, scheduler, scaler, method: built from the run's settings, in the round that goes on;
+            nothing of them is changed.
     """
-    _mapping(done, _KEYS, "the state")
-    epoch = done["epoch"]
-    _whole(epoch, 1, epochs, "epoch")
+    epoch = check_epoch(done, rounds.epochs)
+    trained = rounds.trained(epoch)
     check_epochs(done["epochs"], epoch)
     check_events(done["events"], epoch)
     measured = _mapping(done["measured"], ("loss", "accuracy"), "measured")
     _real(measured["loss"], "the measured loss", finite=False)
     _real(measured["accuracy"], "the measured accuracy", most=1)
     _real(done["seconds"], "seconds")
+    accuracies = done.get("task_accuracies", [])
+    check_accuracies(accuracies, "the accuracies of tasks")
+    if len(accuracies) != rounds.task(rounds.after(epoch)):
+        raise ValueError(f"{len(accuracies)} accuracies of tasks do not fit epoch {epoch}")
     environment = _mapping(done["environment"], ("resumed",), "environment")
     _whole(environment["resumed"], 0, 2**31, "resumed")
-    fresh = state_of(model, optimizer, scheduler, scaler, repr_)
+    fresh = state_of(model, optimizer, scheduler, scaler, method)
     state = _mapping(done["trained"], tuple(fresh), "trained")
     check_stored(fresh["model"], _tensors(state["model"], "model"))
     _check_optimizer(state["optimizer"], fresh["optimizer"], optimizer)
-    _check_scheduler(state["scheduler"], fresh["scheduler"], epoch * steps)
+    _check_scheduler(state["scheduler"], fresh["scheduler"], trained * steps)
     _check_scaler(state["scaler"], fresh["scaler"])
     _check_bridgeout(state["bridgeout"], fresh["bridgeout"])
-    if (repr_ is None) != (state["repr"] is None):
-        raise ValueError(f"repr cannot be {short(state['repr'])} in a run of this method")
-    if repr_ is not None:
-        try:
-            repr_.check_state_dict(state["repr"])
-        except ValueError as error:
-            raise ValueError(line(error, 300)) from None
-        if state["repr"]["step"] != epoch:
-            raise ValueError(f"RePr has counted {state['repr']['step']} epochs, and the run {epoch}")
+    try:
+        method.check_state_dict(state["method"], trained)
+    except ValueError as error:
+        raise ValueError(line(error, 300)) from None
     if not isinstance(done["random"], list) or not done["random"]:
         raise ValueError("random must list the state of each process's generators")
     for each in done["random"]:

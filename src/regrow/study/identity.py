@@ -36,10 +36,12 @@ def run_key(config: RunConfig) -> str:
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """``config`` as plain data, with the lengths of the cycle and the learning rate filled in."""
+    """``config`` as plain data, with cycle lengths, learning rate and generations filled in."""
     cycle = config.cycle
-    lengths = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
-    return {**config.model_dump(mode="json"), **lengths}
+    found = {"full": cycle.full, "sub": cycle.sub, "cycles": cycle.cycles, "lr": config.rate}
+    if "generations" in METHOD_SETTINGS.get(config.method, ()):
+        found["generations"] = config.rounds.generations
+    return {**config.model_dump(mode="json"), **found}
 
 
 def check_same_run(config: RunConfig, folder: Path) -> None:
@@ -74,6 +76,8 @@ def unresolved(config: RunConfig) -> dict[str, Any]:
         settings.update(full=None, sub=None, cycles=None)
     if config.model_copy(update={"lr": None}).rate == config.rate:
         settings["lr"] = None
+    if config.model_copy(update={"generations": None}).rounds == config.rounds:
+        settings["generations"] = None
     return settings
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from regrow.short import short
 from regrow.study import records
-from regrow.study.compare import check_comparable, headline, summarise, table
+from regrow.study.compare import check_comparable, headline, summarise, table, task_table
 from regrow.study.config import RunConfig, make_config
 from regrow.study.gather import read_each
 from regrow.study.identity import check_same_run, resolved
@@ -28,6 +28,7 @@ from regrow.study.records import RunRecord
 from regrow.study.report import write_report
 from regrow.study.seeds import as_ranges
 from regrow.study.studyfile import read_study
+from regrow.study.teachers import check_teachers
 from regrow.study.watching import LOGS, Watch
 from regrow.study.words import label
 from regrow.suggest import nearest
@@ -106,6 +107,7 @@ def run_study(
     comparisons, unreadable = plan(study, folder)
     jobs = jobs_of(comparisons)
     check_models({job.config.model for job in jobs})
+    check_teachers(job.config for job in jobs if job.state != "done")
     for path in unreadable:
         _say(console, f"{path} cannot be read: it is left as it is.", "yellow")
     console.print(plan_table(comparisons))
@@ -150,6 +152,7 @@ def run_comparison(
     _check_home(folder)
     jobs = [_comparison_job(config, folder, rerun) for config in configs]
     check_models({config.model for config in configs})
+    check_teachers(job.config for job in jobs if job.state != "done")
     compared = jobs + _compared_before(jobs, folder)
     rest = [job for job in jobs if job.state != "done"]
     if len(rest) < len(jobs):
@@ -237,6 +240,8 @@ def _report(comparison: Comparison, console: Console) -> IndexRow | None:
         return None
     _say(console, f"\n{comparison.title}", "bold")
     console.print(table(summaries))
+    if (by_task := task_table(summaries)) is not None:
+        console.print(by_task)
     found = headline(summaries)
     console.print(found, markup=False, highlight=False)
     _say(console, f"report: {page}")

@@ -10,6 +10,7 @@ from typing import Any
 from regrow.study.config import RunConfig
 from regrow.study.recorded import Recorded, find_recorded
 from regrow.study.records import RunRecord
+from regrow.study.regimes import described
 from regrow.study.typed import Mistyped
 from regrow.study.variants import fits, known_numbers, variant_names, variant_numbers
 from regrow.study.words import label
@@ -80,9 +81,11 @@ def line_up(runs: Sequence[RunRecord], baseline: str | None = None) -> Lineup:
 
 def title_of(settings: Mapping[str, Any]) -> str:
     """The title of a report on runs with ``settings``: ``"convnet on digits"``."""
-    default = RunConfig.model_fields
-    model, data = (settings.get(key, default[key].default) for key in ("model", "data"))
-    return f"{model} on {data}"
+    names = ("model", "regime", "tasks", "data", "second_data")
+    model, regime, tasks, data, second = (
+        settings.get(name, RunConfig.model_fields[name].default) for name in names
+    )
+    return f"{model} on {described(regime, tasks, data=data, second_data=second)}"
 
 
 def _recorded_names(runs: Sequence[RunRecord], recorded: Recorded) -> dict[Path, str]:

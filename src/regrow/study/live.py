@@ -18,6 +18,7 @@ from rich.text import Text
 from regrow.reading import from_json
 from regrow.study import records
 from regrow.study.plan import Job
+from regrow.study.sequences import outcome
 from regrow.study.watching import log_path
 
 # Lines of the terminal that rows leave free: for the header, the line below, and the lines printed last.
@@ -101,8 +102,9 @@ class LiveTable:
         number = self._count - len(self._waiting) - len(self._running)
         log = log_path(job.folder)
         warned = f"; warnings in {log}" if error is None and log.exists() else ""
+        ended = error or outcome(records.read_run(job.folder).result or {})
         self._console.print(
-            f"[{number}/{self._count}] {self._name(job.folder)}: {error or outcome(job.folder)}{warned}",
+            f"[{number}/{self._count}] {self._name(job.folder)}: {ended}{warned}",
             markup=False,
             highlight=False,
             style="red" if error else None,
@@ -187,12 +189,6 @@ def progress_of(folder: Path) -> tuple[int, float | None]:
         return int(last["epoch"]), None if accuracy is None else float(accuracy)
     except (OSError, IndexError, ValueError, KeyError, TypeError, OverflowError):
         return 0, None
-
-
-def outcome(folder: Path) -> str:
-    """The result of a finished run, in a line."""
-    result = records.read_run(folder).result or {}
-    return f"test accuracy {result['test_accuracy']:.2%}, trained in {result['train_seconds']:.1f} s"
 
 
 def clock_time(seconds: float | None) -> str:

@@ -28,6 +28,8 @@ from regrow.study.plan import Job
 from regrow.study.watching import Watch, log_path
 
 _TICK = 0.25
+# Methods that read the structure of the network.
+_STRUCTURED = {"repr", "restart", "redo", "continual-backprop"}
 
 
 def run_local(
@@ -92,7 +94,7 @@ def _context(jobs: Sequence[Job]) -> BaseContext:
     modules = ["regrow.study.train", "torch._dynamo"]
     if any(job.config.data == "digits" for job in jobs):
         modules.append("sklearn.datasets")
-    if any(job.config.method == "repr" for job in jobs):
+    if any(set(job.config.method.split("+")) & _STRUCTURED for job in jobs):
         modules.append("torch_pruning")
     context.set_forkserver_preload(modules)
     _start_server()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from regrow.study.analysed import gradients_path, snapshot_path
 from regrow.study.ranks import Ranks
 from regrow.study.run_folder import save_weights, writing
 from regrow.study.steps import state_of_weights
+
+# Events that begin or end a record of gradients.
+_WATCHED = ("drop", "restore", "restart")
 
 
 class Observer:
@@ -36,22 +39,26 @@ class Observer:
         if self._every is not None:
             self._save(0, "", state_of_weights(self._model))
 
-    def after_epoch(self, epoch: int, before: Mapping[str, Tensor], event: Mapping[str, Any] | None) -> None:
+    def after_epoch(
+        self, epoch: int, before: Mapping[str, Tensor], events: Sequence[Mapping[str, Any]]
+    ) -> None:
         """To be called after each epoch, when its drop or restore has happened.
 
         Args:
-            before: the weights before ``event``.
-            event: the record of what the method did to the network after this epoch, if anything.
+            before: the weights before ``events``.
+            events: what the method did to the network after this epoch.
         """
-        self._watch.note(event)
-        if event is not None:
+        regrown = [event for event in events if event["kind"] in _WATCHED]
+        for event in regrown:
+            self._watch.note({**event, "epoch": epoch})
+        if regrown:
             self.write_gradients()
         if self._every is None:
             return
-        if event is not None or epoch % self._every == 0:
+        if events or epoch % self._every == 0:
             self._save(epoch, "", before)
-        if event is not None:
-            self._save(epoch, event["kind"], state_of_weights(self._model))
+        if events:
+            self._save(epoch, events[-1]["kind"], state_of_weights(self._model))
 
     def write_gradients(self) -> None:
         """Write ``gradients.jsonl``, if there is anything to write; to be called once more at the end."""

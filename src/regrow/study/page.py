@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ def render(content: Content) -> str:
         area=pruned.area,
         setting=_setting,
         correlation=correlation_text,
+        sentence=_sentence,
         # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
     )
@@ -100,6 +102,8 @@ def render(content: Content) -> str:
     return environment.from_string(source).render(
         title=content.title,
         baseline=summaries[0].baseline,
+        measure=summaries[0].measure,
+        tasks=len(summaries[0].tasks),
         compared=any(each.difference for each in summaries),
         equal=any(each.at_equal_compute for each in summaries),
         counted=any(each.flops for each in summaries),
@@ -152,7 +156,7 @@ def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
         {
             (event["cycle"], event["epoch"]): event["filters"]
             for event in run.events
-            if event["kind"] == "drop"
+            if event["kind"] in ("drop", "restart")
         }
         for run in runs
     ]
@@ -192,9 +196,17 @@ def _drawings(
     looks = {each.method: each.style for each in series}
     for index, each_set in enumerate(curves):
         drawings[f"pruned {index}"] = partial(figures.pruned_curves, each_set, looks)
+    if summaries[0].tasks:
+        tasks = {each.method: each.tasks for each in summaries}
+        drawings["tasks"] = partial(figures.task_curves, series, tasks)
     trained = [each for each in series if any(run.epochs for run in each.runs)]
     if trained:
-        equal = equal_compute({each.method: {run.seed: run for run in each.runs} for each in series})
+        # The epochs of different tasks have no common validation pictures.
+        equal = (
+            None
+            if summaries[0].tasks
+            else equal_compute({each.method: {run.seed: run for run in each.runs} for each in series})
+        )
         drawings["curves"] = partial(figures.learning_curves, trained)
         drawings["compute"] = partial(figures.compute_curves, trained, equal)
         drawings["overlap"] = partial(figures.overlap_curves, trained)
@@ -250,7 +262,7 @@ def _remarks(runs: Sequence[RunRecord]) -> dict[str, Any]:
             least_covered = event.get("least_covered")
             for layer in least_covered if isinstance(least_covered, list) else []:
                 layers[str(layer)] = layers.get(str(layer), 0) + 1
-    restores = sum(event["kind"] == "restore" for run in runs for event in run.events)
+    restores = sum(event["kind"] in ("restore", "restart") for run in runs for event in run.events)
     return {"notes": notes, "least_covered": layers, "restores": restores}
 
 
@@ -280,6 +292,12 @@ def _settings(series: Sequence[Series]) -> dict[str, Any]:
     }
     used = {key: values for key, values in differing.items() if set(values) != {"—"}}
     return {"shared": shared, "differing": used}
+
+
+def _sentence(text: str) -> str:
+    """``text`` with a capital letter; "tasks 2 to 5" in it is not split at the end of a line."""
+    whole = re.sub(r"tasks? \d+( to \d+)?", lambda found: found[0].replace(" ", "\u00a0"), text)
+    return whole[:1].upper() + whole[1:]
 
 
 def _setting(value: object) -> str:

@@ -27,6 +27,7 @@ from regrow.study.identity import (
     shown,
     unresolved,
 )
+from regrow.study.lineup import title_of
 from regrow.study.recorded import find_recorded
 from regrow.study.studyfile import Study, Wanted, read_study
 from regrow.study.variants import known_numbers, variant_names, variant_numbers
@@ -36,6 +37,8 @@ from regrow.study.yamls import read_yaml
 STUDY_FILE = "study.yaml"
 STUDY_RECORD = records.study_path("").name
 _LONGEST = 120
+# Settings that ``title_of`` mentions.
+_IN_TITLES = ("regime", "tasks", "second_data")
 _VERSION = 1
 _MOST_BYTES = 1 << 26
 
@@ -243,9 +246,9 @@ def _homes(folder: Path, wanted: dict[str, list[Wanted]], disk: _Disk) -> dict[s
 
 def _title(this: RunConfig, others: Sequence[RunConfig]) -> str:
     alike = [unresolved(each) for each in others if (each.model, each.data) == (this.model, this.data)]
-    return ", ".join(
-        filter(None, [f"{this.model} on {this.data}", describe(resolved(this), differing(alike))])
-    )
+    settings = resolved(this)
+    keys = [key for key in differing(alike) if key not in _IN_TITLES]
+    return ", ".join(filter(None, [title_of(settings), describe(settings, keys)]))
 
 
 def _comparison_of(config: RunConfig) -> RunConfig:

@@ -5,18 +5,23 @@ A **run folder** is one training run (one method, one seed):
 - ``config.yaml``: every setting, enough to repeat the run;
 - ``environment.json``: versions, processor, device, the command;
 - ``epochs.jsonl``: one line per epoch; accuracies are fractions from 0 to 1, ``flops`` are the
-  floating-point operations of its training steps (None when they cannot be counted);
-- ``events.jsonl``: one line per drop or restore. ``epoch`` is the number of epochs trained when it
-  happened: a filter dropped at 20 and restored at 30 was off in epochs 21 to 30;
+  floating-point operations of its training steps (None when they cannot be counted), ``task`` is the number
+  of the task that the epoch trained, from 1;
+- ``events.jsonl``: one line per drop or restore, or what else a method did to the network (``KINDS``).
+  ``epoch`` is the number of epochs trained when it happened: a filter dropped at 20 and restored at 30 was
+  off in epochs 21 to 30;
 - ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
-  stopped and resumed;
+  stopped and resumed. ``task_accuracies`` are the test accuracies at the end of each task, on the test
+  pictures of that task; ``test_accuracy`` is the last of them, and ``mean_accuracy_after_switch`` the mean of
+  all but the first (None for a single task);
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
 A **comparison folder** holds run folders named ``{method}-seed{seed}`` and ``comparison.json``. A **study
 folder** holds a folder of run folders for each comparison, and ``study.json``.
 
-Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None.
+Version 1 had no ``flops``, ``train_flops`` and ``resumed``; in its records they are read as None. Versions 1
+and 2 had no tasks: ``task`` is read as 1, and the accuracies over tasks as None.
 """
 
 from __future__ import annotations
@@ -38,7 +43,11 @@ from regrow import atomic
 from regrow.reading import from_json, read_file
 from regrow.short import said, short
 
-VERSION = 2
+VERSION = 3
+# Kinds of events: what a method did to the network between two epochs.
+KINDS = (
+    "drop", "restore", "restart", "replace", "reset", "fresh", "shrink", "evolve", "sparsify", "densify",
+)  # fmt: skip
 
 # More than the records of the longest run that the settings allow.
 _MOST_BYTES = 1 << 26
@@ -70,6 +79,7 @@ _ENVIRONMENT: _Kinds = {
 # A diverging run has NaN or infinity for some of these, which are recorded as None.
 _EPOCH: _Kinds = {
     "epoch": _INTEGER,
+    "task": _INTEGER,
     "phase": _TEXT,
     "learning_rate": _NUMBER_OR_NONE,
     "train_loss": _NUMBER_OR_NONE,
@@ -99,9 +109,20 @@ _RESULT: _Kinds = {
     "filters": _MAPPING,
     "train_flops": _INTEGER_OR_NONE,
     "resumed": _INTEGER_OR_NONE,
+    "task_accuracies": (list, type(None)),
+    "mean_accuracy_after_switch": _NUMBER_OR_NONE,
 }
-# Keys that came with version 2.
-_ADDED = ("flops", "train_flops", "resumed")
+# Keys that earlier versions did not have, and the values that they are read as.
+_ADDED: Mapping[str, int | None] = {
+    # Version 2.
+    "flops": None,
+    "train_flops": None,
+    "resumed": None,
+    # Version 3.
+    "task": 1,
+    "task_accuracies": None,
+    "mean_accuracy_after_switch": None,
+}
 _CURVE: _Kinds = {
     "split": _TEXT,
     "criterion": _TEXT,
@@ -448,7 +469,7 @@ def check_epochs(lines: object, count: int) -> None:
 
 
 def check_events(lines: object, count: int) -> None:
-    """Raise ``ValueError`` unless ``lines`` record drops and restores in the first ``count`` epochs."""
+    """Raise ``ValueError`` unless ``lines`` record what a method did in the first ``count`` epochs."""
     if not isinstance(lines, list):
         raise ValueError("events must be a list of records")
     for number, each in enumerate(lines, start=1):
@@ -469,7 +490,7 @@ def _plain(line: object) -> object:
 def _check(data: object, kinds: _Kinds, where: str) -> dict[str, Any]:
     """Return ``data`` if it is a mapping of a known version with the keys and types of ``kinds``."""
     if isinstance(data, dict):
-        data = data | {key: None for key in _ADDED if key in kinds and key not in data}
+        data = {key: value for key, value in _ADDED.items() if key in kinds} | data
     return _check_keys(data, {"version": _INTEGER, **kinds}, where)
 
 
@@ -504,6 +525,8 @@ def _checked(run: RunRecord) -> RunRecord:
         if epoch["epoch"] <= number:
             raise ValueError(f"{path}, line {line}: epoch {epoch['epoch']} comes after epoch {number}.")
         number = epoch["epoch"]
+    if run.result is not None:
+        _check_tasks(run.result, result_path(run.folder))
     sizes = None if run.result is None else run.result["filters"]
     if sizes is not None and not all(_is_index(size) for size in sizes.values()):
         raise ValueError(f"{result_path(run.folder)}: 'filters' must give each layer's number of filters.")
@@ -511,12 +534,38 @@ def _checked(run: RunRecord) -> RunRecord:
     return run
 
 
+def _check_tasks(result: Mapping[str, Any], path: Path) -> None:
+    """Raise ``ValueError`` unless the accuracies over tasks are fractions that fit each other."""
+    accuracies, mean = result["task_accuracies"], result["mean_accuracy_after_switch"]
+    if accuracies is not None:
+        check_accuracies(accuracies, f"{path}: 'task_accuracies'")
+    if (mean is not None) != (accuracies is not None and len(accuracies) > 1):
+        raise ValueError(
+            f"{path}: 'mean_accuracy_after_switch' must be a number where 'task_accuracies' has two or more, "
+            f"and null elsewhere, got {short(mean)}."
+        )
+    if mean is not None and not 0 <= mean <= 1:
+        raise ValueError(
+            f"{path}: 'mean_accuracy_after_switch' must be a fraction from 0 to 1, got {short(mean)}."
+        )
+
+
+def check_accuracies(values: object, what: str) -> None:
+    """Raise ``ValueError`` unless ``values`` are a list of fractions."""
+    if not isinstance(values, list) or not all(
+        isinstance(each, int | float) and not isinstance(each, bool) and 0 <= each <= 1 for each in values
+    ):
+        raise ValueError(f"{what} must list fractions from 0 to 1, got {short(values)}.")
+
+
 def _check_drops(events: list[dict[str, Any]], sizes: Mapping[str, int] | None, place: str) -> None:
     """Check the filters of ``events`` against ``sizes``, the number of filters of each layer, if known."""
     for number, event in enumerate(events, start=1):
         where = f"{place} {number}"
-        if event["kind"] not in ("drop", "restore"):
-            raise ValueError(f"{where}: 'kind' must be 'drop' or 'restore', got {short(event['kind'])}.")
+        if event["kind"] not in KINDS:
+            raise ValueError(
+                f"{where}: 'kind' must be one of {', '.join(map(repr, KINDS))}, got {short(event['kind'])}."
+            )
         for layer, indices in event["filters"].items():
             if not isinstance(indices, list) or not all(_is_index(index) for index in indices):
                 raise ValueError(f"{where}: 'filters' must give a list of indices for {short(layer)}.")

@@ -90,6 +90,8 @@ def write_report(
         "title": title,
         "baseline": baseline,
         "methods": methods,
+        "compared": summaries[0].measure,
+        "tasks": task_rows(summaries),
         "runs": content.rows,
         "curves": [pruned.to_dict(each) for each in content.curves],
         "left_out": content.left_out,
@@ -115,6 +117,7 @@ def run_rows(
             "seed": run.seed,
             "finished": run.result is not None,
             "test_accuracy": result.get("test_accuracy"),
+            "mean_accuracy_after_switch": result.get("mean_accuracy_after_switch"),
             "validation_accuracy": result.get("validation_accuracy"),
             "difference_points": differences.get(method, {}).get(run.seed) if result else None,
             "train_seconds": result.get("train_seconds"),
@@ -137,6 +140,8 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
             "seeds": list(each.seeds),
             "test_accuracy": each.test_accuracy.mean,
             "test_accuracy_sd": each.test_accuracy.deviation,
+            "mean_accuracy_after_switch": each.after_switch.mean if each.after_switch else None,
+            "mean_accuracy_after_switch_sd": each.after_switch.deviation if each.after_switch else None,
             "validation_accuracy": each.validation_accuracy.mean,
             "validation_accuracy_sd": each.validation_accuracy.deviation,
             "difference_points": each.difference.mean if each.difference else None,
@@ -163,6 +168,27 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
             **_at_equal_compute(each),
         }
         for each in summaries
+    ]
+
+
+def task_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
+    """One flat row per method and task of a sequence: test accuracy at its end, and the paired difference."""
+    return [
+        {
+            "method": each.method,
+            "task": task,
+            "n": point.n,
+            "test_accuracy": point.accuracy.mean,
+            "test_accuracy_sd": point.accuracy.deviation,
+            "test_accuracy_low": point.interval[0] if point.interval else None,
+            "test_accuracy_high": point.interval[1] if point.interval else None,
+            "difference_points": point.difference.mean if point.difference else None,
+            "difference_low": point.difference.low if point.difference else None,
+            "difference_high": point.difference.high if point.difference else None,
+            "p": point.difference.p if point.difference else None,
+        }
+        for each in summaries
+        for task, point in enumerate(each.tasks, start=1)
     ]
 
 

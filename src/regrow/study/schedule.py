@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cycle:
-    """RePr's schedule: ``cycles`` times ``full`` epochs, then ``sub`` epochs without some of the filters."""
+    """RePr's schedule: ``cycles`` times ``full`` epochs, then ``sub`` epochs without some of the filters.
+
+    With ``sub`` 0 filters are dropped and restored at once.
+    """
 
     full: int
     sub: int
@@ -42,7 +45,7 @@ def place_cycle(
     if full is not None and sub is not None:
         return Cycle(full, sub, cycles if cycles is not None else max(1, min(3, room // (full + sub))))
     if cycles is None:
-        shortest = 3 if full is None and sub is None else (full or 1) + (sub or 1)
+        shortest = 3 if full is None and sub is None else (full or 1) + (1 if sub is None else sub)
         cycles = max(1, min(3, room // shortest))
     length = max(2, room // cycles)
     if full is not None:

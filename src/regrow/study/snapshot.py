@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow.marks import states_of
 from regrow.noise.layers import bridgeout_state, load_bridgeout_state
-from regrow.repr.cycle import RePr
+from regrow.study.methods.method import Method
 
 
 def state_of(
@@ -20,7 +20,7 @@ def state_of(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-    repr_: RePr | None,
+    method: Method,
 ) -> dict[str, Any]:
     """The state of the objects that train, for ``load_state``; ``random_state`` has the random generators."""
     return {
@@ -28,7 +28,7 @@ def state_of(
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "scaler": scaler.state_dict(),
-        "repr": None if repr_ is None else repr_.state_dict(),
+        "method": method.state_dict(),
         "bridgeout": bridgeout_state(model) if "bridgeout" in states_of(model) else None,
     }
 
@@ -39,17 +39,26 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler,
-    repr_: RePr | None,
+    method: Method,
 ) -> None:
     """Load what ``state_of`` returned into objects that were built from the same settings."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(_of_this_device(state["optimizer"], optimizer))
     scheduler.load_state_dict(state["scheduler"])
     scaler.load_state_dict(state["scaler"])
-    if repr_ is not None:
-        repr_.load_state_dict(state["repr"])
+    method.load_state_dict(state["method"])
     if state["bridgeout"] is not None:
         load_bridgeout_state(model, state["bridgeout"])
+
+
+def as_now(done: dict[str, Any]) -> dict[str, Any]:
+    """``done``, the state in a checkpoint, which an earlier version may have written, as this one would."""
+    trained = done["trained"]
+    if not isinstance(trained, dict) or "method" in trained or "repr" not in trained:
+        return done
+    method = {} if trained["repr"] is None else {"repr": trained["repr"]}
+    rest = {key: value for key, value in trained.items() if key != "repr"}
+    return {**done, "trained": {**rest, "method": method}}
 
 
 def _of_this_device(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

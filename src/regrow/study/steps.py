@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from regrow.modules import device_of
 from regrow.study.feeding import Batches
+from regrow.study.methods.method import Method
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks
 
@@ -34,6 +35,7 @@ class Step:
         scaler: scales the loss, if it is enabled.
         dtype: the type that autocast computes in; with float32 autocast is off.
         processes: how many processes train together.
+        method: gives the loss and what is added to it (default: cross entropy alone).
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Step:
         scaler: torch.amp.GradScaler,
         dtype: torch.dtype = torch.float32,
         processes: int = 1,
+        method: Method | None = None,
     ) -> None:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.dtype, self.processes = dtype, processes
+        self.method = Method() if method is None else method
         self.device = device_of(model)
 
     def __call__(self, images: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -57,13 +61,17 @@ class Step:
             share: this process's share of the pictures of the whole batch.
 
         Returns:
-            ``share`` times the mean loss [], and how many pictures were classified correctly, int64 []. The
-            next call may overwrite them.
+            ``share`` times the loss [], which is a mean over the pictures, and how many of these were
+            classified correctly, int64 []. The next call may overwrite them.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images.contiguous(memory_format=torch.channels_last))
-            loss = nn.functional.cross_entropy(logits, labels)
+            images = images.contiguous(memory_format=torch.channels_last)
+            logits = self.model(images)
+            loss = batch_loss(self.method, logits, images, labels)
+        # Not under autocast: a sum over all filters' products loses too much in half precision.
+        if (penalty := self.method.penalty()) is not None:
+            loss = loss + penalty
         # DDP takes the mean of all processes' gradients, and each has its share of the whole batch's mean.
         scaled = loss * (share * self.processes) if self.processes > 1 else loss
         self.scaler.scale(scaled).backward()
@@ -72,7 +80,13 @@ class Step:
         return loss.detach() * share, (logits.detach().argmax(1) == labels).sum()
 
     def renew(self) -> None:
-        """To be called when RePr has dropped or restored filters: the next step runs other operations."""
+        """To be called when the method has changed the network: the next step runs other operations."""
+
+
+def batch_loss(method: Method, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """The loss [] of ``method``, without its penalty: cross entropy, if it has none of its own."""
+    loss = method.loss(logits, images, labels)
+    return nn.functional.cross_entropy(logits, labels) if loss is None else loss
 
 
 def train_epoch(
@@ -104,6 +118,7 @@ def train_epoch(
         rates.append(step.optimizer.param_groups[0]["lr"])
         with _skipped_steps(step.scaler):
             loss, right = step(images, labels, len(labels) / batches.size_of(number))
+            step.method.after_step()
             scheduler.step()
         if after_step is not None:
             after_step()

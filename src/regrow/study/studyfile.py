@@ -15,7 +15,7 @@ from regrow.short import line, short
 from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig, make_config
 from regrow.study.identity import WHERE, normalised, own_settings, run_key
-from regrow.study.names import DATA_NAMES, METHOD_ALIASES
+from regrow.study.names import DATA_NAMES, METHOD_ALIASES, unjoined
 from regrow.study.seeds import MOST_RUNS, seeds_of
 from regrow.study.unused import check_used
 from regrow.study.yamls import read_yaml
@@ -222,7 +222,7 @@ def _check_own(method: str, own: Mapping[str, Any]) -> None:
     allowed = own_settings(method)
     for key in own:
         if key not in allowed:
-            others = [other for other, theirs in METHOD_SETTINGS.items() if key in theirs]
+            others = unjoined(other for other, theirs in METHOD_SETTINGS.items() if key in theirs)
             raise ValueError(
                 f"methods: {method}: {short(key)} "
                 + (

@@ -28,6 +28,7 @@ _SCALARS = {
 }
 _RESULTS = {
     "test_accuracy": "accuracy/test",
+    "mean_accuracy_after_switch": "accuracy/test, mean of all tasks but the first",
     "test_loss": "loss/test",
     "train_seconds": "training/seconds",
     "train_flops": "training/FLOPs",

@@ -16,13 +16,14 @@ from regrow.reading import check_plain
 from regrow.shipping.stored import CHECKSUM, check_stored, checksum
 from regrow.short import line, said
 from regrow.study import records
-from regrow.study.config import make_config
+from regrow.study.building import build, device_of, load_splits
+from regrow.study.config import RunConfig, make_config
 from regrow.study.data import Images, Splits, load_data
 from regrow.study.feeding import Batches, labelled_batches
 from regrow.study.libraries import library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
-from regrow.study.train import build, device_of, load_splits
+from regrow.study.tasks import task_splits
 
 _BATCH = 500
 _SIDE = 224
@@ -80,19 +81,28 @@ def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = 
         ValueError: ``folder`` is not that of a finished run, its weights are missing or do not fit, or its
             data is missing.
     """
+    model, config, splits = network_of_run(folder, data_dir)
+    source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
+    place = device_of(device or config.device)
+    channels = model_channels(config.model, splits.channels)
+    return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
+
+
+def network_of_run(folder: Path, data_dir: str | None = None) -> tuple[nn.Module, RunConfig, Splits]:
+    """The network of a finished run on the CPU, the settings of the run, and its pictures.
+
+    Raises the errors of ``from_run``.
+    """
     run = records.read_run(folder)
     if run.result is None:
         raise ValueError(f"{folder} holds an unfinished run, which has no final weights: finish it first.")
     changed = {} if data_dir is None else {"data_dir": data_dir}
     config = make_config({**run.config, **changed})
-    splits = load_splits(config)
+    splits = task_splits(load_splits(config), config, config.tasks)
     with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
     load_weights(model, records.weights_path(folder))
-    source = {"run": str(folder), "weights": records.weights_hash(folder), "data": config.data}
-    place = device_of(device or config.device)
-    channels = model_channels(config.model, splits.channels)
-    return _with_data(model, splits, splits.mean, splits.std, channels, place, source, config.seed)
+    return model, config, splits
 
 
 def load_weights(model: nn.Module, weights: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import RunConfig
+from regrow.study.names import unjoined
 
 # {setting: the setting that decides whether it is used, and the values of that one with which it is used}.
 # The learning rate of all methods follows the lengths of RePr's cycles, so that a comparison is fair; but
@@ -16,8 +17,12 @@ USED_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
         key: ("method", tuple(method for method, own in METHOD_SETTINGS.items() if key in own))
         for key in dict.fromkeys(key for own in METHOD_SETTINGS.values() for key in sorted(own))
     },
-    **dict.fromkeys(("full", "sub", "cycles"), ("method", ("repr",))),
+    **dict.fromkeys(
+        ("full", "sub", "cycles"),
+        ("method", tuple(method for method in METHOD_SETTINGS if "repr" in method.split("+"))),
+    ),
     "momentum": ("optimizer", ("sgd",)),
+    "second_data": ("regime", ("new-domain",)),
 }
 
 
@@ -37,9 +42,10 @@ def check_used(
             continue
         chosen = list(dict.fromkeys(getattr(config, decides) for config in configs))
         if not set(values) & set(chosen):
-            several = "s" if len(values) > 1 else ""
+            known = unjoined(values)
+            several = "s" if len(known) > 1 else ""
             raise ValueError(
-                f"{spelled(key)} belongs to the {decides}{several} {_listed(values)}, and would be ignored "
+                f"{spelled(key)} belongs to the {decides}{several} {_listed(known)}, and would be ignored "
                 f"with {_listed(chosen)}: leave it out, or choose another {decides}."
             )
 

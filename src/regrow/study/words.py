@@ -11,6 +11,23 @@ _LABELS = {
     "targeted-bridgeout": "Targeted Bridgeout",
     "dropout": "Dropout",
     "targeted-dropout": "Targeted dropout",
+    "orthogonal-loss": "Orthogonal loss",
+    "distillation": "Distillation",
+    "dsd": "Dense-Sparse-Dense",
+    "ban": "Born-Again networks",
+    "shrink-and-perturb": "Shrink and perturb",
+    "continual-backprop": "Continual backprop",
+    "later-layer-forgetting": "Later-layer forgetting",
+    "knowledge-evolution": "Knowledge Evolution",
+    "restart": "Restart of filters",
+    "new-head": "New head",
+    "last-layers": "Last layers new",
+    "from-scratch": "From scratch",
+    "redo": "ReDo",
+    "repr+orthogonal-loss": "RePr with orthogonal loss",
+    "repr+distillation": "RePr with distillation",
+    "repr+orthogonal-loss+distillation": "RePr with orthogonal loss and distillation",
+    "repr+bridgeout": "RePr with Bridgeout",
 }
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
