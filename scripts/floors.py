@@ -35,7 +35,7 @@ FLOORS = (
     ("losses", "structure"),
     ("criteria", "surgery"),
     ("compensation", "repr"),
-    ("noise", "restarts", "shipping"),
+    ("analysis", "noise", "restarts", "shipping"),
     ("pruning",),
     ("study",),
     ("cli",),

@@ -32,6 +32,7 @@ def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Pat
         "environment.json",
         "epochs.jsonl",
         "events.jsonl",
+        "gradients.jsonl",
         "result.json",
         "weights.safetensors",
     ]

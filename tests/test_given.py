@@ -34,6 +34,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 # {public function: how it is called with a model and other arguments; those given replace these}
 CALLS = {
+    "GradientWatch": (regrow.GradientWatch, {}),
     "RePr": (
         lambda m, **k: regrow.RePr(m, k.pop("optimizer"), **k),
         {"optimizer": lambda: sgd(Net()), "example_inputs": X},
@@ -48,14 +49,23 @@ CALLS = {
         {"keep": KEEP, "calibration": [X], "example_inputs": X},
     ),
     "bridgeout_state": (regrow.bridgeout_state, {}),
+    "criteria_against_oracle": (
+        lambda m, **k: regrow.criteria_against_oracle(m, k.pop("batches"), **k),
+        {"batches": [(X, torch.zeros(2).long())]},
+    ),
     "cut": (lambda m, **k: regrow.cut(m, k.pop("keep"), **k), {"keep": KEEP, "example_inputs": X}),
     "deploy": (regrow.deploy, {"example_inputs": X}),
+    "drop_one_accuracy": (
+        lambda m, **k: regrow.drop_one_accuracy(m, k.pop("batches"), **k),
+        {"batches": [(X, torch.zeros(2).long())]},
+    ),
     "export_onnx": (
         lambda m, **k: regrow.export_onnx(m, k.pop("path"), **k),
         {"path": "x.onnx", "example_inputs": X},
     ),
     "fold_norms": (regrow.fold_norms, {"example_inputs": X}),
     "keep_of_masks": (regrow.keep_of_masks, {}),
+    "layer_correlations": (lambda m, **k: regrow.layer_correlations(m, m, [X], **k), {}),
     "load_bridgeout_state": (lambda m: regrow.load_bridgeout_state(m, {}), {}),
     "plain_layers": (regrow.plain_layers, {}),
     "load": (lambda m, path: regrow.load(m, path), {"path": "x.safetensors"}),
@@ -70,8 +80,8 @@ CALLS = {
     "save": (lambda m, path: regrow.save(m, path), {"path": "x.safetensors"}),
     "score": (regrow.score, {}),
 }  # fmt: skip
-# These take no model: a weight, scores, what RePr.step returns.
-OTHERS = {"Event", "bridgeout", "overlap", "select"}
+# These take no model: a weight, activations, scores, what RePr.step returns.
+OTHERS = {"Event", "bridgeout", "canonical_correlation", "off_map", "overlap", "select"}
 
 
 def call(function, model, **other):
@@ -183,7 +193,7 @@ def test_what_is_no_optimizer(function, optimizer, message):
         call(function, Net(), optimizer=optimizer)
 
 
-@pytest.mark.parametrize("function", ["RePr", "add_bridgeout", "prune", "score"])
+@pytest.mark.parametrize("function", ["RePr", "add_bridgeout", "drop_one_accuracy", "prune", "score"])
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from regrow.analysis.agreement import criteria_against_oracle
+    from regrow.analysis.canonical import canonical_correlation
+    from regrow.analysis.drop_one import drop_one_accuracy
+    from regrow.analysis.gradients import GradientWatch
+    from regrow.analysis.layers import layer_correlations
+    from regrow.analysis.off_map import off_map
     from regrow.compensation.compensate import compensate, read_as
     from regrow.compensation.norms import reestimate_norms
     from regrow.criteria.masks import keep_of_masks
@@ -41,21 +47,27 @@ _HOMES = {
     "ContinualBackprop": "regrow.restarts.continual",
     "DenseSparseDense": "regrow.restarts.dense_sparse",
     "Event": "regrow.repr.events",
+    "GradientWatch": "regrow.analysis.gradients",
     "KnowledgeEvolution": "regrow.restarts.evolution",
     "RePr": "regrow.repr.cycle",
     "add_bridgeout": "regrow.noise.layers",
     "bridgeout": "regrow.noise.perturbation",
     "bridgeout_state": "regrow.noise.layers",
+    "canonical_correlation": "regrow.analysis.canonical",
     "compare_latency": "regrow.pruning.side_by_side",
     "compensate": "regrow.compensation.compensate",
+    "criteria_against_oracle": "regrow.analysis.agreement",
     "cut": "regrow.surgery.cut",
     "deploy": "regrow.shipping.deploy",
     "distillation_loss": "regrow.losses",
+    "drop_one_accuracy": "regrow.analysis.drop_one",
     "export_onnx": "regrow.shipping.onnx",
     "fold_norms": "regrow.shipping.fold",
     "keep_of_masks": "regrow.criteria.masks",
+    "layer_correlations": "regrow.analysis.layers",
     "load": "regrow.shipping.checkpoint",
     "load_bridgeout_state": "regrow.noise.layers",
+    "off_map": "regrow.analysis.off_map",
     "orthogonal_loss": "regrow.losses",
     "overlap": "regrow.criteria.score",
     "plain_layers": "regrow.shipping.plain",
@@ -77,21 +89,27 @@ __all__ = [
     "ContinualBackprop",
     "DenseSparseDense",
     "Event",
+    "GradientWatch",
     "KnowledgeEvolution",
     "RePr",
     "add_bridgeout",
     "bridgeout",
     "bridgeout_state",
+    "canonical_correlation",
     "compare_latency",
     "compensate",
+    "criteria_against_oracle",
     "cut",
     "deploy",
     "distillation_loss",
+    "drop_one_accuracy",
     "export_onnx",
     "fold_norms",
     "keep_of_masks",
+    "layer_correlations",
     "load",
     "load_bridgeout_state",
+    "off_map",
     "orthogonal_loss",
     "overlap",
     "plain_layers",

@@ -324,6 +324,23 @@ def curve(
 
 
 @_command()
+def analyse(
+    folders: Folders,
+    pictures: Annotated[int, _opt("Validation pictures to measure with.")] = 256,
+    rerun: Annotated[bool, _opt("Analyse runs again that were analysed before.", "--rerun")] = False,
+) -> None:
+    """Look into trained networks: criteria against the oracle, filters dropped alone, likeness of runs.
+
+    With weights that were kept during training (--snapshots) the criteria are followed over training.
+    Example: regrow analyse runs/digits
+    """
+    with uninterrupted():
+        from regrow.study.analyse_command import run_analyses
+
+    run_analyses(folders, pictures=pictures, rerun=rerun)
+
+
+@_command()
 def prune(
     network: Annotated[str, typer.Argument(help="Run folder, or the name of a torchvision or timm network.")],
     out: Annotated[Path, _output("Folder to write to.", "--out")],

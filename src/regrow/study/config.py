@@ -287,6 +287,13 @@ class RunConfig(BaseModel):
         le=1e6,
     )
 
+    snapshots: int | None = _setting(
+        None,
+        _RUN,
+        "Keep the weights every so many epochs, and around every drop and restore, for regrow analyse.",
+        ge=1,
+        le=_LONGEST,
+    )
     seed: int = _setting(
         0, _RUN, "Initial weights, order of the pictures, augmentation, RePr's choices.", ge=0, le=_LAST_SEED
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from regrow.analysis.off_map import off_map as map_of
 from regrow.study.compute import spent
 from regrow.study.drawing import COLORS, INK, Style, printable
 from regrow.study.paired import Paired
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from regrow.study.records import RunRecord
     from regrow.study.sequences import TaskPoint
 
-_FAINT, _SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
+_FAINT, SHADE, _ALIVE = "#d5d5d2", "#ecebe6", "#dfe9f0"
 _LONGEST = 26
 # The name of a variant takes two lines of that length: what tells it from others may stand anywhere in it.
 _LONGEST_NAME = 52
@@ -67,14 +68,8 @@ def off_map(run: RunRecord) -> NDArray[np.bool_]:
     A filter dropped after epoch a and restored after epoch b is off in epochs a+1 to b.
     """
     sizes: dict[str, int] = run.result["filters"] if run.result is not None else {}
-    starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     last = run.epochs[-1]["epoch"] if run.epochs else 0
-    off = np.zeros((sum(sizes.values()), last), dtype=bool)
-    for event in run.events:
-        for layer, indices in event["filters"].items():
-            rows = starts.get(layer, 0) + np.asarray(indices, dtype=int)
-            off[rows, event["epoch"] :] = event["kind"] == "drop"
-    return off
+    return map_of(run.events, sizes, last, time="epoch")
 
 
 def dots(series: Sequence[Series], differences: Mapping[str, Paired], width: float) -> Figure:
@@ -472,7 +467,7 @@ def _shade(axes: Axes, series: Sequence[Series], width: float | None) -> None:
     for each, phases in with_phases:
         shared = all(other == phases for _, other in with_phases)
         for number, (first, last) in enumerate(phases, start=1):
-            color, alpha = (_SHADE, 1.0) if shared else (each.color, 0.1)
+            color, alpha = (SHADE, 1.0) if shared else (each.color, 0.1)
             axes.axvspan(first - 0.5, last + 0.5, color=color, alpha=alpha, linewidth=0, zorder=0)
             if width is None or not shared or each is not with_phases[0][0]:
                 continue

@@ -47,7 +47,7 @@ def run_curves(
         check_curve(criterion, scope, fractions, readings, split)
     home = _home(folders) if out is None else out
     console = Console()
-    shown = line_up(_finished(folders, console))
+    shown = line_up(finished_runs(folders, console))
     runs = shown.runs
     check_comparable(runs, shown.names)
     settings: dict[str, Any] = {
@@ -107,7 +107,7 @@ def _home(folders: Sequence[Path]) -> Path:
     return folders[0].parent
 
 
-def _finished(folders: Sequence[Path], console: Console) -> list[records.RunRecord]:
+def finished_runs(folders: Sequence[Path], console: Console) -> list[records.RunRecord]:
     """The finished runs in and below ``folders``, each once."""
     found = {run.folder.resolve(): run for folder in folders for run in records.find_runs(folder)}
     for folder in folders:

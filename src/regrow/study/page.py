@@ -12,7 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrow.study import compare, drawing, figures, pruned, published, words
+from regrow.study import analyse_figures, compare, drawing, figures, pruned, published, words
+from regrow.study.analyse_summary import Analyses, correlation_text, criterion_curves, final_table
 from regrow.study.compare import METHOD_SETTINGS, MethodSummary
 from regrow.study.compute import equal_compute
 from regrow.study.drawing import NARROW, WIDE
@@ -46,6 +47,7 @@ class Content:
         home: the folder of the page.
         numbers: {name: its number among the variants of its method}; the others are numbered here.
         published: {method or variant: the published test accuracy of such a run}, where there is one.
+        analyses: what ``regrow analyse`` and the runs have left in their folders.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Content:
     home: Path
     numbers: Mapping[str, int] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
+    analyses: Analyses = field(default_factory=Analyses)
 
 
 def render(content: Content) -> str:
@@ -86,6 +89,7 @@ def render(content: Content) -> str:
         estimate=pruned.percent,
         area=pruned.area,
         setting=_setting,
+        correlation=correlation_text,
         sentence=_sentence,
         # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
@@ -96,6 +100,7 @@ def render(content: Content) -> str:
     finished = [run for run in runs if run.result is not None]
     series = _series(content)
     drawings = _drawings(series, summaries, content.curves)
+    drawings |= _analysis_drawings(content.analyses, series)
     return environment.from_string(source).render(
         title=content.title,
         baseline=summaries[0].baseline,
@@ -133,6 +138,9 @@ def render(content: Content) -> str:
             for each in series
             if (shares := cut_shares(each.runs)) is not None
         ],
+        analyses=content.analyses,
+        agreements=final_table(content.analyses.found),
+        unanalysed=[near(run.folder, home) for run in content.analyses.outdated],
         settings=_settings(series),
         environments=_environments(finished, home),
         commands=sorted({run.environment["command"] for run in finished}),
@@ -209,6 +217,32 @@ def _drawings(
         drawings["overlap"] = partial(figures.overlap_curves, trained)
     for each in _mapped(series):
         drawings[f"map {each.method}"] = partial(figures.filter_map, each.runs[:_MAPS], each.color)
+    return drawings
+
+
+def _analysis_drawings(analyses: Analyses, series: Sequence[Series]) -> dict[str, Callable[[float], Figure]]:
+    drawings: dict[str, Callable[[float], Figure]] = {}
+    looks = {each.method: each.style for each in series}
+    found = analyses.found
+    for method, those in found.items():
+        curves = criterion_curves(those)
+        if any(len(curve.epochs) > 1 for curve in curves):
+            drawings[f"agreement {method}"] = partial(
+                analyse_figures.agreement_curves, curves, figures.sub_phases(those[0][0])
+            )
+        framed = [one["first_layer"] for _, one in those if one["first_layer"]]
+        if framed:
+            drawings[f"pictures {method}"] = partial(
+                analyse_figures.filter_pictures, framed[0], looks[method].color
+            )
+    if found:
+        firsts = {method: those[0] for method, those in [*found.items()][:_MAPS]}
+        drawings["layers"] = partial(analyse_figures.layer_maps, firsts)
+        drawings["drop one"] = partial(analyse_figures.drop_one_curves, found, looks)
+    if analyses.between is not None:
+        drawings["runs"] = partial(analyse_figures.run_map, analyses.between)
+    if analyses.gradients:
+        drawings["gradients"] = partial(analyse_figures.gradient_curves, analyses.gradients, looks)
     return drawings
 
 

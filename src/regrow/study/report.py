@@ -11,6 +11,7 @@ from typing import Any
 
 from regrow.interrupts import uninterrupted
 from regrow.study import pruned
+from regrow.study.analyse_summary import read_analyses
 from regrow.study.compare import MethodSummary, group_of, summarise
 from regrow.study.lineup import title_of
 from regrow.study.page import Content, near, render
@@ -60,6 +61,12 @@ def write_report(
         runs, key=lambda run: (order.get(groups[run.folder], len(order)), groups[run.folder], run.seed)
     )
     measured = pruned.read_measured([run for run in runs if run.result is not None])
+    analyses = read_analyses(
+        {
+            each.method: [run for run in runs if run.result is not None and groups[run.folder] == each.method]
+            for each in summaries
+        }
+    )
     title = title_of(runs[0].config) if title is None else title
     content = Content(
         title=title,
@@ -71,7 +78,7 @@ def write_report(
         outdated=measured.outdated,
         left_out={
             near(each, path.parent): why.replace(str(each), near(each, path.parent))
-            for each, why in {**(left_out or {}), **measured.broken}.items()
+            for each, why in {**(left_out or {}), **measured.broken, **analyses.broken}.items()
         },
         home=path.parent,
         numbers=numbers or {},
@@ -80,6 +87,7 @@ def write_report(
             for run in runs
             if run.result is not None and (accuracy := published_accuracy(run.config)) is not None
         },
+        analyses=analyses,
     )
     page = render(content)
     methods = method_rows(summaries, content.published)

@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.atomic import sweep, write_bytes
 from regrow.reading import from_json, read_file
 from regrow.shipping.stored import CHECKSUM, checksum
-from regrow.study import records
+from regrow.study import analysed, records
 from regrow.study.checkpoints import MOST_BYTES, from_bytes, read_checkpoint, remove_checkpoints
 from regrow.study.config import RunConfig
 from regrow.study.identity import check_same_run, resolved
@@ -121,6 +121,7 @@ def _clear(folder: Path) -> None:
         *records.curve_paths(folder),
     ):
         path.unlink(missing_ok=True)
+    analysed.remove(folder)
     remove_checkpoints(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -96,11 +96,13 @@ def train_epoch(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     ranks: Ranks,
     progress: Progress,
+    after_step: Callable[[], object] | None = None,
 ) -> tuple[float, float]:
     """Train one epoch on ``batches``; the scheduler steps with every batch. Returns mean loss and accuracy.
 
     Args:
         epoch: its number, which fixes order and augmentation.
+        after_step: called after each step, while its gradients are still there.
 
     Raises:
         BadLoss: a loss is not finite, in every process.
@@ -118,6 +120,8 @@ def train_epoch(
             loss, right = step(images, labels, len(labels) / batches.size_of(number))
             step.method.after_step()
             scheduler.step()
+        if after_step is not None:
+            after_step()
         losses[number] = loss
         correct += right
         if number + 1 == steps or number + 1 - looked == _LOOK_EVERY:

@@ -24,6 +24,7 @@ from regrow.study.checkpoints import from_bytes, remove_checkpoints, to_bytes, w
 from regrow.study.config import RunConfig
 from regrow.study.flops import epoch_flops
 from regrow.study.lock import locked
+from regrow.study.observing import Observer
 from regrow.study.parts import Parts
 from regrow.study.progress import Progress
 from regrow.study.ranks import Ranks, device_here, joined
@@ -166,10 +167,14 @@ def _run(
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
         "task_accuracies": [], "best": {},
     }  # fmt: skip
-    if checkpoint is not None:
+    observer = Observer(model, folder, config.snapshots, ranks)
+    if checkpoint is None:
+        observer.begin()
+    else:
         # Those of earlier versions have no accuracies of tasks, and have not kept the best epoch.
         done |= {"best": None, **from_bytes(checkpoint)}
         run.load(done)
+        observer.load_state_dict(done.get("observed"))
         done["environment"] = environment
     spent: float = done["seconds"]
     good = state_of_weights(model)
@@ -188,7 +193,9 @@ def _run(
             counted, flops = (len(done["events"]), run.round), epoch_flops(run)
         begun = time.perf_counter()
         try:
-            loss, accuracy = train_epoch(run.step, run.train, epoch, run.scheduler, ranks, progress)
+            loss, accuracy = train_epoch(
+                run.step, run.train, epoch, run.scheduler, ranks, progress, observer.step
+            )
         except BadLoss as bad:
             ranks.first(partial(save_weights, good, last_good_path(folder)))
             raise Diverged(
@@ -233,6 +240,7 @@ def _run(
         if happened or another:
             run.step.renew()
         done["events"] += [{"version": records.VERSION, "epoch": epoch, **each} for each in happened]
+        observer.after_epoch(epoch, good, happened)
         generators = ranks.gather(to_bytes(random_state()))
         done.update(
             epoch=epoch,
@@ -241,8 +249,10 @@ def _run(
             seconds=spent + time.perf_counter() - started,
             trained=state_of(*run.trained),
             random=[from_bytes(each) for each in generators],
+            observed=observer.state_dict(),
         )
         ranks.first(partial(_write, folder, done, events=len(happened)))
+    observer.write_gradients()
     _finish(folder, run, done, ranks, spent - started)
 
 

@@ -101,7 +101,16 @@ def network_of_run(folder: Path, data_dir: str | None = None) -> tuple[nn.Module
     splits = task_splits(load_splits(config), config, config.tasks)
     with torch.random.fork_rng(devices=[]):  # it draws first weights, which are replaced
         model = build(config, splits)
-    weights = records.weights_path(folder)
+    load_weights(model, records.weights_path(folder))
+    return model, config, splits
+
+
+def load_weights(model: nn.Module, weights: Path) -> None:
+    """Load the file ``weights`` of a run into the run's ``model``.
+
+    Raises:
+        ValueError: the file is missing or damaged, or does not fit; ``model`` is not changed.
+    """
     try:
         check_plain(weights, os.stat(weights))
         with safe_open(weights, framework="pt") as file:
@@ -120,7 +129,6 @@ def network_of_run(folder: Path, data_dir: str | None = None) -> tuple[nn.Module
             f"{line(weights)} does not fit the network of its config.yaml: {line(error)}"
         ) from None
     model.load_state_dict(tensors)
-    return model, config, splits
 
 
 def by_name(

@@ -1,0 +1,1 @@
+"""What a network has learnt: correlations of its layers and criteria, filters dropped alone, gradients."""
