@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from nets import Residual, UNet
-from regrow.restarts.units import arriving, find_units, outgoing, renew
+from regrow.criteria.utility import arriving, outgoing
+from regrow.restarts.units import find_units, renew
 from relatives import X, net, tensors, train
 
 pytestmark = pytest.mark.devices

@@ -10,7 +10,14 @@ from regrow.study.config import Regime, RunConfig, make_config
 from regrow.study.data import Splits, load_data
 from regrow.study.images import Images
 from regrow.study.splits import channel_statistics, noisy_labels
-from regrow.study.tasks import check_tasks, class_group, label_permutation, task_splits, with_second
+from regrow.study.tasks import (
+    check_tasks,
+    class_group,
+    label_permutation,
+    pixel_permutation,
+    task_splits,
+    with_second,
+)
 
 REGIMES = get_args(Regime)
 
@@ -74,6 +81,24 @@ def test_permuted_labels_are_renamed_alike_in_all_parts() -> None:
         assert after.labels.tolist() == [int(new[label]) for label in before.labels.tolist()]
     assert (second.mean, second.std) == (splits.mean, splits.std)
     assert splits.train.labels.tolist() == [0, 1, 2, 3] * 3  # the input is as it was
+
+
+def test_permuted_pixels_move_alike_in_all_pictures_and_channels() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (6, 2, 3, 3), dtype=torch.uint8)
+    whole = Images(pixels, torch.arange(6) % 2)
+    splits = Splits(whole, whole, whole, ("a", "b"), (0.5, 0.5), (0.2, 0.2))
+    settings = config("permuted-pixels", 3, seed=5)
+    first, second, third = (task_splits(splits, settings, task) for task in (1, 2, 3))
+    assert same(first.train, whole)
+    order = pixel_permutation(9, seed=5, task=2)
+    assert sorted(order.tolist()) == list(range(9))
+    for part in (second.train, second.validation, second.test):
+        assert torch.equal(part.labels, whole.labels)
+        for place, old in enumerate(order.tolist()):
+            assert torch.equal(part.pixels.flatten(2)[:, :, place], pixels.flatten(2)[:, :, old])
+    assert not torch.equal(second.train.pixels, third.train.pixels)
+    assert not torch.equal(pixel_permutation(9, seed=6, task=2), order)
 
 
 @given(st.integers(2, 12), st.integers(0, 2**40), st.integers(2, 9))

@@ -266,6 +266,7 @@ def test_fashion_mnist_end_to_end(tmp_path: Path, settings: dict[str, Any]) -> N
 REGIMES: dict[str, dict[str, Any]] = {
     "same": {},
     "permuted-labels": {},
+    "permuted-pixels": {},
     "growing-data": {},
     "corrected-labels": {"label_noise": 0.4},
     "new-classes": {},

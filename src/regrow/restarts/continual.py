@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.criteria.utility import outgoing
 from regrow.given import check_inputs, check_optimizer, check_seed
 from regrow.indexing import index_tensor
 from regrow.interrupts import uninterrupted
@@ -19,7 +20,7 @@ from regrow.restarts.fresh import check_fresh
 from regrow.restarts.memory import Memory
 from regrow.restarts.saved import VERSION, answers, check_saved, whole_number
 from regrow.restarts.seeds import seed_of
-from regrow.restarts.units import find_units, outgoing, renew, width_of
+from regrow.restarts.units import find_units, renew, width_of
 from regrow.restarts.watch import Watch
 from regrow.short import short
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.criteria.utility import arriving
 from regrow.given import check_inputs, check_optimizer, check_seed
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating
@@ -20,7 +21,7 @@ from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.restarts.fresh import check_fresh
 from regrow.restarts.memory import Memory
 from regrow.restarts.saved import VERSION
-from regrow.restarts.units import Units, arriving, find_units, input_width, renew, width_of
+from regrow.restarts.units import Units, find_units, input_width, renew, width_of
 
 
 def redo(

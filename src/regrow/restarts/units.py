@@ -15,11 +15,9 @@ from regrow.indexing import index_tensor
 from regrow.marks import borrowed_weight
 from regrow.modules import (
     CONVOLUTION_CLASSES,
-    channel_dim,
     channels_read,
     filter_count,
     filters_first,
-    grouped,
 )
 from regrow.restarts.fresh import drawn_rows
 from regrow.restarts.linear import linear_readers
@@ -86,22 +84,6 @@ def _why_not(model: nn.Module, layer: Any, found: Readers) -> str:
     if len(read) < filter_count(layer, layer.weight):
         return "no layer reads some of its units"
     return ""
-
-
-def arriving(layer: nn.Module, x: Tensor) -> Tensor:
-    """The mean absolute value of each input channel of ``layer`` in ``x``: Tensor[channels]."""
-    dim = channel_dim(layer, x) % x.dim()
-    others = [each for each in range(x.dim()) if each != dim]
-    absolute = x.detach().abs()
-    absolute = absolute if absolute.dtype == torch.float64 else absolute.float()
-    return absolute.mean(others) if others else absolute
-
-
-def outgoing(layer: Any) -> Tensor:
-    """The sum of the absolute weights by which ``layer`` reads each input channel: Tensor[channels]."""
-    weight = grouped(layer, layer.weight.detach().abs())  # [groups, filters, channels, *kernel]
-    weight = weight if weight.dtype == torch.float64 else weight.float()
-    return weight.flatten(3).sum(3).sum(1).flatten() if weight.dim() > 3 else weight.sum(1).flatten()
 
 
 def width_of(layer: Any) -> int:

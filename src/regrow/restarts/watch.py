@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.restarts.units import arriving, input_width
+from regrow.criteria.utility import arriving
+from regrow.restarts.units import input_width
 
 
 class Watch:

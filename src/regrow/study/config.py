@@ -25,6 +25,7 @@ Augmentation = Literal["none", "shift", "flip", "shift-flip"]
 Regime = Literal[
     "same",
     "permuted-labels",
+    "permuted-pixels",
     "growing-data",
     "corrected-labels",
     "new-classes",
@@ -191,6 +192,7 @@ class RunConfig(BaseModel):
         "random",
         "mean-activation",
         "apoz",
+        "utility",
         "gradient",
         "taylor",
         "hessian",

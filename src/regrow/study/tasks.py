@@ -20,7 +20,7 @@ from regrow.study.images import Images, shrunk
 from regrow.study.splits import channel_statistics, noisy_labels
 
 # A second number beside the seed keeps these draws apart from those of ``splits``, 0 and 1.
-_PERMUTATION, _CLASSES = 2, 3
+_PERMUTATION, _CLASSES, _PIXELS = 2, 3, 4
 
 
 def task_splits(splits: Splits, config: RunConfig, task: int) -> Splits:
@@ -36,6 +36,8 @@ def task_splits(splits: Splits, config: RunConfig, task: int) -> Splits:
     - ``same``: all pictures in every task.
     - ``permuted-labels``: from task 2 on, a random permutation of the classes renames the labels of training,
       validation and test alike; it differs from that of the task before.
+    - ``permuted-pixels``: from task 2 on, a random permutation moves the pixels of all pictures, the same for
+      every picture and channel of a task; labels stay.
     - ``growing-data``: task t trains on the first t·n/T pictures (rounded down), a stratified part that
       contains the parts of the tasks before.
     - ``corrected-labels``: the share ``label_noise`` of the training labels is wrong in tasks 1 to T/2
@@ -107,6 +109,13 @@ def label_permutation(classes: int, seed: int, task: int) -> Tensor:
     return torch.from_numpy(current)
 
 
+def pixel_permutation(pixels: int, seed: int, task: int) -> Tensor:
+    """The old place of the pixel at each place in ``task`` (from 1): int64 [pixels]; task 1 moves none."""
+    if task == 1:
+        return torch.arange(pixels)
+    return torch.from_numpy(np.random.default_rng([seed, _PIXELS, task]).permutation(pixels))
+
+
 def class_group(classes: int, seed: int, task: int, tasks: int) -> Tensor:
     """The classes of ``task`` (from 1), one of ``tasks`` equal groups, at random: int64 [classes / tasks].
 
@@ -164,6 +173,9 @@ def _task(splits: Splits, config: RunConfig, task: int) -> Splits:
         case "permuted-labels":
             new = label_permutation(classes, config.seed, task)
             return _each(splits, lambda images: Images(images.pixels, new[images.labels]))
+        case "permuted-pixels":
+            order = pixel_permutation(splits.size[0] * splits.size[1], config.seed, task)
+            return _each(splits, lambda images: Images(_permuted(images.pixels, order), images.labels))
         case "growing-data":
             return replace(splits, train=_part(train, 0, len(train) * task // tasks))
         case "corrected-labels":
@@ -191,6 +203,11 @@ def _each(splits: Splits, change: Callable[[Images], Images]) -> Splits:
     """``splits`` with all three parts changed."""
     train, validation, test = map(change, (splits.train, splits.validation, splits.test))
     return replace(splits, train=train, validation=validation, test=test)
+
+
+def _permuted(pixels: Tensor, order: Tensor) -> Tensor:
+    """``pixels`` [pictures, channels, height, width] with those of each picture in ``order``."""
+    return pixels.flatten(2)[:, :, order].view_as(pixels)
 
 
 def _part(images: Images, start: int, stop: int) -> Images:

@@ -1,0 +1,98 @@
+"""The contribution utility of a filter: how large what it makes is, times the weights that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.criteria.batches import batches_of, only_read, run
+from regrow.indexing import index_tensor
+from regrow.looking.calls import mapped
+from regrow.looking.hooks import hooked
+from regrow.modules import CONSUMER_CLASSES, Convolution, channel_dim, grouped
+from regrow.structure.read import read_structure
+from regrow.structure.readers import Readers, Reads
+
+
+def arriving(layer: nn.Module, x: Tensor) -> Tensor:
+    """The mean absolute value of each input channel of ``layer`` in ``x``: Tensor[channels]."""
+    dim = channel_dim(layer, x) % x.dim()
+    others = [each for each in range(x.dim()) if each != dim]
+    absolute = x.detach().abs()
+    absolute = absolute if absolute.dtype == torch.float64 else absolute.float()
+    return absolute.mean(others) if others else absolute
+
+
+def outgoing(layer: Any) -> Tensor:
+    """The sum of the absolute weights by which ``layer`` reads each input channel: Tensor[channels]."""
+    weight = grouped(layer, layer.weight.detach().abs())  # [groups, filters, channels, *kernel]
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return weight.flatten(3).sum(3).sum(1).flatten() if weight.dim() > 3 else weight.sum(1).flatten()
+
+
+def utility_scores(
+    model: nn.Module, convs: Mapping[str, Convolution], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Score filters by their contribution utility (Dohare et al., Nature 2024, eq. 1).
+
+    The utility of a filter is the sum, over the channels of other layers that it arrives at, of the mean
+    absolute value there times the sum of the absolute weights that read it. It is divided by the mean
+    utility of its layer, so that layers of all sizes can be ranked together: 1 is usual in a layer. Where a
+    channel is a sum of several filters, as behind a shortcut, each of them gets all of it.
+
+    Args:
+        model: without wrappers; it is only read.
+        batches: inputs, or pairs of inputs and labels, which are not read.
+
+    Returns:
+        {name: Tensor[filters]} of the layers that other layers are known to read. Layers without known
+        readers, and layers of which nothing is used, have no entry.
+    """
+    totals: dict[str, Tensor] = {}
+    pictures = 0
+    ways: dict[str, dict[str, Reads]] = {}
+    layers: list[tuple[str, nn.Module]] = []
+    with only_read(model), torch.no_grad():
+        for inputs, _, count in batches_of(model, batches, "utility", labelled=False):
+            if not pictures:
+                first = mapped(inputs, lambda tensor: tensor[:1] if tensor.dim() else tensor)
+                readers = read_structure(model, first)
+                ways = {name: _readers_of(model, readers[name]) for name in convs if name in readers}
+                names = {reader for way in ways.values() for reader in way}
+                layers = [(name, model.get_submodule(name)) for name in sorted(names)]
+            here: dict[str, Tensor] = {}
+
+            def look(name: str, layer: nn.Module, given: Any, here: dict[str, Tensor] = here) -> None:
+                sums = arriving(layer, given[0])  # a layer that is called twice reads twice
+                here[name] = here[name] + sums if name in here else sums
+
+            with hooked(layers, before=look):
+                run(model, inputs)
+            for name, means in here.items():
+                totals[name] = totals.get(name, 0) + means * count
+            pictures += count
+    used = {name: total / pictures * outgoing(model.get_submodule(name)) for name, total in totals.items()}
+    found = {}
+    for name, conv in convs.items():
+        score = torch.zeros(conv.out_channels, dtype=torch.float64)
+        for consumer, reads in ways.get(name, {}).items():
+            if consumer in used:
+                values = used[consumer].double().cpu()[index_tensor(list(reads.indices))]
+                score.index_add_(0, index_tensor(list(reads.filters)), values)
+        if score.sum() > 0:
+            found[name] = (score / score.mean()).to(conv.weight.device)
+    return found
+
+
+def _readers_of(model: nn.Module, found: Readers) -> dict[str, Reads]:
+    """The layers whose weights read a convolution's channels, those behind sums included."""
+    # A sum has no confirmed readers. The graph's claims are good enough for a score, which changes nothing.
+    every = found.consumers or found.reached
+    return {
+        name: reads
+        for name, reads in every.items()
+        if isinstance(model.get_submodule(name), CONSUMER_CLASSES)
+    }
