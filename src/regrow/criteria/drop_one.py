@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regrow.criteria.bar import Advance
 from regrow.criteria.labelled import Batch, Loss, loss_of, mean_loss
 from regrow.looking.calls import call
+from regrow.modules import device_of
 from regrow.structure.readers import Readers, silent_entries
 
 
@@ -65,7 +66,8 @@ def outputs(probe: nn.Module, batch: Batch) -> Any:
     Raises:
         PassFailed: the model's forward pass fails.
     """
-    torch.manual_seed(0)
+    # torch.manual_seed would reset the generators of every GPU.
+    (torch.default_generator if device_of(probe).type == "cpu" else torch).manual_seed(0)
     return call(probe, batch.inputs)
 
 
