@@ -88,7 +88,7 @@ _RESTARTS = {
 REFUSED: dict[str, set[str]] = {
     "narrowed": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
     "masked": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
-    "in a cycle": {"RePr", "cut", "prune"},
+    "in a cycle": {"RePr", "cut", "prune", "ContinualBackprop", "DenseSparseDense"},
     "replacing units": {"RePr", "cut", "prune", "ContinualBackprop"},
     "sparse": {*_STRUCTURE, *_RESTARTS, "load"},
     "bridgeout": {"add_bridgeout", "cut", "prune"},

@@ -23,6 +23,19 @@ def test_the_units_of_a_net():
     assert list(units.left_out) == ["10"]
 
 
+def test_what_is_frozen_is_left_alone():
+    for module, kind, name, why in (
+        (0, "weight", "0", "frozen"), (0, "bias", "0", "its bias is frozen"),
+        (1, "bias", "0", "'1', is frozen"),
+        (7, "weight", "3", "'7' reads it and is frozen"), (10, "weight", "7", "'10' reads it and is frozen"),
+    ):  # fmt: skip
+        model = net()
+        getattr(model[module], kind).requires_grad_(False)
+        units = find_units(model, X[:1])
+        assert name not in units.layers
+        assert why in units.left_out[name]
+
+
 def test_channels_of_a_stream_are_left_alone():
     units = find_units(Residual(6, 5), torch.randn(1, 3, 6, 6))
     assert list(units.layers) == ["a"]

@@ -104,10 +104,11 @@ def check_fresh(model: nn.Module, fresh: Any) -> nn.Module:
 def drawn_rows(layer: nn.Module, count: int, seed: int) -> Tensor:
     """Incoming weights for ``count`` units of a convolution or linear layer, units first, on the CPU, as its
     ``reset_parameters`` draws them."""
-    twin: Any = copied(layer, requires_grad=False).cpu()
+    twin: Any = copied(layer, requires_grad=False)
     if is_stock(layer) and filter_dim(layer) == 0:
         # PyTorch's own layers draw each unit alike, so that the others need not be drawn.
         twin.weight, twin.bias = nn.Parameter(twin.weight[:count].clone(), requires_grad=False), None
+    twin = twin.cpu()
     with drawing(seed):
         twin.reset_parameters()
         every = filters_first(twin, twin.weight.detach())

@@ -67,6 +67,9 @@ def find_units(model: nn.Module, example_inputs: Any) -> Units:
 def _why_not(model: nn.Module, layer: Any, found: Readers) -> str:
     if found.output or found.mixed:
         return found.output or found.mixed
+    bias = own_parameters(layer).get("bias")
+    if bias is not None and not bias.requires_grad:
+        return "its bias is frozen (requires_grad is False)"
     if found.unsilenced:
         return f"{found.unsilenced!r} behind it cannot be reset for its channels alone"
     for norm in found.norms:

@@ -47,6 +47,8 @@ class Watch:
         x = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(x, Tensor):
             with torch.no_grad():
+                if self.means.device != x.device:  # the model has moved
+                    self.means = self.means.to(x.device)
                 self.means.copy_(arriving(module, x))
             self.seen = True
 
