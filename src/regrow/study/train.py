@@ -165,7 +165,9 @@ def _run(
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
         "task_accuracies": [],
     }  # fmt: skip
-    if checkpoint is not None:
+    if checkpoint is None:
+        run.begin(0)  # a checkpoint of a later round may have been tried
+    else:
         done |= from_bytes(checkpoint)  # those of earlier versions have no accuracies of tasks
         run.load(done)
         done["environment"] = environment
