@@ -5,7 +5,7 @@ import torch
 
 from regrow.study.checkpoints import from_bytes, to_bytes
 from regrow.study.methods.method import Method
-from regrow.study.snapshot import load_random_state, load_state, random_state, state_of
+from regrow.study.snapshot import as_now, load_random_state, load_state, random_state, state_of
 
 
 def adam(capturable):
@@ -31,6 +31,15 @@ def test_a_run_goes_on_on_another_device():
         assert float(optimizer.state[objects[1][0][0]]["step"]) == 1
     optimizer.param_groups[0]["capturable"] = False
     optimizer.step()
+
+
+def test_a_state_of_an_earlier_version_is_read_as_one_of_now():
+    """Until version 2 of the records, a state had RePr's alone, or None."""
+    for before, now in ((None, {}), ({"step": 3}, {"repr": {"step": 3}})):
+        state = {"epoch": 3, "trained": {"model": {}, "repr": before, "bridgeout": None}}
+        assert as_now(state) == {"epoch": 3, "trained": {"model": {}, "bridgeout": None, "method": now}}
+    for state in ({"trained": {"method": {}, "repr": 1}}, {"trained": 3}, {"trained": {}}):
+        assert as_now(state) is state
 
 
 def drawn():

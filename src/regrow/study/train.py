@@ -169,6 +169,7 @@ def _run(
     }  # fmt: skip
     observer = Observer(model, folder, config.snapshots, ranks)
     if checkpoint is None:
+        run.begin(0)  # a checkpoint of a later round may have been tried
         observer.begin()
     else:
         # Those of earlier versions have no accuracies of tasks, and have not kept the best epoch.

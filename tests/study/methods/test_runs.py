@@ -12,8 +12,9 @@ import pytest
 
 from regrow.study import records
 from regrow.study import train as train_module
+from regrow.study.checkpoints import find_checkpoints, from_bytes, write_checkpoint
 from regrow.study.compare import METHOD_SETTINGS
-from regrow.study.config import make_config
+from regrow.study.config import RunConfig, make_config
 from regrow.study.train import train
 
 SMALL: dict[str, Any] = {
@@ -86,13 +87,8 @@ def test_a_run_of_every_method_is_recorded(method: str, home: Path) -> None:
     json.dumps(run.events)
 
 
-@pytest.mark.parametrize("stop", [3, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_was_stopped_ends_alike(
-    method: str, stop: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped before the third checkpoint, or before the fourth, behind which many methods begin a round."""
-    config = make_config(settings(method, home))
+def stopped(config: RunConfig, folder: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and stop before checkpoint number ``stop`` is written."""
     real, writes = train_module.write_checkpoint, itertools.count(1)
 
     def write(*arguments: Any) -> Any:
@@ -103,8 +99,37 @@ def test_a_run_that_was_stopped_ends_alike(
     with monkeypatch.context() as patched:
         patched.setattr(train_module, "write_checkpoint", write)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "run")
-    assert not records.is_finished(tmp_path / "run")
+            train(config, folder)
+    assert not records.is_finished(folder)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_ends_alike(
+    method: str, stop: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the third checkpoint, or before the fourth, behind which many methods begin a round."""
+    config = make_config(settings(method, home))
+    stopped(config, tmp_path / "run", stop, monkeypatch)
     train(config, tmp_path / "run")
     assert records.read_run(tmp_path / "run").environment["resumed"] == 1
     assert outcome(tmp_path / "run") == outcome(whole(method, home))
+
+
+@pytest.mark.parametrize("method", ["repr", "ban", "dsd", "continual-backprop"])
+def test_checkpoints_of_a_later_round_that_do_not_fit_leave_no_trace(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong in them is found last, behind all that is checked in their round."""
+    cycle = {"full": 1, "sub": 1, "cycles": 1} if method == "repr" else {}
+    config = make_config({**SMALL, **cycle, "method": method, "tasks": 2})
+    train(config, tmp_path / "whole")
+    stopped(config, tmp_path / "run", 6, monkeypatch)
+    for path in find_checkpoints(tmp_path / "run"):
+        state = from_bytes(path.read_bytes())
+        assert state["epoch"] > 3
+        path.unlink()
+        write_checkpoint(tmp_path / "run", state["epoch"], {**state, "random": []})
+    with pytest.warns(UserWarning, match="random must list the state of each process's generators"):
+        train(config, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
