@@ -323,7 +323,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "repr": {"method": "repr", "full": 1, "sub": 1, "cycles": 2},
     "bridgeout": {"method": "bridgeout", "p": 0.2},
     "dropout": {"method": "dropout", "p": 0.2, "precision": "bfloat16"},
+    "orthogonal-loss": {"method": "orthogonal-loss"},
+    "ban": {"method": "ban", "generations": 5},
+    "dsd": {"method": "dsd"},
+    "continual-backprop": {"method": "continual-backprop", "replacement_rate": 0.3, "maturity": 1},
 }
+# How many graphs a run takes: RePr drops and restores twice, and the last restore is followed by an epoch.
+GRAPHS = {"repr": 5, "ban": 5, "dsd": 3, "continual-backprop": 5}
 
 
 @pytest.fixture
@@ -376,8 +382,7 @@ def test_whole_runs_end_alike_captured_or_not_and_resumed_or_not(
         train(config, tmp_path / "plain")
     assert len(graphs) == 0
     train(config, tmp_path / "captured")
-    # RePr drops and restores twice; the last restore is followed by an epoch.
-    assert len(graphs) == (5 if method == "repr" else 1)
+    assert len(graphs) == GRAPHS.get(method, 1)
     assert ended(tmp_path / "captured") == ended(tmp_path / "plain")
 
     stopped(config, tmp_path / "resumed", monkeypatch)

@@ -27,6 +27,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "repr": {"method": "repr", "full": 1, "sub": 2, "cycles": 1},
     "bridgeout": {"method": "bridgeout", "p": 0.2, "epochs": 3},
     "dropout": {"method": "dropout", "p": 0.2, "epochs": 3},
+    "restart": {"method": "restart", "tasks": 3, "epochs": 3, "head": True, "criterion": "mean-activation"},
+    "continual-backprop": {
+        "method": "continual-backprop",
+        "epochs": 3,
+        "replacement_rate": 0.2,
+        "maturity": 1,
+    },
+}
+EVENTS = {
+    "repr": ["drop", "restore"],
+    "restart": ["restart", "reset"] * 2,
+    "continual-backprop": ["replace"] * 3,
 }
 
 
@@ -58,7 +70,7 @@ def test_two_processes_go_on_where_one_of_them_was_killed(tmp_path: Path, method
     runs = [records.read_run(tmp_path / name) for name in ("undisturbed", "killed")]
     lines = [[{**line, "seconds": 0} for line in run.epochs] for run in runs]
     assert lines[0] == lines[1]
-    assert [event["kind"] for event in runs[1].events] == (["drop", "restore"] if method == "repr" else [])
+    assert [event["kind"] for event in runs[1].events] == EVENTS.get(method, [])
     assert runs[1].environment["processes"] == 2
     # Parameters and running statistics are the same in both processes, and those that were written.
     written = load_file(records.weights_path(tmp_path / "killed"))
@@ -67,9 +79,18 @@ def test_two_processes_go_on_where_one_of_them_was_killed(tmp_path: Path, method
         assert all(torch.equal(measured[name], written[name]) for name in written)
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"method": "orthogonal-loss"},
+        {"method": "ban", "generations": 2},
+        {"method": "from-scratch", "tasks": 2},
+    ],
+)
+def test_two_processes_compute_what_one_does(tmp_path: Path, own: dict[str, Any]) -> None:
     # The last of five batches has five pictures: two for one process, three for the other.
-    settings = {**SMALL, "train_size": 205, "batch_norm": False, "epochs": 2, "lr": 0.05}
+    settings = {**SMALL, "train_size": 205, "batch_norm": False, "epochs": 2, "lr": 0.05, **own}
     assert both(settings, tmp_path / "two") == [0, 0]
     train(make_config(settings), tmp_path / "one")
     one, two = (load_file(records.weights_path(tmp_path / name)) for name in ("one", "two"))

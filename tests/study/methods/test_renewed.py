@@ -82,6 +82,21 @@ def test_the_last_layers_are_new(splits: Splits, settings: dict[str, Any], new: 
     assert event["kind"] == "reset"
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "last-layers", "last": 5}, "last must be a whole number from 1 to 4, got 5"),
+        ({"method": "restart", "exclude": ["features.9"]}, "did you mean 'features"),
+        ({"method": "restart", "depth": 1}, "no convolution is left"),
+    ],
+)
+def test_what_cannot_be_drawn_anew_is_refused_before_training(
+    splits: Splits, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Parts(make_config({**SMALL, **settings}), splits, torch.device("cpu"), Ranks())
+
+
 def test_shrink_and_perturb_by_its_formula(splits: Splits) -> None:
     run, before, after, (event,) = switched(splits, method="shrink-and-perturb", shrink=0.5, perturb=0.25)
     fresh = run._fresh(1).state_dict()

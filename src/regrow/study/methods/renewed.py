@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from regrow.repr.layers import usable_layers
 from regrow.repr.restart import restart
 from regrow.restarts.perturb import reinitialize, shrink_and_perturb
 from regrow.restarts.redo import redo
+from regrow.restarts.units import find_units
 from regrow.study.methods.method import Given, Method, event, replaced
 from regrow.study.methods.regrown import pictures_to_rank
 
@@ -52,6 +54,7 @@ class LastLayers(_Renewing):
     def __init__(self, given: Given, last: int | None = None) -> None:
         super().__init__(given)
         self._last = given.config.last if last is None else last
+        reinitialize(given.fresh(0), last=self._last)  # refuses more layers than there are
 
     def switch(self, number: int) -> list[dict[str, Any]]:
         given = self._given
@@ -64,6 +67,12 @@ class Restart(_Renewing):
     """The weakest filters start anew, by ``regrow.restart``; with ``head`` the last layer too."""
 
     name = "restart"
+
+    def __init__(self, given: Given) -> None:
+        super().__init__(given)
+        config = given.config
+        usable_layers(given.wrapped, given.optimizer, given.example_inputs, config.exclude, config.skip_first)
+        self._head = LastLayers(given, last=1) if config.renew_head else None
 
     def switch(self, number: int) -> list[dict[str, Any]]:
         given, config = self._given, self._given.config
@@ -84,15 +93,19 @@ class Restart(_Renewing):
         )
         happened = event("restart", number, filters=done["filters"], notes=done["notes"])
         happened["least_covered"] = done["least_covered"]
-        if not config.renew_head:
-            return [happened]
-        return [happened, *LastLayers(given, last=1).switch(number)]
+        return [happened] if self._head is None else [happened, *self._head.switch(number)]
 
 
 class Redo(_Renewing):
     """Dormant filters are drawn anew (ReDo, Sokar et al. 2023, arXiv 2302.12902)."""
 
     name = "redo"
+
+    def __init__(self, given: Given) -> None:
+        super().__init__(given)
+        if not (units := find_units(given.model, given.example_inputs)).layers:
+            why = "; ".join(f"{name}: {reason}" for name, reason in units.left_out.items())
+            raise ValueError(f"redo finds no layer to work on ({why}).")
 
     def switch(self, number: int) -> list[dict[str, Any]]:
         given = self._given
