@@ -46,8 +46,8 @@ def test_the_sentence_of_the_readme_trains_and_leaves_a_run_folder(tmp_path: Pat
     [
         ("train --model vg --out run", "vgg"),
         ("train --data fashon --out run", "did you mean 'fashion-mnist'?"),
-        ("train --method rper --out run", "did you mean 'repr'?"),
-        ("train --fraction 0.3 --out run", "--fraction belongs to the method repr"),
+        ("train --method rper --out run", "did you mean 'repr' or"),
+        ("train --fraction 0.3 --out run", "--fraction belongs to the methods repr, dsd and restart"),
         ("train --method repr --epochs 2 --out run", "train for 3 epochs or more"),
         ("train --preset papr --out run", "did you mean 'paper'?"),
         ("train --model C3(8) --depth 4 --out run", "leave depth out"),

@@ -1,13 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import regrow
+from regrow.study import train as training
 from regrow.study.best import better, measured_best
+from regrow.study.config import make_config
 from regrow.study.data import load_data
 from regrow.study.feeding import Batches
 from regrow.study.models import build_model
 from regrow.study.ranks import Ranks
+from regrow.study.records import read_run
 from regrow.study.steps import evaluate, state_of_weights
 
 pytestmark = pytest.mark.devices
@@ -62,3 +67,25 @@ def test_the_weights_of_a_sub_phase_compute_what_was_validated() -> None:
     assert result["best_test_accuracy"] == pytest.approx(validated["accuracy"])
     after = state_of_weights(model)
     assert all(torch.equal(after[key], last[key]) for key in last)
+
+
+def test_a_run_begun_by_an_earlier_version_goes_on_without_a_best_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config({"data": "digits", "width": 4, "train_size": 100, "epochs": 3, "threads": 1})
+    written = training.write_checkpoint
+
+    def old(folder: Path, number: int, state: dict) -> None:
+        written(folder, number, {key: value for key, value in state.items() if key != "best"})
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "write_checkpoint", old)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(config, tmp_path / "run")
+    assert training.train(config, tmp_path / "run")
+    result = read_run(tmp_path / "run").result
+    assert result is not None
+    assert result["resumed"] == 1
+    assert (result["best_epoch"], result["best_test_accuracy"]) == (None, None)
+    assert result["test_accuracy"] > 0
