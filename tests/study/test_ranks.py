@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "repr": {"method": "repr", "full": 1, "sub": 2, "cycles": 1},
     "bridgeout": {"method": "bridgeout", "p": 0.2, "epochs": 3},
     "dropout": {"method": "dropout", "p": 0.2, "epochs": 3},
-    "restart": {"method": "restart", "tasks": 3, "epochs": 3, "head": True, "criterion": "mean-activation"},
+    "restart": {"method": "restart+new-head", "tasks": 3, "epochs": 3, "criterion": "utility"},
     "continual-backprop": {
         "method": "continual-backprop",
         "epochs": 3,

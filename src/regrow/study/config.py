@@ -160,6 +160,10 @@ class RunConfig(BaseModel):
         "last-layers",
         "from-scratch",
         "redo",
+        "shrink-and-perturb+new-head",
+        "continual-backprop+new-head",
+        "restart+new-head",
+        "redo+new-head",
         "repr+orthogonal-loss",
         "repr+distillation",
         "repr+orthogonal-loss+distillation",
@@ -266,7 +270,6 @@ class RunConfig(BaseModel):
         ge=1,
         le=1000,
     )
-    renew_head: bool = _setting(False, _ANEW, "Draw the last layer anew too, at each restart.")
     last: int = _setting(2, _ANEW, "How many of the last layers are drawn anew.", ge=1, le=1000)
     shrink: float = _setting(
         0.4, _ANEW, "Share of the old weights that shrink-and-perturb keeps.", ge=0, le=10

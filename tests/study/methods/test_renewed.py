@@ -109,8 +109,9 @@ def test_shrink_and_perturb_by_its_formula(splits: Splits) -> None:
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("criterion", ["l2", "mean-activation", "hessian"])
 def test_the_weakest_filters_start_anew(splits: Splits, criterion: str, head: bool) -> None:
-    own = {"criterion": criterion, "fraction": 0.5, "scope": "layer", "renew_head": head}
-    run, before, after, happened = switched(splits, method="restart", **own)
+    own = {"criterion": criterion, "fraction": 0.5, "scope": "layer"}
+    method = "restart+new-head" if head else "restart"
+    run, before, after, happened = switched(splits, method=method, **own)
     assert [each["kind"] for each in happened] == ["restart", "reset"][: 1 + head]
     filters = happened[0]["filters"]
     assert {name: len(indices) for name, indices in filters.items()} == {

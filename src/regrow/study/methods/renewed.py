@@ -64,7 +64,7 @@ class LastLayers(_Renewing):
 
 
 class Restart(_Renewing):
-    """The weakest filters start anew, by ``regrow.restart``; with ``renew_head`` the last layer too."""
+    """The weakest filters start anew, by ``regrow.restart``."""
 
     name = "restart"
 
@@ -72,7 +72,6 @@ class Restart(_Renewing):
         super().__init__(given)
         config = given.config
         usable_layers(given.wrapped, given.optimizer, given.example_inputs, config.exclude, config.skip_first)
-        self._head = LastLayers(given, last=1) if config.renew_head else None
 
     def switch(self, number: int) -> list[dict[str, Any]]:
         given, config = self._given, self._given.config
@@ -93,7 +92,7 @@ class Restart(_Renewing):
         )
         happened = event("restart", number, filters=done["filters"], notes=done["notes"])
         happened["least_covered"] = done["least_covered"]
-        return [happened] if self._head is None else [happened, *self._head.switch(number)]
+        return [happened]
 
 
 class Redo(_Renewing):
