@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from regrow.criteria.utility import arriving
+from regrow.modules import input_first, input_name
 from regrow.restarts.units import input_width
 
 
@@ -31,6 +32,7 @@ class Watch:
         self._of: Any = lambda: None
         if module is not None:
             self._of = weakref.ref(module)
+            self._input = input_name(cast(Any, type(module)))
             weight = module.weight
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             self.means = torch.zeros(input_width(module), dtype=wide, device=weight.device)
@@ -44,8 +46,8 @@ class Watch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self._of() or not module.training:
             return
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, Tensor):
+        inputs, _ = input_first(self._input, args, kwargs)
+        if inputs and isinstance(x := inputs[0], Tensor):
             with torch.no_grad():
                 if self.means.device != x.device:  # the model has moved
                     self.means = self.means.to(x.device)
