@@ -60,6 +60,16 @@ def test_gradients_after_a_restore(tmp_path):
     assert len(steps) == len(ratios) == record["seen"]
 
 
+def test_filters_that_are_dropped_and_restored_at_once(tmp_path):
+    folder = run(tmp_path / "run", method="repr", full=2, sub=0, cycles=1, snapshots=4)
+    assert [(each.epoch, each.moment) for each in analysed.snapshots(folder)] == [
+        (0, ""), (2, ""), (2, "restart"), (4, ""),
+    ]  # fmt: skip
+    (record,) = analysed.read_gradients(folder)
+    assert record["event"]["kind"] == "restart"
+    assert record["regrown"][0] == pytest.approx(0, abs=1e-9)
+
+
 def test_other_methods_leave_no_gradients(tmp_path):
     assert not analysed.gradients_path(run(tmp_path / "run", epochs=1)).exists()
 

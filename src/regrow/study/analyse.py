@@ -234,16 +234,18 @@ def _first_layer(run: RunRecord, model: nn.Module) -> dict[str, Any]:
     Empty where nothing was regrown in that layer, or no weights were kept.
     """
     name = next(iter(convolutions(model)), None)
-    restores = [each for each in run.events if each["kind"] == "restore" and each["filters"].get(name)]
-    if name is None or not restores:
+    regrown = [
+        each for each in run.events if each["kind"] in ("restore", "restart") and each["filters"].get(name)
+    ]
+    if name is None or not regrown:
         return {}
-    restore = restores[-1]
-    drops = [each for each in run.events if each["kind"] == "drop" and each["cycle"] == restore["cycle"]]
-    if not drops:
-        return {}
+    last = regrown[-1]
+    # A restart drops and restores at once.
+    drops = [e["epoch"] for e in run.events if e["kind"] == "drop" and e["epoch"] < last["epoch"]]
+    before = drops[-1] if last["kind"] == "restore" and drops else last["epoch"]
     steps = [
-        ("before the drop", drops[-1]["epoch"], analysed.snapshot_path(run.folder, drops[-1]["epoch"])),
-        ("regrown", restore["epoch"], analysed.snapshot_path(run.folder, restore["epoch"], "restore")),
+        ("before the drop", before, analysed.snapshot_path(run.folder, before)),
+        ("regrown", last["epoch"], analysed.snapshot_path(run.folder, last["epoch"], last["kind"])),
         ("trained on", run.epochs[-1]["epoch"], final_path(run)),
     ]
     if not all(path.exists() for _, _, path in steps):
@@ -263,7 +265,7 @@ def _first_layer(run: RunRecord, model: nn.Module) -> dict[str, Any]:
     return {
         "name": name,
         "shape": list(filters_first(conv, conv.weight).shape[1:]),
-        "regrown": restore["filters"][name],
+        "regrown": last["filters"][name],
         "moments": moments,
     }
 

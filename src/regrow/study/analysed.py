@@ -3,8 +3,8 @@
 Beside the files of ``records``, a **run folder** may hold:
 
 - ``weights-epoch0010.safetensors``: the weights after so many epochs, 0 being those that the run began with
-  (setting ``snapshots``). ``weights-epoch0010-drop`` and ``-restore`` are those right after a drop or restore
-  that happened then;
+  (setting ``snapshots``). ``weights-epoch0010-drop``, ``-restore`` and ``-restart`` are those right after a
+  drop, a restore, or both at once, that happened then;
 - ``gradients.jsonl``: one line per restore, as ``GradientWatch.records`` has them: the gradients of
   regrown and kept rows over the steps after it;
 - ``analysis.json``: what ``regrow analyse`` found in the run's weights.
@@ -46,7 +46,8 @@ class Snapshot:
 
     Attributes:
         epoch: epochs trained until then.
-        moment: empty: before a drop or restore after this epoch; ``"drop"`` or ``"restore"``: right after it.
+        moment: empty: before a drop or restore after this epoch; ``"drop"``, ``"restore"`` or ``"restart"``
+            (both at once): right after it.
         path: the file.
     """
 

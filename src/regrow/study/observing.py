@@ -15,7 +15,7 @@ from regrow.study.ranks import Ranks
 from regrow.study.run_folder import save_weights, writing
 from regrow.study.steps import state_of_weights
 
-# Events that begin or end a record of gradients.
+# Events that begin or end a record of gradients, and around which weights are kept.
 _WATCHED = ("drop", "restore", "restart")
 
 
@@ -55,10 +55,10 @@ class Observer:
             self.write_gradients()
         if self._every is None:
             return
-        if events or epoch % self._every == 0:
+        if regrown or epoch % self._every == 0:
             self._save(epoch, "", before)
-        if events:
-            self._save(epoch, events[-1]["kind"], state_of_weights(self._model))
+        if regrown:
+            self._save(epoch, regrown[-1]["kind"], state_of_weights(self._model))
 
     def write_gradients(self) -> None:
         """Write ``gradients.jsonl``, if there is anything to write; to be called once more at the end."""
