@@ -164,6 +164,7 @@ def test_a_second_data_set_is_loaded_by_the_same_settings(monkeypatch) -> None:
     assert (asked[0][1]["split_seed"], asked[0][1]["data_dir"].name) == (3, "here")
     assert found.second is not None
     assert found.size == found.second.size == (8, 8)
-    # Its own pictures lie in a folder that does not hold the published ones.
-    load_splits(config(**settings | {"data": "folder", "image_size": 28}))
+    # Pictures of one's own lie in a folder that does not hold the published ones, and have any size.
+    load_splits(config(**settings | {"data": "folder", "image_size": 64}))
     assert [each["data_dir"] and each["data_dir"].name for _, each in asked[2:]] == ["here", None]
+    assert [each["image_size"] for _, each in asked[2:]] == [64, None]

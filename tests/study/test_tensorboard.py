@@ -44,6 +44,19 @@ def test_scalars_are_there_by_epoch_and_time(tmp_path):
     assert "training/FLOPs" not in found.Tags()["scalars"]
 
 
+def test_each_task_has_its_test_accuracy_at_its_last_epoch(tmp_path):
+    one = run(epochs=4)
+    for line, task in zip(one.epochs, (1, 1, 2, 3), strict=True):
+        line["task"] = task
+    accuracies = {"task_accuracies": [0.5, 0.25, 0.75], "mean_accuracy_after_switch": 0.5}
+    (file,) = write_tensorboard([replace(one, result={**one.result, **accuracies})], tmp_path)
+    found = read(file)
+    assert [(each.step, each.value) for each in found.Scalars("accuracy/test")] == [
+        (2, 0.5), (3, 0.25), (4, 0.75),
+    ]  # fmt: skip
+    assert found.Scalars("accuracy/test, mean of all tasks but the first")[0].value == 0.5
+
+
 def test_settings_are_hyperparameters(tmp_path):
     one = run()
     (file,) = write_tensorboard([one], tmp_path, {one.folder: "RePr, fraction 0.2"})

@@ -21,16 +21,16 @@ def load_splits(config: RunConfig) -> Splits:
 
     Raises the errors of ``load_data``, ``with_second`` and ``check_tasks``.
     """
-    splits = _loaded(config, config.data, config.data_dir)
+    splits = _loaded(config, config.data, config.data_dir, config.image_size)
     if config.regime == "new-domain":
         # The folder of the user's own pictures does not hold a published data set.
         place = None if config.data == "folder" else config.data_dir
-        splits = with_second(splits, _loaded(config, config.second_data, place))
+        splits = with_second(splits, _loaded(config, config.second_data, place, None))
     check_tasks(splits, config)
     return splits
 
 
-def _loaded(config: RunConfig, name: str, folder: str | None) -> Splits:
+def _loaded(config: RunConfig, name: str, folder: str | None, side: int | None) -> Splits:
     return load_data(
         name,
         data_dir=Path(folder) if folder else None,
@@ -38,7 +38,7 @@ def _loaded(config: RunConfig, name: str, folder: str | None) -> Splits:
         train_size=config.train_size,
         # The tasks whose labels are wrong get their noise from ``task_splits``.
         label_noise=0.0 if config.regime == "corrected-labels" else config.label_noise,
-        image_size=config.image_size,
+        image_size=side,
     )
 
 

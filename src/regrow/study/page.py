@@ -98,7 +98,7 @@ def render(content: Content) -> str:
         title=content.title,
         baseline=summaries[0].baseline,
         measure=summaries[0].measure,
-        tasks=len(summaries[0].tasks),
+        tasks=max(len(each.tasks) for each in summaries),
         compared=any(each.difference for each in summaries),
         equal=any(each.at_equal_compute for each in summaries),
         counted=any(each.flops for each in summaries),

@@ -9,7 +9,7 @@ def described(regime: str, tasks: int, *, data: str, second_data: str) -> str:
         return f"{data} and {second_data} in turn, {tasks} tasks"
     if regime == "same":
         return data if tasks == 1 else f"{data}, {tasks} tasks of the same data"
-    return f"{data}, {tasks} tasks of {regime.replace('-', ' ')}"
+    return f"{data}, {tasks} tasks of {str(regime).replace('-', ' ')}"
 
 
 def check_regime(regime: str, tasks: int, *, label_noise: float, data: str, second_data: str) -> None:

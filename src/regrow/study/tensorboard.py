@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrow.study.records import RunRecord, write_bytes
+from regrow.study.sequences import switches
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -40,9 +41,9 @@ def write_tensorboard(
 ) -> list[Path]:
     """Write one event file per run, below ``folder``, for ``tensorboard --logdir``; older ones are replaced.
 
-    The files hold scalars for each epoch, test accuracy and total costs at the last epoch, and the settings
-    as hyperparameters. Records hold no dates: the first epoch begins at 0 on TensorBoard's clock, so that its
-    relative time is training time.
+    The files hold scalars for each epoch, test accuracy at the last epoch of each task, total costs at the
+    last epoch, and the settings as hyperparameters. Records hold no dates: the first epoch begins at 0 on
+    TensorBoard's clock, so that its relative time is training time.
 
     Args:
         runs: as ``gather`` gives them; of unfinished runs, the recorded epochs are written.
@@ -97,8 +98,10 @@ def _events(run: RunRecord, name: str) -> Iterator[Event]:
     times = [0.0, *accumulate(epoch["seconds"] for epoch in run.epochs)]
     yield Event(wall_time=0, file_version="brain.Event:2")
     yield Event(wall_time=0, step=0, summary=_settings(run, name))
+    accuracies = dict(zip(switches(run), result.get("task_accuracies") or [], strict=False))
     for epoch, time in zip(run.epochs, times[1:], strict=True):
-        for summary in _scalars(epoch, _SCALARS):
+        tested = {"test_accuracy": accuracies.get(epoch["epoch"])}
+        for summary in (*_scalars(epoch, _SCALARS), *_scalars(tested, _RESULTS)):
             yield Event(wall_time=time, step=epoch["epoch"], summary=summary)
     last = run.epochs[-1]["epoch"] if run.epochs else 0
     for summary in _scalars(result, _RESULTS):
