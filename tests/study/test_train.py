@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from regrow.study import records
-from regrow.study.compare import METHOD_SETTINGS
 from regrow.study.config import make_config
 from regrow.study.data import Splits, load_data
 from regrow.study.feeding import Batches, calibration_batches
@@ -75,7 +74,11 @@ def test_of_a_sequence_the_best_epoch_is_one_of_the_last_task(tmp_path: Path) ->
     assert best["validation_accuracy"] == record.result["best_validation_accuracy"]
 
 
-@pytest.mark.parametrize("method", list(METHOD_SETTINGS))
+# Those that need no other settings; tests/study/methods/test_runs.py trains all twice.
+@pytest.mark.parametrize(
+    "method",
+    ["standard", "repr", "bridgeout", "targeted-bridgeout", "dropout", "targeted-dropout", "dsd"],
+)
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path: Path, method: str) -> None:
     for name in ("a", "b"):
         run(tmp_path / name, method=method, seed=5)
