@@ -165,7 +165,9 @@ def _run(
     filters = sum(conv.out_channels for conv in ranked.values())
     done: dict[str, Any] = {
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
-        "task_accuracies": [], "best": {},
+        "task_accuracies": [],
+        # The test pictures of a task are looked at once, so in a sequence no epoch is the best.
+        "best": {} if config.tasks == 1 else None,
     }  # fmt: skip
     observer = Observer(model, folder, config.snapshots, ranks)
     if checkpoint is None:
@@ -235,7 +237,6 @@ def _run(
         if run.rounds.ends_task(epoch):
             # The only look at the test pictures of this task.
             done["task_accuracies"].append(evaluate(model, run.test, ranks)["accuracy"])
-            best = best and {}  # the next task is validated on other pictures
         if another:
             happened += run.switch()
         if happened or another:
