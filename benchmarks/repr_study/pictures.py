@@ -1,4 +1,4 @@
-"""The pictures of CIFAR-10 that this study trains on: `python benchmarks/repr_study/pictures.py CIFAR10 cifar5k`.
+"""The pictures of CIFAR-10 of this study: `python benchmarks/repr_study/pictures.py CIFAR10 cifar5k`.
 
 CIFAR10 is a folder of pictures, `train/CLASS/*` and `test/CLASS/*`, as many tools export it. The first 500
 of each class in `train` and the first 400 of each in `test`, by name, are copied.
