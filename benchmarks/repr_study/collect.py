@@ -16,7 +16,7 @@ from typing import Any
 
 from regrow.study import records
 from regrow.study.paired import Paired, holm, paired, spread
-from regrow.study.words import bounds, p_value, percent, signed
+from regrow.study.words import bounds, label, mention, p_value, percent, signed
 
 HERE = Path(__file__).parent
 _REGROWN = ("repr", "restart")
@@ -47,7 +47,6 @@ def _comparison(folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
                 "name": name,
                 "method": run.method,
                 "seed": run.seed,
-                "epochs": len(run.epochs),
                 "machine": [run.environment[key] for key in ("processor", "device", "torch", "regrow")],
                 **{
                     key: result[key]
@@ -98,20 +97,20 @@ def _table(comparison: Mapping[str, Any], key: str) -> list[str]:
     tests = {pair: paired(values[pair[1]], values[pair[0]]) for pair in pairs}
     adjusted = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
     lines = [
-        f"| method | n | accuracy | against {baseline} | against the best other method |",
+        f"| method | n | accuracy | against {mention(baseline)} | against the best other method |",
         "|---|--:|--:|--:|---|",
     ]
-    best = max(controls, key=lambda name: statistics.fmean(values[name].values()), default=None)
+    best = max(controls, key=lambda name: statistics.fmean(values[name].values()), default="")
     for name, mine in values.items():
         accuracy = spread([value / 100 for value in mine.values()])
-        row = [name, str(len(mine)), percent(accuracy)]
+        row = [label(name), str(len(mine)), percent(accuracy)]
         if name == baseline or not _shared(values, name, baseline):
             row.append("")
         else:
             row.append(_difference(paired(values[baseline], mine)))
         if (name, best) in tests:
             test, p = tests[name, best], adjusted[name, best]
-            row.append(f"{_difference(test)}, p = {p_value(p)} ({best})")
+            row.append(f"{_difference(test)}, p {_said(p)} ({label(best)})")
         else:
             row.append("")
         lines.append("| " + " | ".join(row) + " |")
@@ -120,6 +119,11 @@ def _table(comparison: Mapping[str, Any], key: str) -> list[str]:
 
 def _shared(values: Mapping[str, Mapping[int, float]], one: str, other: str) -> bool:
     return one in values and other in values and bool(values[one].keys() & values[other].keys())
+
+
+def _said(p: float | None) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
 def _difference(test: Paired) -> str:
