@@ -36,7 +36,9 @@ def weak_net(optimizer=sgd, **made):
 
 
 def restart(model, optimizer, **given):
-    return regrow.restart(model, optimizer, **{"example_inputs": X[:1], "criterion": "l2", **given})
+    return regrow.restart(
+        model, optimizer, **{"example_inputs": X[:1], "criterion": "l2", "fraction": 0.3, **given}
+    )
 
 
 def without_weak(model):
@@ -356,7 +358,7 @@ def test_a_warning_says_that_outputs_have_become_much_larger():
         ({"floor": -1}, "0 <= floor <= 1, got -1"),
         ({"scope": "layers"}, "unknown scope 'layers'; did you mean 'layer'"),
         ({"criterion": "orto"}, "unknown criterion 'orto'; did you mean 'ortho'"),
-        ({"criterion": None}, "criterion is a name, such as 'ortho', or a function .* got None"),
+        ({"criterion": 3}, "criterion is a name, such as 'ortho', or a function .* got an int"),
         ({"criterion": "taylor"}, "criterion 'taylor' reads pictures: pass batches="),
         ({"batches": X}, r"batches is an iterable of batches, got a tensor .*batches=\[x\]"),
         ({"consumers": "kept"}, "unknown choice consumers='kept'; did you mean 'keep'"),
@@ -406,3 +408,19 @@ def test_under_no_grad_and_inside_of_a_cycle_in_its_full_phase():
         ValueError, match="restart was refused, because the model computes without its dropped"
     ):
         restart(model, optimizer)
+
+
+def test_by_default_the_filters_that_are_used_least_start_anew() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 10, 3), nn.ReLU(), nn.Conv2d(10, 2, 3), nn.Flatten(1)
+    )
+    with torch.no_grad():
+        model[2].weight[3] *= 0.1  # the shortest filter, and read as the others are
+        model[4].weight[:, 6] = 0  # nothing reads this one
+    pictures, other = torch.rand(4, 1, 8, 8), copy.deepcopy(model)
+    given = {"example_inputs": pictures[:1], "exclude": ["4"], "seed": 1}
+    by_use = regrow.restart(model, sgd(model), batches=[pictures], **given)
+    assert (by_use["settings"]["criterion"], by_use["filters"]) == ("utility", {"2": [6]})
+    by_length = regrow.restart(other, sgd(other), **given)
+    assert (by_length["settings"]["criterion"], by_length["filters"]) == ("l2", {"2": [3]})

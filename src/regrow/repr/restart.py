@@ -31,8 +31,8 @@ def restart(
     optimizer: torch.optim.Optimizer,
     *,
     example_inputs: Any,
-    fraction: float = 0.3,
-    criterion: Criterion = "ortho",
+    fraction: float = 0.1,
+    criterion: Criterion | None = None,
     batches: Batches | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     consumers: str = "zero",
@@ -57,7 +57,9 @@ def restart(
         example_inputs: an input of ``model`` (a tensor, a tuple of arguments, a dict of keywords); one
             picture is enough.
         fraction: share of the ranked filters that start anew, 0 ≤ fraction < 1.
-        criterion, batches, loss: as in ``RePr``; ``batches`` are read once.
+        criterion, batches, loss: as in ``RePr``; ``batches`` are read once. None: ``"utility"`` where there
+            are ``batches``, and ``"l2"`` without. Filters chosen by how much they are used gained most in
+            benchmarks/repr_study, and those chosen by ``"ortho"`` nothing.
         consumers: the weights by which other layers read a new filter. ``"zero"``: 0, so that the network
             computes as it would without these filters. ``"keep"``: the weights that are there. ``"init"``:
             newly drawn weights.
@@ -90,6 +92,8 @@ def restart(
     check_optimizer(optimizer, "restart")
     check_inputs(example_inputs, "restart")
     check_selection(fraction, scope, floor)
+    if criterion is None:
+        criterion = "l2" if batches is None else "utility"
     weakest = Weakest(criterion, batches, loss)
     check_restoring(consumers, rows)
     check_seed(seed)

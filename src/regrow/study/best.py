@@ -18,8 +18,8 @@ def better(best: Best | None, epoch: int, accuracy: float, weights: Mapping[str,
     """The best of ``best`` and the epoch that has just ended; of two equal ones the earlier.
 
     Args:
-        best: what this function returned for the epoch before; {} before the first epoch, and None in a run of
-            several tasks, or that was begun by a version of regrow that did not keep the best weights.
+        best: what this function returned for the epoch before; {} before the first epoch, and None in a run
+            of several tasks, or one that a version of regrow began that did not keep the best weights.
         epoch: its number, from 1.
         accuracy: of its validation, a fraction.
         weights: the state of the model after it.

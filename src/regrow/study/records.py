@@ -13,8 +13,9 @@ A **run folder** is one training run (one method, one seed):
 - ``result.json``: written last; a run that has it is finished. ``resumed`` says how often it was
   stopped and resumed. ``task_accuracies`` are the test accuracies at the end of each task, on the test
   pictures of that task; ``test_accuracy`` is the last of them, and ``mean_accuracy_after_switch`` the mean of
-  all but the first (None for a single task). ``best_epoch`` is the epoch of the last task with the highest
-  validation accuracy, the earliest of several, and ``best_test_accuracy`` the test accuracy of its weights;
+  all but the first (None for a single task). ``best_epoch`` is the epoch with the highest validation
+  accuracy, the earliest of several, and ``best_test_accuracy`` the test accuracy of its weights (both are
+  None for several tasks);
 - ``weights.safetensors``: the final weights;
 - ``curve-{split}-{criterion}-{scope}.json``: accuracy with filters cut from those weights (``study.curves``).
 
