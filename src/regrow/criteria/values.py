@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from regrow.looking.calls import mapped, tensors
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, Norm, channel_axis
-from regrow.torch_private import TorchDispatchMode, storage_key, tree_leaves
+from regrow.torch_private import TorchDispatchMode, operator_arguments, storage_key, tree_leaves
 
 # Operations on each number that PyTorch does not tag as such.
 _POINTWISE = {"hardswish", "hardswish_", "log_sigmoid_forward", "_prelu_kernel", "_to_copy", "clone"}
@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = _values_of(given)
         self._read(values)
-        if func._schema.is_mutable:
+        if any(written for _, written in operator_arguments(func)):
             self._keep_all(values)
         output = func(*args, **kwargs)
         goes_on = torch.Tag.pointwise in func.tags or name in _POINTWISE or any(n in name for n in _NORMS)
