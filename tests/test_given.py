@@ -34,7 +34,16 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 # {public function: how it is called with a model and other arguments; those given replace these}
 CALLS = {
+    "ContinualBackprop": (
+        lambda m, **k: regrow.ContinualBackprop(m, k.pop("optimizer"), **k),
+        {"optimizer": lambda: sgd(Net()), "example_inputs": X},
+    ),
+    "DenseSparseDense": (
+        lambda m, **k: regrow.DenseSparseDense(m, k.pop("optimizer"), **k),
+        {"optimizer": lambda: sgd(Net())},
+    ),
     "GradientWatch": (regrow.GradientWatch, {}),
+    "KnowledgeEvolution": (regrow.KnowledgeEvolution, {}),
     "RePr": (
         lambda m, **k: regrow.RePr(m, k.pop("optimizer"), **k),
         {"optimizer": lambda: sgd(Net()), "example_inputs": X},
@@ -67,6 +76,7 @@ CALLS = {
     "keep_of_masks": (regrow.keep_of_masks, {}),
     "layer_correlations": (lambda m, **k: regrow.layer_correlations(m, m, [X], **k), {}),
     "load_bridgeout_state": (lambda m: regrow.load_bridgeout_state(m, {}), {}),
+    "orthogonal_loss": (regrow.orthogonal_loss, {}),
     "plain_layers": (regrow.plain_layers, {}),
     "load": (lambda m, path: regrow.load(m, path), {"path": "x.safetensors"}),
     "prune": (regrow.prune, {"fraction": 0.25, "example_inputs": X, "calibration": [X]}),
@@ -74,14 +84,23 @@ CALLS = {
         lambda m, **k: regrow.read_as(m, k.pop("keep"), k.pop("reading"), **k),
         {"keep": KEEP, "reading": "removed", "example_inputs": X},
     ),
+    "redo": (regrow.redo, {"batches": [X], "example_inputs": X}),
     "reestimate_norms": (lambda m, **k: regrow.reestimate_norms(m, **k), {"calibration": [X]}),
+    "reinitialize": (regrow.reinitialize, {}),
     "release": (regrow.release, {}),
     "remove_bridgeout": (regrow.remove_bridgeout, {}),
+    "restart": (
+        lambda m, **k: regrow.restart(m, k.pop("optimizer"), **k),
+        {"optimizer": lambda: sgd(Net()), "example_inputs": X},
+    ),
     "save": (lambda m, path: regrow.save(m, path), {"path": "x.safetensors"}),
     "score": (regrow.score, {}),
+    "shrink_and_perturb": (regrow.shrink_and_perturb, {}),
 }  # fmt: skip
-# These take no model: a weight, activations, scores, what RePr.step returns.
-OTHERS = {"Event", "bridgeout", "canonical_correlation", "off_map", "overlap", "select"}
+# These take no model: a weight, activations, logits, scores, what RePr.step returns.
+OTHERS = {
+    "Event", "bridgeout", "canonical_correlation", "distillation_loss", "off_map", "overlap", "select",
+}  # fmt: skip
 
 
 def call(function, model, **other):
@@ -177,7 +196,13 @@ def test_what_is_no_keep(function, keep, message):
         call(function, Net(), keep=keep)
 
 
-@pytest.mark.parametrize("function", ["RePr", "cut"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "ContinualBackprop", "DenseSparseDense", "RePr", "cut", "redo", "reinitialize", "restart",
+        "shrink_and_perturb",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -193,7 +218,9 @@ def test_what_is_no_optimizer(function, optimizer, message):
         call(function, Net(), optimizer=optimizer)
 
 
-@pytest.mark.parametrize("function", ["RePr", "add_bridgeout", "drop_one_accuracy", "prune", "score"])
+@pytest.mark.parametrize(
+    "function", ["RePr", "add_bridgeout", "drop_one_accuracy", "orthogonal_loss", "prune", "restart", "score"]
+)
 @pytest.mark.parametrize(
     ("exclude", "message"),
     [
@@ -245,8 +272,8 @@ def test_what_are_no_batches(function, calibration, message):
         ({"criterion": "random", "seed": "one"}, "seed must be a whole number"),
         ({"criterion": "random", "seed": 0.5}, "seed must be a whole number"),
         ({"criterion": "random", "seed": 2**64}, "at most 64 bits"),
-        ({"criterion": ["l2"]}, "unknown criterion"),
-        ({"criterion": None}, "unknown criterion"),
+        ({"criterion": ["l2"]}, "criterion is a name, .* and got a list"),
+        ({"criterion": None}, "criterion is a name, .* and got None"),
         ({"scope": None}, "unknown scope"),
         ({"coupled": 3}, "unknown way"),
         ({"floor": "0.1"}, "floor is the share"),
