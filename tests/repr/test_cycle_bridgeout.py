@@ -111,7 +111,9 @@ def test_filters_are_scored_and_new_rows_set_without_noise():
     again = score(model, "taylor", exclude=["conv1"], batches=[batch(30)])
     assert all(torch.equal(again[name], values) for name, values in scores.items())
     event = cycle.step()
-    record = regrow.restart(plain, sgd(plain), example_inputs=X[:1], criterion="taylor", batches=[batch(30)])
+    record = regrow.restart(
+        plain, sgd(plain), example_inputs=X[:1], fraction=0.3, criterion="taylor", batches=[batch(30)]
+    )
     assert event.filters == record["filters"]
     for name, filters in event.filters.items():
         kept = torch.ones(8, dtype=torch.bool)

@@ -38,7 +38,13 @@ def test_the_weakest_are_those_that_score_and_select_find(criterion):
     found, said = Weakest(criterion, BATCHES, loss).of(model, SETTINGS, exclude=LEFT_OUT, seed=0)
     assert (found, said) == (expected, [])
     record = regrow.restart(
-        model, sgd(model), example_inputs=X[:1], criterion=criterion, batches=iter(BATCHES), loss=loss
+        model,
+        sgd(model),
+        example_inputs=X[:1],
+        fraction=0.3,
+        criterion=criterion,
+        batches=iter(BATCHES),
+        loss=loss,
     )
     assert record["filters"] == expected
     assert record["settings"]["criterion"] == criterion
