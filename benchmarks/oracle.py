@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 import regrow
 from regrow.criteria.apart import losses_without, silent_channels
+from regrow.criteria.batches import Batch, loss_of, mean_loss
 from regrow.criteria.drop_one import dropped, plain_loss
 from regrow.criteria.following import Following, Pass
-from regrow.criteria.labelled import Batch, loss_of, mean_loss
 from regrow.criteria.small_maps import Quick
 from regrow.criteria.taken_apart import Parts
 from regrow.looking.copies import copied

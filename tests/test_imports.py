@@ -42,6 +42,18 @@ def test_every_public_name_is_there_and_none_needs_an_extra():
     assert not loaded & {"regrow.study", "regrow.cli", *HEAVY}
 
 
+def test_scores_of_pictures_do_not_load_the_compiler():
+    loaded = loaded_by(
+        "import torch, regrow; from torch import nn\n"
+        "net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))\n"
+        "x, y = torch.randn(2, 3, 6, 6), torch.tensor([0, 1])\n"
+        "for name in ('taylor', 'apoz', 'gradient', 'hessian'):\n"
+        "    regrow.score(net, name, batches=[(x, y)])"
+    )
+    assert "regrow.criteria.values" in loaded
+    assert "torch._dynamo" not in loaded  # importing it takes seconds
+
+
 @pytest.mark.parametrize(
     "module",
     [

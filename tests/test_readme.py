@@ -86,6 +86,48 @@ def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.onnx", "small.safetensors"]
 
 
+def new_block(words: str) -> dict[str, object]:
+    """The names after the first block with ``words`` has run, on a net of two convolutions and its teacher."""
+    block = next(block for block in python_blocks() if words in block)
+    model, x, labels = network(), torch.randn(8, 1, 8, 8), torch.arange(8) % 4
+    names: dict[str, object] = {
+        "regrow": regrow,
+        "torch": torch,
+        "model": model,
+        "teacher": network(),
+        "optimizer": torch.optim.SGD(model.parameters(), 0.01, momentum=0.9),
+        "x": x,
+        "labels": labels,
+        "loader": [(x, labels)],
+        "task": 1,
+    }
+    exec(block, names)
+    return names
+
+
+def test_the_lines_about_criteria_run_as_printed() -> None:
+    found = new_block("regrow.select")
+    assert {name: len(each) for name, each in found["scores"].items()} == {"0": 8, "3": 8}
+    assert sum(int((~each).sum()) for each in found["keep"].values()) == 5  # 30 % of 16
+
+
+def test_the_lines_about_changed_data_run_as_printed() -> None:
+    found = new_block("regrow.restart")
+    assert found["record"]["parameters"] == ["6.weight", "6.bias"]
+
+
+def test_the_lines_about_losses_run_as_printed() -> None:
+    found = new_block("regrow.distillation_loss")
+    assert found["loss"].shape == ()
+    assert found["loss"].requires_grad
+
+
+def test_the_lines_about_analysis_run_as_printed() -> None:
+    found = new_block("regrow.drop_one_accuracy")
+    assert {name: len(each) for name, each in found["accuracies"].items()} == {"0": 8, "3": 8}
+    assert len(found["record"]["mean"]) == 2
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     done = forking.script(script, folder=tmp_path)

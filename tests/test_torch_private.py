@@ -47,6 +47,7 @@ NAMES = {
     "DisableTorchFunction": torch._C,
     "_symbolic_trace": torch.fx,
     "_schema": torch.ops.aten.relu.default,
+    "_should_skip_dynamo": torch.utils._python_dispatch.TorchDispatchMode,
 }
 
 

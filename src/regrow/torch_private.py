@@ -14,10 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as _DispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 __all__ = ["TorchDispatchMode", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only", "tree_unflatten"]
+
+
+class TorchDispatchMode(_DispatchMode):
+    """PyTorch's own, without the wrapper around ``__torch_dispatch__`` that keeps torch.compile out of it.
+
+    The wrapper imports torch._dynamo at the first operation, which takes seconds; and the passes that the
+    library follows are not compiled (see ``call`` in looking/calls.py).
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 # Base classes. Without them PyTorch's own subclasses are recognised, and the user's are not.
 BatchNorm: Any = getattr(

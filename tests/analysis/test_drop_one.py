@@ -89,7 +89,7 @@ def test_the_classifier_of_a_net_without_a_linear_layer():
         ([], "yields no batch"),
         ([torch.zeros(4, 2, 3, 3)], r"batches of \(inputs, labels \[batch\]\)"),
         ([(torch.zeros(4, 2, 3, 3), torch.zeros(3))], r"for labels a tensor \[3\]"),
-        (torch.zeros(4, 2, 3, 3), r"batches is an iterable of \(inputs, labels\)"),
+        (torch.zeros(4, 2, 3, 3), r"batches is an iterable of batches"),
     ],
 )
 def test_what_is_refused(batches, message):

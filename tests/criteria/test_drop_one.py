@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nets
+from regrow.criteria.batches import Batch
 from regrow.criteria.drop_one import dropped, looped_scores, plain_loss
-from regrow.criteria.labelled import Batch
 from regrow.structure.read import read_structure
 
 pytestmark = pytest.mark.devices

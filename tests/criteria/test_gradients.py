@@ -278,11 +278,11 @@ def test_layers_left_out_take_part_in_the_pass():
 @pytest.mark.parametrize(
     ("batches", "loss", "message"),
     [
-        ([X], None, r"'taylor' takes the cross entropy, so a batch is a pair .* got a tensor"),
+        ([X], None, r"takes the cross entropy, so a batch is a pair .* got a tensor"),
         ([(X, torch.zeros(3))], half_square, "needs labels with one entry for each of the 2 pict.* tensor"),
         ([(X, 7)], half_square, "needs labels with one entry .* got an int"),
-        ([(X, Y)], lambda o, _: o, "returns a tensor of one number, and got a tensor"),
-        ([(X, Y)], lambda *_: 3.0, "returns a tensor of one number, and got a float"),
+        ([(X, Y)], lambda o, _: o, "returns a tensor of one number, the mean loss, and got a tensor"),
+        ([(X, Y)], lambda *_: 3.0, "returns a tensor of one number, the mean loss, and got a float"),
         ([(X, Y)], lambda o, _: o.detach().sum(), "loss has no gradient"),
         ([(torch.randn(2, 3, 4), Y)], half_square, "forward pass fails on a batch: .* channels"),
         ([(X[:0], Y[:0])], half_square, "no picture in it"),

@@ -137,7 +137,7 @@ def test_scoring_leaves_gradients_modes_and_statistics_as_they_are():
             "one real number for each of its 8",
         ),
         (lambda model: {**by_index(model), "conv2": torch.full((8,), torch.nan)}, None, "returns NaN"),
-        ("taylor", [X], "'taylor' takes .*a batch is a pair of inputs and labels"),
+        ("taylor", [X], "a criterion of the loss takes .*a batch is a pair of inputs and labels"),
         ("apoz", [], "yields no batch"),
         ("apoz", lambda: 7, "batches is an iterable of batches, got an int"),
     ],

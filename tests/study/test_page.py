@@ -9,7 +9,7 @@ import pytest
 
 from regrow.study import drawing
 from regrow.study.compare import summarise
-from regrow.study.page import Content, cut_shares, near, render
+from regrow.study.page import Content, cut_shares, near, render, replaced_counts
 from regrow.study.pruned import Curve, CurveSet
 from regrow.study.records import RunRecord
 from regrow.study.report import run_rows
@@ -140,7 +140,9 @@ def test_shares_are_means_over_the_runs_that_have_the_event() -> None:
                 "shares": [(pytest.approx(5 / 24), 2 / 12, 3 / 12), (2 / 12, 2 / 12, 2 / 12)],
             },
         ],
+        "at_once": False,
     }
+    assert cut_shares([run(events=[event(3, {"conv": [0]}, kind="restart")])])["at_once"]
 
 
 def test_a_layer_without_filters_has_a_share_of_zero() -> None:
@@ -152,6 +154,40 @@ def test_there_are_no_shares_where_nothing_was_dropped_or_nothing_is_finished() 
     assert cut_shares([run()]) is None
     assert cut_shares([run(events=[event(3, {"conv": [0]}, kind="restore")])]) is None
     assert cut_shares([run(accuracy=None, events=[event(3, {"conv": [0]})])]) is None
+
+
+# --- replaced_counts -------------------------------------------------------------------------------
+
+
+def test_counts_of_filters_drawn_anew_are_means_over_the_runs() -> None:
+    sizes = {"first": 4, "second": 8, "third": 8}
+    runs = [
+        run(
+            method="redo",
+            filters=sizes,
+            events=[
+                event(3, {"first": [0], "second": [1, 2]}, kind="replace"),
+                event(6, {"first": [0]}, kind="replace"),
+                event(6, {"third": [0]}, kind="restart"),  # not one by one
+            ],
+        ),
+        run(method="redo", filters=sizes, events=[event(3, {"second": [7]}, kind="replace")]),
+    ]
+    assert replaced_counts(runs) == {
+        "rows": [
+            {"name": "first", "filters": 4, "counts": (1, 0, 2)},
+            {"name": "second", "filters": 8, "counts": (1.5, 1, 2)},
+            {"name": "all layers", "filters": 20, "counts": (2.5, 1, 4)},
+        ]
+    }
+
+
+def test_there_are_no_counts_for_methods_that_replace_nothing_one_by_one() -> None:
+    assert replaced_counts([run(events=[event(3, {"conv": [0]}, kind="replace")])]) is None
+    assert replaced_counts([run(method="redo+new-head", accuracy=None)]) is None
+    assert replaced_counts([run(method="redo+new-head")]) == {
+        "rows": [{"name": "all layers", "filters": 4, "counts": (0, 0, 0)}]
+    }
 
 
 # --- render ----------------------------------------------------------------------------------------
@@ -282,3 +318,27 @@ def test_only_the_readings_that_were_measured_are_explained() -> None:
     assert "Compensated :" not in text
     # The mean of 0.9 and 0.5; the area of a trapezoid half as wide as it is high on average, 0.7.
     assert "removed Standard training 1 70.00 % 0.350" in text
+
+
+def test_the_page_says_that_nothing_was_drawn_anew_and_draws_no_empty_map() -> None:
+    still = event(3, {}, kind="replace")
+    runs = [run("a", epochs=6), run("b", "redo", events=[still], epochs=6)]
+    html = page(runs)
+    assert "No filter was drawn anew." in words(html)
+    assert "What was drawn anew" in words(html)
+    assert "Which filter was off when" not in words(html)
+
+
+def test_a_restart_has_a_table_of_shares_and_no_map() -> None:
+    html = page(
+        [run("a", epochs=6), run("b", "restart", events=[event(3, {"conv": [0]}, kind="restart")], epochs=6)]
+    )
+    assert "Share of each layer’s filters that started anew" in words(html)
+    assert "Which filter was off when" not in words(html)
+
+
+def test_methods_that_replace_filters_have_a_table_of_counts() -> None:
+    new = event(3, {"conv": [0, 2]}, kind="replace")
+    html = page([run("a", epochs=6), run("b", "continual-backprop", events=[new], epochs=6)])
+    assert "Filters that were drawn anew in the whole training" in words(html)
+    assert "conv 4 2.0 all layers 4 2.0" in words(html)

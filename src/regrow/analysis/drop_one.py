@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.labelled import read_batches
+from regrow.criteria.batches import read_batches
 from regrow.criteria.oracle import oracle_scores
 from regrow.filters import eligible
 from regrow.given import kind_of

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.batches import batches_of, only_read, run
+from regrow.criteria.batches import only_read, read_batches, run
 from regrow.criteria.values import channel_sums, of_filters, watching
-from regrow.modules import Convolution
+from regrow.modules import Convolution, device_of
 
 ACTIVATION_CRITERIA = ("mean-activation", "apoz")
 
@@ -44,9 +44,9 @@ def activation_scores(
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     with only_read(model), torch.no_grad():
-        for inputs, _, _ in batches_of(model, batches, criterion, labelled=False):
+        for batch in read_batches(batches, device_of(model), needs_labels=False):
             with watching(model, convs, measure) as watch:
-                outputs = run(model, watch.inputs(inputs))
+                outputs = run(model, watch.inputs(batch.inputs))
             for name, calls in watch.take(outputs).items():
                 for sums, count in calls:
                     totals[name] = totals[name] + sums if name in totals else sums

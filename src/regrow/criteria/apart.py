@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.criteria.bar import Advance
+from regrow.criteria.batches import Batch, Loss, loss_of, mean_loss
 from regrow.criteria.drop_one import dropped, outputs
 from regrow.criteria.following import Following, Pass
-from regrow.criteria.labelled import Batch, Loss, loss_of, mean_loss
 from regrow.criteria.small_maps import Quick
 from regrow.criteria.taken_apart import NotTakenApart, Parts
 from regrow.log import gave_up

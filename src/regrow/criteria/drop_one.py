@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.criteria.bar import Advance
-from regrow.criteria.labelled import Batch, Loss, loss_of, mean_loss
+from regrow.criteria.batches import Batch, Loss, loss_of, mean_loss
 from regrow.looking.calls import call
 from regrow.modules import device_of
 from regrow.structure.readers import Readers, silent_entries

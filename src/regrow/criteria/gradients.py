@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from regrow.criteria.batches import Loss, batches_of, one_by_one, only_read, run, total_loss
+from regrow.criteria.batches import Batch, Loss, only_read, read_batches, run, total_loss
 from regrow.criteria.per_picture import add_gradients
 from regrow.criteria.values import channel_sums, of_filters, watching, wide
 from regrow.indexing import index_tensor
 from regrow.looking.precision import without_tf32
-from regrow.modules import Convolution, filters_first
+from regrow.modules import Convolution, device_of, filters_first
 from regrow.torch_private import own_parameters
 
 LOSS_CRITERIA = ("gradient", "taylor", "hessian")
@@ -46,24 +46,26 @@ def loss_scores(
     Returns:
         {name: Tensor[filters]}. For ``"taylor"``, of the layers that a pass reached.
     """
-    scores_of = _taylor if criterion == "taylor" else _of_weights
     with only_read(model), without_tf32():
-        return scores_of(model, convs, batches, criterion, loss)
+        read = read_batches(batches, device_of(model), needs_labels=loss is None)
+        if criterion == "taylor":
+            return _taylor(model, convs, read, loss)
+        return _of_weights(model, convs, read, loss, criterion)
 
 
 def _of_weights(
     model: nn.Module,
     convs: Mapping[str, Convolution],
-    batches: Iterable[Any],
-    criterion: str,
+    batches: Iterable[Batch],
     loss: Loss | None,
+    criterion: str,
 ) -> dict[str, Tensor]:
     add, shape = (_add_sizes, _filters) if criterion == "gradient" else (_add_squares, _weights)
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
-        pictures += count
-        sums = add_gradients(model, convs, inputs, labels, count, loss, add, shape)
+    for batch in batches:
+        pictures += batch.pictures
+        sums = add_gradients(model, convs, batch, loss, add, shape)
         for name, part in sums.items():
             totals[name] = totals.get(name, 0) + wide(part)
     scores = {}
@@ -118,20 +120,15 @@ class _Seen:
 
 
 def _taylor(
-    model: nn.Module,
-    convs: Mapping[str, Convolution],
-    batches: Iterable[Any],
-    criterion: str,
-    loss: Loss | None,
+    model: nn.Module, convs: Mapping[str, Convolution], batches: Iterable[Batch], loss: Loss | None
 ) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     pictures = 0
-    for inputs, labels, count in batches_of(model, batches, criterion, labelled=loss is None):
-        pictures += count
-        found = [_changes(model, convs, inputs, labels, count, loss)]
+    for batch in batches:
+        pictures += batch.pictures
+        found = [_changes(model, convs, batch, loss)]
         if found[0] is None:  # numbers of several pictures, or several of one, share a first entry
-            alone = one_by_one(inputs, labels, count)
-            found = [_changes(model, convs, one, label, 1, loss) for one, label in alone]
+            found = [_changes(model, convs, single, loss) for single in batch.singles()]
         for changes in found:
             for name, change in (changes or {}).items():
                 part = change.abs().sum(0)
@@ -140,20 +137,16 @@ def _taylor(
 
 
 def _changes(
-    model: nn.Module,
-    convs: Mapping[str, Convolution],
-    inputs: Any,
-    labels: Any,
-    count: int,
-    loss: Loss | None,
+    model: nn.Module, convs: Mapping[str, Convolution], batch: Batch, loss: Loss | None
 ) -> dict[str, Tensor] | None:
     """Σ a · ∂L/∂a for each layer: Tensor[pictures, channels]; None where pictures cannot be told apart."""
+    count = batch.pictures
     with watching(model, convs, lambda _name, tensor: _Seen(tensor), _Seen.keep) as watch:
-        outputs = run(model, watch.inputs(inputs))
+        outputs = run(model, watch.inputs(batch.inputs))
     calls = [(name, seen) for name, every in watch.take(outputs).items() for seen in every]
     if count > 1 and any(len(seen.value) != count or _is_single(convs[n], seen.value) for n, seen in calls):
         return None
-    total = total_loss(outputs, labels, count, loss)
+    total = total_loss(outputs, batch, loss)
     edges = [seen.edge for _, seen in calls if seen.edge is not None]
     gradients = iter(torch.autograd.grad(total, edges, allow_unused=True))
     found: dict[str, Tensor] = {}

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regrow.criteria.apart import quick_scores
 from regrow.criteria.bar import progress_bar
+from regrow.criteria.batches import Loss, check_loss, cross_entropy, read_batches
 from regrow.criteria.drop_one import looped_scores, plain_loss
-from regrow.criteria.labelled import Loss, check_loss, read_batches
 from regrow.filters import check_finite, eligible
 from regrow.log import first_line
 from regrow.looking.calls import PassFailed, switch, undisturbed
@@ -65,7 +64,7 @@ def oracle_scores(
     convs = eligible(model, exclude)
     check_finite(convs)
     held = list(read_batches(batches, device_of(model), needs_labels=loss is None))
-    chosen: Loss = loss or F.cross_entropy
+    chosen: Loss = loss or cross_entropy
     try:
         whole = copied(unwrap(model), torch.clone, requires_grad=False)
         strip(whole)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from regrow.criteria.batches import Loss, one_by_one, run, total_loss
+from regrow.criteria.batches import Batch, Loss, run, total_loss
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, filter_dim, filters_first, is_stock
 from regrow.torch_private import own_parameters
@@ -24,9 +24,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 def add_gradients(
     model: nn.Module,
     convs: Mapping[str, Convolution],
-    inputs: Any,
-    labels: Any,
-    count: int,
+    batch: Batch,
     loss: Loss | None,
     add: Add,
     shape: Callable[[Convolution], tuple[int, ...]],
@@ -51,14 +49,14 @@ def add_gradients(
     def empty() -> dict[str, Tensor]:
         return {name: _wide(conv.weight).new_zeros(shape(conv)) for name, conv in convs.items()}
 
-    if count > 1 and all(is_stock(conv) for conv in convs.values()):
+    if batch.pictures > 1 and all(is_stock(conv) for conv in convs.values()):
         sums = empty()
-        if _together(model, convs, inputs, labels, count, loss, add, sums):
+        if _together(model, convs, batch, loss, add, sums):
             return sums
     sums = empty()
     weights = [own_parameters(conv)["weight"] for conv in convs.values()]
-    for one, label in one_by_one(inputs, labels, count):
-        total = total_loss(run(model, one), label, 1, loss)
+    for single in batch.singles():
+        total = total_loss(run(model, single.inputs), single, loss)
         gradients = torch.autograd.grad(total, weights, allow_unused=True)
         for (name, conv), gradient in zip(convs.items(), gradients, strict=True):
             if gradient is not None:
@@ -70,9 +68,7 @@ def add_gradients(
 def _together(
     model: nn.Module,
     convs: Mapping[str, Convolution],
-    inputs: Any,
-    labels: Any,
-    count: int,
+    batch: Batch,
     loss: Loss | None,
     add: Add,
     sums: dict[str, Tensor],
@@ -83,17 +79,21 @@ def _together(
 
     def after(name: str, conv: Any, given: Any, output: Tensor) -> None:
         nonlocal strange
-        whole = output.requires_grad and output.dim() == len(conv.kernel_size) + 2 and len(output) == count
+        whole = (
+            output.requires_grad
+            and output.dim() == len(conv.kernel_size) + 2
+            and len(output) == batch.pictures
+        )
         if whole:
             made.append((name, given[0].detach(), get_gradient_edge(output)))
         else:  # without a batch dimension or a gradient, or with several entries for a picture
             strange = True
 
     with hooked(list(convs.items()), after):
-        outputs = run(model, inputs)
+        outputs = run(model, batch.inputs)
     if strange:
         return False
-    total = total_loss(outputs, labels, count, loss)
+    total = total_loss(outputs, batch, loss)
     weights = [own_parameters(conv)["weight"] for conv in convs.values()]
     gradients = torch.autograd.grad(total, [*weights, *(edge for *_, edge in made)], allow_unused=True)
     of_outputs = gradients[len(weights) :]
@@ -104,7 +104,7 @@ def _together(
                 for (other, read, _), gradient in zip(made, of_outputs, strict=True)
                 if other == name and gradient is not None
             ]
-            if not _add_layer(conv, calls, count, whole, functools.partial(add, sums[name])):
+            if not _add_layer(conv, calls, batch.pictures, whole, functools.partial(add, sums[name])):
                 return False
     return True
 

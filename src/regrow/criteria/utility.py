@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.batches import batches_of, only_read, run
+from regrow.criteria.batches import only_read, read_batches, run
 from regrow.indexing import index_tensor
-from regrow.looking.calls import mapped
 from regrow.looking.hooks import hooked
-from regrow.modules import CONSUMER_CLASSES, Convolution, channel_dim, grouped
+from regrow.modules import CONSUMER_CLASSES, Convolution, channel_dim, device_of, grouped
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, Reads
 
@@ -56,10 +55,9 @@ def utility_scores(
     ways: dict[str, dict[str, Reads]] = {}
     layers: list[tuple[str, nn.Module]] = []
     with only_read(model), torch.no_grad():
-        for inputs, _, count in batches_of(model, batches, "utility", labelled=False):
+        for batch in read_batches(batches, device_of(model), needs_labels=False):
             if not pictures:
-                first = mapped(inputs, lambda tensor: tensor[:1] if tensor.dim() else tensor)
-                readers = read_structure(model, first)
+                readers = read_structure(model, batch.first(1).inputs)
                 ways = {name: _readers_of(model, readers[name]) for name in convs if name in readers}
                 names = {reader for way in ways.values() for reader in way}
                 layers = [(name, model.get_submodule(name)) for name in sorted(names)]
@@ -70,10 +68,10 @@ def utility_scores(
                 here[name] = here[name] + sums if name in here else sums
 
             with hooked(layers, before=look):
-                run(model, inputs)
+                run(model, batch.inputs)
             for name, means in here.items():
-                totals[name] = totals.get(name, 0) + means * count
-            pictures += count
+                totals[name] = totals.get(name, 0) + means * batch.pictures
+            pictures += batch.pictures
     used = {name: total / pictures * outgoing(model.get_submodule(name)) for name, total in totals.items()}
     found = {}
     for name, conv in convs.items():

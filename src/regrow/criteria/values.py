@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = _values_of(given)
         self._read(values)
-        if any(written for _, written in operator_arguments(func)):
+        if any(writes for _, writes in operator_arguments(func)):
             self._keep_all(values)
         output = func(*args, **kwargs)
         goes_on = torch.Tag.pointwise in func.tags or name in _POINTWISE or any(n in name for n in _NORMS)

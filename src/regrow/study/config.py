@@ -279,15 +279,15 @@ class RunConfig(BaseModel):
         1e-4, _ANEW, "Share of the mature filters that continual backprop draws anew in a step.", ge=0, le=1
     )
     maturity: int = _setting(
-        100, _ANEW, "Steps that continual backprop leaves a new filter in peace for.", ge=0, le=_MANY
+        100, _ANEW, "Steps before continual backprop may draw a new filter anew.", ge=0, le=_MANY
     )
     fixed: float = _setting(
-        0.8, _ANEW, "Share of the weights that never change by knowledge evolution.", gt=0, lt=1
+        0.8, _ANEW, "Share of the weights that knowledge-evolution never draws anew.", gt=0, lt=1
     )
     dormant: float = _setting(
         0.025,
         _ANEW,
-        "redo draws filters anew that are at most so active, relative to their layer.",
+        "redo draws a filter anew if its mean activation is at most this share of its layer's mean.",
         ge=0,
         le=1e6,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -75,9 +76,10 @@ class Style:
 def styles(names: Sequence[str], variants: Mapping[str, tuple[str, int]] | None = None) -> dict[str, Style]:
     """A style for each of ``names``, which is the same wherever the name stands and whatever else is there.
 
-    A method that regrow knows always has its own colour, marker and dashes. Variants of one method have
-    shades of its colour, and other markers and dashes. Names of no such method get the places behind those
-    of the methods, in their order; 56 places differ in colour or marker.
+    A method that regrow knows always has its own look; standard training alone is black. Methods that share
+    a colour have other markers and other dashes. Variants of one method have shades of its colour, and other
+    markers and dashes. Names of no such method get the places behind those of the methods, in their order;
+    48 places in a row differ in colour or marker.
 
     Args:
         names: of methods and variants.
@@ -92,13 +94,19 @@ def styles(names: Sequence[str], variants: Mapping[str, tuple[str, int]] | None 
 
 
 def _style(place: int, number: int) -> Style:
-    color, markers = COLORS[place % len(COLORS)], list(MARKERS)
+    # Black is for the first place alone. The others count colours, markers and dashes on; each time that all
+    # pairs which follow from it have been there, markers or dashes are moved on by one, and then back.
+    colors, markers = COLORS[1:], list(MARKERS)
+    color = COLORS[0] if place == 0 else colors[(place - 1) % len(colors)]
+    later = max(0, place - 1)
+    marker = place + later // math.lcm(len(colors), len(markers)) % 2
+    dashes = place + later // math.lcm(len(colors), len(_DASHES)) % 2
     shades = (color, *(_mixed(color, *mix) for mix in _MIXES[color == _BLACK]))
     # Variants that differ by a whole round of shades differ in their markers.
     return Style(
         shades[number % len(shades)],
-        markers[(place + 3 * number) % len(markers)],
-        _DASHES[(place + number) % len(_DASHES)],
+        markers[(marker + 3 * number) % len(markers)],
+        _DASHES[(dashes + number) % len(_DASHES)],
     )
 
 

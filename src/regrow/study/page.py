@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAPS = 3
+# Methods that draw filters anew one by one.
+_REPLACING = ("continual-backprop", "redo")
 # With more methods than this, the page begins with one sentence about all of them.
 _FEW = 3
 
@@ -133,10 +136,16 @@ def render(content: Content) -> str:
             {"method": each.method, "shown": min(_MAPS, len(each.runs)), "runs": len(each.runs)}
             for each in _mapped(series)
         ],
+        what_happened=_what_happened(finished),
         cuts=[
             {"method": each.method, "runs": len(each.runs), **shares, **_remarks(each.runs)}
             for each in series
             if (shares := cut_shares(each.runs)) is not None
+        ],
+        replaced=[
+            {"method": each.method, "runs": len(each.runs), **counts, "notes": _remarks(each.runs)["notes"]}
+            for each in series
+            if (counts := replaced_counts(each.runs)) is not None
         ],
         analyses=content.analyses,
         agreements=final_table(content.analyses.found),
@@ -155,7 +164,8 @@ def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
     Returns:
         ``events``: [(cycle, epoch)] of the drops; ``rows``: per layer ``name``, ``filters`` and
         ``shares``, which has for each event the mean, lowest and highest share of the layer's filters
-        dropped, over the runs that have the event. The last row is all layers together.
+        dropped, over the runs that have the event. The last row is all layers together. ``at_once``: whether
+        every event restored the filters that it dropped.
     """
     drops = [
         {
@@ -181,7 +191,47 @@ def cut_shares(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
             ]
             shares.append((sum(found) / len(found), min(found), max(found)))
         rows.append({"name": name, "filters": filters, "shares": shares})
-    return {"events": events, "rows": rows}
+    at_once = not any(event["kind"] == "drop" for run in runs for event in run.events)
+    return {"events": events, "rows": rows, "at_once": at_once}
+
+
+def replaced_counts(runs: Sequence[RunRecord]) -> dict[str, Any] | None:
+    """How many filters the seeds of one method drew anew one by one; None if its method does no such thing.
+
+    Returns:
+        ``rows``: per layer in which any was drawn anew ``name``, ``filters`` and ``counts``, the mean, lowest
+        and highest number over the runs. A filter that was drawn anew after two epochs counts twice. The
+        last row is all layers together.
+    """
+    if runs[0].result is None or runs[0].method.split("+")[0] not in _REPLACING:
+        return None
+    counts: list[Counter[str]] = []
+    for run in runs:
+        counts.append(Counter())
+        for event in run.events:
+            if event["kind"] == "replace":
+                counts[-1].update({name: len(indices) for name, indices in event["filters"].items()})
+    sizes: dict[str, int] = runs[0].result["filters"]
+    layers = [name for name in sizes if any(each[name] for each in counts)]
+    rows = []
+    for row, names in [*((name, [name]) for name in layers), ("all layers", [*sizes])]:
+        found = [sum(each[name] for name in names) for each in counts]
+        rows.append(
+            {
+                "name": row,
+                "filters": sum(sizes[name] for name in names),
+                "counts": (sum(found) / len(found), min(found), max(found)),
+            }
+        )
+    return {"rows": rows}
+
+
+def _what_happened(runs: Sequence[RunRecord]) -> str:
+    """The heading over the tables of ``cut_shares`` and ``replaced_counts``."""
+    cut = any(event["kind"] == "drop" for run in runs for event in run.events)
+    anew = any(event["kind"] == "restart" for run in runs for event in run.events)
+    anew |= any(run.method.split("+")[0] in _REPLACING for run in runs)
+    return ("What was cut or drawn anew" if cut else "What was drawn anew") if anew else "What was cut when"
 
 
 def _series(content: Content) -> list[Series]:
@@ -247,8 +297,12 @@ def _analysis_drawings(analyses: Analyses, series: Sequence[Series]) -> dict[str
 
 
 def _mapped(series: Sequence[Series]) -> list[Series]:
-    """The methods that ever dropped a filter."""
-    return [each for each in series if any(run.events and run.epochs for run in each.runs)]
+    """The methods that ever left a filter out for a while."""
+    return [
+        each
+        for each in series
+        if any(run.epochs and any(event["kind"] == "drop" for event in run.events) for run in each.runs)
+    ]
 
 
 def _uri(draw: Callable[[float], Figure], width: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches of pictures and labels, and their loss."""
+"""Batches of pictures with labels, and their loss."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from regrow.criteria.labelled import Batch, check_loss, loss_of, mean_loss, read_batches
+from regrow.criteria.batches import Batch, check_loss, loss_of, mean_loss, read_batches
 
 CPU = torch.device("cpu")
 
@@ -52,3 +52,29 @@ def test_losses() -> None:
         with pytest.raises(ValueError, match="loss of the model"):
             check_loss(value)
     check_loss(3.0)
+
+
+def test_every_tensor_goes_to_the_device() -> None:
+    x = {"ids": torch.arange(3), "masks": [torch.ones(3, dtype=torch.bool)], "scale": 2}
+    (read,) = read_batches([(x, {"boxes": torch.arange(3)})], torch.device("meta"), needs_labels=True)
+    found = [read.inputs["ids"], read.inputs["masks"][0], read.labels["boxes"]]
+    assert [each.device.type for each in found] == ["meta"] * 3
+    assert read.inputs["scale"] == 2
+
+
+def test_tensors_of_inference_mode_can_be_used_with_a_gradient() -> None:
+    with torch.inference_mode():
+        x, y = torch.arange(3), torch.arange(3)
+    (read,) = read_batches([(x, y)], CPU, needs_labels=True)
+    table = torch.eye(3, requires_grad=True)
+    torch.nn.functional.cross_entropy(table[read.inputs], read.labels).backward()
+    assert table.grad is not None
+
+
+def test_single_pictures() -> None:
+    batch = Batch((torch.arange(3), 7), torch.arange(3), 3)
+    found = [(each.inputs[0].tolist(), each.inputs[1], each.labels.tolist()) for each in batch.singles()]
+    assert found == [([n], 7, [n]) for n in range(3)]
+    assert [each.labels for each in Batch(torch.arange(2), None, 2).singles()] == [None, None]
+    with pytest.raises(ValueError, match="labels with one entry for each of the 3 pictures"):
+        list(Batch(torch.arange(3), torch.arange(2), 3).singles())
