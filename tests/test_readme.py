@@ -87,7 +87,7 @@ def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pyt
 
 
 def new_block(words: str) -> dict[str, object]:
-    """The names after the first block with ``words`` has run, on a net of two convolutions and its teacher."""
+    """The names after the first block with ``words`` ran, on a net of two convolutions and its teacher."""
     block = next(block for block in python_blocks() if words in block)
     model, x, labels = network(), torch.randn(8, 1, 8, 8), torch.arange(8) % 4
     names: dict[str, object] = {
