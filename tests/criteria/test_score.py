@@ -24,6 +24,7 @@ from regrow.criteria.score import (
     score,
 )
 from regrow.criteria.select import select
+from regrow.surgery.removal import remove_filters
 
 # Three filters of two weights: directions (1, 0), (√½, √½) and (0, 1), at lengths 1, √2 and 2.
 # |cos|: first–second √½, first–third 0, second–third √½. Divided by the three filters of the layer:
@@ -386,7 +387,7 @@ def test_a_model_that_was_cut_has_a_score_for_each_filter_that_it_has(criterion)
     keep = {"down1": keep_but(6, 0, 4), "up1": keep_but(6, 1), "norm": keep_but(1)}
     keep.pop("norm")
     whole = copy.deepcopy(model)
-    regrow.surgery.removal.remove_filters(whole, keep, example_inputs=x[:1])
+    remove_filters(whole, keep, example_inputs=x[:1])
     expected = score(whole, criterion, batches=[(x, labels)], loss=loss)
     regrow.cut(model, keep, example_inputs=x[:1])
     scores = score(model, criterion, batches=[(x, labels)], loss=loss)
