@@ -35,7 +35,7 @@ types: $(READY)
 
 check: $(READY)
 	$(BIN)/python scripts/fetch_fashion_mnist.py
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

@@ -73,11 +73,11 @@ GOOD = idx(np.arange(6).reshape(1, 2, 3))
         ("a", GOOD[:4] + b"\xff" * 12, r"says that it holds \[4294967295, 4294967295, 4294967295\] numbers"),
         # 2³² times 2³² is 0 in numbers of 64 bits.
         ("a", GOOD[:4] + b"\x80\0\0\0" * 2 + b"\0\0\0\4", "says that it holds"),
-        ("a.gz", gzip.compress(GOOD + bytes(10**8)), "has more than 22 bytes"),
+        ("a.gz", gzip.compress(GOOD + bytes(10**8), mtime=0), "has more than 22 bytes"),
         ("a", GOOD[:7], "is not an idx file"),
         ("a", idx(np.arange(6)), "is not an idx file of bytes in 3 dimensions"),
         ("a", b"", "is not an idx file"),
-        ("a.gz", gzip.compress(GOOD)[:-9], "cut short"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:-9], "cut short"),
         ("a.gz", b"<html>not found</html>", "damaged"),
     ],
 )
