@@ -280,7 +280,7 @@ def bridged(model):
             {"criterion": "apoz", "calibration": None, "compensate": False},
             "pass calibration=, inputs of",
         ),
-        (None, {"criterion": "taylor"}, "a criterion of the loss takes the cross entropy, so a batch is a pair"),
+        (None, {"criterion": "taylor"}, "takes the cross entropy, so a batch is a pair"),
         (None, {"scope": "locally"}, "unknown scope"),
         (None, {"exclude": ["conv9"]}, "no convolution is named 'conv9'"),
         (None, {"calibration": None}, "compensate=False"),
