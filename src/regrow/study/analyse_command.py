@@ -9,12 +9,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from regrow.study.analyse import analyse_between, analyse_run, by_parent, check_pictures, work_of
 from regrow.study.analyse_summary import Analyses, correlation_text, final_table, read_analyses
+from regrow.study.counting_bar import counting_bar
 from regrow.study.lineup import line_up
 from regrow.study.measure import finished_runs
 from regrow.study.records import RunRecord
@@ -40,18 +40,10 @@ def run_analyses(folders: Sequence[Path], *, pictures: int, rerun: bool = False)
     """
     with typed():
         check_pictures(pictures)
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     runs = finished_runs(folders, console)
     together = [(parent, each) for parent, each in by_parent(runs) if len(each) <= _MOST_RUNS]
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),  # a folder's name
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-        transient=True,
-    )
+    bar = counting_bar()
     done = 0
     with bar:
         task = bar.add_task("", total=sum(map(work_of, runs)) + sum(len(each) for _, each in together))

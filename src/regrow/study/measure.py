@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from regrow.interrupts import uninterrupted
 from regrow.study import drawing, figures, records
 from regrow.study.compare import check_comparable
+from regrow.study.counting_bar import counting_bar
 from regrow.study.curves import check_curve, measure_run
 from regrow.study.lineup import line_up
 from regrow.study.pruned import CurveSet, curve_sets, heading, tables, to_dict
@@ -53,16 +53,7 @@ def run_curves(
     settings: dict[str, Any] = {
         "fractions": fractions, "readings": readings, "criterion": criterion, "scope": scope, "split": split,
     }  # fmt: skip
-    errors = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),  # a folder's name
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-        disable=not errors.is_terminal,
-        transient=True,
-    )
+    bar = counting_bar()
     measured = 0
     with bar:
         task = bar.add_task("", total=len(runs) * len(fractions) * len(readings))
