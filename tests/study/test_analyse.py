@@ -12,7 +12,6 @@ from regrow.study.analyse import (
     analyse_between,
     analyse_run,
     by_parent,
-    loaded,
     moments_of,
     some_pictures,
     work_of,
@@ -29,12 +28,17 @@ from regrow.study.analyse_summary import (
 from regrow.study.config import make_config
 from regrow.study.report import write_report
 from regrow.study.train import train
+from regrow.study.trained import Trained, as_trained
 
 PICTURES = 12
 SMALL = {
     "data": "digits", "width": 4, "depth": 2, "train_size": 200, "epochs": 4, "threads": 1,
     "full": 1, "sub": 1, "cycles": 1, "snapshots": 2, "lr": 0.02,
 }  # fmt: skip
+
+
+def loaded(run: records.RunRecord) -> Trained:
+    return as_trained(run.folder, make_config(run.config))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +127,11 @@ def test_between_the_runs(home):
             assert record["mean"][row][column] == pytest.approx(record["mean"][column][row])
     one, two = (records.read_run(home / name) for name in ("repr-seed0", "standard-seed1"))
     batches = some_pictures(loaded(one), PICTURES)
-    expected = regrow.layer_correlations(loaded(one).model, loaded(two).model, batches)["mean"]
+    expected = regrow.layer_correlations(
+        loaded(one).model,
+        loaded(two).model,
+        batches,
+    )["mean"]
     assert record["mean"][0][3] == pytest.approx((expected[0][0] + expected[1][1]) / 2, abs=1e-6)
 
 

@@ -32,6 +32,32 @@ def outgoing(layer: Any) -> Tensor:
     return weight.flatten(3).sum(3).sum(1).flatten() if weight.dim() > 3 else weight.sum(1).flatten()
 
 
+class Arrivals:
+    """What arrives at layers in the passes of a block: ``with hooked(layers, before=arrivals.look): …``.
+
+    Attributes:
+        sums: {layer: Tensor[channels], the mean absolute values times the pictures, of all calls}.
+        pictures: {layer: how many pictures arrived, in all calls}.
+        calls: {layer: how often it was called}.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.pictures: dict[str, int] = {}
+        self.calls: dict[str, int] = {}
+
+    def look(self, name: str, layer: nn.Module, inputs: Any) -> None:
+        """Add what arrives in a call of ``layer``."""
+        if not inputs or not isinstance(inputs[0], Tensor):
+            return
+        x = inputs[0]
+        count = len(x) if x.dim() else 1
+        sums = arriving(layer, x) * count
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.pictures[name] = self.pictures.get(name, 0) + count
+        self.calls[name] = self.calls.get(name, 0) + 1
+
+
 def utility_scores(
     model: nn.Module, convs: Mapping[str, Convolution], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
@@ -50,29 +76,24 @@ def utility_scores(
         {name: Tensor[filters]} of the layers that other layers are known to read. Layers without known
         readers, and layers of which nothing is used, have no entry.
     """
-    totals: dict[str, Tensor] = {}
-    pictures = 0
+    arrivals, passes = Arrivals(), 0
     ways: dict[str, dict[str, Reads]] = {}
     layers: list[tuple[str, nn.Module]] = []
     with only_read(model), torch.no_grad():
         for batch in read_batches(batches, device_of(model), needs_labels=False):
-            if not pictures:
+            if not passes:
                 readers = read_structure(model, batch.first(1).inputs)
                 ways = {name: _readers_of(model, readers[name]) for name in convs if name in readers}
                 names = {reader for way in ways.values() for reader in way}
                 layers = [(name, model.get_submodule(name)) for name in sorted(names)]
-            here: dict[str, Tensor] = {}
-
-            def look(name: str, layer: nn.Module, given: Any, here: dict[str, Tensor] = here) -> None:
-                sums = arriving(layer, given[0])  # a layer that is called twice reads twice
-                here[name] = here[name] + sums if name in here else sums
-
-            with hooked(layers, before=look):
+            with hooked(layers, before=arrivals.look):
                 run(model, batch.inputs)
-            for name, means in here.items():
-                totals[name] = totals.get(name, 0) + means * batch.pictures
-            pictures += batch.pictures
-    used = {name: total / pictures * outgoing(model.get_submodule(name)) for name, total in totals.items()}
+            passes += 1
+    used = {}
+    for name, sums in arrivals.sums.items():
+        # A layer that is called twice in a pass reads twice.
+        arrived = sums / arrivals.pictures[name] * (arrivals.calls[name] / passes)
+        used[name] = arrived * outgoing(model.get_submodule(name))
     found = {}
     for name, conv in convs.items():
         score = torch.zeros(conv.out_channels, dtype=torch.float64)

@@ -86,9 +86,6 @@ class ContinualBackprop:
         }  # fmt: skip
         units = find_units(self._model, example_inputs)
         self._layers, self.left_out = units.layers, units.left_out
-        if not self._layers:
-            reasons = "; ".join(f"{name}: {why}" for name, why in units.left_out.items())
-            raise ValueError(f"no layer is left to work on ({reasons}).")
         self._steps = 0
         self._memory = Memory(optimizer)
         self._memory.watch()
@@ -153,7 +150,7 @@ class ContinualBackprop:
         due = {name: int(count + 1e-9) for name, count in counts.items()}
         due = {name: number for name, number in due.items() if number}
         if due:
-            # The same may go on as with redo: this one is on the model itself.
+            # What forbids redo forbids a renewal; this method's own row would forbid itself, by its mark.
             check(self._given, "redo", called="ContinualBackprop.step")
         utility, aged = self._updated(live), {name: self._age[name] + 1 for name in live}
         chosen: dict[str, list[int]] = {}

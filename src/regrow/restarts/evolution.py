@@ -106,10 +106,11 @@ class KnowledgeEvolution:
         values = {name: new for name, _, new in found.parameters}
         memory, group = Memory(optimizer), group_of(self._given)
         masks: dict[nn.Parameter, Tensor] = {}
+        drawn = {name: ~fixed for name, fixed in self.fixed().items()}
         with uninterrupted():
-            for name, fixed in self.fixed().items():
+            for name, entries in drawn.items():
                 parameter = parameters[name]
-                mask = ~fixed.to(parameter.device)
+                mask = entries.to(parameter.device)
                 parameter[mask] = values[name].to(parameter)[mask]
                 masks[parameter] = mask
             if group is not None:
@@ -119,7 +120,7 @@ class KnowledgeEvolution:
         return {
             "version": VERSION,
             "generation": self.generation,
-            "drawn": {name: int((~fixed).sum()) for name, fixed in self.fixed().items()},
+            "drawn": {name: int(entries.sum()) for name, entries in drawn.items()},
             "notes": notes,
         }
 

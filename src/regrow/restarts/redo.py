@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.criteria.utility import arriving
+from regrow.criteria.utility import Arrivals
 from regrow.given import check_inputs, check_optimizer, check_seed
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating
@@ -21,7 +21,7 @@ from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.restarts.fresh import check_fresh
 from regrow.restarts.memory import Memory
 from regrow.restarts.saved import VERSION
-from regrow.restarts.units import Units, find_units, input_width, renew, width_of
+from regrow.restarts.units import Units, find_units, renew, width_of
 
 
 def redo(
@@ -71,9 +71,6 @@ def redo(
     fresh = None if fresh is None else check_fresh(inner, fresh)
 
     units = find_units(inner, example_inputs)
-    if not units.layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in units.left_out.items())
-        raise ValueError(f"no layer is left to work on ({reasons}).")
 
     def choose() -> dict[str, Any]:
         scores = {name: values.tolist() for name, values in _scores(inner, units, batches).items()}
@@ -113,18 +110,8 @@ def _scores(model: nn.Module, units: Units, batches: Iterable[Any]) -> dict[str,
     """
     consumers = {consumer for readers in units.layers.values() for consumer in readers.consumers}
     layers = [(name, model.get_submodule(name)) for name in consumers]
-    sums = {name: torch.zeros(input_width(layer), device=device_of(layer)) for name, layer in layers}
-    counts = dict.fromkeys(consumers, 0)
-
-    def before(name: str, module: nn.Module, inputs: Any) -> None:
-        if not inputs or not isinstance(inputs[0], Tensor):
-            return
-        x = inputs[0]
-        pictures = len(x) if x.dim() else 1
-        sums[name] += arriving(module, x).to(sums[name]) * pictures
-        counts[name] += pictures
-
-    with evaluating(model), buffers_kept(model), hooked(layers, before=before):
+    arrivals = Arrivals()
+    with evaluating(model), buffers_kept(model), hooked(layers, before=arrivals.look):
         for inputs in inputs_of(model, batches):
             try:
                 call(model, inputs)
@@ -135,10 +122,10 @@ def _scores(model: nn.Module, units: Units, batches: Iterable[Any]) -> dict[str,
         total = torch.zeros(width_of(model.get_submodule(name)), dtype=torch.float64)
         times = torch.zeros_like(total)
         for consumer, reads in readers.consumers.items():
-            if not counts[consumer]:
+            if not arrivals.pictures.get(consumer):
                 continue
             filters, places = torch.as_tensor(reads.filters), torch.as_tensor(reads.indices)
-            means = sums[consumer].double().cpu() / counts[consumer]
+            means = arrivals.sums[consumer].double().cpu() / arrivals.pictures[consumer]
             total.index_add_(0, filters, means[places])
             times.index_add_(0, filters, torch.ones(len(filters), dtype=torch.float64))
         if not times.all():

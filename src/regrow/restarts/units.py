@@ -44,7 +44,7 @@ def find_units(model: nn.Module, example_inputs: Any) -> Units:
     """Read the structure of ``model``, the user's own module, which is not changed.
 
     Raises:
-        ValueError: the model cannot be copied, or its pass fails on ``example_inputs``.
+        ValueError: the model cannot be copied, its pass fails on ``example_inputs``, or no layer is left.
     """
     readers: dict[str, Readers] = {}
     if any(isinstance(module, CONVOLUTION_CLASSES) for module in model.modules()):
@@ -61,6 +61,9 @@ def find_units(model: nn.Module, example_inputs: Any) -> Units:
             reasons[name] = why
         else:
             layers[name] = found
+    if not layers:
+        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise ValueError(f"no layer is left to work on ({listed}).")
     return Units(layers, reasons)
 
 

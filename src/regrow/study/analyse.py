@@ -22,10 +22,9 @@ from regrow.filters import convolutions, eligible
 from regrow.modules import filters_first
 from regrow.pruning.accuracy import top1
 from regrow.study import analysed, records
-from regrow.study.building import device_of
 from regrow.study.config import make_config
 from regrow.study.records import RunRecord
-from regrow.study.trained import Trained, from_run, load_weights
+from regrow.study.trained import Trained, as_trained, load_weights
 
 _BATCH = 128
 VARIANCE, GRID = 0.99, 4
@@ -89,7 +88,7 @@ def analyse_run(
             done()
         return False
     begun = time.perf_counter()
-    trained = loaded(run)
+    trained = as_trained(run.folder, make_config(run.config))
     model, batches = trained.model, some_pictures(trained, pictures)
     found = []
     for epoch, path in moments:
@@ -151,7 +150,7 @@ def analyse_between(
     found: list[dict[str, Directions | None]] = []
     batches: Pictures = []
     for run in runs:
-        trained = loaded(run)
+        trained = as_trained(run.folder, make_config(run.config))
         if not found:
             batches = some_pictures(trained, pictures)
         found += layer_directions([trained.model], batches, grid=GRID, variance=VARIANCE)
@@ -184,18 +183,6 @@ def check_pictures(pictures: int) -> None:
     """Raise ``ValueError`` unless ``pictures`` is a number of pictures that says something."""
     if not isinstance(pictures, int) or isinstance(pictures, bool) or pictures < 2:
         raise ValueError(f"pictures is a whole number of at least 2, got {pictures!r}. Try 256.")
-
-
-def loaded(run: RunRecord) -> Trained:
-    """The trained network of ``run`` with its pictures, on the run's device or, without that one, another."""
-    config = make_config(run.config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        device = device_of(config.device)
-    except ValueError:  # the run was trained on another machine
-        device = device_of("auto")
-    return from_run(run.folder, device=str(device))
 
 
 def some_pictures(trained: Trained, pictures: int) -> Pictures:

@@ -24,8 +24,7 @@ from regrow.pruning.accuracy import top1
 from regrow.structure.read import read_structure
 from regrow.study import records
 from regrow.study.config import RunConfig, make_config
-from regrow.study.train import device_of
-from regrow.study.trained import from_run
+from regrow.study.trained import as_trained
 from regrow.suggest import nearest
 
 FRACTIONS = tuple(percent / 100 for percent in range(0, 100, 10))
@@ -257,13 +256,7 @@ def _place(point: Mapping[str, Any]) -> tuple[str, float]:
 def _measure(
     folder: Path, config: RunConfig, split: str, progress: Callable[[], object] | None, **settings: Any
 ) -> dict[str, Any]:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        device = device_of(config.device)
-    except ValueError:  # the run was trained on another machine
-        device = device_of("auto")
-    trained = from_run(folder, device=str(device))
+    trained = as_trained(folder, config)
     judged = trained.test if split == "test" else trained.validation
     assert judged is not None
     assert trained.calibration is not None
@@ -282,7 +275,7 @@ def _measure(
         "classes": classes,
         "images": len(judged),
         "calibration_images": sum(map(len, trained.calibration)),
-        "device": str(device),
+        "device": str(trained.example.device),
         "seconds": time.perf_counter() - begun,
         **found,
     }

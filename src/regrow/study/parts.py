@@ -21,7 +21,7 @@ from regrow.study.methods.noisy import add_noise
 from regrow.study.models import model_channels
 from regrow.study.ranks import Ranks
 from regrow.study.snapshot import as_now, load_random_state, load_state
-from regrow.study.tasks import task_splits
+from regrow.study.tasks import task_splits, train_sizes
 
 _EVALUATION_BATCH = 500
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,8 +99,8 @@ class Parts:
     def steps(self) -> list[int]:
         """How many training steps each epoch of the run has."""
         of_task = [
-            batch_count(len(self._splits_of(task).train), self.config.batch_size, self._ranks.count)
-            for task in range(self.rounds.tasks)
+            batch_count(size, self.config.batch_size, self._ranks.count)
+            for size in train_sizes(self._splits, self.config)
         ]
         epochs = range(self.config.epochs)
         return [of_task[self.rounds.task(self.rounds.after(epoch))] for epoch in epochs]

@@ -13,7 +13,7 @@ from typing import Any
 
 from regrow.study.presets import PRESETS
 
-# The paper's names of nets: model, depth and width. Its DenseNet-5 is none that can be built here.
+# The paper's names of nets: model, depth and width. Its DenseNet-5 cannot be built here.
 _NETS = {
     **{f"C{depth}(32)": ("convnet", depth, 32) for depth in (3, 8, 13, 18)},
     **{f"ResNet-{depth}": ("resnet", depth, 16) for depth in (20, 32, 110, 182)},

@@ -61,10 +61,18 @@ def task_splits(splits: Splits, config: RunConfig, task: int) -> Splits:
     if not 1 <= task <= config.tasks:
         raise ValueError(f"tasks are counted from 1 to {config.tasks}: there is no task {task}.")
     found, first = _task(splits, config, task), _task(splits, config, 1)
-    if first.train.pixels is splits.train.pixels:
-        return replace(found, mean=splits.mean, std=splits.std)
-    mean, std = channel_statistics(first.train.pixels)
+    mean, std = splits.mean, splits.std
+    if first.train.pixels is not splits.train.pixels:
+        mean, std = channel_statistics(first.train.pixels)
+    if config.regime == "permuted-pixels" and task > 1:
+        order = pixel_permutation(splits.size[0] * splits.size[1], config.seed, task)
+        found = _each(found, lambda images: Images(_permuted(images.pixels, order), images.labels))
     return replace(found, mean=mean, std=std)
+
+
+def train_sizes(splits: Splits, config: RunConfig) -> list[int]:
+    """How many training pictures each task has."""
+    return [len(_task(splits, config, task).train) for task in range(1, config.tasks + 1)]
 
 
 def check_tasks(splits: Splits, config: RunConfig) -> None:
@@ -165,17 +173,14 @@ def _fitted(splits: Splits, side: int, channels: int) -> Splits:
 
 
 def _task(splits: Splits, config: RunConfig, task: int) -> Splits:
-    """The data of ``task``, with any ``mean`` and ``std``."""
+    """The pictures and labels of ``task``, with any ``mean`` and ``std``, and all pixels in their places."""
     train, classes, tasks = splits.train, len(splits.classes), config.tasks
     match config.regime:
-        case "same":
+        case "same" | "permuted-pixels":
             return splits
         case "permuted-labels":
             new = label_permutation(classes, config.seed, task)
             return _each(splits, lambda images: Images(images.pixels, new[images.labels]))
-        case "permuted-pixels":
-            order = pixel_permutation(splits.size[0] * splits.size[1], config.seed, task)
-            return _each(splits, lambda images: Images(_permuted(images.pixels, order), images.labels))
         case "growing-data":
             return replace(splits, train=_part(train, 0, len(train) * task // tasks))
         case "corrected-labels":

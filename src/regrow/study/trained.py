@@ -70,6 +70,20 @@ class Trained:
     labelled: list[tuple[Tensor, Tensor]] | None = None
 
 
+def as_trained(folder: Path, config: RunConfig) -> Trained:
+    """Load the network of the finished run in ``folder`` on the run's device or, without that one, another.
+
+    PyTorch takes as many threads as the run did. Raises the errors of ``from_run``.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        device = device_of(config.device)
+    except ValueError:  # the run was trained on another machine
+        device = device_of("auto")
+    return from_run(folder, device=str(device))
+
+
 def from_run(folder: Path, *, device: str | None = None, data_dir: str | None = None) -> Trained:
     """Load the network of a finished run.
 
