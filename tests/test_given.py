@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
-from regrow.given import kind_of
+from regrow.given import is_real, kind_of
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(X, torch.zeros(2))
@@ -346,3 +346,10 @@ def test_what_a_message_calls_a_value():
     assert kind_of("x" * 90) == f"the text '{'x' * 39}…'"
     assert kind_of(collections.Counter()) == "a Counter"
     assert kind_of(inspect.signature(kind_of)) == "a Signature"
+
+
+@pytest.mark.parametrize(
+    ("value", "real"), [(1, True), (0.5, True), (True, False), ("1", False), (None, False), (X, False)]
+)
+def test_what_is_a_number(value, real):
+    assert is_real(value) == real

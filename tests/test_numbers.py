@@ -1,9 +1,10 @@
 import math
 
+import pytest
 import torch
 from torch import nn
 
-from regrow.numbers import largest_of, numbers, together
+from regrow.numbers import at_least_float32, largest_of, numbers, together
 from regrow.torch_private import TorchDispatchMode
 
 ASKED = {"_local_scalar_dense", "equal", "is_nonzero"}
@@ -53,3 +54,11 @@ def test_tensors_that_are_here_are_given_back():
     one, two = torch.ones(2), torch.zeros(0)
     assert together([one, two])[0] is one
     assert together([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_at_least_float32_widens_what_is_narrower(dtype):
+    tensor = torch.ones(2, dtype=dtype)
+    found = at_least_float32(tensor)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found is tensor) == (dtype in (torch.float32, torch.float64))

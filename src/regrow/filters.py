@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regrow.given import check_mapping, names_given, tensor_given
 from regrow.marks import borrowed_weight, check_whole
 from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
-from regrow.numbers import numbers
+from regrow.numbers import at_least_float32, numbers
 from regrow.suggest import nearest
 from regrow.torch_private import own_parameters
 
@@ -36,7 +36,7 @@ def row_lengths(matrix: Tensor, order: int = 2) -> Tensor:
         Tensor[n], float64 (float32 on devices without it), in which 1e±30 in place of each weight changes
         neither the order of the rows nor makes lengths 0 or infinite.
     """
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    matrix = at_least_float32(matrix)
     wide = matrix.dtype if matrix.device.type == "mps" else torch.float64
     lengths = torch.linalg.vector_norm(matrix, order, dim=1)
     if bool(((lengths > _SAFE[0]) & (lengths < _SAFE[1])).all()):

@@ -107,6 +107,11 @@ def check_seed(seed: Any) -> None:
         )
 
 
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a plain number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_mapping(value: Any, name: str, holds: str) -> None:
     """Raise ``ValueError`` unless ``value``, the argument ``name``, is a mapping from names of layers."""
     if not isinstance(value, Mapping):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from regrow.filters import convolutions, eligible, excluded, rows, unit_rows
-from regrow.given import kind_of
+from regrow.given import is_real, kind_of
 from regrow.marks import check_whole
 from regrow.modules import filters_first
+from regrow.numbers import at_least_float32
 from regrow.torch_private import own_parameters
 
 
@@ -45,8 +46,7 @@ def orthogonal_loss(model: nn.Module, *, exclude: Iterable[str] = ()) -> Tensor:
             continue
         if weight.is_complex():
             raise ValueError(f"{name!r} has complex weights ({weight.dtype}): exclude that layer.")
-        matrix = rows(filters_first(conv, weight))
-        matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+        matrix = at_least_float32(rows(filters_first(conv, weight)))
         alike.setdefault((matrix.shape, matrix.dtype, matrix.device), {}).setdefault(id(weight), matrix)
     if not alike:
         eligible(model, exclude)  # says what is there, and why nothing of it can be used
@@ -99,11 +99,11 @@ def distillation_loss(
             f"logits {list(logits.shape)} and teacher_logits {list(teacher_logits.shape)} must have one "
             "shape: give both the same pictures, and take a teacher with the same classes."
         )
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < 1e6:
+    if not is_real(temperature) or not 0 < temperature < 1e6:
         raise ValueError(f"temperature must be a number above 0, such as 4, got {temperature!r}.")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+    if not is_real(weight) or not 0 <= weight <= 1:
         raise ValueError(f"weight must lie between 0 and 1, got {weight!r}.")
-    student, teacher = _wide(logits), _wide(teacher_logits.detach()).to(logits.device)
+    student, teacher = at_least_float32(logits), at_least_float32(teacher_logits.detach()).to(logits.device)
     softened = nn.functional.log_softmax(student / temperature, 1)
     target = nn.functional.log_softmax(teacher.to(softened) / temperature, 1)
     # The teacher's probability 0 of a class adds 0, also where its logarithm is −∞.
@@ -111,7 +111,3 @@ def distillation_loss(
     divergence = torch.where(target.exp() > 0, terms, 0).sum(1).mean()
     loss = weight * temperature**2 * divergence
     return loss if labels is None else loss + (1 - weight) * nn.functional.cross_entropy(student, labels)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

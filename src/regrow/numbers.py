@@ -21,6 +21,11 @@ def numbers(tensors: Sequence[Tensor]) -> list[float]:
     return found
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """``tensor`` itself if it is float64, else as float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def answers_at_once(device: torch.device) -> bool:
     """Whether a number on ``device`` is there as soon as the operation that computes it returns."""
     return device.type == "cpu"

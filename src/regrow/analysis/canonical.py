@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.given import tensor_given
+from regrow.given import is_real, tensor_given
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def canonical_correlation(a: Tensor, b: Tensor, *, variance: float = 0.99) -> Ca
 
 def check_variance(variance: Any) -> None:
     """Raise ``ValueError`` unless ``variance`` is a share above 0, up to 1."""
-    if isinstance(variance, bool) or not isinstance(variance, int | float) or not 0 < variance <= 1:
+    if not is_real(variance) or not 0 < variance <= 1:
         raise ValueError(
             f"variance is the share of the variance to keep, 0 < variance <= 1, got {variance!r}. Try 0.99."
         )

@@ -17,6 +17,7 @@ from regrow.looking.hooks import hooked
 from regrow.looking.images import check_batches, forward, inputs_of
 from regrow.marks import check_whole
 from regrow.modules import unwrap
+from regrow.numbers import at_least_float32
 
 VERSION = 1
 
@@ -130,7 +131,7 @@ def _pooled(output: Tensor, grid: int) -> Tensor:
     pool: Any = {1: nn.functional.adaptive_avg_pool1d, 2: nn.functional.adaptive_avg_pool2d}.get(
         len(sides), nn.functional.adaptive_avg_pool3d
     )
-    wide = output.detach() if output.dtype == torch.float64 else output.detach().float()
+    wide = at_least_float32(output.detach())
     pooled: Tensor = pool(wide, sides)
     return pooled.to("cpu", torch.float64)
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from regrow.criteria.batches import Batch, Loss, run, total_loss
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, filter_dim, filters_first, is_stock
+from regrow.numbers import at_least_float32
 from regrow.torch_private import own_parameters
 
 Add = Callable[[Tensor, Tensor], Any]
@@ -47,7 +48,7 @@ def add_gradients(
     """
 
     def empty() -> dict[str, Tensor]:
-        return {name: _wide(conv.weight).new_zeros(shape(conv)) for name, conv in convs.items()}
+        return {name: at_least_float32(conv.weight).new_zeros(shape(conv)) for name, conv in convs.items()}
 
     if batch.pictures > 1 and all(is_stock(conv) for conv in convs.values()):
         sums = empty()
@@ -61,7 +62,7 @@ def add_gradients(
         for (name, conv), gradient in zip(convs.items(), gradients, strict=True):
             if gradient is not None:
                 rows = filters_first(conv, gradient).flatten(1).clone()
-                add(sums[name], _wide(rows.unsqueeze(0)))
+                add(sums[name], at_least_float32(rows.unsqueeze(0)))
     return sums
 
 
@@ -130,7 +131,7 @@ def _add_layer(
     if not calls:
         return whole is None or not bool(whole.any())
     rows = conv.weight.flatten(1)
-    ruler = torch.linspace(1, 2, rows.shape[1], dtype=_wide(rows).dtype, device=rows.device)
+    ruler = torch.linspace(1, 2, rows.shape[1], dtype=at_least_float32(rows).dtype, device=rows.device)
     measured, sizes = ruler.new_zeros(len(rows)), ruler.new_zeros(len(rows))
     size = max(1, _NUMBERS // max(_numbers(conv, read, gradient) for read, gradient in calls))
     for begin in range(0, count, size):
@@ -146,7 +147,7 @@ def _add_layer(
         if filter_dim(conv):
             total = total.unflatten(2, (conv.out_channels, -1)).transpose(1, 2).flatten(2)
         add(total)
-    told = _wide(whole.flatten(1)) @ ruler if whole is not None else torch.zeros_like(measured)
+    told = at_least_float32(whole.flatten(1)) @ ruler if whole is not None else torch.zeros_like(measured)
     allowed = _ROUNDING.get(conv.weight.dtype, 5e-2) * sizes.max()
     return bool(((measured - told).abs().max() <= allowed) | ~allowed.isfinite())
 
@@ -161,7 +162,7 @@ def _numbers(conv: Any, read: Tensor, gradient: Tensor) -> int:
 def _factors(conv: Any, read: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors, [pictures, rows of the weight, positions] and [pictures, positions, all else of the
     weight], whose product is the gradient of an ungrouped layer's weight for each picture."""
-    read, gradient = _wide(read), _wide(gradient)
+    read, gradient = at_least_float32(read), at_least_float32(gradient)
     if filter_dim(conv):  # a transposed convolution: what it makes lies around what it reads
         return read.flatten(2), _windows(conv, gradient, read)
     return gradient.flatten(2), _windows(conv, read, gradient)
@@ -183,7 +184,3 @@ def _windows(conv: Any, around: Tensor, positions: Tensor) -> Tensor:
         windows = windows.narrow(2 + side, 0, positions.shape[2 + side])
     order = [0, *range(2, 2 + sides), 1, *range(2 + sides, 2 + 2 * sides)]
     return windows.permute(order).flatten(1 + sides).flatten(1, sides)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -23,7 +23,7 @@ from regrow.given import check_mapping, check_module, check_seed, check_weight, 
 from regrow.looking.copies import copied
 from regrow.marks import states_of, strip
 from regrow.modules import Convolution, filters_first, unwrap
-from regrow.numbers import numbers
+from regrow.numbers import at_least_float32, numbers
 from regrow.suggest import nearest
 
 
@@ -49,9 +49,7 @@ def overlap(weight: Tensor) -> Tensor:
             f"overlap takes a weight [filters, channels, …] of real numbers, and got {weight.dtype} of shape "
             f"{list(weight.shape)}."
         )
-    matrix = rows(weight.detach())
-    if matrix.dtype != torch.float64:
-        matrix = matrix.float()
+    matrix = at_least_float32(rows(weight.detach()))
     unit = unit_rows(matrix)
     cosine = (unit @ unit.T).abs_()
     cosine.fill_diagonal_(0)

@@ -12,6 +12,7 @@ from regrow.criteria.batches import only_read, read_batches, run
 from regrow.indexing import index_tensor
 from regrow.looking.hooks import hooked
 from regrow.modules import CONSUMER_CLASSES, Convolution, channel_dim, device_of, grouped
+from regrow.numbers import at_least_float32
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, Reads
 
@@ -20,15 +21,14 @@ def arriving(layer: nn.Module, x: Tensor) -> Tensor:
     """The mean absolute value of each input channel of ``layer`` in ``x``: Tensor[channels]."""
     dim = channel_dim(layer, x) % x.dim()
     others = [each for each in range(x.dim()) if each != dim]
-    absolute = x.detach().abs()
-    absolute = absolute if absolute.dtype == torch.float64 else absolute.float()
+    absolute = at_least_float32(x.detach().abs())
     return absolute.mean(others) if others else absolute
 
 
 def outgoing(layer: Any) -> Tensor:
     """The sum of the absolute weights by which ``layer`` reads each input channel: Tensor[channels]."""
-    weight = grouped(layer, layer.weight.detach().abs())  # [groups, filters, channels, *kernel]
-    weight = weight if weight.dtype == torch.float64 else weight.float()
+    # [groups, filters, channels, *kernel]
+    weight = at_least_float32(grouped(layer, layer.weight.detach().abs()))
     return weight.flatten(3).sum(3).sum(1).flatten() if weight.dim() > 3 else weight.sum(1).flatten()
 
 

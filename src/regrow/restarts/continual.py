@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.criteria.utility import outgoing
-from regrow.given import check_inputs, check_optimizer, check_seed
+from regrow.given import check_inputs, check_optimizer, check_seed, is_real
 from regrow.indexing import index_tensor
 from regrow.interrupts import uninterrupted
 from regrow.marks import Mark, check
@@ -73,9 +73,9 @@ class ContinualBackprop:
         check_optimizer(optimizer, _NAME)
         check_inputs(example_inputs, _NAME)
         check_seed(seed)
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        if not is_real(rate) or not 0 <= rate <= 1:
             raise ValueError(f"rate must lie between 0 and 1, such as 1e-4, got {rate!r}.")
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        if not is_real(decay) or not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, such as 0.99, got {decay!r}.")
         if isinstance(maturity, bool) or not isinstance(maturity, int) or maturity < 0:
             raise ValueError(f"maturity must be a whole number of steps, at least 0, got {maturity!r}.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.given import check_optimizer
+from regrow.given import check_optimizer, is_real
 from regrow.interrupts import uninterrupted
 from regrow.marks import Mark, borrowed_weight, check
 from regrow.modules import CONSUMER_CLASSES, unwrap
@@ -46,7 +46,7 @@ class DenseSparseDense:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, fraction: float = 0.3) -> None:
         check(model, _NAME)
         check_optimizer(optimizer, _NAME)
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+        if not is_real(fraction) or not 0 <= fraction < 1:
             raise ValueError(f"fraction must be at least 0 and below 1, such as 0.3, got {fraction!r}.")
         self._given, self._model, self._optimizer = model, unwrap(model), optimizer
         self._settings = {"fraction": float(fraction)}

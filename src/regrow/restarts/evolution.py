@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.given import check_optimizer, check_seed
+from regrow.given import check_optimizer, check_seed, is_real
 from regrow.interrupts import uninterrupted
 from regrow.marks import check
 from regrow.modules import CONSUMER_CLASSES, unwrap
@@ -44,7 +44,7 @@ class KnowledgeEvolution:
 
     def __init__(self, model: nn.Module, *, split: float = 0.8, seed: int = 0) -> None:
         check(model, _NAME)
-        if isinstance(split, bool) or not isinstance(split, int | float) or not 0 < split < 1:
+        if not is_real(split) or not 0 < split < 1:
             raise ValueError(f"split must lie between 0 and 1, such as 0.8, got {split!r}.")
         check_seed(seed)
         self._given, self._model = model, unwrap(model)

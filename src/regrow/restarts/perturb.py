@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.given import check_optimizer, check_seed, names_given
+from regrow.given import check_optimizer, check_seed, is_real, names_given
 from regrow.interrupts import uninterrupted
 from regrow.marks import check
 from regrow.modules import Norm, unwrap
@@ -51,7 +51,7 @@ def shrink_and_perturb(
     """
     check(model, "shrink_and_perturb")
     for name, value in (("shrink", shrink), ("perturb", perturb)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not is_real(value) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}.")
     _check_common(optimizer, "shrink_and_perturb", seed)
     found = fresh_values(unwrap(model), seed, fresh)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.criteria.utility import Arrivals
-from regrow.given import check_inputs, check_optimizer, check_seed
+from regrow.given import check_inputs, check_optimizer, check_seed, is_real
 from regrow.interrupts import uninterrupted
 from regrow.looking.calls import PassFailed, buffers_kept, call, evaluating
 from regrow.looking.hooks import hooked
@@ -65,7 +65,7 @@ def redo(
     check_batches(batches, "batches")
     check_inputs(example_inputs, "redo")
     check_seed(seed)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+    if not is_real(threshold) or not 0 <= threshold < math.inf:
         raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}.")
     inner, group = unwrap(model), group_of(model)
     fresh = None if fresh is None else check_fresh(inner, fresh)

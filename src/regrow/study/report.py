@@ -15,6 +15,7 @@ from regrow.study.analyse_summary import read_analyses
 from regrow.study.compare import MethodSummary, group_of, summarise
 from regrow.study.lineup import title_of
 from regrow.study.page import Content, near, render
+from regrow.study.paired import Paired
 from regrow.study.published import published_accuracy
 from regrow.study.records import VERSION, RunRecord, write_json, write_text
 
@@ -153,9 +154,7 @@ def method_rows(summaries: Sequence[MethodSummary], published: Mapping[str, floa
             "mean_accuracy_after_switch_sd": each.after_switch.deviation if each.after_switch else None,
             "validation_accuracy": each.validation_accuracy.mean,
             "validation_accuracy_sd": each.validation_accuracy.deviation,
-            "difference_points": each.difference.mean if each.difference else None,
-            "difference_low": each.difference.low if each.difference else None,
-            "difference_high": each.difference.high if each.difference else None,
+            **_interval("difference", each.difference),
             "bootstrap_low": each.bootstrap[0] if each.bootstrap else None,
             "bootstrap_high": each.bootstrap[1] if each.bootstrap else None,
             "pairs": each.difference.n if each.difference else None,
@@ -193,9 +192,7 @@ def task_rows(summaries: Sequence[MethodSummary]) -> list[dict[str, Any]]:
             "test_accuracy_sd": point.accuracy.deviation,
             "test_accuracy_low": point.interval[0] if point.interval else None,
             "test_accuracy_high": point.interval[1] if point.interval else None,
-            "difference_points": point.difference.mean if point.difference else None,
-            "difference_low": point.difference.low if point.difference else None,
-            "difference_high": point.difference.high if point.difference else None,
+            **_interval("difference", point.difference),
             "p": point.difference.p if point.difference else None,
         }
         for each in summaries
@@ -208,9 +205,7 @@ def _at_equal_compute(summary: MethodSummary) -> dict[str, Any]:
     return {
         "equal_compute_accuracy": reached.mean if reached else None,
         "equal_compute_accuracy_sd": reached.deviation if reached else None,
-        "equal_compute_points": difference.mean if difference else None,
-        "equal_compute_low": difference.low if difference else None,
-        "equal_compute_high": difference.high if difference else None,
+        **_interval("equal_compute", difference),
         "equal_compute_pairs": difference.n if difference else None,
     }
 
@@ -221,10 +216,17 @@ def _at_best(summary: MethodSummary) -> dict[str, Any]:
         "best_epoch": summary.best_epoch.mean if summary.best_epoch else None,
         "best_test_accuracy": accuracy.mean if accuracy else None,
         "best_test_accuracy_sd": accuracy.deviation if accuracy else None,
-        "best_points": difference.mean if difference else None,
-        "best_low": difference.low if difference else None,
-        "best_high": difference.high if difference else None,
+        **_interval("best", difference),
         "best_pairs": difference.n if difference else None,
+    }
+
+
+def _interval(name: str, difference: Paired | None) -> dict[str, Any]:
+    """The mean and the 95 % t interval of a difference in points, by keys that begin with ``name``."""
+    return {
+        f"{name}_points": difference.mean if difference else None,
+        f"{name}_low": difference.low if difference else None,
+        f"{name}_high": difference.high if difference else None,
     }
 
 
