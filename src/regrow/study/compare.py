@@ -61,6 +61,8 @@ METHOD_SETTINGS: Mapping[str, frozenset[str]] = {
     "shrink-and-perturb+new-head": _GENERATIONS | {"shrink", "perturb"},
     "continual-backprop+new-head": _GENERATIONS | {"replacement_rate", "maturity"},
     "restart+new-head": _GENERATIONS | _RESTART,
+    "restart+last-layers": _GENERATIONS | _RESTART | {"last"},
+    "restart+shrink-and-perturb+new-head": _GENERATIONS | _RESTART | {"shrink", "perturb"},
     "redo+new-head": _GENERATIONS | {"dormant"},
     "repr+orthogonal-loss": _REPR | _ORTHOGONAL,
     "repr+distillation": _REPR | _DISTILLATION,

@@ -163,6 +163,8 @@ class RunConfig(BaseModel):
         "shrink-and-perturb+new-head",
         "continual-backprop+new-head",
         "restart+new-head",
+        "restart+last-layers",
+        "restart+shrink-and-perturb+new-head",
         "redo+new-head",
         "repr+orthogonal-loss",
         "repr+distillation",

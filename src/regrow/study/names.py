@@ -23,6 +23,7 @@ DEFAULT_GENERATIONS = {
     "shrink-and-perturb+new-head": (3, 1),
     **dict.fromkeys(("restart", "new-head", "last-layers", "from-scratch", "redo"), (1, 1)),
     **dict.fromkeys(("continual-backprop+new-head", "restart+new-head", "redo+new-head"), (1, 1)),
+    **dict.fromkeys(("restart+last-layers", "restart+shrink-and-perturb+new-head"), (1, 1)),
 }
 # Settings in which a run may differ and still be the same run: where it ran and where its data lay.
 WHERE = frozenset({"device", "threads", "data_dir"})

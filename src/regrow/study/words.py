@@ -27,6 +27,8 @@ _LABELS = {
     "shrink-and-perturb+new-head": "Shrink and perturb, new head",
     "continual-backprop+new-head": "Continual backprop, new head",
     "restart+new-head": "Restart of filters, new head",
+    "restart+last-layers": "Restart of filters, last layers new",
+    "restart+shrink-and-perturb+new-head": "Restart of filters, shrink and perturb, new head",
     "redo+new-head": "ReDo, new head",
     "repr+orthogonal-loss": "RePr with orthogonal loss",
     "repr+distillation": "RePr with distillation",

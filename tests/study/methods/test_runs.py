@@ -36,6 +36,8 @@ OWN: dict[str, tuple[dict[str, Any], list[tuple[str, int]]]] = {
     "knowledge-evolution": ({"fixed": 0.5}, [("evolve", 2), ("evolve", 4)]),
     "restart": ({"tasks": 2, "criterion": "taylor"}, [("restart", 3)]),
     "restart+new-head": ({"tasks": 2, "criterion": "utility"}, [("restart", 3), ("reset", 3)]),
+    "restart+last-layers": ({"tasks": 2, "last": 2}, [("restart", 3), ("reset", 3)]),
+    "restart+shrink-and-perturb+new-head": ({"tasks": 2}, [("restart", 3), ("shrink", 3), ("reset", 3)]),
     "shrink-and-perturb+new-head": ({"generations": 2}, [("shrink", 3), ("reset", 3)]),
     "continual-backprop+new-head": (
         {"replacement_rate": 0.3, "maturity": 1, "tasks": 2},
