@@ -32,7 +32,7 @@ FLOORS = (
     ("modules",),
     ("marks",),
     ("filters", "looking"),
-    ("losses", "structure"),
+    ("least_squares", "losses", "structure"),
     ("criteria", "surgery"),
     ("compensation", "repr"),
     ("analysis", "noise", "restarts", "shipping"),
