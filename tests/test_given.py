@@ -77,6 +77,7 @@ CALLS = {
     "layer_correlations": (lambda m, **k: regrow.layer_correlations(m, m, [X], **k), {}),
     "load_bridgeout_state": (lambda m: regrow.load_bridgeout_state(m, {}), {}),
     "orthogonal_loss": (regrow.orthogonal_loss, {}),
+    "match_norms": (lambda m, **k: regrow.match_norms(m, m, **k), {"calibration": [X]}),
     "plain_layers": (regrow.plain_layers, {}),
     "load": (lambda m, path: regrow.load(m, path), {"path": "x.safetensors"}),
     "prune": (regrow.prune, {"fraction": 0.25, "example_inputs": X, "calibration": [X]}),

@@ -411,6 +411,18 @@ def reestimate_norms(s, _):
     torch.testing.assert_close(values(s.model), values(s.plain))
 
 
+def match_norms(s, _):
+    if "folded" in states_of(s.model):
+        with pytest.raises(ValueError, match="same batch norms"):
+            regrow.match_norms(s.model, s.plain, [X])
+        return
+    for model in (s.model, s.plain):
+        like = copy.deepcopy(s.plain)
+        regrow.match_norms(model, like, [X])
+        regrow.match_norms(model, like, [X])
+    torch.testing.assert_close(values(s.model), values(s.plain))
+
+
 def plain_layers(s, _):
     plain = regrow.plain_layers(s.model)
     torch.testing.assert_close(values(plain), values(s.plain))
@@ -488,7 +500,7 @@ DO = dict(
         OPERATIONS,
         (
             repr_, restart, cut, prune_, compensate, read_as, add_bridgeout, remove_bridgeout,
-            fold_norms, save, load, export_onnx, reestimate_norms, plain_layers,
+            fold_norms, save, load, export_onnx, reestimate_norms, match_norms, plain_layers,
             shrink_and_perturb, reinitialize, redo, continual_backprop, knowledge_evolution,
             dense_sparse_dense,
         ),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from regrow.analysis.layers import layer_correlations
     from regrow.analysis.off_map import off_map
     from regrow.compensation.compensate import compensate, read_as
-    from regrow.compensation.norms import reestimate_norms
+    from regrow.compensation.norms import match_norms, reestimate_norms
     from regrow.criteria.masks import keep_of_masks
     from regrow.criteria.score import overlap, score
     from regrow.criteria.select import select
@@ -67,6 +67,7 @@ _HOMES = {
     "layer_correlations": "regrow.analysis.layers",
     "load": "regrow.shipping.checkpoint",
     "load_bridgeout_state": "regrow.noise.layers",
+    "match_norms": "regrow.compensation.norms",
     "off_map": "regrow.analysis.off_map",
     "orthogonal_loss": "regrow.losses",
     "overlap": "regrow.criteria.score",
@@ -109,6 +110,7 @@ __all__ = [
     "layer_correlations",
     "load",
     "load_bridgeout_state",
+    "match_norms",
     "off_map",
     "orthogonal_loss",
     "overlap",

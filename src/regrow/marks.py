@@ -19,7 +19,7 @@ from regrow.torch_private import compiled_from, is_compiled_in_place, own_buffer
 
 OPERATIONS = (
     *("RePr", "restart", "cut", "prune", "compensate", "read_as", "add_bridgeout", "remove_bridgeout"),
-    *("fold_norms", "save", "load", "export_onnx", "reestimate_norms", "plain_layers"),
+    *("fold_norms", "save", "load", "export_onnx", "reestimate_norms", "match_norms", "plain_layers"),
     *("shrink_and_perturb", "reinitialize", "redo", "ContinualBackprop", "KnowledgeEvolution"),
     "DenseSparseDense",
 )
@@ -95,14 +95,14 @@ REFUSED: dict[str, set[str]] = {
     "placed": {"compensate", "read_as"},
     "folded": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "save", "load"},
     "data parallel": {"cut", "prune"},
-    "sharded": {*OPERATIONS} - {"reestimate_norms"},
+    "sharded": {*OPERATIONS} - {"reestimate_norms", "match_norms"},
     "compiled": set(),
     "parametrized": set(),
     "pruning masks": {*_STRUCTURE, *_RESTARTS, "fold_norms", "load", "plain_layers"},
     "weight hooks": {*_STRUCTURE, *_RESTARTS, "fold_norms", "load", "plain_layers"},
     "inference mode": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "fold_norms", "load", "plain_layers"},
     "inference tensors": {
-        *(*_STRUCTURE, *_RESTARTS, "add_bridgeout", "load", "export_onnx", "reestimate_norms"),
+        *(*_STRUCTURE, *_RESTARTS, "add_bridgeout", "load", "export_onnx", "reestimate_norms", "match_norms"),
     },
     "lazy": {*OPERATIONS} - {"remove_bridgeout"},
 }

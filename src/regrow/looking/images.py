@@ -22,30 +22,59 @@ def check_batches(batches: Any, argument: str) -> None:
         raise ValueError(f"{argument} is an iterable of batches, got {kind_of(batches)}. {hint}")
 
 
-def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
-    """Yield the inputs in each batch of ``calibration`` (see ``compensate``), on the device of ``model``.
+def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[Any]:
+    """Yield the inputs in each batch of ``calibration`` (see ``compensate``): a tensor, a dict of keywords, or a
+    tuple of arguments.
+
+    Args:
+        example_inputs: of the model, where they are known. A tuple of several says that the model takes that
+            many, and that a batch of so many tensors is a tuple of arguments.
 
     Raises:
         ValueError: there is no batch, or a batch is of an unknown kind.
     """
-    device = device_of(model)
+    several = len(example_inputs) if isinstance(example_inputs, tuple | list) else 0
     empty = True
     for batch in calibration:
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if isinstance(inputs, Mapping):
-            yield {key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
-        elif isinstance(inputs, Tensor):
-            yield inputs.to(device)
-        else:
+        inputs = batch
+        if isinstance(batch, tuple | list) and batch:
+            alone = several > 1 and len(batch) >= several and isinstance(batch[0], Tensor)
+            inputs = tuple(batch[:several]) if alone else batch[0]
+        if isinstance(inputs, tuple | list):
+            inputs = tuple(inputs)
+        if not isinstance(inputs, Tensor | Mapping) and not (
+            isinstance(inputs, tuple) and any(isinstance(each, Tensor) for each in inputs)
+        ):
             raise ValueError(
                 "a calibration batch is a tensor, a tuple or list whose first item is the input, or a dict "
                 f"of keywords, got {type(inputs).__name__}."
             )
+        if several > 1 and isinstance(inputs, Tensor):
+            raise ValueError(
+                f"the model takes {several} inputs, as example_inputs say, and a calibration batch has one: "
+                "give tuples of the inputs, or pairs of such a tuple and labels, or dicts of keywords."
+            )
+        yield inputs
         empty = False
     if empty:
         raise ValueError(
             "calibration yields no batch: pass a few hundred images, not an iterator that was used before."
         )
+
+
+def there(model: nn.Module, inputs: Any) -> Any:
+    """``inputs``, as ``picked`` yields them, on the device of ``model``."""
+    device = device_of(model)
+    if isinstance(inputs, Mapping):
+        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(v.to(device) if isinstance(v, Tensor) else v for v in inputs)
+    return inputs.to(device)
+
+
+def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
+    """Yield the inputs in each batch of ``calibration``, on the device of ``model``. Raises as ``picked``."""
+    return (there(model, inputs) for inputs in picked(calibration))
 
 
 def forward(model: nn.Module, inputs: Any) -> int:
@@ -55,14 +84,16 @@ def forward(model: nn.Module, inputs: Any) -> int:
     except PassFailed as error:
         raise PassFailed(
             f"the model's forward pass fails on a calibration batch: {error.__cause__}. Pass inputs that the "
-            "model takes, in batches of several images."
+            "model takes, in batches of several images; a model of several inputs takes tuples of them, with "
+            "such a tuple as example_inputs too."
         ) from error.__cause__
     return count_images(inputs)
 
 
 def count_images(inputs: Any) -> int:
     """Return the length of the first tensor in ``inputs``; 0 if there is no tensor."""
-    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+    tensors = [parts] if isinstance(parts, Tensor) else parts
     return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 0)
 
 

@@ -65,7 +65,7 @@ class Bench:
         keep = self._keep(keep)
         if self._images is not None:
             done = compensate(model, keep, self._images, example_inputs=self._example, readers=self._readers)
-            return model, {key: done[key] for key in ("folded", "unfolded", "norms", "images")}
+            return model, {key: done[key] for key in ("method", "layers", "unfolded", "images")}
         with torch.no_grad():
             plan_removal(model, keep, self._example, self._readers).apply(model)
         return model, None
@@ -73,7 +73,7 @@ class Bench:
     def cut(self, keep: Mapping[str, Tensor], *, compensated: bool) -> Trial:
         """Return a small copy. Without ``compensated``, only its sizes are right, not its values."""
         if all(mask.all() for mask in keep.values()):
-            nothing = {"folded": [], "unfolded": {}, "norms": [], "images": 0} if self._images else None
+            nothing = {"method": "least-squares", "layers": {}, "unfolded": {}, "images": 0} if self._images else None
             return Trial(copied(self._model, torch.clone).eval(), keep, CutPlan(), {}, nothing)
         whole = self._keep(keep)
         plan = self._plan(whole)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.compensate import READINGS, read_as
-from regrow.compensation.norms import reestimate_norms, running_norms
 from regrow.criteria.score import DATA_CRITERIA, Criterion, check_criterion, check_pictures, score
 from regrow.criteria.select import check_selection, select
 from regrow.filters import convolutions, left_out
@@ -49,9 +48,7 @@ def pruned_accuracies(
     Every convolution that ``score`` ranks takes part, the first one too, but never a classifier (a
     convolution whose channels are the network's output) or one whose channels cannot be removed. The
     filters are ranked once and cut from the lowest score on; each layer keeps its best filter, so that 90 %
-    of a layer of 4 filters means 3. At the point where nothing is cut, ``zeroed`` and ``removed`` are the
-    network as it is, and ``compensated`` is the network with its batch norms re-estimated
-    (``regrow.reestimate_norms``), as at all other points of that curve.
+    of a layer of 4 filters means 3. At the point where nothing is cut, every reading is the network as it is.
 
     Args:
         model: any trained module; it is not changed.
@@ -234,8 +231,6 @@ def _pruned(
     pruned = copy.deepcopy(base)
     if keep:
         read_as(pruned, keep, reading, example_inputs=example_inputs, calibration=calibration)
-    elif reading == "compensated" and running_norms(pruned):
-        reestimate_norms(pruned, calibration)
     return pruned
 
 

@@ -1,0 +1,198 @@
+"""The layers of a network in the order in which least squares finds their weights, and where they add up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.least_squares.unfolded import inputs_at, outputs_at
+from regrow.looking.calls import evaluating
+from regrow.looking.hooks import hooked
+from regrow.looking.images import forward
+from regrow.looking.shortcuts import Uses
+from regrow.marks import borrowed_weight
+from regrow.modules import Norm, is_stock, tied_modules
+from regrow.torch_private import BatchNorm, ConvNd, own_parameters
+
+
+@dataclass
+class Target:
+    """A convolution or linear layer, as a pass over the uncut network shows it.
+
+    Attributes:
+        name: its qualified name.
+        norm: the batch norm that its output goes through, and nothing else does; or empty.
+        calls: how often a pass calls it.
+        added: whether each of its outputs, behind the norm, is a summand of a sum of two and nothing else.
+        partners: the layers whose outputs are the other summands at once.
+        why: empty, or why its weights stay.
+    """
+
+    name: str
+    norm: str = ""
+    calls: int = 0
+    added: bool = False
+    partners: set[str] = field(default_factory=set)
+    why: str = ""
+
+
+@dataclass
+class Call:
+    """What one call of a layer read and made, at some positions of each picture.
+
+    Attributes:
+        chosen: the positions.
+        output: [rows, channels].
+        inputs: [groups, rows, columns], where they were asked for.
+        other: [rows, channels], the other summand of the sum that the output goes into; None where none is known.
+    """
+
+    chosen: Tensor
+    output: Tensor
+    inputs: Tensor | None = None
+    other: Tensor | None = None
+
+
+class _Done(BaseException):
+    """Ends a pass behind the last call that is looked at."""
+
+
+def survey(
+    model: nn.Module, norms: Mapping[str, Sequence[str]], gone: Mapping[str, Any], inputs: Any
+) -> list[Target]:
+    """The layers that may compute something else once filters are gone, in the order of their calls.
+
+    A layer that is added to the output of another one comes behind that one, so that it can make up for it.
+
+    Args:
+        model: the uncut network; it is only read.
+        norms: the norms that each layer has for itself (``own_norms``).
+        gone: the removed filters, {convolution: indices}.
+        inputs: of one pass.
+
+    Raises:
+        PassFailed: the model's forward pass fails.
+    """
+    owners = {own[0]: name for name, own in norms.items() if len(own) == 1}
+    found: dict[str, Target] = {}
+    uses: dict[str, list[bool]] = {}
+    affected: list[str] = []
+
+    def used(name: str, other: Tensor | None) -> None:
+        uses.setdefault(name, []).append(other is not None)
+        if other is not None and (partner := watcher.key_of(other)):
+            found[name].partners.add(partner)
+
+    def after(name: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if isinstance(module, Norm):
+            if name in owners:
+                watcher.note(output, owners[name])
+            return
+        target = found.setdefault(name, Target(name))
+        target.calls += 1
+        if name not in affected and (affected or name in gone):
+            affected.append(name)
+        if name not in norms:
+            watcher.note(output, name)
+
+    watcher = Uses(used)
+    with evaluating(model), hooked(_layers(model), after), watcher:
+        forward(model, inputs)
+    modules = dict(model.named_modules())
+    tied = tied_modules(model)
+    for name, target in found.items():
+        own = norms.get(name, ())
+        if len(own) == 1 and isinstance(modules[own[0]], BatchNorm):
+            target.norm = own[0]
+        target.added = (not own or bool(target.norm)) and uses.get(name) == [True] * target.calls
+        if not is_stock(modules[name]) or borrowed_weight(modules[name]):
+            target.why = "it is no layer of PyTorch with a weight of its own"
+        elif name in tied:
+            target.why = "it shares its weight with another layer"
+    order = list(affected)
+    for number, name in enumerate(affected):
+        later = [each for each in affected[number + 1 :] if each in found[name].partners]
+        if found[name].added and later:
+            order.remove(name)
+            order.insert(order.index(later[-1]) + 1, name)
+            for each in later:  # one of two summands makes up for the other
+                found[each].added = False
+    return [found[name] for name in order]
+
+
+def calls_of(
+    model: nn.Module,
+    target: Target,
+    inputs: Any,
+    choose: Callable[[int, nn.Module, Tensor], Tensor],
+    *,
+    reads: bool,
+) -> list[Call]:
+    """What the calls of a layer read and make in one pass, which ends behind the last of them.
+
+    Args:
+        choose: (number of the call, layer, output) → positions.
+        reads: whether ``Call.inputs`` are wanted.
+    """
+    calls: list[Call] = []
+    waiting: set[int] = set()
+    behind = target.norm if target.added else ""
+
+    def used(number: int, other: Tensor | None) -> None:
+        if number in waiting and other is not None:
+            waiting.remove(number)
+            calls[number].other = outputs_at(layer, other, calls[number].chosen).clone()
+            finish()
+
+    def finish() -> None:
+        if len(calls) == target.calls and not waiting:
+            raise _Done
+
+    def after(name: str, module: Any, read: Any, output: Tensor) -> None:
+        if name == target.name:
+            chosen = choose(len(calls), module, output)
+            # Clones, because the activation behind the layer may work in place.
+            call = Call(chosen, outputs_at(module, output, chosen).clone())
+            if reads and target.why:
+                call.inputs = call.output.new_zeros(1, len(call.output), 0)
+            elif reads:
+                call.inputs = inputs_at(module, read[0], output, chosen)
+            calls.append(call)
+            if behind:
+                return
+        if target.added:
+            waiting.add(len(calls) - 1)
+            watcher.note(output, len(calls) - 1)
+        finish()
+
+    layer = model.get_submodule(target.name)
+    watcher = Uses(used)
+    names = [target.name, behind] if behind else [target.name]
+    with suppress(_Done), hooked([(name, model.get_submodule(name)) for name in names], after), watcher:
+        forward(model, inputs)
+    return calls
+
+
+def shift_holders(model: nn.Module, norms: Mapping[str, Sequence[str]], name: str, channels: int) -> list[tuple[Tensor, int]]:
+    """The tensors to which a shift of a layer's outputs is added, each with the sign; none if there is none.
+
+    It is the layer's bias, if no other layer shares it, else the running means of the norms behind the layer.
+    """
+    bias = own_parameters(model.get_submodule(name)).get("bias")
+    if bias is not None:
+        holders = Counter(id(p) for module in model.modules() for p in own_parameters(module).values())
+        if holders[id(bias)] == 1 and bias.shape == (channels,):
+            return [(bias, 1)]
+    behind: list[Any] = [model.get_submodule(norm) for norm in norms.get(name, ())]
+    if all(isinstance(norm, BatchNorm) and norm.running_mean is not None for norm in behind):
+        return [(norm.running_mean, -1) for norm in behind]
+    return []
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [each for each in model.named_modules() if isinstance(each[1], ConvNd | nn.Linear | Norm)]

@@ -1,0 +1,243 @@
+"""Least squares behind removed filters: exact where it can be, never worse than a shift of the mean."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from nets import keep_but, unsettled
+from regrow.compensation.compensate import compensate
+from regrow.compensation.reconstruct import reconstruct
+from regrow.structure.norms import own_norms
+from regrow.surgery.removal import plan_removal, remove_filters
+
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def outputs(net: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
+    return net.eval()(x)
+
+
+class Residual(nn.Module):
+    """A block on a shortcut with a projection, which is called behind the block's last layer."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.a, self.norm_a = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.side, self.norm_s = nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.head, self.inplace = nn.Linear(6, 4), inplace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm0(self.stem(x)).relu()
+        y = self.norm_b(self.b(self.norm_a(self.a(x)).relu()))
+        s = self.norm_s(self.side(x))
+        if self.inplace:
+            y += s
+        else:
+            y = s + y
+        return self.head(y.relu().mean((2, 3)))
+
+
+class Pair(nn.Module):
+    """A net whose filters 0 and 1 of ``first`` are the same up to a factor; ``second`` reads them."""
+
+    def __init__(self, second: nn.Module, rest: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.rest = nn.Conv2d(3, 6, 3, padding=1), second, rest
+        with torch.no_grad():
+            self.first.weight[1] = 2 * self.first.weight[0]
+            self.first.bias[1] = 2 * self.first.bias[0]  # type: ignore[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.second(self.first(x).relu()))
+
+
+def mean() -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+READERS = {
+    "convolution": lambda: (nn.Conv2d(6, 5, 3, padding=1), mean()),
+    "without a bias": lambda: (nn.Conv2d(6, 5, 3, bias=False), mean()),
+    "norm behind": lambda: (nn.Conv2d(6, 5, 3, bias=False), nn.Sequential(nn.BatchNorm2d(5), mean())),
+    "norm ahead": lambda: (nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 1)), mean()),
+    "grouped": lambda: (nn.Conv2d(6, 4, 3, groups=2), mean()),
+    "flatten": lambda: (nn.Sequential(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(24, 5)), nn.Identity()),
+    "transposed": lambda: (nn.ConvTranspose2d(6, 5, 3, stride=2), mean()),
+    "transposed, grouped": lambda: (nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2), mean()),
+    "reflected border": lambda: (nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"), mean()),
+}
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("reader", READERS)
+def test_a_filter_that_another_one_stands_for_goes_at_nearly_no_cost(reader: str) -> None:
+    torch.manual_seed(0)
+    net = Pair(*READERS[reader]()).eval()
+    keep = {"first": keep_but(6, 1)}
+    before, removed = outputs(net), copy.deepcopy(net)
+    remove_filters(removed, keep, example_inputs=X[:1])
+    record = compensate(net, keep, [X[:32], X[32:]], example_inputs=X[:1])
+    lost, left = (outputs(each).sub(before).norm() for each in (removed, net))
+    assert lost > 0.05 * before.norm()
+    assert left < 0.02 * lost
+    assert {each["how"] for each in record["layers"].values()} == {"least squares"}
+
+
+def test_layers_of_one_and_three_dimensions() -> None:
+    torch.manual_seed(0)
+    for conv, x in ((nn.Conv1d, torch.randn(64, 2, 9)), (nn.Conv3d, torch.randn(64, 2, 4, 3, 4))):
+        net = nn.Sequential(conv(2, 4, 3, padding=1), nn.ReLU(), conv(4, 3, 3), nn.Flatten()).eval()
+        with torch.no_grad():
+            net[0].weight[3], net[0].bias[3] = net[0].weight[0], net[0].bias[0]
+        before = outputs(net, x)
+        compensate(net, {"0": keep_but(4, 3)}, [x], example_inputs=x[:1])
+        assert outputs(net, x).sub(before).norm() < 0.03 * before.norm()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_nothing_gone_changes_no_bit(inplace: bool) -> None:
+    net = unsettled(Residual(inplace), lowest_bias=0.2).eval()
+    cut = copy.deepcopy(net)
+    done = reconstruct(net, cut, {"a": []}, own_norms(net, X[:1]), [X])
+    assert done.layers == {}
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), cut.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_block_makes_up_for_its_shortcut(inplace: bool) -> None:
+    net = unsettled(Residual(inplace), lowest_bias=0.2).eval()
+    keep = {"stem": keep_but(8, 2, 5)}  # both branches read the stem
+    left = {}
+    for method in ("means", "least-squares"):
+        cut = copy.deepcopy(net)
+        record = compensate(cut, keep, [X], example_inputs=X[:1], method=method)
+        left[method] = outputs(cut).sub(outputs(net)).norm()
+    assert left["least-squares"] < 0.7 * left["means"]
+    assert list(record["layers"])[:3] == ["a", "side", "b"]  # the shortcut first
+
+
+def test_the_error_of_a_shortcut_goes_into_the_weights_of_the_block() -> None:
+    # The block reads what the shortcut loses: b sees x[0], and the sum loses side·x[1], which equals x[0].
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.side, self.b = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1, bias=False), nn.Conv2d(2, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return (self.b(x) + self.side(x[:, [1, 1]])).mean((2, 3))
+
+    net = Net()
+    x = X[:, :1]
+    with torch.no_grad():
+        net.stem.weight.fill_(1.0)
+        net.stem.bias.zero_()  # type: ignore[union-attr]
+        net.side.weight.copy_(torch.tensor([1.5, 0.5]).view(1, 2, 1, 1))
+        net.b.weight.copy_(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+        net.b.bias.zero_()  # type: ignore[union-attr]
+    cut = copy.deepcopy(net)
+    with torch.no_grad():
+        cut.stem.weight[1] = 0
+    reconstruct(net, cut, {"stem": [1]}, {}, [x])
+    assert cut.b.weight[0, 0].item() == pytest.approx(3.0, rel=5e-3)
+
+
+def test_a_layer_called_twice_has_one_system_over_both_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.again(self.first(x).relu()).relu()
+            return self.head(self.again(x).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Twice().eval()
+    cut = copy.deepcopy(net)
+    removal = plan_removal(net, {"first": keep_but(8, 1)}, X[:1])
+    removal.apply(cut)
+    before = outputs(cut).sub(outputs(net)).norm()
+    done = reconstruct(net, cut, removal.gone, {}, [X])
+    assert list(done.layers) == ["again", "head"]
+    assert outputs(cut).sub(outputs(net)).norm() < 0.5 * before
+
+
+def test_a_layer_of_the_users_own_kind_takes_a_shift_alone() -> None:
+    class Scaled(nn.Conv2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), Scaled(6, 5, 1), mean()).eval()
+    weight = net[2].weight.clone()
+    cut = copy.deepcopy(net)
+    removal = plan_removal(net, {"0": keep_but(6, 1)}, X[:1])
+    removal.apply(cut)
+    done = reconstruct(net, cut, removal.gone, {}, [X])
+    assert done.layers["2"]["how"] == "mean"
+    assert torch.equal(cut[2].weight, weight)
+
+
+def test_too_few_images_are_named_and_do_no_harm() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1)).eval()
+    keep = {"0": keep_but(16, 1, 2, 3)}
+    cut, means = copy.deepcopy(net), copy.deepcopy(net)
+    with pytest.warns(UserWarning, match=r"'2' has 144 inputs, and the images give 32 rows"):
+        compensate(cut, keep, [X[:2]], example_inputs=X[:1])
+    compensate(means, keep, [X[:2]], example_inputs=X[:1], method="means")
+    assert outputs(cut).isfinite().all()
+    assert outputs(cut).sub(outputs(net)).norm() < 1.3 * outputs(means).sub(outputs(net)).norm()
+
+
+def test_images_of_one_class_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), mean())
+    labels = torch.full((32,), 7)
+    with pytest.warns(UserWarning, match="all calibration images have the label 7"):
+        compensate(net, {"0": keep_but(4, 1)}, [(X[:32], labels), (X[32:], labels)], example_inputs=X[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        labels[3] = 1
+        compensate(net, {"0": keep_but(4, 1)}, [(X[:32], labels)], example_inputs=X[:1])
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.a(x).relu().mean((2, 3)), self.b(y).relu().mean((2, 3))], 1))
+
+
+def test_a_model_of_two_inputs_takes_pairs_of_them_with_and_without_labels() -> None:
+    torch.manual_seed(0)
+    net, found = TwoInputs(), []
+    labels = torch.arange(64) % 3
+    for batches in ([(X, X.flip(0))], [((X, X.flip(0)), labels)], [(X, X.flip(0), labels)], [{"x": X, "y": X.flip(0)}]):
+        cut = copy.deepcopy(net)
+        compensate(cut, {"a": keep_but(4, 1)}, batches, example_inputs=(X[:1], X[:1]))
+        found.append(cut.head.bias)
+    assert not torch.equal(found[0], net.head.bias)
+    assert all(torch.equal(found[0], each) for each in found)
+    with pytest.raises(ValueError, match="takes 2 inputs"):
+        compensate(net, {"a": keep_but(4, 1)}, [X], example_inputs=(X[:1], X[:1]))
+
+
+def test_nan_on_the_way_changes_nothing() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), mean())
+    before = copy.deepcopy(net.state_dict())
+    x = X.clone()
+    x[40, 0, 0, 0] = float("nan")
+    x[:, :, 1:] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite values in '0'"):
+        compensate(net, {"0": keep_but(4, 1)}, [x], example_inputs=X[:1])
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
