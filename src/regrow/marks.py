@@ -86,7 +86,7 @@ _RESTARTS = {
 # The table: state → the operations that are refused. All others go on, and their results are right. A layer
 # whose weight is not a parameter of its own is left alone by name (see ``borrowed_weight``).
 REFUSED: dict[str, set[str]] = {
-    "narrowed": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
+    "narrowed": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load", "match_norms"},
     "masked": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "remove_bridgeout", "load"},
     "in a cycle": {"RePr", "cut", "prune", "ContinualBackprop", "DenseSparseDense"},
     "replacing units": {"RePr", "cut", "prune", "ContinualBackprop"},

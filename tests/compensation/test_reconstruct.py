@@ -108,7 +108,9 @@ def test_nothing_gone_changes_no_bit(inplace: bool) -> None:
     cut = copy.deepcopy(net)
     done = reconstruct(net, cut, {"a": []}, own_norms(net, X[:1]), [X])
     assert done.layers == {}
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), cut.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), cut.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -129,7 +131,11 @@ def test_the_error_of_a_shortcut_goes_into_the_weights_of_the_block() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem, self.side, self.b = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1, bias=False), nn.Conv2d(2, 1, 1)
+            self.stem, self.side, self.b = (
+                nn.Conv2d(1, 2, 1),
+                nn.Conv2d(2, 1, 1, bias=False),
+                nn.Conv2d(2, 1, 1),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.stem(x)
@@ -222,7 +228,12 @@ def test_a_model_of_two_inputs_takes_pairs_of_them_with_and_without_labels() -> 
     torch.manual_seed(0)
     net, found = TwoInputs(), []
     labels = torch.arange(64) % 3
-    for batches in ([(X, X.flip(0))], [((X, X.flip(0)), labels)], [(X, X.flip(0), labels)], [{"x": X, "y": X.flip(0)}]):
+    for batches in (
+        [(X, X.flip(0))],
+        [((X, X.flip(0)), labels)],
+        [(X, X.flip(0), labels)],
+        [{"x": X, "y": X.flip(0)}],
+    ):
         cut = copy.deepcopy(net)
         compensate(cut, {"a": keep_but(4, 1)}, batches, example_inputs=(X[:1], X[:1]))
         found.append(cut.head.bias)

@@ -10,7 +10,10 @@ from regrow.least_squares.unfolded import inputs_at, matrix_of, outputs_at, posi
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),
-    "strided, dilated": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1)), (3, 4, 9, 8)),
+    "strided, dilated": (
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 1)),
+        (3, 4, 9, 8),
+    ),
     "grouped": (nn.Conv2d(4, 6, 3, groups=2), (3, 4, 7, 5)),
     "depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding=1), (3, 4, 7, 5)),
     "same, even kernel": (nn.Conv2d(4, 6, (2, 4), padding="same"), (3, 4, 7, 5)),

@@ -67,7 +67,7 @@ def test_a_filter_of_zeros_is_cut_first_and_changes_nothing():
             for fraction, dropped in ((0.0, 0), (0.5, 1))
         ],
     }
-    assert judge.calls == 5  # uncut, zeroed and removed are one network
+    assert judge.calls == 4  # uncut, which is one network, zeroed, removed and compensated
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "hessian", "gradient"])
@@ -103,12 +103,14 @@ def test_the_three_readings_differ_by_hand():
     assert by_reading(found) == {"zeroed": [1.0, 1.0], "removed": [1.0, 0.5], "compensated": [1.0, 1.0]}
 
 
-def test_compensated_takes_the_norms_statistics_anew_where_nothing_is_cut():
+def test_where_nothing_is_cut_every_reading_is_the_network_itself():
     model = net([1.0, 0.5], [1.0, 0.0], betas=[0.0, 0.0])
     model.norm.running_mean.fill_(100.0)
-    found = pruned_accuracies(model, Judge(), example_inputs=X, calibration=[X], fractions=[0, 0.1])
-    assert by_reading(found) == {"zeroed": [0.5, 0.5], "removed": [0.5, 0.5], "compensated": [1.0, 1.0]}
+    judge = Judge()
+    found = pruned_accuracies(model, judge, example_inputs=X, calibration=[X], fractions=[0, 0.1])
+    assert by_reading(found) == {"zeroed": [0.5, 0.5], "removed": [0.5, 0.5], "compensated": [0.5, 0.5]}
     assert {point["dropped"] for point in found["points"]} == {0}
+    assert judge.calls == 1
 
 
 @pytest.mark.filterwarnings("error")

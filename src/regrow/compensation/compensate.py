@@ -77,30 +77,30 @@ def compensate(
 ) -> dict[str, Any]:
     """Remove filters from a trained model, in place, and make up for them on unlabelled images.
 
-    ``"least-squares"`` goes through the convolutions and linear layers in the order of the pass. Each gets the
-    weights whose outputs, from what the layer reads in the smaller network, come closest to what it made in the
-    network with all filters: a ridge regression towards the old weights, with a new bias. Where the output is
-    added to a shortcut, as in residual networks, the layer makes up for what the shortcut lacks too. The
-    penalty is the one that does best on the half of the images that the weights were not fitted to; where none
-    is better than a shift by the mean, the layer gets that shift alone.
+    ``"least-squares"`` goes through the convolutions and linear layers in the order of the pass. Each gets
+    the weights whose outputs, from what the layer reads in the smaller network, come closest to what it made
+    in the network with all filters: a ridge regression towards the old weights, with a new bias. Where the
+    output is added to a shortcut, as in residual networks, the layer makes up for what the shortcut lacks
+    too. The penalty is the one that does best on the half of the images that the weights were not fitted to;
+    where none is better than a shift by the mean, the layer gets that shift alone.
 
     ``"means"`` folds the mean of what each removed channel brought to a layer into the layer's bias, and
     changes no weight. The mean is over images and positions, while all other channels are as in the original
     network. A constant channel is replaced exactly, except at a padded border.
 
     If a layer has no bias, the running mean of the batch norm directly behind it takes the shift. If it has
-    no such norm either, it takes none. No parameter is added or renamed, and no statistics are estimated anew:
-    a network that was trained with noise on its weights has better ones after ``reestimate_norms``, before
-    this.
+    no such norm either, it takes none. No parameter is added or renamed, and no statistics are estimated
+    anew: a network that was trained with noise on its weights has better ones after ``reestimate_norms``,
+    before this.
 
     Args:
         model: any trained module, in any mode; wrappers are looked through. It must not have been cut.
         keep: {qualified name: BoolTensor[filters]}, True = alive.
         calibration: batches: a tensor, a tuple or list whose first item is the input (labels are
             ignored), or a dict of keywords. For a model of several inputs, whose ``example_inputs`` are a
-            tuple of them, a batch is such a tuple too, or a pair of it and labels. A few hundred images in all
-            are enough, 64 or more a batch; all are used, on the model's device, once for each layer. Under data
-            parallelism give every rank the same batches.
+            tuple of them, a batch is such a tuple too, or a pair of it and labels. A few hundred images in
+            all are enough, 64 or more a batch; all are used, on the model's device, once for each layer.
+            Under data parallelism give every rank the same batches.
         example_inputs: inputs of ``model``; one picture is enough.
         method: ``"least-squares"`` or ``"means"``.
         readers: the result of ``structure.read_structure`` for the model, if you have it: reading the
@@ -111,16 +111,16 @@ def compensate(
     Returns:
         JSON-able record: the record of ``remove_filters``, and method, layers {layer that changed: how
         ("least squares" or "mean"), penalty (as a share of the mean square of what the layer reads), error
-        (which share of the squared error is left)}, unfolded {layer: why it took neither weights nor a shift},
-        images (how many were read). If ``keep`` drops no filter, the model stays as it is.
+        (which share of the squared error is left)}, unfolded {layer: why it took neither weights nor a
+        shift}, images (how many were read). If ``keep`` drops no filter, the model stays as it is.
 
     Raises:
         ValueError: as ``remove_filters``; the method is unknown; ``calibration`` is empty, does not fit the
             model or yields NaN. The model is unchanged then.
 
     Warns:
-        UserWarning: there are fewer images (and positions in them) than a layer has inputs, or all labels that
-            come with the images are the same.
+        UserWarning: there are fewer images (and positions in them) than a layer has inputs, or all labels
+            that come with the images are the same.
     """
     check(model, "compensate")
     check_inputs(example_inputs, "compensate")
@@ -141,9 +141,7 @@ def compensate(
     if method == "means":
         shifts, record["images"] = mean_shifts(model, cut, removal.gone, batches)
         record["unfolded"] = fold(cut, shifts, norms)
-        record["layers"] = {
-            name: {"how": "mean"} for name in shifts if name not in record["unfolded"]
-        }
+        record["layers"] = {name: {"how": "mean"} for name in shifts if name not in record["unfolded"]}
     else:
         with progress_bar("making up for removed filters", 100, shown=progress is None) as advance:
             shown = 0
@@ -178,8 +176,8 @@ def _warn_of_one_class(calibration: list[Any]) -> None:
     classes = torch.cat([each.cpu() for each in whole]).unique()
     if len(classes) == 1:
         warnings.warn(
-            f"all calibration images have the label {classes.item()}: what other classes need is not seen, and "
-            "is lost. Shuffle the images before you take some of them.",
+            f"all calibration images have the label {classes.item()}: what other classes need is not "
+            "seen, and is lost. Shuffle the images before you take some of them.",
             stacklevel=3,
         )
 
@@ -188,7 +186,7 @@ def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     name = max(few, key=lambda each: few[each][1] / few[each][0])
     rows, columns = few[name]
     warnings.warn(
-        f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and the images "
-        f"give {rows} rows of them. Pass more images, a few hundred in all.",
+        f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
+        f"the images give {rows} rows of them. Pass more images, a few hundred in all.",
         stacklevel=3,
     )

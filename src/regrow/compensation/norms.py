@@ -86,16 +86,16 @@ def reestimate_norms(model: nn.Module, calibration: Iterable[Any]) -> dict[str, 
 def match_norms(model: nn.Module, like: nn.Module, calibration: Iterable[Any]) -> dict[str, Any]:
     """Have each batch norm of ``model`` make the means and variances that it makes in ``like``, in place.
 
-    Use it for a network that lost filters, ``remove_filters`` for example, with the network as it was before. The
-    statistics of ``model`` change so that on the images each channel behind each norm has the mean and
-    variance that it has in ``like``; if the two networks compute the same, nothing changes. (Statistics that are
-    re-estimated take those of the images instead, which cost a network that was trained with augmentation some
-    accuracy even with no filter gone.) Norms as in ``reestimate_norms``; channels that do not vary keep their
-    variance.
+    Use it for a network that lost filters, ``remove_filters`` for example, with the network as it was before.
+    The statistics of ``model`` change so that on the images each channel behind each norm has the mean and
+    variance that it has in ``like``; if the two networks compute the same, nothing changes. (Statistics that
+    are re-estimated take those of the images instead, which cost a network that was trained with augmentation
+    some accuracy even with no filter gone.) Norms as in ``reestimate_norms``; channels that do not vary keep
+    their variance.
 
     Args:
         model: any module, in any mode; wrappers are looked through.
-        like: the same network with other weights or statistics; it is only read.
+        like: the same network with other weights in its convolutions; it is only read.
         calibration: as in ``compensate``.
 
     Returns:
@@ -111,8 +111,8 @@ def match_norms(model: nn.Module, like: nn.Module, calibration: Iterable[Any]) -
     shapes = [{name: len(norm.running_mean) for name, norm in each.items()} for each in (norms, others)]
     if not norms or shapes[0] != shapes[1]:
         raise ValueError(
-            "match_norms needs two networks with the same batch norms with running statistics, such as a network "
-            "and its copy after remove_filters."
+            "match_norms needs two networks with the same batch norms with running statistics, such as a "
+            "network and its copy after remove_filters."
         )
     check_batches(calibration, "calibration")
     arrived: dict[str, list[_Arrived]] = {}
@@ -121,7 +121,7 @@ def match_norms(model: nn.Module, like: nn.Module, calibration: Iterable[Any]) -
     def remember(name: str, _norm: Any, inputs: Any) -> None:
         arrived.setdefault(name, []).append(_Arrived.of(inputs[0]))
 
-    def recolour(name: str, norm: Any, inputs: Any) -> tuple[Tensor, ...]:
+    def recolour(name: str, _norm: Any, inputs: Any) -> tuple[Tensor, ...]:
         # Later norms see what this one makes with its new statistics, those of this batch.
         here, there = _Arrived.of(inputs[0]), arrived[name].pop(0)
         before = totals.get(name)
@@ -143,10 +143,10 @@ def match_norms(model: nn.Module, like: nn.Module, calibration: Iterable[Any]) -
     for name, both in totals.items():
         check_finite_results(name, *(part for each in both for part in (each.sums, each.squares)))
     for name, (here, there) in totals.items():
-        norm, ratio = norms[name], _ratio(here, there)
-        # What is equal in both networks must leave no rounding: hence differences, and products with ratio - 1.
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
-        wide = variance + norm.eps
+        norm, other, ratio = norms[name], others[name], _ratio(here, there)
+        # What is equal in both networks must leave no rounding: hence differences, and ratio - 1.
+        mean, variance = other.running_mean.double(), other.running_var.double()
+        wide = variance + other.eps
         shift = (here.mean - there.mean) + (there.mean - mean) * (1 - ratio)
         norm.running_mean.copy_(mean + shift)
         norm.running_var.copy_((variance + wide * (ratio.square() - 1)).clamp_min(0))

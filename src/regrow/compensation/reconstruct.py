@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class Reconstruction:
     """What ``reconstruct`` did.
 
     Attributes:
-        layers: {name: how, penalty and error, as ``fit`` records them} of the layers whose outputs lacked something.
+        layers: {name: how, penalty and error, as ``fit`` records them} of the layers whose outputs lacked
+            something.
         unfolded: {name: why} of layers that took neither weights nor a shift.
         images: how many were read.
         few: {name: (rows, columns)} of the layers of which there were fewer rows than columns.
@@ -46,14 +47,15 @@ def reconstruct(
     gone: Mapping[str, Sequence[int]],
     norms: Mapping[str, Sequence[str]],
     batches: Sequence[Any],
-    advance: Callable[[float], object] = lambda share: None,
+    advance: Callable[[float], object] = lambda _share: None,
 ) -> Reconstruction:
     """Change the weights of ``cut`` so that each layer makes what it makes in ``model``, layer by layer.
 
     In the order of the pass, each layer gets the weights whose outputs, from what the layer reads in the
     network that is cut and changed already, come closest to the layer's outputs in the uncut network (ridge
-    regression towards the old weights). Where the output is added to a shortcut, it also makes up for the error
-    of the shortcut. A layer gets a shift of its mean instead, or nothing, where that leaves a smaller error.
+    regression towards the old weights). Where the output is added to a shortcut, it also makes up for the
+    error of the shortcut. A layer gets a shift of its mean instead, or nothing, where that leaves a smaller
+    error.
 
     Args:
         model: the uncut network.
@@ -108,7 +110,7 @@ def _renew(
 def _moments(
     model: nn.Module, cut: nn.Module, target: Target, dead: Sequence[int], batches: Iterable[Any]
 ) -> list[Moments]:
-    """The moments of what a layer reads in ``cut`` and of what its outputs lack there, of every second picture each."""
+    """The moments of what a layer reads in ``cut`` and of what its outputs lack, for each half of them."""
     layer = cut.get_submodule(target.name)
     groups = 1 if target.why else int(getattr(layer, "groups", 1))
     scale = _scale(model, target)
@@ -117,7 +119,7 @@ def _moments(
 
     def draw(_number: int, layer: nn.Module, output: Tensor) -> Tensor:
         count, pictures = positions(layer, output), max(1, len(output))
-        least = _TIMES * layer.weight[0].numel() // pictures if not target.why else 1
+        least = _TIMES * cast(Tensor, layer.weight)[0].numel() // pictures if not target.why else 1
         most = max(min(round(_SHARE * count), _ROWS // pictures), min(least, count))
         return torch.randperm(count, generator=generator)[: max(1, most)].to(output.device)
 
@@ -126,7 +128,7 @@ def _moments(
             inputs = there(model, each)
             whole = calls_of(model, target, inputs, draw, reads=False)
             chosen = [call.chosen for call in whole]
-            left = calls_of(cut, target, inputs, lambda number, _layer, _output: chosen[number], reads=True)
+            left = calls_of(cut, target, inputs, lambda number, *_, those=chosen: those[number], reads=True)
             for before, after in zip(whole, left, strict=True):
                 lack = _lack(before, after, scale)
                 lack[:, dead] = 0
@@ -168,5 +170,3 @@ def _lack(before: Call, after: Call, scale: Tensor | None) -> Tensor:
         seen = scale.abs() > _HIDDEN * scale.abs().max()
         error = torch.where(seen, error / torch.where(seen, scale, 1), 0)
     return lack + error
-
-

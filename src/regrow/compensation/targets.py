@@ -15,7 +15,7 @@ from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
 from regrow.looking.images import forward
 from regrow.looking.shortcuts import Uses
-from regrow.marks import borrowed_weight
+from regrow.marks import borrowed_weight, marks_on
 from regrow.modules import Norm, is_stock, tied_modules
 from regrow.torch_private import BatchNorm, ConvNd, own_parameters
 
@@ -49,7 +49,8 @@ class Call:
         chosen: the positions.
         output: [rows, channels].
         inputs: [groups, rows, columns], where they were asked for.
-        other: [rows, channels], the other summand of the sum that the output goes into; None where none is known.
+        other: [rows, channels], the other summand of the sum that the output goes into; None where none is
+            known.
     """
 
     chosen: Tensor
@@ -110,7 +111,7 @@ def survey(
         if len(own) == 1 and isinstance(modules[own[0]], BatchNorm):
             target.norm = own[0]
         target.added = (not own or bool(target.norm)) and uses.get(name) == [True] * target.calls
-        if not is_stock(modules[name]) or borrowed_weight(modules[name]):
+        if not _computes_by_weight(modules[name]) or borrowed_weight(modules[name]):
             target.why = "it is no layer of PyTorch with a weight of its own"
         elif name in tied:
             target.why = "it shares its weight with another layer"
@@ -178,7 +179,9 @@ def calls_of(
     return calls
 
 
-def shift_holders(model: nn.Module, norms: Mapping[str, Sequence[str]], name: str, channels: int) -> list[tuple[Tensor, int]]:
+def shift_holders(
+    model: nn.Module, norms: Mapping[str, Sequence[str]], name: str, channels: int
+) -> list[tuple[Tensor, int]]:
     """The tensors to which a shift of a layer's outputs is added, each with the sign; none if there is none.
 
     It is the layer's bias, if no other layer shares it, else the running means of the norms behind the layer.
@@ -192,6 +195,12 @@ def shift_holders(model: nn.Module, norms: Mapping[str, Sequence[str]], name: st
     if all(isinstance(norm, BatchNorm) and norm.running_mean is not None for norm in behind):
         return [(norm.running_mean, -1) for norm in behind]
     return []
+
+
+def _computes_by_weight(layer: nn.Module) -> bool:
+    """Whether a layer in evaluation mode computes what PyTorch's layer of its class does: Bridgeout does."""
+    bridged = any(module is layer and mark.state() == "bridgeout" for _, module, mark in marks_on(layer))
+    return bridged or is_stock(layer)
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:

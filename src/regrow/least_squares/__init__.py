@@ -1,1 +1,2 @@
-"""New weights of one layer from what it reads and what its outputs lack: rows, moments, ridge, elimination."""
+"""New weights of one layer from what it reads and what its outputs lack: rows, moments, ridge,
+elimination."""

@@ -20,7 +20,8 @@ class Moments:
     Attributes:
         count: rows.
         x: [groups, columns], r: [groups, outputs]: sums.
-        xx: [groups, columns, columns], xr: [groups, columns, outputs], rr: [groups, outputs]: sums of products.
+        xx: [groups, columns, columns], xr: [groups, columns, outputs], rr: [groups, outputs]: sums of
+            products.
     """
 
     count: int
@@ -109,7 +110,9 @@ def ridge(moments: Moments, penalty: float, *, shifts: bool) -> Change:
     return Change(weights, shift if shifts else torch.zeros_like(shift))
 
 
-def fit(halves: Sequence[Moments], *, shifts: bool, penalties: Sequence[float] = PENALTIES) -> tuple[Change, dict[str, Any]]:
+def fit(
+    halves: Sequence[Moments], *, shifts: bool, penalties: Sequence[float] = PENALTIES
+) -> tuple[Change, dict[str, Any]]:
     """The best change of a layer: by ridge, by a mean shift, or none.
 
     The penalty, and whether there is a gain at all, is seen on the half of the rows that the weights were not

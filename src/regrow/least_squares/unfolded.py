@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.modules import Transposed, channel_dim, grouped
-from regrow.torch_private import ConvNd
 
 
 def positions(layer: nn.Module, output: Tensor) -> int:
@@ -23,7 +22,9 @@ def outputs_at(layer: nn.Module, output: Tensor, chosen: Tensor) -> Tensor:
     Args:
         chosen: int64, indices of positions, which count the last dimension first.
     """
-    each = output.movedim(channel_dim(layer, output), -1).flatten(1, -2) if output.dim() > 2 else output[:, None]
+    each = (
+        output.movedim(channel_dim(layer, output), -1).flatten(1, -2) if output.dim() > 2 else output[:, None]
+    )
     return each[:, chosen].flatten(0, 1)
 
 
@@ -90,7 +91,9 @@ def _padded(layer: Any, x: Tensor) -> Tensor:
 
 def _spread(layer: Any, x: Tensor, sides: torch.Size) -> Tensor:
     """``x`` as a convolution with stride 1 has to read it to compute what a transposed convolution does."""
-    wide = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True)))
+    wide = x.new_zeros(
+        *x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True))
+    )
     wide[(slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))] = x
     around: list[int] = []
     settings = zip(wide.shape[2:], sides, layer.kernel_size, layer.dilation, layer.padding, strict=True)

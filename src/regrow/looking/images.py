@@ -23,8 +23,8 @@ def check_batches(batches: Any, argument: str) -> None:
 
 
 def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[Any]:
-    """Yield the inputs in each batch of ``calibration`` (see ``compensate``): a tensor, a dict of keywords, or a
-    tuple of arguments.
+    """Yield the inputs in each batch of ``calibration`` (see ``compensate``): a tensor, a dict of keywords,
+    or a tuple of arguments.
 
     Args:
         example_inputs: of the model, where they are known. A tuple of several says that the model takes that

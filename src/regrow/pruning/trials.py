@@ -73,7 +73,11 @@ class Bench:
     def cut(self, keep: Mapping[str, Tensor], *, compensated: bool) -> Trial:
         """Return a small copy. Without ``compensated``, only its sizes are right, not its values."""
         if all(mask.all() for mask in keep.values()):
-            nothing = {"method": "least-squares", "layers": {}, "unfolded": {}, "images": 0} if self._images else None
+            nothing = (
+                {"method": "least-squares", "layers": {}, "unfolded": {}, "images": 0}
+                if self._images
+                else None
+            )
             return Trial(copied(self._model, torch.clone).eval(), keep, CutPlan(), {}, nothing)
         whole = self._keep(keep)
         plan = self._plan(whole)

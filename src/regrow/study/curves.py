@@ -93,7 +93,7 @@ def pruned_accuracies(
         for fraction in fractions:
             keep = _selected(scores, fraction, scope)
             dropped = sum(int((~mask).sum()) for mask in keep.values())
-            which = ("", 0) if not dropped and reading != "compensated" else (reading, dropped)
+            which = (reading, dropped) if dropped else ("", 0)
             if which not in known:
                 pruned = _pruned(base, keep if dropped else {}, reading, example_inputs, batches)
                 known[which] = float(accuracy(pruned.eval()))
