@@ -1,6 +1,8 @@
-"""How the entries of a tensor lie in memory, and tensors as vectors in that order."""
+"""How much memory there is, how the entries of a tensor lie in it, and tensors as vectors in that order."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -38,3 +40,13 @@ def in_memory(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     if tensor.dim() == 1:
         return tensor
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def most_memory(device: torch.device) -> int:
+    """How many bytes of memory a device has; for a GPU, how many are free. 4 GiB where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 1 << 32

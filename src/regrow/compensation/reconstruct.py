@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.targets import Call, Target, calls_of, shift_holders, survey
+from regrow.compensation.passes import Call, Ended, Stale, follow
+from regrow.compensation.targets import Target, shift_holders, survey
 from regrow.least_squares.moments import Moments, fit
 from regrow.least_squares.unfolded import positions, weight_of
 from regrow.looking.calls import evaluating
-from regrow.looking.images import check_finite_results, count_images, there
+from regrow.looking.hooks import hooked
+from regrow.looking.images import check_finite_results, count_images, forward, there
+from regrow.memory import most_memory
+from regrow.modules import CONSUMER_CLASSES, device_of
 
-_SHARE = 0.25  # of the positions of each picture: neighbours hold nearly the same
-_ROWS = 1 << 15  # of a batch, at most
-_TIMES = 4  # as many rows as columns, at least, where a batch has them
+# How many rows a system has, and how many times as many as it has columns, where the images have so many.
+_ROWS, _TIMES = 1 << 14, 32
+_LIVE = 5  # outputs of the size of the largest one, which a pass holds at a time
 # A norm that scales a channel down by more than this, beside its largest channel, hides the shortcut's error.
 _HIDDEN = 1e-3
 
@@ -61,84 +67,181 @@ def reconstruct(
         model: the uncut network.
         cut: a copy of it, of the same shapes, in which the filters ``gone`` are silent; it is changed.
         norms: the norms that each layer has for itself (``own_norms``).
-        batches: inputs of the model, as ``picked`` yields them; they are read once for each layer.
+        batches: inputs of the model, as ``picked`` yields them; where they fit into the memory, all are
+            read at once, else once for each layer.
         advance: called with the share of the layers that are done.
 
     Raises:
         ValueError: the batches do not fit the model, or give NaN or infinite values.
     """
-    targets = survey(model, norms, gone, there(model, batches[0]))
-    done = Reconstruction({}, {}, sum(map(count_images, batches)), {})
-    for number, target in enumerate(targets):
-        _renew(model, cut, target, sorted(gone.get(target.name, ())), norms, batches, done)
-        advance((number + 1) / len(targets))
-    return done
-
-
-def _renew(
-    model: nn.Module,
-    cut: nn.Module,
-    target: Target,
-    dead: Sequence[int],
-    norms: Mapping[str, Sequence[str]],
-    batches: Sequence[Any],
-    done: Reconstruction,
-) -> None:
-    halves = _moments(model, cut, target, dead, batches)
-    for half in halves:
-        check_finite_results(target.name, half.rr, half.xx, half.xr, half.x)
-    if not any(half.rr.any() for half in halves):
-        return
-    channels = halves[0].r.numel()
-    holders = shift_holders(cut, norms, target.name, channels)
-    columns = halves[0].xx.shape[-1]
-    rows = sum(half.count for half in halves)
-    if columns > rows:
-        done.few[target.name] = rows, columns
-    if not holders and not columns:
-        done.unfolded[target.name] = target.why
-        return
-    change, record = fit(halves, shifts=bool(holders))
-    done.layers[target.name] = record
-    if columns:
-        weight: Any = cut.get_submodule(target.name).weight
-        weight.add_(weight_of(cut.get_submodule(target.name), change.weights.to(weight.device)).to(weight))
-    for tensor, sign in holders:
-        tensor.add_(sign * change.shift.flatten().to(tensor))
-
-
-def _moments(
-    model: nn.Module, cut: nn.Module, target: Target, dead: Sequence[int], batches: Iterable[Any]
-) -> list[Moments]:
-    """The moments of what a layer reads in ``cut`` and of what its outputs lack, for each half of them."""
-    layer = cut.get_submodule(target.name)
-    groups = 1 if target.why else int(getattr(layer, "groups", 1))
-    scale = _scale(model, target)
-    generator = torch.Generator().manual_seed(0)
-    halves: list[Moments | None] = [None, None]
-
-    def draw(_number: int, layer: nn.Module, output: Tensor) -> Tensor:
-        count, pictures = positions(layer, output), max(1, len(output))
-        least = _TIMES * cast(Tensor, layer.weight)[0].numel() // pictures if not target.why else 1
-        most = max(min(round(_SHARE * count), _ROWS // pictures), min(least, count))
-        return torch.randperm(count, generator=generator)[: max(1, most)].to(output.device)
-
+    work = _Work(model, cut, gone, norms, batches, advance)
     with evaluating(model), evaluating(cut):
-        for each in batches:
-            inputs = there(model, each)
-            whole = calls_of(model, target, inputs, draw, reads=False)
-            chosen = [call.chosen for call in whole]
-            left = calls_of(cut, target, inputs, lambda number, *_, those=chosen: those[number], reads=True)
-            for before, after in zip(whole, left, strict=True):
-                lack = _lack(before, after, scale)
-                lack[:, dead] = 0
-                lack = lack.unflatten(1, (groups, -1)).movedim(1, 0)
-                rows = len(before.chosen)
-                for half, (x, r) in enumerate(_halves(after.inputs, lack, rows)):
-                    if r.shape[1]:
-                        more, so_far = Moments.of(x, r), halves[half]
-                        halves[half] = more if so_far is None else so_far + more
-    return [half for half in halves if half is not None]
+        work.targets = survey(model, norms, gone, there(model, batches[0]))
+        joined = _joined(model, batches)
+        if joined is None:
+            for target in list(work.targets):
+                work.one(target)
+        else:
+            work.all_at_once(there(model, joined))
+    return work.done
+
+
+class _Work:
+    def __init__(
+        self,
+        model: nn.Module,
+        cut: nn.Module,
+        gone: Mapping[str, Sequence[int]],
+        norms: Mapping[str, Sequence[str]],
+        batches: Sequence[Any],
+        advance: Callable[[float], object],
+    ) -> None:
+        self._model, self._cut, self._gone, self._norms, self._batches = model, cut, gone, norms, batches
+        self._images = sum(map(count_images, batches))
+        self._advance = advance
+        self._generator = torch.Generator().manual_seed(0)
+        self._whole: dict[str, list[Call]] = {}  # what layers make in the uncut network
+        self.targets: list[Target] = []
+        self.done = Reconstruction({}, {}, self._images, {})
+
+    def all_at_once(self, inputs: Any) -> None:
+        """All images in one pass, in which each layer gets its weights as soon as it was called."""
+        follow(self._model, self.targets, inputs, self._draw, self._keep, reads=False)
+        left = {target.name: target for target in self.targets if target.name in self._whole}
+
+        def met(target: Target, calls: list[Call]) -> bool:
+            del left[target.name]
+            changed = self._solve(target, self._moments(target, self._whole.pop(target.name), calls))
+            self._advance(1 - len(left) / len(self.targets))
+            return changed
+
+        while left:
+            before = len(left)
+            try:
+                follow(self._cut, list(left.values()), inputs, self._drawn, met, reads=True)
+            except Stale:
+                continue
+            if len(left) == before:
+                break  # this network does not call these layers as the other one does
+
+    def one(self, target: Target) -> None:
+        """One layer, from passes over the batches that end behind it."""
+        halves: list[Moments | None] = [None, None]
+
+        def met(target: Target, calls: list[Call]) -> bool:
+            for half, more in enumerate(self._moments(target, self._whole.pop(target.name), calls)):
+                so_far = halves[half]
+                halves[half] = more if so_far is None else so_far + more
+            raise Ended
+
+        def keep(target: Target, calls: list[Call]) -> bool:
+            self._keep(target, calls)
+            raise Ended
+
+        for batch in self._batches:
+            inputs = there(self._model, batch)
+            with suppress(Ended):
+                follow(self._model, [target], inputs, self._draw, keep, reads=False)
+            if target.name in self._whole:
+                with suppress(Ended):
+                    follow(self._cut, [target], inputs, self._drawn, met, reads=True)
+        found = [half for half in halves if half is not None]
+        if found:
+            self._solve(target, found)
+        self._advance((self.targets.index(target) + 1) / len(self.targets))
+
+    def _keep(self, target: Target, calls: list[Call]) -> bool:
+        self._whole[target.name] = calls
+        return False
+
+    def _draw(self, target: Target, _number: int, layer: nn.Module, output: Tensor) -> Tensor:
+        count = positions(layer, output)
+        columns = 1 if target.why else cast(Tensor, layer.weight)[0].numel()
+        wanted = math.ceil(max(_ROWS, _TIMES * columns) / self._images)
+        return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
+
+    def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
+        return self._whole[target.name][number].chosen
+
+    def _moments(self, target: Target, whole: list[Call], left: list[Call]) -> list[Moments]:
+        """The moments of what a layer reads in the cut network and of what its outputs lack there, for each
+        half of the images."""
+        layer = self._cut.get_submodule(target.name)
+        groups = 1 if target.why else int(getattr(layer, "groups", 1))
+        scale = _scale(self._model, target)
+        dead = sorted(self._gone.get(target.name, ()))
+        halves: list[Moments | None] = [None, None]
+        for before, after in zip(whole, left, strict=True):
+            lack = _lack(before, after, scale)
+            lack[:, dead] = 0
+            lack = lack.unflatten(1, (groups, -1)).movedim(1, 0)
+            for half, (x, r) in enumerate(_halves(after.inputs, lack, len(before.chosen))):
+                if r.shape[1]:
+                    more, so_far = Moments.of(x, r), halves[half]
+                    halves[half] = more if so_far is None else so_far + more
+        return [half for half in halves if half is not None]
+
+    def _solve(self, target: Target, halves: list[Moments]) -> bool:
+        """Change the weights and the bias of a layer in the cut network; returns whether they changed."""
+        for half in halves:
+            check_finite_results(target.name, half.rr, half.xx, half.xr, half.x)
+        if not any(half.rr.any() for half in halves):
+            return False
+        layer = self._cut.get_submodule(target.name)
+        holders = shift_holders(self._cut, self._norms, target.name, halves[0].r.numel())
+        columns, rows = halves[0].xx.shape[-1], sum(half.count for half in halves)
+        if columns > rows:
+            self.done.few[target.name] = rows, columns
+        if not holders and not columns:
+            self.done.unfolded[target.name] = target.why
+            return False
+        change, record = fit(halves, shifts=bool(holders))
+        if record["how"] == "none":
+            return False
+        self.done.layers[target.name] = record
+        if columns:
+            weight: Any = layer.weight
+            weight.add_(weight_of(layer, change.weights.to(weight.device)).to(weight))
+        for tensor, sign in holders:
+            tensor.add_(sign * change.shift.flatten().to(tensor))
+        return True
+
+
+def _joined(model: nn.Module, batches: Sequence[Any]) -> Any:
+    """All batches in one; None where they do not fit together, or not into half of the memory."""
+    parts = [_parts(batch) for batch in batches]
+    for each, batch in zip(parts, batches, strict=True):
+        pictures = count_images(batch)
+        if each is None or any(len(tensor) != pictures for tensor in each.values()):
+            return None
+        if {key: tensor.shape[1:] for key, tensor in each.items()} != {
+            key: tensor.shape[1:] for key, tensor in (parts[0] or {}).items()
+        }:
+            return None
+    largest = 0
+
+    def look(_name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, output.nbytes)
+
+    with hooked([each for each in model.named_modules() if isinstance(each[1], CONSUMER_CLASSES)], look):
+        pictures = forward(model, there(model, batches[0]))
+    needed = _LIVE * largest * sum(map(count_images, batches)) / max(1, pictures)
+    if needed >= most_memory(device_of(model)) / 2:
+        return None
+    whole = {key: torch.cat([each[key] for each in parts if each]) for key in parts[0] or {}}
+    if isinstance(batches[0], Tensor):
+        return whole[0]
+    return whole if isinstance(batches[0], Mapping) else tuple(whole.values())
+
+
+def _parts(batch: Any) -> dict[Any, Tensor] | None:
+    """The tensors of a batch by name or number; None if there is anything else in it."""
+    if isinstance(batch, Tensor):
+        parts: dict[Any, Any] = {0: batch}
+    else:
+        parts = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+    return parts if all(isinstance(part, Tensor) and part.dim() for part in parts.values()) else None
 
 
 def _halves(x: Any, r: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.least_squares.unfolded import inputs_at, outputs_at
 from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
 from regrow.looking.images import forward
@@ -39,28 +37,6 @@ class Target:
     added: bool = False
     partners: set[str] = field(default_factory=set)
     why: str = ""
-
-
-@dataclass
-class Call:
-    """What one call of a layer read and made, at some positions of each picture.
-
-    Attributes:
-        chosen: the positions.
-        output: [rows, channels].
-        inputs: [groups, rows, columns], where they were asked for.
-        other: [rows, channels], the other summand of the sum that the output goes into; None where none is
-            known.
-    """
-
-    chosen: Tensor
-    output: Tensor
-    inputs: Tensor | None = None
-    other: Tensor | None = None
-
-
-class _Done(BaseException):
-    """Ends a pass behind the last call that is looked at."""
 
 
 def survey(
@@ -124,59 +100,6 @@ def survey(
             for each in later:  # one of two summands makes up for the other
                 found[each].added = False
     return [found[name] for name in order]
-
-
-def calls_of(
-    model: nn.Module,
-    target: Target,
-    inputs: Any,
-    choose: Callable[[int, nn.Module, Tensor], Tensor],
-    *,
-    reads: bool,
-) -> list[Call]:
-    """What the calls of a layer read and make in one pass, which ends behind the last of them.
-
-    Args:
-        choose: (number of the call, layer, output) → positions.
-        reads: whether ``Call.inputs`` are wanted.
-    """
-    calls: list[Call] = []
-    waiting: set[int] = set()
-    behind = target.norm if target.added else ""
-
-    def used(number: int, other: Tensor | None) -> None:
-        if number in waiting and other is not None:
-            waiting.remove(number)
-            calls[number].other = outputs_at(layer, other, calls[number].chosen).clone()
-            finish()
-
-    def finish() -> None:
-        if len(calls) == target.calls and not waiting:
-            raise _Done
-
-    def after(name: str, module: Any, read: Any, output: Tensor) -> None:
-        if name == target.name:
-            chosen = choose(len(calls), module, output)
-            # Clones, because the activation behind the layer may work in place.
-            call = Call(chosen, outputs_at(module, output, chosen).clone())
-            if reads and target.why:
-                call.inputs = call.output.new_zeros(1, len(call.output), 0)
-            elif reads:
-                call.inputs = inputs_at(module, read[0], output, chosen)
-            calls.append(call)
-            if behind:
-                return
-        if target.added:
-            waiting.add(len(calls) - 1)
-            watcher.note(output, len(calls) - 1)
-        finish()
-
-    layer = model.get_submodule(target.name)
-    watcher = Uses(used)
-    names = [target.name, behind] if behind else [target.name]
-    with suppress(_Done), hooked([(name, model.get_submodule(name)) for name in names], after), watcher:
-        forward(model, inputs)
-    return calls
 
 
 def shift_holders(

@@ -1,0 +1,147 @@
+"""A pass that stops at each layer whose weights are to change, and goes on with the new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.compensation.targets import Target
+from regrow.least_squares.unfolded import inputs_at, outputs_at
+from regrow.looking.hooks import hooked
+from regrow.looking.images import forward
+from regrow.looking.shortcuts import Uses
+
+
+@dataclass
+class Call:
+    """What one call of a layer read and made, at some positions of each picture.
+
+    Attributes:
+        chosen: the positions.
+        output: [rows, channels].
+        inputs: [groups, rows, columns], where they were asked for.
+        other: [rows, channels], the other summand of the sum that the output goes into; None where none is
+            known.
+    """
+
+    chosen: Tensor
+    output: Tensor
+    inputs: Tensor | None = None
+    other: Tensor | None = None
+
+
+class Ended(BaseException):
+    """Ends a pass. It is no error, so the model's own code does not catch it."""
+
+
+class Stale(Ended):
+    """What follows a layer was computed with its old weights, and cannot be computed anew from here."""
+
+
+Choose = Callable[[Target, int, nn.Module, Tensor], Tensor]
+Met = Callable[[Target, list[Call]], bool]
+
+
+class _Follower:
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], choose: Choose, met: Met, reads: bool
+    ) -> None:
+        self._modules: dict[str, Any] = dict(model.named_modules())
+        self._targets = {target.name: target for target in targets}
+        self._norms = {target.norm: target for target in targets if target.added and target.norm}
+        self._choose, self._met, self._reads = choose, met, reads
+        self.calls: dict[str, list[Call]] = {name: [] for name in self._targets}
+        self.waiting: dict[str, set[int]] = {name: set() for name in self._targets}
+        self._normed = dict.fromkeys(self._targets, 0)
+        # The last call of each layer: its input, how often that was written to, and its output.
+        self._last: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self.watcher = Uses(self._summed)
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        return [(name, self._modules[name]) for name in (*self._targets, *self._norms)]
+
+    def after(self, name: str, module: Any, read: Any, output: Tensor) -> Tensor | None:
+        if name not in self._targets:  # a norm
+            name = self._norms[name].name
+            self._note(name, self._normed[name], output)
+            self._normed[name] += 1
+            return None
+        target, calls = self._targets[name], self.calls[name]
+        chosen = self._choose(target, len(calls), module, output)
+        # Clones, because the activation behind the layer may work in place.
+        call = Call(chosen, outputs_at(module, output, chosen).clone())
+        if self._reads:
+            call.inputs = (
+                call.output.new_zeros(1, len(call.output), 0)
+                if target.why
+                else inputs_at(module, read[0], output, chosen)
+            )
+        calls.append(call)
+        self._last[name] = read[0], read[0]._version, output
+        if target.added:
+            self.waiting[name].add(len(calls) - 1)
+            if not target.norm:
+                self._note(name, len(calls) - 1, output)
+            return None
+        return self._remade(target) if self._is_complete(target) else None
+
+    def _note(self, name: str, number: int, output: Tensor) -> None:
+        self.watcher.note(output, (name, number, output))
+
+    def _summed(self, key: tuple[str, int, Tensor], other: Tensor | None) -> None:
+        name, number, made = key
+        if other is None or number not in self.waiting[name]:
+            return
+        target, call = self._targets[name], self.calls[name][number]
+        self.waiting[name].remove(number)
+        call.other = outputs_at(self._modules[name], other, call.chosen).clone()
+        if self._is_complete(target) and (remade := self._remade(target)) is not None:
+            made.copy_(remade)  # the sum is its only reader
+
+    def _is_complete(self, target: Target) -> bool:
+        return len(self.calls[target.name]) == target.calls and not self.waiting[target.name]
+
+    def _remade(self, target: Target) -> Tensor | None:
+        """What the layer, and the norm of a summand, make with the weights that ``met`` gave it; None for no
+        change."""
+        if not self._met(target, self.calls[target.name]):
+            return None
+        layer = self._modules[target.name]
+        x, version, output = self._last[target.name]
+        if target.calls > 1 or target.why or x._version != version:
+            raise Stale
+        made: Tensor = type(layer).forward(layer, x)
+        if made.shape != output.shape:  # it was asked for another size
+            raise Stale
+        if target.added and target.norm:
+            norm = self._modules[target.norm]
+            made = type(norm).forward(norm, made)
+        return made
+
+
+def follow(
+    model: nn.Module, targets: Sequence[Target], inputs: Any, choose: Choose, met: Met, *, reads: bool
+) -> list[Target]:
+    """One pass, which shows what each of ``targets`` read and made.
+
+    Args:
+        choose: (layer, number of the call, module, output) → positions.
+        met: called as soon as all calls of a layer, and the sums that its outputs go into, are known. If it
+            changed the weights it returns True, and the pass goes on with what they make.
+        reads: whether ``Call.inputs`` are wanted.
+
+    Returns:
+        The layers that were not met: this pass added their outputs to nothing, or did not call them as often
+        as ``survey`` saw.
+
+    Raises:
+        PassFailed: the model's forward pass fails.
+        Stale: the pass went too far with the old weights of a layer that ``met`` changed.
+    """
+    follower = _Follower(model, targets, choose, met, reads)
+    with hooked(follower.layers(), follower.after), follower.watcher:
+        forward(model, inputs)
+    return [each for each in targets if not follower._is_complete(each)]
