@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.shortcuts import Uses
+from regrow.looking.shortcuts import Uses
 from regrow.least_squares.moments import Moments, folded, ridge
 from regrow.least_squares.unfolded import inputs_at, matrix_of, outputs_at, positions, weight_of
 from regrow.looking.calls import evaluating
