@@ -28,9 +28,17 @@ class Uses(TorchFunctionMode):
         """Watch ``tensor`` from here on."""
         self._noted[id(tensor)] = tensor
 
+    def forget(self, tensor: Tensor) -> None:
+        """Watch ``tensor`` no longer, and hold it no longer."""
+        self._noted.pop(id(tensor), None)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = [each for each in _given(args, kwargs) if self._noted.get(id(each)) is each] if self._noted else []
+        found = (
+            [each for each in _given(args, kwargs) if self._noted.get(id(each)) is each]
+            if self._noted
+            else []
+        )
         others = [_other(func, args, kwargs, each) for each in found]
         for each, other in zip(found, others, strict=True):
             if other is not None:  # before the sum, which may write to it
