@@ -8,6 +8,7 @@ become, so that all layers can be ranked together.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -127,9 +128,9 @@ def moments_of(
     """
     found: dict[str, Moments] = {}
 
-    def after(name: str, layer: Any, inputs: Any, output: Tensor) -> None:
+    def after(number: int, name: str, layer: Any, inputs: Any, output: Tensor) -> None:
         x, sides = inputs[0], len(getattr(layer, "kernel_size", ()))
-        if sides and x.dim() == sides + 1 or x.dim() == 1:  # without a batch dimension
+        if (sides and x.dim() == sides + 1) or x.dim() == 1:  # without a batch dimension
             x, output = x[None], output[None]
         count = positions(layer, output)
         generator = torch.Generator().manual_seed(number)  # a layer's positions do not depend on the others
@@ -142,7 +143,7 @@ def moments_of(
 
     hooks = [(name, model.get_submodule(name)) for name in layers]
     for number, batch in enumerate(batches):
-        with hooked(hooks, after):
+        with hooked(hooks, functools.partial(after, number)):
             run(model, batch.inputs)
         advance(1)
     return found

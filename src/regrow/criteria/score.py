@@ -81,6 +81,7 @@ def l2(weight: Tensor) -> Tensor:
 WEIGHT_CRITERIA = {"ortho": ortho, "ortho-corrected": ortho_corrected, "l1": l1, "l2": l2}
 DATA_CRITERIA = (*ACTIVATION_CRITERIA, "utility", "reconstruction", *LOSS_CRITERIA, "oracle")
 LABELLED_CRITERIA = (*LOSS_CRITERIA, "oracle")
+NEGATIVE_CRITERIA = ("ortho", "ortho-corrected")  # no score is above 0
 CRITERIA = (*WEIGHT_CRITERIA, "random", *DATA_CRITERIA)
 
 Criterion = str | Callable[[nn.Module], Mapping[str, Tensor]]
@@ -148,8 +149,8 @@ def score(
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
         seed: for ``"random"``; the same seed gives the same scores.
         batches: pictures, in any iterable, such as a DataLoader: tensors, dicts of keywords, or pairs of
-            such inputs (or a tuple of arguments) and labels, on any device. All are read, once. ``"gradient"``,
-            ``"taylor"``, ``"hessian"`` and ``"oracle"`` take the loss.
+            such inputs (or a tuple of arguments) and labels, on any device. All are read, once.
+            ``"gradient"``, ``"taylor"``, ``"hessian"`` and ``"oracle"`` take the loss.
         loss: a function of outputs and labels that returns a tensor of one number, for a batch of one
             picture too; the labels are None where a batch has none. None: the cross entropy.
 

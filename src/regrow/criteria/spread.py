@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +30,20 @@ class Spread:
     mean: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     squares: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
 
-    def add(self, layer: Any, tensor: Tensor) -> None:
-        """Add ``tensor``, which has its channels where the output of ``layer`` has them."""
+    def add(self, layer: Any, tensor: Tensor, placing: Sequence[Any] = ()) -> None:
+        """Add ``tensor``, which has its channels where the output of ``layer`` has them.
+
+        Args:
+            placing: the modules of which one may have placed the channels of a cut layer among zeros; those
+                between them do not count.
+        """
         each = at_least_float32(tensor.movedim(channel_dim(layer, tensor), -1)).flatten(0, -2)
         each = each if each.dim() > 1 else each[None]
         # Not every device has double precision.
         both = torch.stack(torch.var_mean(each, 0, correction=0)).cpu().double()
-        variance, mean = (of_filters(layer, part) for part in both)
+        for module in placing:
+            both = of_filters(module, both.T).T
+        variance, mean = both
         count, apart = self.count + len(each), mean - self.mean
         self.squares = self.squares + variance * len(each) + apart**2 * (self.count * len(each) / count)
         self.mean, self.count = self.mean + apart * (len(each) / count), count
@@ -87,9 +95,9 @@ class Spreads:
 
         def after(name: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if not isinstance(module, Norm):
-                self._add(self.raw, name, output)
+                self._add(self.raw, name, output, module)
             if owner := self._owner(name):
-                self._add(self.made, owner, output)
+                self._add(self.made, owner, output, self._model.get_submodule(owner), module)
                 if owner in self._added:
                     noted[id(output)] = owner, output
                     watcher.note(output)
@@ -121,8 +129,11 @@ class Spreads:
         is_norm = isinstance(self._model.get_submodule(name), Norm)
         return "" if is_norm or name in self.normed else name
 
-    def _add(self, spreads: dict[str, Spread], name: str, tensor: Tensor) -> None:
-        spreads.setdefault(name, Spread()).add(self._model.get_submodule(name), tensor)
+    def _add(self, spreads: dict[str, Spread], name: str, tensor: Tensor, *placing: nn.Module) -> None:
+        # The layer, or the norm behind it, but not both.
+        spreads.setdefault(name, Spread()).add(
+            self._model.get_submodule(name), tensor, list(dict.fromkeys(placing))
+        )
 
     def _summands(self, inputs: Any) -> set[str]:
         """The layers whose ``made`` is in every call a summand, and nothing else."""
