@@ -49,18 +49,17 @@ def eliminate(readings: Sequence[Reading], channels: int, penalty: float = PENAL
     costs = torch.zeros(len(systems), channels, dtype=torch.float64)
     for row, system in zip(costs, systems, strict=True):
         system.write_costs(row)
-    total = costs.sum(0)
+    gone = torch.zeros(channels, dtype=torch.float64)
     order, errors = [], []
     for _ in range(channels):
+        total = costs.sum(0) + gone
         channel = int(total.argmin())
         order.append(channel)
         errors.append(total[channel].item())
         for row, system in zip(costs, systems, strict=True):
-            if channel in system:
-                system.remove(channel)
+            if system.remove(channel):
                 system.write_costs(row)
-        total = costs.sum(0)
-        total[order] = torch.inf
+        gone[channel] = torch.inf
     return torch.tensor(order, dtype=torch.int64), torch.tensor(errors, dtype=torch.float64)
 
 
@@ -81,31 +80,28 @@ class _System:
 
     def _set(self, inverse: Tensor, weights: Tensor, channels: Tensor) -> None:
         self._inverse, self._weights, self._channels = inverse, weights, channels
-        self._columns: dict[int, Tensor] = {}
         order = channels.argsort(stable=True)
         numbers, counts = channels[order].unique_consecutive(return_counts=True)
-        for number, columns in zip(numbers.tolist(), order.split(counts.tolist()), strict=True):
-            if number >= 0:
-                self._columns[number] = columns
-
-    def __contains__(self, channel: int) -> bool:
-        return channel in self._columns
+        starts = counts.cumsum(0) - counts
+        # Channels with equally many columns, and these: [channels] and [channels, columns of each].
+        self._alike: list[tuple[Tensor, Tensor]] = []
+        for count in counts.unique().tolist():
+            some = ((counts == count) & (numbers >= 0)).nonzero().flatten()
+            self._alike.append((numbers[some], order[starts[some][:, None] + torch.arange(count)]))
 
     def write_costs(self, costs: Tensor) -> None:
         """Write what the removal of each channel that is left would cost to ``costs`` [channels]."""
         costs.zero_()
-        alike: dict[int, list[int]] = {}
-        for channel, columns in self._columns.items():
-            alike.setdefault(len(columns), []).append(channel)
-        for names in alike.values():
-            at = torch.stack([self._columns[channel] for channel in names])  # [channels, columns of each]
+        for channels, at in self._alike:
             factor = torch.linalg.cholesky_ex(self._inverse[at[:, :, None], at[:, None]])[0]
             lengths = torch.linalg.solve_triangular(factor, self._weights[at], upper=False)
-            costs[names] = lengths.square().sum((1, 2))
+            costs[channels] = lengths.square().sum((1, 2))
 
-    def remove(self, channel: int) -> None:
-        """Take the columns of ``channel`` out, and give the others new weights."""
-        at = self._columns.pop(channel)
+    def remove(self, channel: int) -> bool:
+        """Take the columns of ``channel`` out, and give the others new weights; False if it has none here."""
+        at = (self._channels == channel).nonzero().flatten()
+        if not len(at):
+            return False
         across = self._inverse[:, at]
         factor = torch.linalg.cholesky_ex(across[at])[0]
         shares = torch.cholesky_solve(torch.cat([across.T, self._weights[at]], 1), factor)
@@ -116,3 +112,9 @@ class _System:
         left = (self._channels > -2).nonzero().flatten()
         if len(left) <= 0.7 * columns:  # work on large matrices is in proportion to their squares
             self._set(self._inverse[left[:, None], left], self._weights[left], self._channels[left])
+        else:
+            stays = [(names != channel) for names, _ in self._alike]
+            self._alike = [
+                (names[kept], places[kept]) for kept, (names, places) in zip(stays, self._alike, strict=True)
+            ]
+        return True
