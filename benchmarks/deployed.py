@@ -154,7 +154,7 @@ def networks(case: Case, channels: float) -> dict[str, nn.Module]:
     ours = copy.deepcopy(whole)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        regrow.prune(ours, macs=share, example_inputs=x, calibration=[case.pictures])
+        regrow.prune(ours, macs=share, example_inputs=x, calibration=[case.pictures], criterion="l2")
     return {"uncut": whole, "regrow's cut": ours} | (
         {"Torch-Pruning's cut": theirs} if theirs is not None else {}
     )

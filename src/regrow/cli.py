@@ -353,14 +353,21 @@ def prune(
     latency: Annotated[
         float | None, _target("Share of the time for one picture to leave, measured here.")
     ] = None,
-    criterion: Annotated[str, _which(_RANKING)] = "l2",
+    criterion: Annotated[
+        str | None,
+        _which(
+            "How to rank the filters; the lowest go first: reconstruction, l2, l1, taylor, hessian, … "
+            "(default: reconstruction; with --no-compensate l2)"
+        ),
+    ] = None,
     scope: Annotated[
-        str,
+        str | None,
         _which(
             "layer cuts the same share of every layer, global ranks all filters together, isomorphic "
-            "those in layers of one kind."
+            "those in layers of one kind, balanced all by their score and the work that they save (default: "
+            "balanced with the criterion reconstruction, else layer)"
         ),
-    ] = "layer",
+    ] = None,
     coupled: Annotated[
         str | None,
         _which(

@@ -15,6 +15,7 @@ from regrow.pruning.choosing import (
     families_of,
     merged,
     renumbered,
+    settled,
 )
 from regrow.structure.read import read_structure
 
@@ -197,3 +198,49 @@ def test_units_of_what_cuts_have_left():
     ]
     left["b"], scores["b"] = torch.tensor([True, False, True]), torch.zeros(2)
     assert renumbered(units, left, scores) == [{"a": [0], "b": [1]}, {"a": [1], "b": [0]}]
+
+
+def test_balanced_by_hand():
+    # a saves 4 a filter, b 16: 0, ¼, ½, … 1¾ beside ⅝, 11/16, ¾, 13/16.
+    costs = {"a": torch.full((8,), 4.0), "b": torch.full((4,), 16.0)}
+    choice = Choice(scope="balanced", costs=costs)
+    assert alive(choose({"a": A, "b": B}, 7 / 12, choice)) == {"a": [4, 5, 6, 7], "b": [3]}
+    assert alive(choose({"a": A, "b": B}, 0.25, choice)) == {"a": [3, 4, 5, 6, 7], "b": [0, 1, 2, 3]}
+    # At the same cost it is the scope "global".
+    alike = Choice(scope="balanced", costs={"a": torch.ones(8), "b": torch.ones(4)})
+    for fraction in (0.1, 0.5, 0.9):
+        together = choose({"a": A, "b": B}, fraction, Choice(scope="global"))
+        assert alive(choose({"a": A, "b": B}, fraction, alike)) == alive(together)
+
+
+def test_the_errors_of_a_unit_add_up_and_so_does_what_it_saves():
+    scores = {"a": torch.tensor([2.0, 3, 3, 9]), "b": torch.tensor([2.0, 5, 9, 9])}
+    unit = [{"a": [0], "b": [0]}]
+    mean = choose(scores, 0.25, Choice(scope="global", units=unit))
+    assert alive(mean) == {"a": [1, 2, 3], "b": [1, 2, 3]}
+    added = choose(scores, 0.25, Choice(scope="global", units=unit, added=True))  # 4, and so behind both 3s
+    assert alive(added) == {"a": [0, 3], "b": [0, 1, 2, 3]}
+    costs = {"a": torch.tensor([3.0, 1, 1, 1]), "b": torch.tensor([1.0, 1, 1, 1])}
+    balanced = choose(scores, 0.25, Choice(scope="balanced", units=unit, costs=costs))  # 4 for 4
+    assert alive(balanced) == {"a": [1, 2, 3], "b": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "scope", "reconstructs", "shares", "expected"),
+    [
+        (None, None, True, False, ("reconstruction", "balanced")),
+        (None, None, False, False, ("l2", "layer")),
+        (None, None, True, True, ("reconstruction", "layer")),
+        ("l1", None, True, False, ("l1", "layer")),
+        ("reconstruction", None, False, False, ("reconstruction", "balanced")),
+        (None, "global", True, False, ("reconstruction", "global")),
+        ("l2", "balanced", True, False, ("l2", "balanced")),
+    ],
+)
+def test_what_is_left_open(criterion, scope, reconstructs, shares, expected):
+    assert settled(criterion, scope, reconstructs=reconstructs, shares=shares) == expected
+
+
+def test_scores_below_0_cannot_be_divided_by_what_filters_cost():
+    with pytest.raises(ValueError, match="the scores of 'ortho' are below 0: write scope='layer'"):
+        settled("ortho", "balanced", reconstructs=True, shares=False)

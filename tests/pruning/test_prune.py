@@ -35,6 +35,7 @@ def test_a_fraction_by_hand_and_a_report_that_is_true(make_net, tmp_path):
         example_inputs=X,
         calibration=IMAGES,
         validation=validation,
+        criterion="l2",
         progress=lambda share, _what: shares.append(share),
     )
     assert report == json.loads(json.dumps(report))
@@ -119,7 +120,7 @@ def test_a_function_as_the_criterion(make_net):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.4}, {"max_drop": 30.0}])
+@pytest.mark.parametrize("target", [{"macs": 0.5}, {"params": 0.4}, {"max_drop": 30.0, "criterion": "l2"}])
 def test_a_budget_is_met(make_net, target):
     model = make_net((12, 12, 12)).eval()
     inputs = torch.randn(100, 3, 8, 8)
@@ -130,7 +131,7 @@ def test_a_budget_is_met(make_net, target):
         validation=iter([(inputs, model(inputs).argmax(1))]),
         **target,
     )
-    [(kind, value)] = target.items()
+    kind, value = next(iter(target.items()))
     assert report["target"]["reached"] <= value
     measured = {
         "macs": report["macs"]["after"] / report["macs"]["before"],
@@ -285,7 +286,8 @@ def bridged(model):
         (None, {"exclude": ["conv9"]}, "no convolution is named 'conv9'"),
         (None, {"calibration": None}, "compensate=False"),
         (None, {"calibration": []}, "yields no batch"),
-        (None, {"calibration": [torch.randn(4, 5, 8, 8)]}, "fails on a calibration batch"),
+        (None, {"calibration": [torch.randn(4, 5, 8, 8)]}, "fails on a batch"),
+        (None, {"calibration": [torch.randn(4, 5, 8, 8)], "criterion": "l2"}, "fails on a calibration batch"),
         (None, {"fraction": None, "max_drop": 1}, "max_drop needs validation="),
         (None, {"fraction": None, "macs": 0.01, "floor": 0.5}, "cannot be met: the best cut leaves"),
         (None, {"validation": [torch.zeros(3)]}, "pair of inputs and labels"),
@@ -372,7 +374,7 @@ def test_a_decoder_gets_as_small_as_an_encoder():
         nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1),
         nn.BatchNorm2d(16), nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1),
     )  # fmt: skip
-    report = prune(net, fraction=0.5, example_inputs=X, calibration=IMAGES)
+    report = prune(net, fraction=0.5, example_inputs=X, calibration=IMAGES, criterion="l2")
     assert report["layers"] == {
         "0": {"before": 16, "after": 8}, "3": {"before": 16, "after": 8}, "6": {"before": 3, "after": 3},
     }  # fmt: skip
@@ -439,3 +441,69 @@ def test_the_report_of_networks_as_deployed(make_net, monkeypatch):
         with pytest.raises(ValueError, match=message):
             prune(model, deployed=deployed, **settings)
     assert model.conv1.out_channels == 6
+
+
+@pytest.mark.devices
+def test_by_default_what_readers_can_make_up_for_goes_for_what_it_saves(make_net):
+    model = make_net((8, 8, 8))
+    with torch.no_grad():  # the first filters of conv2 come in pairs
+        for tensor in (model.conv2.weight, model.conv2.bias):
+            tensor[4:] = tensor[:4]
+    scores = score(model, "reconstruction", batches=IMAGES)
+    assert scores["conv2"].sort().values[3] < 0.1 * scores["conv2"].sort().values[4]
+    twin = copy.deepcopy(model)
+    report = prune(model, fraction=1 / 6, example_inputs=X, calibration=IMAGES, round_to=1)
+    assert report == json.loads(json.dumps(report))
+    assert (report["settings"]["criterion"], report["settings"]["scope"]) == ("reconstruction", "balanced")
+    saves = {"conv1": 64 * (27 + 72), "conv2": 64 * (72 + 72), "conv3": 64 * 72 + 4}
+    each = [
+        (value / saves[name], name, i) for name in scores for i, value in enumerate(scores[name].tolist())
+    ]
+    lowest = sorted(each)[:4]
+    assert {(name, i) for name, those in report["dropped"].items() for i in those} == {
+        (name, i) for _, name, i in lowest
+    }
+    assert len(report["dropped"]["conv2"]) >= 3
+    without = prune(twin, fraction=0.25, example_inputs=X, calibration=IMAGES, compensate=False)
+    assert (without["settings"]["criterion"], without["settings"]["scope"]) == ("l2", "layer")
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.6}, {"params": 0.6}, {"fraction": 0.4}, {"latency": 0.999}])
+@pytest.mark.parametrize("coupled", ["jointly", "individually"])
+def test_a_residual_net_and_every_target_in_the_scope_balanced(target, coupled, monkeypatch):
+    monkeypatch.setattr(
+        "regrow.pruning.budget.measure_latency",
+        lambda models, _x: [
+            {"median": float(sum(p.numel() for p in model.parameters()))} for model in models
+        ],
+    )
+    settings = {"example_inputs": X, "calibration": IMAGES, "coupled": coupled, **target}
+    report = prune(Residual(8, 8), **settings)
+    assert report["settings"]["scope"] == "balanced"
+    [(kind, value)] = target.items()
+    reached = report["target"]["reached"]
+    assert reached <= value if kind != "fraction" else reached == pytest.approx(value, abs=0.1)
+    assert all(pair["after"] >= 1 for pair in report["layers"].values())
+    other = prune(Residual(8, 8), criterion="l2", scope="balanced", **settings)
+    assert (other["settings"]["criterion"], other["settings"]["scope"]) == ("l2", "balanced")
+
+
+def test_a_second_cut_in_the_scope_balanced():
+    model = Residual(8, 8)
+    for coupled in ("individually", "jointly"):
+        report = prune(model, fraction=0.3, example_inputs=X, calibration=IMAGES, coupled=coupled, round_to=1)
+        assert report["fraction"] > 0.2
+        assert report["settings"]["scope"] == "balanced"
+    assert model(X).shape == (2, 4)
+
+
+def test_the_scope_balanced_refuses_scores_below_0(make_net):
+    with pytest.raises(ValueError, match="the scores of 'ortho' are below 0"):
+        prune(
+            make_net(),
+            fraction=0.3,
+            example_inputs=X,
+            calibration=IMAGES,
+            criterion="ortho",
+            scope="balanced",
+        )

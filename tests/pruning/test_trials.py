@@ -2,8 +2,11 @@
 
 import copy
 
+import pytest
 import torch
+from torch import nn
 
+from nets import Residual, conv, head
 from regrow.criteria.select import select
 from regrow.pruning.trials import Bench, become
 from regrow.structure.read import read_structure
@@ -68,3 +71,40 @@ def test_nothing_dropped_changes_nothing(make_net):
     become(model, Bench(model, X, read_structure(model, X), None).cut(keep, compensated=True))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not hasattr(model, "_regrow_cuts")
+
+
+def test_what_filters_save_by_hand(make_net):
+    model = make_net((4, 6))
+    bench = Bench(model, X, read_structure(model, X), None)
+    counts = {"conv1": 4, "conv2": 6}
+    macs = bench.savings("macs", counts, [])
+    # Two pictures of 64 places: a row of 27, and 9 columns of six filters; a row of 36, and 4 classes.
+    assert macs["conv1"].tolist() == pytest.approx([2 * 64 * (27 + 6 * 9)] * 4)
+    assert macs["conv2"].tolist() == pytest.approx([2 * (64 * 4 * 9 + 4)] * 6)
+    # With a bias, and a norm of two numbers.
+    params = bench.savings("params", counts, [])
+    assert params["conv1"].tolist() == pytest.approx([27 + 1 + 2 + 6 * 9] * 4)
+    assert params["conv2"].tolist() == pytest.approx([36 + 1 + 2 + 4] * 6)
+
+
+def test_what_filters_of_a_stream_save_together_and_alone():
+    model = Residual(4, 6, normed=False)
+    bench = Bench(model, X, read_structure(model, X), None)
+    counts, units = {"stem": 4, "a": 6, "b": 4}, [{"stem": [i], "b": [i]} for i in range(4)]
+    rows = {"stem": 27, "a": 36, "b": 54}
+    alone = bench.savings("macs", counts, [])
+    # The stem's channel leaves the tensor that a reads; the head reads the sum, in which b's is too.
+    assert alone["stem"].tolist() == pytest.approx([2 * 64 * (rows["stem"] + 6 * 9)] * 4)
+    assert alone["b"].tolist() == pytest.approx([2 * 64 * rows["b"]] * 4)
+    together = bench.savings("macs", counts, units)
+    whole = 2 * (64 * (rows["stem"] + rows["b"] + 6 * 9) + 4)
+    for name in ("stem", "b"):
+        assert together[name].tolist() == pytest.approx([whole / 2] * 4)
+    assert together["a"].tolist() == pytest.approx([2 * 64 * (rows["a"] + 4 * 9)] * 6)
+
+
+def test_what_a_filter_saves_with_the_depthwise_filter_that_reads_it():
+    model = nn.Sequential(conv(3, 4), conv(4, 4, groups=4, bias=False), conv(4, 5, 1), head(5))
+    bench = Bench(model, X, read_structure(model, X), None)
+    macs = bench.savings("macs", {"0": 4, "2": 5}, [])
+    assert macs["0"].tolist() == pytest.approx([2 * 64 * (27 + 9 + 5)] * 4)

@@ -34,7 +34,7 @@ def prune(*arguments: object):
 
 def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    settings = ["--fraction", "0.25", "--out", out, "--threads", 1]
+    settings = ["--fraction", "0.25", "--criterion", "l2", "--out", out, "--threads", 1]
     done = forking.regrow("prune", run, *settings, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a progress bar outside a terminal"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from regrow.criteria.activations import ACTIVATION_CRITERIA, activation_scores
 from regrow.criteria.batches import Loss
 from regrow.criteria.gradients import LOSS_CRITERIA, loss_scores
+from regrow.criteria.reconstruction import reconstruction_scores
 from regrow.criteria.utility import utility_scores
 from regrow.criteria.values import wide
 from regrow.filters import check_finite, convolutions, eligible, row_lengths, rows, unit_rows
@@ -78,8 +79,9 @@ def l2(weight: Tensor) -> Tensor:
 
 
 WEIGHT_CRITERIA = {"ortho": ortho, "ortho-corrected": ortho_corrected, "l1": l1, "l2": l2}
-DATA_CRITERIA = (*ACTIVATION_CRITERIA, "utility", *LOSS_CRITERIA, "oracle")
+DATA_CRITERIA = (*ACTIVATION_CRITERIA, "utility", "reconstruction", *LOSS_CRITERIA, "oracle")
 LABELLED_CRITERIA = (*LOSS_CRITERIA, "oracle")
+NEGATIVE_CRITERIA = ("ortho", "ortho-corrected")  # no score is above 0
 CRITERIA = (*WEIGHT_CRITERIA, "random", *DATA_CRITERIA)
 
 Criterion = str | Callable[[nn.Module], Mapping[str, Tensor]]
@@ -141,14 +143,14 @@ def score(
     Args:
         model: any module with convolutions; it is only read.
         criterion: ``"ortho"`` (RePr's overlap), ``"ortho-corrected"``, ``"l1"``, ``"l2"`` or ``"random"``;
-            with pictures, ``"mean-activation"``, ``"apoz"``, ``"utility"``, ``"gradient"``, ``"taylor"``,
-            ``"hessian"`` or ``"oracle"``; or a function of the model without wrappers, that returns
-            {name: Tensor[filters]}.
+            with pictures, ``"mean-activation"``, ``"apoz"``, ``"utility"``, ``"reconstruction"``,
+            ``"gradient"``, ``"taylor"``, ``"hessian"`` or ``"oracle"``; or a function of the model without
+            wrappers, that returns {name: Tensor[filters]}.
         exclude: qualified names of convolutions, or of containers of convolutions, to leave out.
         seed: for ``"random"``; the same seed gives the same scores.
         batches: pictures, in any iterable, such as a DataLoader: tensors, dicts of keywords, or pairs of
-            such inputs (or a tuple of arguments) and labels, on any device. All are read, once. All but
-            ``"mean-activation"``, ``"apoz"`` and ``"utility"`` take the loss.
+            such inputs (or a tuple of arguments) and labels, on any device. All are read, once.
+            ``"gradient"``, ``"taylor"``, ``"hessian"`` and ``"oracle"`` take the loss.
         loss: a function of outputs and labels that returns a tensor of one number, for a batch of one
             picture too; the labels are None where a batch has none. None: the cross entropy.
 
@@ -182,6 +184,8 @@ def score(
             found = activation_scores(probe, layers, batches, criterion)
         elif criterion == "utility":
             found = utility_scores(probe, layers, batches)
+        elif criterion == "reconstruction":
+            found = reconstruction_scores(probe, layers, batches)
         else:
             found = loss_scores(probe, layers, batches, criterion, loss)
         return _complete(found, convs, criterion)

@@ -29,6 +29,10 @@ class Uses(TorchFunctionMode):
         """Watch ``tensor`` from here on, under ``key``."""
         self._noted[id(tensor)] = tensor, key
 
+    def forget(self, tensor: Tensor) -> None:
+        """Watch ``tensor`` no longer."""
+        self._noted.pop(id(tensor), None)
+
     def key_of(self, tensor: Tensor) -> Any:
         """The key of a tensor that is watched; None for any other."""
         return self._noted.get(id(tensor), (None, None))[1]
@@ -36,17 +40,18 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = [each for each in _given(args, kwargs) if id(each) in self._noted] if self._noted else []
+        keys = [self.key_of(each) for each in found]
         others = [_other_summand(func, args, kwargs, each) for each in found]
-        for each, other in zip(found, others, strict=True):
+        for key, other in zip(keys, others, strict=True):
             if other is not None:  # ahead of the sum, which may write to it
-                self._used(self.key_of(each), other)
+                self._used(key, other)
         result = func(*args, **kwargs)
         if any(other is not None for other in others):
-            self._noted.pop(id(result), None)  # written to in place, it is the sum from here on
+            self.forget(result)  # written to in place, it is the sum from here on
         elif isinstance(result, Tensor | tuple | list) and not isinstance(result, Size):
-            for each, other in zip(found, others, strict=True):
+            for key, other in zip(keys, others, strict=True):
                 if other is None:
-                    self._used(self.key_of(each), None)
+                    self._used(key, None)
         return result
 
 

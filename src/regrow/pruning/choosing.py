@@ -6,18 +6,19 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.criteria.score import NEGATIVE_CRITERIA, Criterion
 from regrow.criteria.select import check_selection, select
 from regrow.structure.flows import Flows, components
 from regrow.structure.readers import Readers
 from regrow.suggest import nearest
 
-SCOPES = ("layer", "global", "isomorphic")
+SCOPES = ("layer", "global", "isomorphic", "balanced")
 COUPLED = ("jointly", "individually")  # the default first
 # Vector units work on multiples of 8. In a layer of 64 filters the nearest multiple is at most 4 filters, a
 # sixteenth, away from the number that the ranking gives; in narrower layers it is a larger share.
@@ -34,6 +35,8 @@ class Choice:
         scope, floor, round_to: as ``prune`` takes them.
         families: the layers that are ranked together if the scope is ``"isomorphic"``.
         units: groups of filters that are dropped together or not at all.
+        added: whether the score of a unit is the sum of its filters' scores, not the mean.
+        costs: for the scope ``"balanced"``, {name: Tensor[filters]}: what the removal of each filter saves.
     """
 
     scope: str = "layer"
@@ -41,6 +44,8 @@ class Choice:
     round_to: int | None = None
     families: Sequence[Sequence[str]] = ()
     units: Sequence[Unit] = ()
+    added: bool = False
+    costs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def step(self, filters: int) -> int:
         """The number of which a layer of ``filters`` keeps a multiple."""
@@ -58,6 +63,30 @@ def check_choice(scope: str, floor: float, round_to: int | None, coupled: str) -
             f"round_to is a whole number from 1 that divides every width, got {round_to!r}. For multiples "
             "of 8 write round_to=8, for any width round_to=1."
         )
+
+
+def settled(
+    criterion: Criterion | None, scope: str | None, *, reconstructs: bool, shares: bool
+) -> tuple[Criterion, str]:
+    """The criterion and the scope of ``prune``, also where they are left open.
+
+    Args:
+        reconstructs: whether there are images, and the layers behind removed filters are adapted to them.
+        shares: whether the target is a share for each layer.
+
+    Raises:
+        ValueError: the criterion has no scores that could be divided by what filters cost.
+    """
+    if criterion is None:
+        criterion = "reconstruction" if reconstructs else "l2"
+    if scope is None:
+        scope = "balanced" if criterion == "reconstruction" and not shares else "layer"
+    if scope == "balanced" and criterion in NEGATIVE_CRITERIA:
+        raise ValueError(
+            f"scope 'balanced' divides scores by the work that filters save, and the scores of {criterion!r} "
+            "are below 0: write scope='layer', or another criterion, such as 'l2'."
+        )
+    return criterion, scope
 
 
 def choose(
@@ -79,7 +108,14 @@ def choose(
     """
     scores = {name: torch.as_tensor(values).detach().double().cpu() for name, values in scores.items()}
     numbers = _unit_numbers(scores, choice.units)
-    scores = _by_layer(_unit_means(torch.cat(list(scores.values())), numbers), scores)
+    flat = _unit_sums(torch.cat(list(scores.values())), numbers)
+    if choice.scope == "balanced":
+        # What a unit costs is all that its filters cost, and it saves all that they save.
+        costs = torch.cat([choice.costs[name].double() for name in scores])
+        flat = flat / _unit_sums(costs, numbers)
+    elif not choice.added:
+        flat = flat / torch.bincount(numbers, minlength=len(flat))[numbers]
+    scores = _by_layer(flat, scores)
     groups = [list(scores)]
     if isinstance(fraction, Mapping):
         groups = [[name] for name in scores]
@@ -207,10 +243,9 @@ def _unit_numbers(scores: Mapping[str, Tensor], units: Sequence[Unit]) -> Tensor
     return numbers
 
 
-def _unit_means(flat: Tensor, numbers: Tensor) -> Tensor:
-    """Return the scores ``flat``, each replaced by the mean score of the filter's unit."""
-    sums = torch.zeros_like(flat).index_add(0, numbers, flat)
-    return (sums / torch.bincount(numbers, minlength=len(flat)))[numbers]
+def _unit_sums(flat: Tensor, numbers: Tensor) -> Tensor:
+    """Return ``flat``, a number of each filter, each replaced by the sum over the filter's unit."""
+    return torch.zeros_like(flat).index_add(0, numbers, flat)[numbers]
 
 
 def _by_layer(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

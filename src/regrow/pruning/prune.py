@@ -53,9 +53,9 @@ def prune(
     latency: float | None = None,
     calibration: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
-    criterion: Criterion = "l2",
+    criterion: Criterion | None = None,
     loss: Loss | None = None,
-    scope: str = "layer",
+    scope: str | None = None,
     coupled: str | None = None,
     round_to: int | None = None,
     floor: float = 0.1,
@@ -87,13 +87,17 @@ def prune(
             that reads pictures reads these.
         validation: batches of (inputs, labels [n]), to report accuracy, and for ``max_drop``.
         criterion, loss: as ``score`` takes them. Where the criterion takes the loss, ``calibration`` must
-            have labels.
+            have labels. None: ``"reconstruction"`` where removed filters are made up for, else ``"l2"``.
         scope: ``"layer"`` removes the same share of each layer, ``"global"`` ranks all filters together,
-            ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``).
+            ``"isomorphic"`` ranks within families of layers of the same kind (``choosing.families_of``),
+            ``"balanced"`` ranks all by their score for each multiply-accumulate that their removal saves, or
+            for ``params`` each parameter. None: ``"balanced"`` for the criterion ``"reconstruction"``, unless
+            each layer has its share; else ``"layer"``.
         coupled: filters that are added into the same channel of a residual stream are dropped
-            ``"jointly"``, by their mean score, so that the channel leaves the stream, or
-            ``"individually"``, so that each layer computes only the filters it keeps. None: jointly; for
-            ``latency`` the way that is faster here at the same number of multiply-accumulates.
+            ``"jointly"``, by their mean score (for ``"reconstruction"``, where scores are errors, their
+            sum), so that the channel leaves the stream, or ``"individually"``, so that each layer computes
+            only the filters it keeps. None: jointly; for ``latency`` the way that is faster here at the same
+            number of multiply-accumulates.
         round_to: a layer keeps a multiple of this many filters; a layer with fewer filters stays whole.
             None: a multiple of 8 in layers of 64 filters or more that lose some, any number in narrower
             ones. 1: any number in all.
@@ -123,13 +127,20 @@ def prune(
     """
     check(model, "prune")
     check_inputs(example_inputs, "prune")
+    if criterion is not None:
+        check_criterion(criterion)
+    ranking, within = choosing.settled(
+        criterion,
+        scope,
+        reconstructs=compensate and calibration is not None,
+        shares=isinstance(fraction, Mapping),
+    )
     kind, value = check_target(
         {"fraction": fraction, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency},
-        scope,
+        within,
     )
-    check_criterion(criterion)
-    check_pictures(criterion, calibration, loss, "calibration")
-    choosing.check_choice(scope, floor, round_to, coupled or choosing.COUPLED[0])
+    check_pictures(ranking, calibration, loss, "calibration")
+    choosing.check_choice(within, floor, round_to, coupled or choosing.COUPLED[0])
     form = form_of(deployed)
     if form is not None:
         form.check(device_of(unwrap(model)))
@@ -164,11 +175,11 @@ def prune(
         check_reach(value, every, left)
     unnamed = {name: left[name] for name in every if name not in shares}
     batches = None
-    if calibration is not None and (compensate or criterion in DATA_CRITERIA):
+    if calibration is not None and (compensate or ranking in DATA_CRITERIA):
         batches = _first_batches(base, calibration)
     scores = score(
         base,
-        criterion,
+        ranking,
         exclude=unnamed | dict.fromkeys(names, "excluded by name") | fixed,
         seed=seed,
         batches=batches,
@@ -179,7 +190,12 @@ def prune(
         units = choosing.coupled_filters(whole, readers, scores) if way == "jointly" else []
         units = choosing.renumbered(units, keep_of_uncut(base, {}, readers), scores)
         families = choosing.merged(choosing.families_of(whole, readers, scores), units)
-        return choosing.Choice(scope, floor, round_to, families, units)
+        counts = {name: len(values) for name, values in scores.items()}
+        saves = "params" if kind == "params" else "macs"
+        costs = bench.savings(saves, counts, units) if within == "balanced" else {}
+        # Errors of filters add up. Other scores are not of a kind that would.
+        added = ranking == "reconstruction"
+        return choosing.Choice(within, floor, round_to, families, units, added, costs)
 
     images = list(inputs_of(base, batches)) if compensate and batches is not None else None
     if isinstance(validation, Iterator):  # an iterator yields its batches once; they are needed again
@@ -217,8 +233,8 @@ def prune(
         "version": _VERSION,
         "target": {"kind": kind, "value": value, "reached": reached},
         "settings": {
-            "criterion": criterion_name(criterion),
-            "scope": scope,
+            "criterion": criterion_name(ranking),
+            "scope": within,
             "coupled": coupled,
             "round_to": round_to,
             "floor": floor,

@@ -199,6 +199,7 @@ class RunConfig(BaseModel):
         "mean-activation",
         "apoz",
         "utility",
+        "reconstruction",
         "gradient",
         "taylor",
         "hessian",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,7 @@ from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import check_target
-from regrow.pruning.choosing import check_choice
+from regrow.pruning.choosing import check_choice, settled
 from regrow.pruning.prune import prune
 from regrow.pruning.side_by_side import compare_latency
 from regrow.shipping.checkpoint import save
@@ -42,8 +42,8 @@ def run_prune(
     out: Path,
     *,
     targets: dict[str, Any],
-    criterion: str,
-    scope: str,
+    criterion: str | None,
+    scope: str | None,
     coupled: str | None,
     round_to: int | None,
     floor: float,
@@ -84,9 +84,12 @@ def run_prune(
             written then.
     """
     with typed():
-        check_target(targets, scope)
-        check_criterion(criterion)
-        check_choice(scope, floor, round_to, "jointly" if coupled is None else coupled)
+        if criterion is not None:
+            check_criterion(criterion)
+        shares = isinstance(targets.get("fraction"), Mapping)
+        _, settled_scope = settled(criterion, scope, reconstructs=compensate, shares=shares)
+        check_target(targets, settled_scope)
+        check_choice(settled_scope, floor, round_to, "jointly" if coupled is None else coupled)
         if deploy not in (None, *_PRECISIONS):
             raise ValueError(f"unknown precision {short(deploy)}{nearest(str(deploy), _PRECISIONS)}")
         if data is not None:
