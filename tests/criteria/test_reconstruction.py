@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nets import Drawn, Residual, chain, conv, head, unsettled
+from nets import DECODERS, Drawn, Residual, chain, conv, decoder, head, unsettled
 from regrow import score
 from regrow.criteria import reconstruction
 from regrow.least_squares.elimination import Reading, eliminate
@@ -225,3 +225,22 @@ def test_a_layer_that_no_picture_reaches_and_pictures_that_are_all_the_same() ->
     assert scores(model, torch.randn(4, 3, 8, 8))["spare"] == [0, 0]
     found = scores(two([[1, 0], [0, 1]], [[1, 1]], nn.Flatten()), torch.ones(4, 2, 1, 1))
     assert found["0"] == [0, 0]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_transposed_convolutions_of_all_kinds(name: str) -> None:
+    model, x = decoder(name)
+    found = score(model, "reconstruction", batches=[x, x + 0.1])
+    for values in found.values():
+        assert (values >= 0).all()
+        assert values.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_than_float32(dtype: torch.dtype) -> None:
+    model, x = unsettled(Residual(4, 6)), torch.randn(16, 3, 8, 8).bfloat16()
+    model = model.bfloat16()
+    found = score(model.to(dtype), "reconstruction", batches=[x.to(dtype)])
+    plain = score(model.float(), "reconstruction", batches=[x.float()])
+    for name, values in plain.items():
+        torch.testing.assert_close(found[name], values, rtol=0.1, atol=0.01 * float(values.max()))

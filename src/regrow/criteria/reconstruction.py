@@ -54,7 +54,6 @@ def reconstruction_scores(
     Returns:
         {name: Tensor[filters]}, float64, of the layers that a pass reaches; NaN where the pictures give NaN.
     """
-    found: dict[str, Tensor] = {}
     with only_read(model), torch.no_grad():
         held = list(read_batches(batches, device_of(model), needs_labels=False))
         first = held[0].first(1).inputs
@@ -76,6 +75,7 @@ def reconstruction_scores(
                         readings = _readings(model, ways[name], moments, spreads)
                         found[name] = _scores(readings, convs[name].out_channels)
                     advance(1)
+                del moments  # before the next ones are made
     return {name: values.to(wide(convs[name].weight.new_zeros(()))) for name, values in found.items()}
 
 
