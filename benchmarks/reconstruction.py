@@ -2,7 +2,7 @@
 
     python benchmarks/reconstruction.py --weights FOLDER --pictures CIFAR10.npz
 
-A trained CIFAR ResNet loses filters until a share of its multiply-accumulates is left. Nothing is trained, and
+    python benchmarks/reconstruction.py --weights FOLDER --pictures CIFAR10.npz
 the images that make up for the loss have no labels. The script prints a row for each way, and writes all to
 reconstruction.json beside itself.
 
