@@ -2,9 +2,9 @@
 
     python benchmarks/reconstruction.py --weights FOLDER --pictures CIFAR10.npz
 
-A trained CIFAR ResNet loses filters until a share of its operations is left. Nothing is trained, and the images that
-make up for the loss have no labels. The script prints a row for each way, and writes all to reconstruction.json
-beside itself.
+A trained CIFAR ResNet loses filters until a share of its operations is left. Nothing is trained, and the
+images that make up for the loss have no labels. The script prints a row for each way, and writes all to
+reconstruction.json beside itself.
 
 The weights of ResNet-20 and ResNet-56 are those of pytorch_resnet_cifar10 (BSD-2-Clause) as safetensors, and
 the pictures a npz file with train_images, train_labels, test_images, test_labels of the original CIFAR-10.
