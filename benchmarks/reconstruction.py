@@ -25,10 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 import regrow
+from regrow.compensation.reconstruct import reconstruct
 from regrow.pruning.cost import count_macs
+from regrow.structure.norms import own_norms
 
 HERE = Path(__file__).parent
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -118,11 +121,22 @@ def keep_at(net: nn.Module, macs: float, batches: Batches, **settings: Any) -> d
     return keep
 
 
-def without(net: nn.Module, keep: dict[str, Tensor], batches: Batches, how: str) -> nn.Module:
-    """A copy of ``net`` without some filters, which are made up for in one of the ways."""
+def without(
+    net: nn.Module, keep: dict[str, Tensor], batches: Batches, how: str, like: nn.Module | None = None
+) -> nn.Module:
+    """A copy of ``net`` without some filters, which are made up for in one of the ways.
+
+    Args:
+        like: the network whose outputs least squares aims at; None for ``net``.
+    """
     cut, example = copy.deepcopy(net), batches[0][:1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if how == "least-squares" and like is not None:
+            regrow.read_as(cut, keep, "removed", example_inputs=example)
+            gone = {name: (~mask).nonzero().flatten().tolist() for name, mask in keep.items()}
+            reconstruct(like, cut, gone, own_norms(like, example), batches)
+            return cut
         if how in ("means", "least-squares"):
             regrow.compensate(cut, keep, batches, example_inputs=example, method=how)
             return cut
@@ -184,6 +198,36 @@ def through_torch_pruning(net: nn.Module, macs: float, batches: Batches, isomorp
     return cut_to(high)[0].eval()
 
 
+def merged(net: nn.Module, macs: float, batches: Batches) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Model folding (Wang et al., ICLR 2025): similar filters of a block's first layer become their mean,
+    which the next layer reads by the sum of their weights. Returns the network and the filters that stay.
+    """
+    folded, example = copy.deepcopy(net), batches[0][:1]
+    blocks = [(name, each) for name, each in folded.named_modules() if isinstance(each, Block)]
+    inside = 0
+    for _, block in blocks:
+        side = 32 * 16 // block.conv2.out_channels
+        inside += side**2 * (block.conv1.weight.numel() + block.conv2.weight.numel())
+    share = (1 - macs) * count_macs(net, example) / inside
+    keep = {}
+    for name, block in blocks:
+        count = block.conv1.out_channels
+        scale = block.bn1.weight / (block.bn1.running_var + block.bn1.eps).sqrt()
+        rows = torch.cat([block.conv1.weight.flatten(1) * scale[:, None], block.bn1.bias[:, None]], 1)
+        clusters = max(1, count - round(share * count))
+        means = KMeans(clusters, n_init=4, random_state=0).fit(rows.detach().numpy())
+        alive = keep[f"{name}.conv1"] = torch.zeros(count, dtype=torch.bool)
+        for label in range(clusters):
+            those = torch.tensor(means.labels_ == label).nonzero().flatten()
+            alive[those[0]] = True
+            with torch.no_grad():
+                for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean):
+                    tensor[those[0]] = tensor[those].mean(0)
+                block.bn1.running_var[those[0]] = block.bn1.running_var[those].mean()
+                block.conv2.weight[:, those[0]] = block.conv2.weight[:, those].sum(1)
+    return folded, keep
+
+
 def fine_tuned(net: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
     """``net`` after one epoch over the training pictures, flipped and shifted at random."""
     generator = torch.Generator().manual_seed(0)
@@ -230,6 +274,12 @@ def measure(depth: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if choice not in keeps:
                 keeps[choice] = keep_at(net, macs, batches, **CHOICES[choice])
             note(macs, choice, how, without(net, keeps[choice], batches, how), time.perf_counter() - begun)
+        if not arguments.quick:
+            begun = time.perf_counter()
+            folded, keep = merged(net, macs, batches)
+            for how in ("removed", "re-estimated", "least-squares"):
+                cut = without(folded, keep, batches, how, net)
+                note(macs, "k-means, inner channels", how, cut, time.perf_counter() - begun)
         for isomorphic in () if arguments.quick else (False, True):
             choice = "Torch-Pruning, " + ("isomorphic" if isomorphic else "magnitude") + ", inner channels"
             begun = time.perf_counter()

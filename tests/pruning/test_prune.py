@@ -507,3 +507,26 @@ def test_the_scope_balanced_refuses_scores_below_0(make_net):
             criterion="ortho",
             scope="balanced",
         )
+
+
+class Two(nn.Module):
+    """Two pictures, each with a convolution of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Linear(16, 2)
+
+    def forward(self, x, y):
+        return self.head(torch.cat([self.a(x).relu().mean((2, 3)), self.b(y).relu().mean((2, 3))], 1))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_model_of_two_inputs(labelled):
+    torch.manual_seed(0)
+    x, y, labels = torch.randn(40, 3, 4, 4), torch.randn(40, 3, 4, 4), torch.arange(40) % 2
+    model = Two().eval()
+    batches = [((x, y), labels)] if labelled else [(x, y)]
+    report = prune(model, fraction=0.5, example_inputs=(x[:1], y[:1]), calibration=batches)
+    assert report["settings"]["criterion"] == "reconstruction"
+    assert list(report["compensation"]["layers"]) == ["head"]
+    assert report["filters"]["after"] < report["filters"]["before"]

@@ -23,12 +23,17 @@ def check_batches(batches: Any, argument: str) -> None:
 
 
 def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[Any]:
-    """Yield the inputs in each batch of ``calibration`` (see ``compensate``): a tensor, a dict of keywords,
-    or a tuple of arguments.
+    """The inputs in each batch of ``calibration``: the first items of ``parted``."""
+    return (inputs for inputs, *_ in parted(calibration, example_inputs))
+
+
+def parted(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[tuple[Any, ...]]:
+    """Yield the inputs in each batch of ``calibration`` (see ``compensate``), a tensor, a dict of keywords or
+    a tuple of arguments, and what stands behind them, such as labels.
 
     Args:
         example_inputs: of the model, where they are known. A tuple of several says that the model takes that
-            many, and that a batch of so many tensors is a tuple of arguments.
+            many, and that the first tensors of a batch are its arguments.
 
     Raises:
         ValueError: there is no batch, or a batch is of an unknown kind.
@@ -36,10 +41,11 @@ def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[A
     several = len(example_inputs) if isinstance(example_inputs, tuple | list) else 0
     empty = True
     for batch in calibration:
-        inputs = batch
+        inputs, behind = batch, ()
         if isinstance(batch, tuple | list) and batch:
             alone = several > 1 and len(batch) >= several and isinstance(batch[0], Tensor)
             inputs = tuple(batch[:several]) if alone else batch[0]
+            behind = tuple(batch[several if alone else 1 :])
         if isinstance(inputs, tuple | list):
             inputs = tuple(inputs)
         if not isinstance(inputs, Tensor | Mapping) and not (
@@ -54,7 +60,7 @@ def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[A
                 f"the model takes {several} inputs, as example_inputs say, and a calibration batch has one: "
                 "give tuples of the inputs, or pairs of such a tuple and labels, or dicts of keywords."
             )
-        yield inputs
+        yield inputs, *behind
         empty = False
     if empty:
         raise ValueError(
