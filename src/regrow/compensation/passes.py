@@ -13,6 +13,7 @@ from regrow.least_squares.unfolded import inputs_at, outputs_at
 from regrow.looking.hooks import hooked
 from regrow.looking.images import forward
 from regrow.looking.shortcuts import Uses
+from regrow.torch_private import writes_to
 
 
 @dataclass
@@ -80,7 +81,7 @@ class _Follower:
                 else inputs_at(module, read[0], output, chosen)
             )
         calls.append(call)
-        self._last[name] = read[0], read[0]._version, output
+        self._last[name] = read[0], writes_to(read[0]), output
         if target.added:
             self.waiting[name].add(len(calls) - 1)
             if not target.norm:
@@ -111,7 +112,7 @@ class _Follower:
             return None
         layer = self._modules[target.name]
         x, version, output = self._last[target.name]
-        if target.calls > 1 or target.why or x._version != version:
+        if target.calls > 1 or target.why or writes_to(x) != version:
             raise Stale
         made: Tensor = type(layer).forward(layer, x)
         if made.shape != output.shape:  # it was asked for another size
