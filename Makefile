@@ -7,7 +7,7 @@ SEEDS ?= 0-2
 .PHONY: help setup demo test lint types check clean
 
 help:
-	@echo "make demo   train, compare, cut and report on the bundled digits: runs/demo/report.html"
+	@echo "make demo   train, compare, report (runs/demo/report.html) and cut on the bundled digits"
 	@echo "make test   lint, types and the tests; the report in a browser too after: apt-get install chromium"
 
 setup: $(READY)
@@ -23,6 +23,7 @@ demo: $(READY)
 	$(BIN)/regrow curve runs/demo
 	$(BIN)/regrow prune runs/demo/standard-seed0 --max-drop 1 --out runs/demo-pruned
 	$(BIN)/regrow report runs/demo
+	$(BIN)/regrow prune runs/demo/standard-seed0 --macs 0.5 --out runs/demo-half
 
 test: $(READY) lint types check
 

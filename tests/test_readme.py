@@ -128,11 +128,59 @@ def test_the_lines_about_analysis_run_as_printed() -> None:
     assert len(found["record"]["mean"]) == 2
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+CUTTING = ROOT / "examples" / "cut_and_finetune.py"  # has a test of its own
+
+
+@pytest.mark.parametrize(
+    "script", sorted({*(ROOT / "examples").glob("*.py")} - {CUTTING}), ids=lambda path: path.name
+)
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     done = forking.script(script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
+
+
+def test_the_example_of_cutting_says_what_each_way_costs(tmp_path: Path) -> None:
+    done = forking.script(CUTTING, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert head.split("  ")[-1].strip().endswith("test accuracy")
+    found = re.findall(r"^(.*?) +([\d,]+) +([\d.]+)%$", "\n".join(lines), re.MULTILINE)
+    assert len(found) == len(lines) == 6
+    parameters = [int(count.replace(",", "")) for _, count, _ in found]
+    uncut, plain, plain_tuned, made_up, tuned, stepwise = (float(accuracy) for *_, accuracy in found)
+    assert parameters[1] == parameters[2]
+    assert parameters[3] == parameters[4]
+    assert max(parameters[1:]) < 0.6 * parameters[0]
+    assert plain < made_up - 10, "making up for removed filters brought nothing"
+    assert min(plain_tuned, tuned, stepwise) > uncut - 4, "the cut networks did not train on"
+    assert plain_tuned > plain + 10
+    assert made_up > uncut - 4
+
+
+def test_the_recipe_runs_as_printed_and_trains_on() -> None:
+    page = (ROOT / "docs" / "prune.md").read_text(encoding="utf-8")
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "falling" in each]
+    model, x = network().eval(), torch.randn(64, 1, 8, 8)
+    labels = torch.arange(64) % 4
+    rates, losses = [], []
+
+    def train_one_epoch(model: nn.Module, _loader: object, optimizer: torch.optim.Optimizer) -> None:
+        assert {*map(id, model.parameters())} == {id(p) for g in optimizer.param_groups for p in g["params"]}
+        assert model.training
+        rates.append(optimizer.param_groups[0]["lr"])
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+
+    names = {"regrow": regrow, "torch": torch, "model": model, "x": x, "rate": 0.1}
+    exec(block, {**names, "loader": [(x, labels)], "train_one_epoch": train_one_epoch})
+    assert model[0].out_channels + model[3].out_channels < 16
+    assert rates == pytest.approx([0.03, 0.015])
+    assert losses[-1] < losses[0]
 
 
 def test_the_example_of_ddp_runs_in_two_processes(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from regrow.shipping.checkpoint import load
 from regrow.study import records, trained
 from regrow.study.config import make_config
 from regrow.study.libraries import LibraryModel
+from regrow.study.prune_table import count, size
 from regrow.study.train import train
 from regrow.study.trained import by_name, from_run
+from regrow.surgery.cut import cut
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,58 @@ def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
     assert top1(small, before.test) == (report["test_accuracy"]["after"], report["test_accuracy"]["images"])
 
 
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("longer") / "one"
+    train(make_config({"epochs": 20, "width": 32, "threads": 1, "device": "cpu"}), folder)
+    return folder
+
+
+def test_ends_in_the_table_of_uncut_cut_and_reconstructed(longer: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    done = prune(longer, "--macs", 0.5, "--out", out, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "prune.json").read_text())
+    uncut, plain, made_up = report["networks"]
+    assert [row["network"] for row in report["networks"]] == ["uncut", "cut", "cut and reconstructed"]
+    assert plain["validation_accuracy"] < uncut["validation_accuracy"] - 0.05
+    assert made_up["validation_accuracy"] > uncut["validation_accuracy"] - 0.02
+    for row, when in ((uncut, "before"), (made_up, "after")):
+        assert row["validation_accuracy"] == report["accuracy"][when]
+        assert row["test_accuracy"] == report["test_accuracy"][when]
+        assert row["macs"] == report["macs"][when]
+        assert row["latency"] == report["latency"][when]["median"]
+    for key in ("macs", "latency", "file_size"):
+        assert plain[key] == made_up[key]
+    assert made_up["file_size"] == (out / "pruned.safetensors").stat().st_size < uncut["file_size"]
+
+    # The row in the middle is what cut makes of the network.
+    network = from_run(longer)
+    keep = {
+        name: torch.tensor([i not in gone for i in range(report["layers"][name]["before"])])
+        for name, gone in report["dropped"].items()
+    }
+    cut(network.model, keep, example_inputs=network.example)
+    assert plain["validation_accuracy"] == top1(network.model, network.validation)[0]
+    assert plain["test_accuracy"] == top1(network.model, network.test)[0]
+
+    lines = [" ".join(line.split()) for line in done.output.splitlines()]
+    for line, row in zip(lines[-5:-2], report["networks"], strict=True):
+        assert line.startswith(f"{row['network']} {row['test_accuracy']:.2%} {count(row['macs'])} ")
+        assert line.endswith(f" ms {size(row['file_size'])}")
+    assert lines[-1].startswith("Written")
+    assert "\x1b" not in done.output, "colours outside a terminal"
+
+
+def test_the_table_has_two_rows_where_nothing_is_made_up_for(run: Path, tmp_path: Path) -> None:
+    done = prune(run, "--fraction", 0.25, "--no-compensate", "--out", tmp_path, "--threads", 1)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "prune.json").read_text())
+    assert [row["network"] for row in report["networks"]] == ["uncut", "cut"]
+    assert report["networks"][1]["test_accuracy"] == report["test_accuracy"]["after"]
+    assert "reconstructed" not in done.output
+
+
 def test_timed_as_deployed_too(run: Path, tmp_path: Path) -> None:
     done = prune(run, "--fraction", 0.25, "--deploy", "bfloat16", "--out", tmp_path, "--device", "cpu")
     assert done.exit_code == 0, done.output
@@ -95,6 +149,7 @@ def test_a_library_network_without_pictures(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "o" / "prune.json").read_text())
     assert report["accuracy"] is report["test_accuracy"] is report["compensation"] is None
+    assert report["networks"] is None
     assert all(pair["after"] % 8 == 0 for pair in report["layers"].values())
     small = load(by_name("squeezenet1_1", weights="none").model, tmp_path / "o" / "pruned.safetensors")
     assert small.eval()(torch.zeros(1, 3, 48, 48)).shape == (1, 1000)
@@ -153,7 +208,7 @@ def test_pictures_of_other_classes_are_named_as_the_reason(tmp_path: Path) -> No
         done = prune(*given, "--fraction", 0.5)
     assert done.exit_code == 0, done.output
     report = json.loads((out / "prune.json").read_text())
-    assert report["accuracy"] is report["test_accuracy"] is None
+    assert report["accuracy"] is report["test_accuracy"] is report["networks"] is None
     assert report["compensation"]["images"] > 0
 
 

@@ -75,6 +75,34 @@ def test_every_number_with_its_unit():
     assert not any("test accuracy" in line for line in lines)
 
 
+NETWORKS = [
+    ("uncut", 0.977, 0.986, 203_072, 0.002, 79_616),
+    ("cut", 0.607, 0.529, 100_084, 0.001, 41_064),
+    ("cut and reconstructed", 0.9765, 0.985, 100_084, 0.001, 41_064),
+]
+KEYS = ("network", "validation_accuracy", "test_accuracy", "macs", "latency", "file_size")
+
+
+def test_the_last_table_sets_the_cut_beside_the_reconstructed() -> None:
+    rows = [dict(zip(KEYS, row, strict=True)) for row in NETWORKS]
+    lines = shown(REPORT | {"networks": rows})
+    assert lines[-5] == "network test accuracy multiply-accumulates latency file size"
+    assert lines[-3:] == [
+        "uncut 98.60% 203 k 2 ms 79.6 kB",
+        "cut 52.90% 100 k 1 ms 41.1 kB",
+        "cut and reconstructed 98.50% 100 k 1 ms 41.1 kB",
+    ]
+    rows[1]["test_accuracy"] = None
+    lines = shown(REPORT | {"networks": rows, "settings": {"deployed": {}, "criterion": "l2"}}, width=100)
+    assert lines[-5].startswith("network validation accuracy")
+    assert lines[-2] == "cut 60.70% 100 k 1 ms 41.1 kB"
+    assert "deployed" not in lines[-5]
+    deployed = shown(REPORT | {"networks": rows, "settings": {"deployed": {"dtype": None}}}, width=100)
+    assert "multiply-accumulates latency deployed file size" in deployed[-5]
+    for nothing in (REPORT, REPORT | {"networks": None}):
+        assert not any("reconstructed" in line for line in shown(nothing))
+
+
 def test_names_are_shown_as_they_are():
     report = {**REPORT, "layers": {"[red]a[/]": {"before": 4, "after": 2}}, "left_out": {}, "masked": {}}
     assert "[red]a[/] 4 2 50 %" in shown(report)

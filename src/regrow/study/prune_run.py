@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
 from regrow.atomic import move, temporary_folder
 from regrow.criteria.score import DATA_CRITERIA, LABELLED_CRITERIA, check_criterion
@@ -20,6 +21,7 @@ from regrow.looking.copies import copied
 from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import check_target
 from regrow.pruning.choosing import check_choice, settled
+from regrow.pruning.cost import count_macs
 from regrow.pruning.prune import prune
 from regrow.pruning.side_by_side import compare_latency
 from regrow.shipping.checkpoint import save
@@ -29,12 +31,14 @@ from regrow.short import short
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.prune_table import prune_tables
-from regrow.study.trained import Trained, by_name, from_run
+from regrow.study.trained import Loader, Trained, by_name, from_run
 from regrow.study.typed import Mistyped, typed
 from regrow.suggest import nearest
+from regrow.surgery.cut import cut
 
 _PRECISIONS = ("float32", "float16", "bfloat16")
 WEIGHTS_FILE, REPORT_FILE, ONNX_FILE = "pruned.safetensors", "prune.json", "pruned.onnx"
+_UNCUT, _CUT, _RECONSTRUCTED = "uncut", "cut", "cut and reconstructed"
 
 
 def run_prune(
@@ -61,7 +65,7 @@ def run_prune(
     """Prune a network, print what that changed, and write pruned.safetensors and prune.json.
 
     Validation pictures decide; if there are test pictures, accuracy on them is measured once before and once
-    after.
+    after. Where accuracy can be measured, the last table also has the same cut without making up for it.
 
     Args:
         network: a run folder, or a name of torchvision's or timm's.
@@ -77,7 +81,11 @@ def run_prune(
 
     Returns:
         What prune.json holds: the report of ``prune``, and source, environment, test_accuracy (before and
-        after, or None) and deployed (the record of ``compare_latency``, or None).
+        after, or None), deployed (the record of ``compare_latency``, or None) and networks (None where
+        accuracy cannot be measured, else a list of rows "uncut", "cut" and, with ``compensate``, "cut and
+        reconstructed": network, validation_accuracy and test_accuracy (0 to 1; None without test pictures),
+        macs, latency (median in seconds), file_size (bytes of the file that ``save`` writes)). The two cut
+        networks have the same shapes, so ``prune`` timed one of them for both.
 
     Raises:
         ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
@@ -131,9 +139,9 @@ def run_prune(
     before = top1(trained.model, trained.test) if trained.test is not None else None
     form = {} if deploy is None else {"dtype": getattr(torch, deploy)}
     pictures = trained.example if trained.calibration is None else trained.calibration[0]
-    uncut = None
-    if deploy is not None:
-        uncut = copied(trained.model, torch.clone)
+    judged = trained.validation is not None
+    uncut = copied(trained.model, torch.clone) if deploy is not None or judged else None
+    if deploy is not None and uncut is not None:
         # What cannot be deployed is refused before the search.
         deployed_copy(uncut, example_inputs=pictures[:1], **form)
     with _Bar() as bar:
@@ -161,7 +169,7 @@ def run_prune(
         after = top1(trained.model, trained.test)
         report["test_accuracy"] = {"before": before[0], "after": after[0], "images": after[1]}
     report["deployed"] = None
-    if uncut is not None:
+    if deploy is not None and uncut is not None:
         report["deployed"] = compare_latency(
             {"before": uncut, "after": trained.model},
             example_inputs=pictures,
@@ -170,6 +178,7 @@ def run_prune(
             **form,
         )
     out.mkdir(parents=True, exist_ok=True)
+    report["networks"] = _rows(uncut, trained, report, out) if judged and uncut is not None else None
     written = _write(trained, report, out, onnx)
     for table in prune_tables(report):
         console.print(table)
@@ -204,6 +213,42 @@ def _find(
         image_size=image_size,
         device=device,
     )
+
+
+def _rows(uncut: nn.Module, trained: Trained, report: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """The rows of the table that shows what the cut alone does, and what making up for it does."""
+    plain = copied(uncut, torch.clone)
+    keep = {}
+    for name, gone in report["dropped"].items():
+        keep[name] = torch.ones(report["layers"][name]["before"], dtype=torch.bool)
+        keep[name][gone] = False
+    cut(plain, keep, example_inputs=trained.example)
+    networks = [(_UNCUT, uncut, "before"), (_CUT, plain, "after")]
+    if report["compensation"] is not None:
+        networks.append((_RECONSTRUCTED, trained.model, "after"))
+
+    def accuracy(model: nn.Module, when: str, key: str, pictures: Loader | None) -> float | None:
+        if pictures is None:
+            return None
+        return top1(plain, pictures)[0] if model is plain else float(report[key][when])
+
+    with temporary_folder(out, "prune") as folder:
+        return [
+            {
+                "network": name,
+                "validation_accuracy": accuracy(model, when, "accuracy", trained.validation),
+                "test_accuracy": accuracy(model, when, "test_accuracy", trained.test),
+                "macs": count_macs(model, trained.example),
+                "latency": report["latency"][when]["median"],
+                "file_size": _file_size(model, folder / WEIGHTS_FILE),
+            }
+            for name, model, when in networks
+        ]
+
+
+def _file_size(model: nn.Module, file: Path) -> int:
+    save(model, file)
+    return file.stat().st_size
 
 
 def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 def prune_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The filters of each layer, the network's cost and accuracy, before and after, and its time deployed.
+    """The filters of each layer, the network's cost and accuracy, before and after, its time deployed, and
+    last the network uncut, cut, and cut and reconstructed, where the report has that.
 
     Args:
         report: what ``regrow.prune`` returned, or prune.json.
@@ -46,7 +47,14 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
     latency = report["latency"]
     medians = {when: latency[when]["median"] for when in ("before", "after")}
     whole.add_row(
-        *map(Text, [_latency(report), *(milliseconds(each) for each in medians.values()), share(medians)])
+        *map(
+            Text,
+            [
+                f"{_latency(report)}, median",
+                *(milliseconds(each) for each in medians.values()),
+                share(medians),
+            ],
+        )
     )
     spread = [
         f"{milliseconds(latency[when]['lowest'])} – {milliseconds(latency[when]['highest'])}"
@@ -59,7 +67,38 @@ def prune_tables(report: Mapping[str, Any]) -> list[Table]:
             cells = [name, *(f"{pair[w]:.2%}" for w in medians)]
             whole.add_row(*map(Text, [*cells, f"{points:+.2f} points".replace("-", "−")]))
     deployed = report.get("deployed")
-    return [layers, whole, *([deployed_table(deployed)] if deployed else [])]
+    networks = report.get("networks")
+    return [
+        layers,
+        whole,
+        *([deployed_table(deployed)] if deployed else []),
+        *([networks_table(networks, _latency(report))] if networks else []),
+    ]
+
+
+def networks_table(rows: Sequence[Mapping[str, Any]], latency: str) -> Table:
+    """What a cut costs in accuracy, without and with making up for it, and what it saves.
+
+    Args:
+        rows: ``networks`` of prune.json. The accuracy is that on test pictures, if all rows have it, else
+            that on validation pictures.
+        latency: the head of the column of median times.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    tested = all(row["test_accuracy"] is not None for row in rows)
+    kind = "test" if tested else "validation"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("network", overflow="fold")
+    for column in (f"{kind} accuracy", "multiply-accumulates", latency, "file size"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{row[f'{kind}_accuracy']:.2%}", count(row["macs"])]
+        cells += [milliseconds(row["latency"]), size(row["file_size"])]
+        table.add_row(*map(Text, [row["network"], *cells]))
+    return table
 
 
 def deployed_table(record: Mapping[str, Any]) -> Table:
@@ -104,7 +143,7 @@ def form_of(record: Mapping[str, Any]) -> str:
 
 def _latency(report: Mapping[str, Any]) -> str:
     deployed = report.get("settings", {}).get("deployed")
-    return "latency deployed, median" if deployed else "latency, median"
+    return "latency deployed" if deployed else "latency"
 
 
 def share(pair: Mapping[str, float]) -> str:
