@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regrow.compensation.passes import Call, Ended, Stale, follow
 from regrow.compensation.targets import Target, shift_holders, survey
-from regrow.least_squares.moments import Moments, fit
+from regrow.least_squares.moments import Moments, fit, in_span
 from regrow.least_squares.unfolded import positions, weight_of, with_batch
 from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
@@ -26,6 +26,8 @@ _ROWS, _TIMES = 1 << 14, 32
 _LIVE = 5  # outputs of the size of the largest one, which a pass holds at a time
 # A norm that scales a channel down by more than this, beside its largest channel, hides the shortcut's error.
 _HIDDEN = 1e-3
+# With fewer rows than this for each column, a system is solved in the space that the rows span.
+_FEW = 0.7
 _NOT_CALLED = "the smaller network does not call it as the other does"
 
 # The moments of every second picture, and those of the others.
@@ -122,7 +124,8 @@ class _Work:
         def met(target: Target, calls: list[Call]) -> bool:
             del left[target.name]
             halves: Halves = [None, None]
-            self._add_moments(halves, target, self._whole.pop(target.name), calls, 0, self._images)
+            whole = self._whole.pop(target.name)
+            self._add_moments(halves, target, whole, calls, 0, self._images, len(calls) == 1)
             changed = self._solve(target, halves)
             self._advance(1 - len(left) / len(self.targets))
             return changed
@@ -146,7 +149,7 @@ class _Work:
 
         def met(target: Target, calls: list[Call]) -> bool:
             whole = self._whole.pop(target.name)
-            self._add_moments(halves, target, whole, calls, seen, count_images(batch))
+            self._add_moments(halves, target, whole, calls, seen, count_images(batch), False)
             raise Ended
 
         def keep(target: Target, calls: list[Call]) -> bool:
@@ -184,7 +187,14 @@ class _Work:
         return self._whole[target.name][number].chosen
 
     def _add_moments(
-        self, halves: Halves, target: Target, whole: list[Call], left: list[Call], seen: int, images: int
+        self,
+        halves: Halves,
+        target: Target,
+        whole: list[Call],
+        left: list[Call],
+        seen: int,
+        images: int,
+        alone: bool,
     ) -> None:
         """Add the moments of what a layer reads in the cut network, and of what its outputs lack there, to
         those of the half that each image belongs to.
@@ -192,6 +202,7 @@ class _Work:
         Args:
             seen: how many images there were before.
             images: how many are in this pass.
+            alone: whether one pass shows all images.
         """
         layer = self._cut.get_submodule(target.name)
         groups = 1 if target.why else int(getattr(layer, "groups", 1))
@@ -204,9 +215,12 @@ class _Work:
             # Where each call is of one image, calls take turns.
             one_each = images > 1 and len(before.output) == len(before.chosen)
             first = seen + (number if one_each else 0)
-            for half, (x, r) in enumerate(_halves(after.inputs, lack, len(before.chosen), first)):
+            rows, basis = after.inputs, None
+            if alone and rows.shape[1] < _FEW * rows.shape[2]:
+                rows, basis = in_span(rows)
+            for half, (x, r) in enumerate(_halves(rows, lack, len(before.chosen), first)):
                 if r.shape[1]:
-                    more, so_far = Moments.of(x, r), halves[half]
+                    more, so_far = Moments.of(x, r, basis), halves[half]
                     halves[half] = more if so_far is None else so_far + more
 
     def _solve(self, target: Target, both: Halves) -> bool:
@@ -218,7 +232,7 @@ class _Work:
             return False
         layer = self._cut.get_submodule(target.name)
         holders = shift_holders(self._cut, self._norms, target.name, halves[0].r.numel())
-        columns, rows = halves[0].xx.shape[-1], sum(half.count for half in halves)
+        columns, rows = halves[0].inputs, sum(half.count for half in halves)
         if columns > rows:
             self.done.few[target.name] = rows, columns
         if not holders and not columns:
