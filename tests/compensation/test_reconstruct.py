@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nets import keep_but, unsettled
+from nets import Drawn, conv, keep_but, unsettled
 from regrow.compensation.compensate import compensate
 from regrow.compensation.reconstruct import reconstruct
 from regrow.structure.norms import own_norms
@@ -93,8 +94,8 @@ def test_a_filter_that_another_one_stands_for_goes_at_nearly_no_cost(reader: str
 
 def test_layers_of_one_and_three_dimensions() -> None:
     torch.manual_seed(0)
-    for conv, x in ((nn.Conv1d, torch.randn(64, 2, 9)), (nn.Conv3d, torch.randn(64, 2, 4, 3, 4))):
-        net = nn.Sequential(conv(2, 4, 3, padding=1), nn.ReLU(), conv(4, 3, 3), nn.Flatten()).eval()
+    for kind, x in ((nn.Conv1d, torch.randn(64, 2, 9)), (nn.Conv3d, torch.randn(64, 2, 4, 3, 4))):
+        net = nn.Sequential(kind(2, 4, 3, padding=1), nn.ReLU(), kind(4, 3, 3), nn.Flatten()).eval()
         with torch.no_grad():
             net[0].weight[3], net[0].bias[3] = net[0].weight[0], net[0].bias[0]
         before = outputs(net, x)
@@ -252,3 +253,100 @@ def test_nan_on_the_way_changes_nothing() -> None:
     with pytest.raises(ValueError, match="NaN or infinite values in '0'"):
         compensate(net, {"0": keep_but(4, 1)}, [x], example_inputs=X[:1])
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+class Autocast(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+def lefts(net: nn.Module, keep: dict[str, torch.Tensor], batches: list[torch.Tensor]) -> dict[str, float]:
+    """How far the compensated network is from the uncut one, by either method."""
+    found = {}
+    for method in ("means", "least-squares"):
+        cut = copy.deepcopy(net)
+        compensate(cut, keep, batches, example_inputs=X[:1], method=method)
+        found[method] = outputs(cut).sub(outputs(net)).norm().item()
+    return found
+
+
+def test_autocast_in_the_models_own_code_sees_the_new_weights() -> None:
+    net = Autocast(unsettled(Residual(), lowest_bias=0.2)).eval()
+    left = lefts(net, {"net.stem": keep_but(8, 2, 5)}, [X])
+    assert left["least-squares"] < left["means"]
+
+
+def test_what_else_reads_the_output_of_a_layer_gets_no_error_of_a_shortcut() -> None:
+    torch.manual_seed(0)
+    parts = {"stem": conv(3, 8), "b": conv(8, 8), "nb": nn.BatchNorm2d(8), "a": conv(8, 8), "head": mean()}
+
+    def raw(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.b(net.stem(x).relu())
+        return net.head((net.nb(y) + y).relu())
+
+    def branch(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.b(net.stem(x).relu())
+        return net.head((net.nb(y) + net.a(y)).relu())
+
+    for draw in (raw, branch):
+        net = unsettled(Drawn(draw, **parts), lowest_bias=0.2).eval()
+        left = lefts(net, {"stem": keep_but(8, 2, 5)}, [X])
+        assert left["least-squares"] < left["means"]
+
+
+LOOPS = {
+    "no batch dimension": lambda net, x: torch.stack([net.b(net.a(each).relu()).relu() for each in x]),
+    "one by one": lambda net, x: net.b(torch.cat([net.a(each[None]).relu() for each in x])).relu(),
+    "in parts": lambda net, x: torch.cat([net.b(net.a(each).relu()).relu() for each in x.split(24)]),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_layer_may_be_called_as_often_as_there_are_images(
+    loop: str, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr("regrow.compensation.reconstruct.most_memory", lambda _device: 0)
+    torch.manual_seed(0)
+    net = Drawn(
+        lambda net, x: net.head(LOOPS[loop](net, x).mean((2, 3))),
+        a=conv(3, 6),
+        b=conv(6, 5),
+        head=nn.Linear(5, 2),
+    ).eval()
+    with torch.no_grad():
+        net.a.weight[3], net.a.bias[3] = net.a.weight[0], net.a.bias[0]
+    cut = copy.deepcopy(net)
+    removal = plan_removal(net, {"a": keep_but(6, 3)}, X[:1])
+    removal.apply(cut)
+    before = outputs(cut).sub(outputs(net)).norm()
+    done = reconstruct(net, cut, removal.gone, {}, [X[:40], X[40:]])
+    assert outputs(cut).sub(outputs(net)).norm() < 0.05 * before
+    assert not done.unfolded
+
+
+def test_a_layer_that_the_smaller_network_does_not_call_is_named() -> None:
+    torch.manual_seed(0)
+    net = Drawn(
+        lambda net, x: net.b(y) if (y := net.a(x).relu())[:, 0].any() else y.sum((2, 3), keepdim=True),
+        a=conv(3, 6), b=conv(6, 6),
+    ).eval()  # fmt: skip
+    for batches in ([X], [X, X[:1, :, 1:]]):  # all at once, and one by one
+        cut = copy.deepcopy(net)
+        with torch.no_grad():
+            cut.a.weight[0], cut.a.bias[0] = 0, 0
+        done = reconstruct(net, cut, {"a": [0]}, {}, batches)
+        assert done.unfolded == {"b": "the smaller network does not call it as the other does"}
+
+
+def test_a_batch_without_images_is_named() -> None:
+    with pytest.raises(ValueError, match="has no images"):
+        compensate(Residual(), {"a": keep_but(8, 1)}, [X, X[:0]], example_inputs=X[:1])
+    with pytest.raises(ValueError, match="has no images"):
+        compensate(Residual(), {"a": keep_but(8, 1)}, [{"x": X[:0]}], example_inputs=X[:1])

@@ -178,7 +178,7 @@ def _warn_of_one_class(calibration: list[Any]) -> None:
         warnings.warn(
             f"all calibration images have the label {classes.item()}: what other classes need is not "
             "seen, and is lost. Shuffle the images before you take some of them.",
-            stacklevel=3,
+            stacklevel=4,  # torch.no_grad() adds a frame
         )
 
 
@@ -188,5 +188,5 @@ def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     warnings.warn(
         f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
         f"the images give {rows} rows of them. Pass more images, a few hundred in all.",
-        stacklevel=3,
+        stacklevel=4,  # torch.no_grad() adds a frame
     )

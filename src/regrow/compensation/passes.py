@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regrow.compensation.targets import Target
@@ -71,6 +72,8 @@ class _Follower:
             self._normed[name] += 1
             return None
         target, calls = self._targets[name], self.calls[name]
+        if self._reads and len(calls) == target.calls:
+            return None  # the uncut network does not call it as often
         chosen = self._choose(target, len(calls), module, output)
         # Clones, because the activation behind the layer may work in place.
         call = Call(chosen, outputs_at(module, output, chosen).clone())
@@ -110,6 +113,8 @@ class _Follower:
         change."""
         if not self._met(target, self.calls[target.name]):
             return None
+        # Autocast keeps copies of weights, and would not see that these changed.
+        torch.clear_autocast_cache()
         layer = self._modules[target.name]
         x, version, output = self._last[target.name]
         if target.calls > 1 or target.why or writes_to(x) != version:
@@ -125,7 +130,7 @@ class _Follower:
 
 def follow(
     model: nn.Module, targets: Sequence[Target], inputs: Any, choose: Choose, met: Met, *, reads: bool
-) -> list[Target]:
+) -> dict[str, list[Call]]:
     """One pass, which shows what each of ``targets`` read and made.
 
     Args:
@@ -135,8 +140,7 @@ def follow(
         reads: whether ``Call.inputs`` are wanted.
 
     Returns:
-        The layers that were not met: this pass added their outputs to nothing, or did not call them as often
-        as ``survey`` saw.
+        The calls of the layers of which all sums are known; there may be more or fewer than ``Target.calls``.
 
     Raises:
         PassFailed: the model's forward pass fails.
@@ -145,4 +149,4 @@ def follow(
     follower = _Follower(model, targets, choose, met, reads)
     with hooked(follower.layers(), follower.after), follower.watcher:
         forward(model, inputs)
-    return [each for each in targets if not follower._is_complete(each)]
+    return {name: calls for name, calls in follower.calls.items() if calls and not follower.waiting[name]}

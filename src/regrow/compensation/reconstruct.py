@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from regrow.compensation.passes import Call, Ended, Stale, follow
 from regrow.compensation.targets import Target, shift_holders, survey
-from regrow.least_squares.moments import Moments, fit
-from regrow.least_squares.unfolded import positions, weight_of
+from regrow.least_squares.moments import Moments, fit, in_span
+from regrow.least_squares.unfolded import positions, weight_of, with_batch
 from regrow.looking.calls import evaluating
 from regrow.looking.hooks import hooked
 from regrow.looking.images import check_finite_results, count_images, forward, there
@@ -26,6 +26,12 @@ _ROWS, _TIMES = 1 << 14, 32
 _LIVE = 5  # outputs of the size of the largest one, which a pass holds at a time
 # A norm that scales a channel down by more than this, beside its largest channel, hides the shortcut's error.
 _HIDDEN = 1e-3
+# With fewer rows than this for each column, a system is solved in the space that the rows span.
+_FEW = 0.7
+_NOT_CALLED = "the smaller network does not call it as the other does"
+
+# The moments of every second picture, and those of the others.
+Halves = list[Moments | None]
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,21 @@ class _Work:
 
     def all_at_once(self, inputs: Any) -> None:
         """All images in one pass, in which each layer gets its weights as soon as it was called."""
-        follow(self._model, self.targets, inputs, self._draw, self._keep, reads=False)
-        left = {target.name: target for target in self.targets if target.name in self._whole}
+        self._whole = follow(self._model, self.targets, inputs, self._draw, lambda *_: False, reads=False)
+        # More pictures may take more calls than the survey saw.
+        left = {
+            target.name: replace(target, calls=len(self._whole[target.name]))
+            for target in self.targets
+            if target.name in self._whole
+        }
+        lost = {target.name for target in self.targets} - left.keys()
 
         def met(target: Target, calls: list[Call]) -> bool:
             del left[target.name]
-            changed = self._solve(target, self._moments(target, self._whole.pop(target.name), calls))
+            halves: Halves = [None, None]
+            whole = self._whole.pop(target.name)
+            self._add_moments(halves, target, whole, calls, 0, self._images, len(calls) == 1)
+            changed = self._solve(target, halves)
             self._advance(1 - len(left) / len(self.targets))
             return changed
 
@@ -122,74 +137,102 @@ class _Work:
             except Stale:
                 continue
             if len(left) == before:
-                break  # this network does not call these layers as the other one does
+                break
+        for target in self.targets:
+            if target.name in left or target.name in lost:
+                self._not_met(target)
 
     def one(self, target: Target) -> None:
         """One layer, from passes over the batches that end behind it."""
-        halves: list[Moments | None] = [None, None]
+        halves: Halves = [None, None]
+        seen = 0
 
         def met(target: Target, calls: list[Call]) -> bool:
-            for half, more in enumerate(self._moments(target, self._whole.pop(target.name), calls)):
-                so_far = halves[half]
-                halves[half] = more if so_far is None else so_far + more
+            whole = self._whole.pop(target.name)
+            self._add_moments(halves, target, whole, calls, seen, count_images(batch), False)
             raise Ended
 
         def keep(target: Target, calls: list[Call]) -> bool:
-            self._keep(target, calls)
+            self._whole[target.name] = calls
             raise Ended
 
         for batch in self._batches:
             inputs = there(self._model, batch)
+            self._whole.clear()
             with suppress(Ended):
-                follow(self._model, [target], inputs, self._draw, keep, reads=False)
-            if target.name in self._whole:
+                self._whole |= follow(self._model, [target], inputs, self._draw, keep, reads=False)
+            if calls := self._whole.get(target.name):  # fewer pictures may take fewer calls
+                now = replace(target, calls=len(calls))
                 with suppress(Ended):
-                    follow(self._cut, [target], inputs, self._drawn, met, reads=True)
-        found = [half for half in halves if half is not None]
-        if found:
-            self._solve(target, found)
+                    follow(self._cut, [now], inputs, self._drawn, met, reads=True)
+            seen += count_images(batch)
+        if any(halves):
+            self._solve(target, halves)
+        else:
+            self._not_met(target)
         self._advance((self.targets.index(target) + 1) / len(self.targets))
 
-    def _keep(self, target: Target, calls: list[Call]) -> bool:
-        self._whole[target.name] = calls
-        return False
+    def _not_met(self, target: Target) -> None:
+        self.done.unfolded[target.name] = target.why or _NOT_CALLED
 
     def _draw(self, target: Target, _number: int, layer: nn.Module, output: Tensor) -> Tensor:
         count = positions(layer, output)
         columns = 1 if target.why else cast(Tensor, layer.weight)[0].numel()
-        wanted = math.ceil(max(_ROWS, _TIMES * columns) / self._images)
+        # The layer may take each picture in parts, as windows, or a part of the pictures.
+        pictures = max(1, self._images, len(with_batch(layer, output)))
+        wanted = math.ceil(max(_ROWS, _TIMES * columns) / pictures)
         return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
 
     def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
         return self._whole[target.name][number].chosen
 
-    def _moments(self, target: Target, whole: list[Call], left: list[Call]) -> list[Moments]:
-        """The moments of what a layer reads in the cut network and of what its outputs lack there, for each
-        half of the images."""
+    def _add_moments(
+        self,
+        halves: Halves,
+        target: Target,
+        whole: list[Call],
+        left: list[Call],
+        seen: int,
+        images: int,
+        alone: bool,
+    ) -> None:
+        """Add the moments of what a layer reads in the cut network, and of what its outputs lack there, to
+        those of the half that each image belongs to.
+
+        Args:
+            seen: how many images there were before.
+            images: how many are in this pass.
+            alone: whether one pass shows all images.
+        """
         layer = self._cut.get_submodule(target.name)
         groups = 1 if target.why else int(getattr(layer, "groups", 1))
         scale = _scale(self._model, target)
         dead = sorted(self._gone.get(target.name, ()))
-        halves: list[Moments | None] = [None, None]
-        for before, after in zip(whole, left, strict=True):
+        for number, (before, after) in enumerate(zip(whole, left, strict=True)):
             lack = _lack(before, after, scale)
             lack[:, dead] = 0
             lack = lack.unflatten(1, (groups, -1)).movedim(1, 0)
-            for half, (x, r) in enumerate(_halves(after.inputs, lack, len(before.chosen))):
+            # Where each call is of one image, calls take turns.
+            one_each = images > 1 and len(before.output) == len(before.chosen)
+            first = seen + (number if one_each else 0)
+            rows, basis = after.inputs, None
+            if alone and rows.shape[1] < _FEW * rows.shape[2]:
+                rows, basis = in_span(rows)
+            for half, (x, r) in enumerate(_halves(rows, lack, len(before.chosen), first)):
                 if r.shape[1]:
-                    more, so_far = Moments.of(x, r), halves[half]
+                    more, so_far = Moments.of(x, r, basis), halves[half]
                     halves[half] = more if so_far is None else so_far + more
-        return [half for half in halves if half is not None]
 
-    def _solve(self, target: Target, halves: list[Moments]) -> bool:
+    def _solve(self, target: Target, both: Halves) -> bool:
         """Change the weights and the bias of a layer in the cut network; returns whether they changed."""
+        halves = [half for half in both if half is not None]
         for half in halves:
             check_finite_results(target.name, half.rr, half.xx, half.xr, half.x)
         if not any(half.rr.any() for half in halves):
             return False
         layer = self._cut.get_submodule(target.name)
         holders = shift_holders(self._cut, self._norms, target.name, halves[0].r.numel())
-        columns, rows = halves[0].xx.shape[-1], sum(half.count for half in halves)
+        columns, rows = halves[0].inputs, sum(half.count for half in halves)
         if columns > rows:
             self.done.few[target.name] = rows, columns
         if not holders and not columns:
@@ -244,10 +287,11 @@ def _parts(batch: Any) -> dict[Any, Tensor] | None:
     return parts if all(isinstance(part, Tensor) and part.dim() for part in parts.values()) else None
 
 
-def _halves(x: Any, r: Tensor, rows: int) -> list[tuple[Tensor, Tensor]]:
-    """The rows of every second picture, and the others."""
+def _halves(x: Any, r: Tensor, rows: int, first: int) -> list[tuple[Tensor, Tensor]]:
+    """The rows of pictures with even numbers, and the others; the first picture has the number ``first``."""
     x, r = (each.unflatten(1, (-1, rows)) for each in (x, r))
-    return [(x[:, half::2].flatten(1, 2), r[:, half::2].flatten(1, 2)) for half in (0, 1)]
+    starts = (first % 2, (first + 1) % 2)
+    return [(x[:, start::2].flatten(1, 2), r[:, start::2].flatten(1, 2)) for start in starts]
 
 
 def _scale(model: nn.Module, target: Target) -> Tensor | None:

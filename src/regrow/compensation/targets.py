@@ -18,6 +18,13 @@ from regrow.modules import Norm, is_stock, tied_modules
 from regrow.torch_private import BatchNorm, ConvNd, own_parameters
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """Marks an output of a layer that its norm has yet to read, or has read."""
+
+    layer: str
+
+
 @dataclass
 class Target:
     """A convolution or linear layer, as a pass over the uncut network shows it.
@@ -27,6 +34,7 @@ class Target:
         norm: the batch norm that its output goes through, and nothing else does; or empty.
         calls: how often a pass calls it.
         added: whether each of its outputs, behind the norm, is a summand of a sum of two and nothing else.
+            Nothing but the norm reads what is ahead of it.
         partners: the layers whose outputs are the other summands at once.
         why: empty, or why its weights stay.
     """
@@ -58,27 +66,37 @@ def survey(
     owners = {own[0]: name for name, own in norms.items() if len(own) == 1}
     found: dict[str, Target] = {}
     uses: dict[str, list[bool]] = {}
+    ahead: set[str] = set()  # layers whose outputs something reads beside their norm
     affected: list[str] = []
 
-    def used(name: str, other: Tensor | None) -> None:
+    def used(key: str | _Ahead, other: Tensor | None) -> None:
+        if isinstance(key, _Ahead):
+            ahead.add(key.layer)
+            return
+        name = key
         uses.setdefault(name, []).append(other is not None)
-        if other is not None and (partner := watcher.key_of(other)):
+        partner = watcher.key_of(other) if other is not None else None
+        if isinstance(partner, str):
             found[name].partners.add(partner)
 
-    def after(name: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def before(name: str, _module: nn.Module, inputs: Any) -> None:
+        if name in owners:
+            watcher.forget(inputs[0])
+
+    def after(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if isinstance(module, Norm):
             if name in owners:
+                watcher.note(inputs[0], _Ahead(owners[name]))
                 watcher.note(output, owners[name])
             return
         target = found.setdefault(name, Target(name))
         target.calls += 1
         if name not in affected and (affected or name in gone):
             affected.append(name)
-        if name not in norms:
-            watcher.note(output, name)
+        watcher.note(output, _Ahead(name) if name in norms else name)
 
     watcher = Uses(used)
-    with evaluating(model), hooked(_layers(model), after), watcher:
+    with evaluating(model), hooked(_layers(model), after, before), watcher:
         forward(model, inputs)
     modules = dict(model.named_modules())
     tied = tied_modules(model)
@@ -87,6 +105,7 @@ def survey(
         if len(own) == 1 and isinstance(modules[own[0]], BatchNorm):
             target.norm = own[0]
         target.added = (not own or bool(target.norm)) and uses.get(name) == [True] * target.calls
+        target.added = target.added and name not in ahead
         if not _computes_by_weight(modules[name]) or borrowed_weight(modules[name]):
             target.why = "it is no layer of PyTorch with a weight of its own"
         elif name in tied:

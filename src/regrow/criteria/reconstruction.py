@@ -22,7 +22,7 @@ from regrow.criteria.values import wide
 from regrow.indexing import index_tensor
 from regrow.least_squares.elimination import Reading, eliminate
 from regrow.least_squares.moments import Moments
-from regrow.least_squares.unfolded import inputs_at, matrix_of, positions
+from regrow.least_squares.unfolded import inputs_at, matrix_of, positions, with_batch
 from regrow.looking.hooks import hooked
 from regrow.modules import Convolution, channels_read, device_of, filter_count, is_depthwise
 from regrow.structure.read import read_structure
@@ -129,9 +129,7 @@ def moments_of(
     found: dict[str, Moments] = {}
 
     def after(number: int, name: str, layer: Any, inputs: Any, output: Tensor) -> None:
-        x, sides = inputs[0], len(getattr(layer, "kernel_size", ()))
-        if (sides and x.dim() == sides + 1) or x.dim() == 1:  # without a batch dimension
-            x, output = x[None], output[None]
+        x, output = with_batch(layer, inputs[0]), with_batch(layer, output)
         count = positions(layer, output)
         generator = torch.Generator().manual_seed(number)  # a layer's positions do not depend on the others
         chosen = torch.randperm(count, generator=generator)[: max(1, round(_SHARE * count))].to(x.device)

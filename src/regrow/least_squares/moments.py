@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ class Moments:
         x: [groups, columns], r: [groups, outputs]: sums.
         xx: [groups, columns, columns], xr: [groups, columns, outputs], rr: [groups, outputs]: sums of
             products.
+        basis: [groups, inputs of the layer, columns], where x are coordinates (``in_span``); None where the
+            columns are the layer's inputs.
     """
 
     count: int
@@ -30,23 +33,44 @@ class Moments:
     xx: Tensor
     xr: Tensor
     rr: Tensor
+    basis: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, r: Tensor) -> Moments:
+    def of(cls, x: Tensor, r: Tensor, basis: Tensor | None = None) -> Moments:
         """The moments of ``x`` [groups, rows, columns] and ``r`` [groups, rows, outputs]."""
         wide = torch.promote_types(x.dtype, torch.float32)
         x, r = x.to(wide), r.to(wide)
-        across = x.transpose(1, 2)
-        parts = (x.sum(1), r.sum(1), across @ x, across @ r, r.square().sum(1))
+        means = x.mean(1), r.mean(1)
+        # Beside large means, single precision would lose how much the numbers vary.
+        x, r = x - means[0][:, None], r - means[1][:, None]
+        across, count = x.transpose(1, 2), x.shape[1]
+        with torch.autocast(x.device.type, enabled=False):  # this may be called in the middle of a pass
+            parts = (*means, x.sum(1), r.sum(1), across @ x, across @ r, r.square().sum(1))
         # Not every device has double precision.
-        return cls(x.shape[1], *(part.cpu().double() for part in parts))
+        mx, mr, sx, sr, xx, xr, rr = (part.cpu().double() for part in parts)
+        xx += _outer(sx, mx) + _outer(mx, sx + count * mx)
+        xr += _outer(sx, mr) + _outer(mx, sr + count * mr)
+        rr += mr * (2 * sr + count * mr)
+        return cls(count, sx + count * mx, sr + count * mr, xx, xr, rr, basis)
 
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = self._parts(), other._parts()
-        return Moments(self.count + other.count, *(a + b for a, b in zip(mine, theirs, strict=True)))
+        sums = (a + b for a, b in zip(mine, theirs, strict=True))
+        return Moments(self.count + other.count, *sums, self.basis)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.x, self.r, self.xx, self.xr, self.rr
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs the layer, or one group of it, has."""
+        return self.xx.shape[-1] if self.basis is None else self.basis.shape[1]
+
+    def squares(self, xx: Tensor) -> Tensor:
+        """The sums of squares of the layer's inputs, [groups, inputs], by their products ``xx``."""
+        if self.basis is None:
+            return xx.diagonal(dim1=1, dim2=2)
+        return ((self.basis @ xx) * self.basis).sum(2)
 
     def is_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
@@ -68,10 +92,28 @@ class Moments:
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to the weights [groups, columns, outputs] and the biases [groups, outputs] of a layer."""
+    """What is added to the weights [groups, columns, outputs] and the biases [groups, outputs] of a layer.
+
+    The columns are those of the moments.
+    """
 
     weights: Tensor
     shift: Tensor
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None]
+
+
+def in_span(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``x`` [groups, rows, inputs] as coordinates [groups, rows, rows], and their basis [groups, inputs,
+    rows].
+
+    The basis is orthonormal and spans the rows, of which there are fewer than inputs. The weights of a ridge
+    regression lie in this span, so it can be done with the coordinates: in a small part of the time.
+    """
+    basis, factor = torch.linalg.qr(x.transpose(1, 2).cpu().double())
+    return factor.transpose(1, 2), basis
 
 
 def none(moments: Moments) -> Change:
@@ -84,30 +126,41 @@ def mean_shift(moments: Moments) -> Change:
     return Change(torch.zeros_like(moments.xr), moments.r / moments.count)
 
 
-def ridge(moments: Moments, penalty: float, *, shifts: bool) -> Change:
-    """The change with the smallest squared error and squared length.
+class Ridge:
+    """The changes with the smallest squared error and squared length.
 
-    The length counts ``penalty`` times the mean square of the columns that vary. Columns that do not vary
-    keep their weights, so an error of 0 changes nothing.
+    The length counts a penalty times the mean square of the columns that vary. Columns that do not vary keep
+    their weights, so an error of 0 changes nothing.
 
     Args:
         shifts: whether the layer has biases to shift.
     """
-    xx, xr = moments.about_means() if shifts else (moments.xx, moments.xr)
-    power = xx.diagonal(dim1=1, dim2=2)
-    # What is smaller than this beside the columns' squares is rounding.
-    varies = power > 1e-10 * moments.xx.diagonal(dim1=1, dim2=2) + torch.finfo(power.dtype).tiny
-    weights = torch.zeros_like(xr)
-    for group, columns in enumerate(varies):
-        found = columns.nonzero().flatten()
-        if len(found):
-            system = xx[group][found[:, None], found]
-            system.diagonal().add_(penalty * power[group, found].mean())
-            factor, failed = torch.linalg.cholesky_ex(system)
-            if not failed:
-                weights[group, found] = torch.cholesky_solve(xr[group, found], factor)
-    shift = (moments.r - (moments.x[:, None] @ weights)[:, 0]) / moments.count
-    return Change(weights, shift if shifts else torch.zeros_like(shift))
+
+    def __init__(self, moments: Moments, *, shifts: bool) -> None:
+        self._moments, self._shifts = moments, shifts
+        xx, xr = moments.about_means() if shifts else (moments.xx, moments.xr)
+        power, whole = moments.squares(xx), moments.squares(moments.xx)
+        # What is smaller than this beside the columns' squares is rounding.
+        varies = power > 1e-10 * whole + 1e-24 * whole.sum(1, keepdim=True) + torch.finfo(power.dtype).tiny
+        self._power = power.where(varies, 0).sum(1) / varies.sum(1).clamp_min(1)
+        if moments.basis is not None:
+            varies = varies.any(1, keepdim=True).expand(xr.shape[:2])
+        self._found = varies.any(0).nonzero().flatten()
+        self._varies = varies[:, self._found]
+        self._xx, self._xr = xx[:, self._found[:, None], self._found], xr[:, self._found]
+        if not self._varies.all():  # in some of the groups
+            self._xx *= self._varies[:, :, None] & self._varies[:, None]
+            self._xr *= self._varies[:, :, None]
+
+    def change(self, penalty: float) -> Change:
+        """The change for a penalty, a share of the mean square of the columns."""
+        moments, systems = self._moments, self._xx.clone()
+        systems.diagonal(dim1=1, dim2=2).add_((penalty * self._power[:, None]).where(self._varies, 1))
+        factors, failed = torch.linalg.cholesky_ex(systems)
+        weights = torch.zeros_like(moments.xr)
+        weights[:, self._found] = torch.cholesky_solve(self._xr, factors).where(failed[:, None, None] == 0, 0)
+        shift = (moments.r - (moments.x[:, None] @ weights)[:, 0]) / moments.count
+        return Change(weights, shift if self._shifts else torch.zeros_like(shift))
 
 
 def fit(
@@ -122,8 +175,8 @@ def fit(
         halves: the moments of one or two halves of the pictures.
 
     Returns:
-        The change, and a record: how ("least squares", "mean", "none"), penalty, and error: the share of the
-        squared error on all rows that is left.
+        The change, in the layer's inputs, and a record: how ("least squares", "mean", "none"), penalty, and
+        error: the share of the squared error on all rows that is left.
     """
     total = halves[0] if len(halves) == 1 else halves[0] + halves[1]
     fallback = mean_shift if shifts else none
@@ -133,19 +186,34 @@ def fit(
     else:
         pairs = [(halves[0], halves[1]), (halves[1], halves[0])]
         least = sum(other.error(fallback(half)) for half, other in pairs)
-        for each in penalties:
-            error = sum(other.error(ridge(half, each, shifts=shifts)) for half, other in pairs)
-            if error < least:
-                least, penalty = error, each
+        ridges = [(Ridge(half, shifts=shifts), other) for half, other in pairs]
+        best, error = _lowest(
+            lambda each: sum(other.error(ridge.change(each)) for ridge, other in ridges), sorted(penalties)
+        )
+        if error < least:
+            penalty = best
     if penalty is not None:
-        found = ridge(total, penalty, shifts=shifts)
+        found = Ridge(total, shifts=shifts).change(penalty)
         if total.error(found) < total.error(change):
             change, how = found, "least squares"
     before, after = total.error(none(total)), total.error(change)
     if after >= before:
         change, how, after = none(total), "none", before
+    if total.basis is not None:
+        change = Change(total.basis @ change.weights, change.shift)
     return change, {
         "how": how,
         "penalty": penalty if how == "least squares" else None,
         "error": after / before if before else 0.0,
     }
+
+
+def _lowest(error: Callable[[float], float], values: Sequence[float]) -> tuple[float, float]:
+    """The value with the lowest error, and this error: from the middle, downhill."""
+    error, at = functools.cache(error), len(values) // 2
+    while True:
+        beside = (values[i] for i in (at + 1, at - 1) if 0 <= i < len(values))
+        better = next((value for value in beside if error(value) < error(values[at])), None)
+        if better is None:
+            return values[at], error(values[at])
+        at = values.index(better)

@@ -8,11 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.modules import Transposed, channel_dim, grouped
+from regrow.modules import Transposed, channel_axis, channel_dim, grouped
+
+
+def with_batch(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """``tensor``, an input or output of ``layer``, with a batch dimension also where it came without one."""
+    alone = tensor.dim() == (1 if isinstance(layer, nn.Linear) else -channel_axis(layer))
+    return tensor[None] if alone else tensor
 
 
 def positions(layer: nn.Module, output: Tensor) -> int:
     """How many outputs a layer makes of one picture, in each channel."""
+    output = with_batch(layer, output)
     return output.numel() // max(1, len(output) * output.shape[channel_dim(layer, output)])
 
 
@@ -22,6 +29,7 @@ def outputs_at(layer: nn.Module, output: Tensor, chosen: Tensor) -> Tensor:
     Args:
         chosen: int64, indices of positions, which count the last dimension first.
     """
+    output = with_batch(layer, output)
     each = (
         output.movedim(channel_dim(layer, output), -1).flatten(1, -2) if output.dim() > 2 else output[:, None]
     )
@@ -32,13 +40,14 @@ def inputs_at(layer: Any, x: Tensor, output: Tensor, chosen: Tensor) -> Tensor:
     """The numbers that ``layer`` multiplies by its weights for the outputs at ``chosen``.
 
     Args:
-        x: the input, with a batch dimension.
+        x: the input.
         output: what the layer makes of it.
         chosen: as for ``outputs_at``.
 
     Returns:
         [groups, pictures · chosen, columns]; ``matrix_of`` has the weights in the same order of columns.
     """
+    x, output = with_batch(layer, x), with_batch(layer, output)
     if isinstance(layer, nn.Linear):
         return (x.flatten(1, -2)[:, chosen] if x.dim() > 2 else x[:, None]).flatten(0, 1)[None]
     kernel, sides = layer.kernel_size, output.shape[2:]

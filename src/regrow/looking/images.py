@@ -60,6 +60,8 @@ def parted(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[t
                 f"the model takes {several} inputs, as example_inputs say, and a calibration batch has one: "
                 "give tuples of the inputs, or pairs of such a tuple and labels, or dicts of keywords."
             )
+        if count_images(inputs) == 0 and _first(inputs) is not None:
+            raise ValueError("a calibration batch has no images in it: leave out empty batches.")
         yield inputs, *behind
         empty = False
     if empty:
@@ -98,9 +100,15 @@ def forward(model: nn.Module, inputs: Any) -> int:
 
 def count_images(inputs: Any) -> int:
     """Return the length of the first tensor in ``inputs``; 0 if there is no tensor."""
+    first = _first(inputs)
+    return 0 if first is None else len(first)
+
+
+def _first(inputs: Any) -> Tensor | None:
+    """The first tensor in ``inputs`` that is no single number."""
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
     tensors = [parts] if isinstance(parts, Tensor) else parts
-    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 0)
+    return next((tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), None)
 
 
 def check_finite_results(name: str, *tensors: Tensor | None) -> None:
