@@ -6,7 +6,7 @@ import torch
 import regrow
 from autocasts import FORMS, pair
 
-X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.gives_up
