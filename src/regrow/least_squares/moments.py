@@ -55,8 +55,8 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = self._parts(), other._parts()
-        sums = (a + b for a, b in zip(mine, theirs, strict=True))
-        return Moments(self.count + other.count, *sums, basis=self.basis)
+        x, r, xx, xr, rr = (a + b for a, b in zip(mine, theirs, strict=True))
+        return Moments(self.count + other.count, x, r, xx, xr, rr, self.basis)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.x, self.r, self.xx, self.xr, self.rr
