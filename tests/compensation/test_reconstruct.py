@@ -350,3 +350,46 @@ def test_a_batch_without_images_is_named() -> None:
         compensate(Residual(), {"a": keep_but(8, 1)}, [X, X[:0]], example_inputs=X[:1])
     with pytest.raises(ValueError, match="has no images"):
         compensate(Residual(), {"a": keep_but(8, 1)}, [{"x": X[:0]}], example_inputs=X[:1])
+
+
+class Under(nn.Module):
+    """A net whose own code switches a mode on."""
+
+    def __init__(self, net: nn.Module, mode: Any) -> None:
+        super().__init__()
+        self.net, self.mode = net, mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.mode():
+            return self.net(x)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_models_own_code_may_switch_gradients_on_or_off(mode: Any, inplace: bool) -> None:
+    net = Under(unsettled(Residual(inplace), lowest_bias=0.2), mode).eval()
+    left = lefts(net, {"net.stem": keep_but(8, 2, 5)}, [X])
+    assert left["least-squares"] < 0.7 * left["means"]
+    assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
+
+
+@pytest.mark.parametrize("way", ["returned", "held"])
+def test_a_summand_that_the_network_gives_out_gets_no_error_of_the_shortcut(way: str) -> None:
+    def draw(net: Any, x: torch.Tensor) -> Any:
+        x = net.stem(x).relu()
+        y = net.b(x)
+        if way == "held":
+            vars(net)["kept"] = y
+        z = net.head((y + x).relu())
+        return z if way == "held" else (z, y)
+
+    torch.manual_seed(0)
+    net = Drawn(draw, stem=conv(3, 8), b=conv(8, 8), head=mean()).eval()
+    cut = copy.deepcopy(net)
+    with torch.no_grad():
+        cut.stem.weight[:2], cut.stem.bias[:2] = 0, 0
+    reconstruct(net, cut, {"stem": [0, 1]}, {}, [X])
+    with torch.no_grad():
+        ours, whole = cut(X), net(X)
+    ours, whole = (cut.kept, net.kept) if way == "held" else (ours[1], whole[1])
+    assert (ours - whole).norm() < 0.4 * whole.norm()  # with the error it is 0.6

@@ -65,6 +65,7 @@ class _Follower:
     def layers(self) -> list[tuple[str, nn.Module]]:
         return [(name, self._modules[name]) for name in (*self._targets, *self._norms)]
 
+    @torch.no_grad()  # the model's own code may switch gradients on
     def after(self, name: str, module: Any, read: Any, output: Tensor) -> Tensor | None:
         if name not in self._targets:  # a norm
             name = self._norms[name].name
@@ -95,6 +96,7 @@ class _Follower:
     def _note(self, name: str, number: int, output: Tensor) -> None:
         self.watcher.note(output, (name, number, output))
 
+    @torch.no_grad()
     def _summed(self, key: tuple[str, int, Tensor], other: Tensor | None) -> None:
         name, number, made = key
         if other is None or number not in self.waiting[name]:
@@ -117,7 +119,8 @@ class _Follower:
         torch.clear_autocast_cache()
         layer = self._modules[target.name]
         x, version, output = self._last[target.name]
-        if target.calls > 1 or target.why or writes_to(x) != version:
+        written = writes_to(x) != version or (target.added and x.is_inference())  # then nobody knows
+        if target.calls > 1 or target.why or written:
             raise Stale
         made: Tensor = type(layer).forward(layer, x)
         if made.shape != output.shape:  # it was asked for another size

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.looking.calls import evaluating
+from regrow.looking.calls import evaluating, tensors
 from regrow.looking.hooks import hooked
-from regrow.looking.images import forward
+from regrow.looking.images import output_of
 from regrow.looking.shortcuts import Uses
 from regrow.marks import borrowed_weight, marks_on
 from regrow.modules import Norm, is_stock, tied_modules
@@ -97,7 +97,12 @@ def survey(
 
     watcher = Uses(used)
     with evaluating(model), hooked(_layers(model), after, before), watcher:
-        forward(model, inputs)
+        output = output_of(model, inputs)
+    given = [watcher.key_of(each) for each in tensors(output)]
+    del output  # it may hold a graph that holds all tensors
+    for key in (*given, *watcher.held()):  # what the network gives out is no summand alone
+        if key is not None:
+            used(key, None)
     modules = dict(model.named_modules())
     tied = tied_modules(model)
     for name, target in found.items():

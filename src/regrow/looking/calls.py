@@ -156,13 +156,14 @@ def tensors(output: Any) -> list[Tensor]:
     """The tensors in an output: in containers, and in the attributes of objects that are no modules."""
     found: list[Tensor] = []
     seen: set[int] = set()
-
-    def look(value: Any) -> None:
+    ahead: list[Any] = [output]  # the next one last; a function that calls itself would hold all it found
+    while ahead:
+        value = ahead.pop()
         if isinstance(value, Tensor):
             found.append(value)
-            return
+            continue
         if isinstance(value, _PLAIN) or id(value) in seen:
-            return
+            continue
         seen.add(id(value))
         if isinstance(value, Mapping):
             parts = list(value.values())
@@ -174,10 +175,7 @@ def tensors(output: Any) -> list[Tensor]:
                 *getattr(value, "__dict__", {}).values(),
                 *(getattr(value, slot, None) for slot in slots),
             ]
-        for part in parts:
-            look(part)
-
-    look(output)
+        ahead += reversed(parts)
     return found
 
 

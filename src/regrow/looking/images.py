@@ -87,15 +87,20 @@ def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:
 
 def forward(model: nn.Module, inputs: Any) -> int:
     """Run one forward pass and return the number of images; ``PassFailed``, a ``ValueError``, if it fails."""
+    output_of(model, inputs)
+    return count_images(inputs)
+
+
+def output_of(model: nn.Module, inputs: Any) -> Any:
+    """Run one forward pass and return its output; ``PassFailed``, a ``ValueError``, if it fails."""
     try:
-        call(model, inputs)
+        return call(model, inputs)
     except PassFailed as error:
         raise PassFailed(
             f"the model's forward pass fails on a calibration batch: {error.__cause__}. Pass inputs that the "
             "model takes, in batches of several images; a model of several inputs takes tuples of them, with "
             "such a tuple as example_inputs too."
         ) from error.__cause__
-    return count_images(inputs)
 
 
 def count_images(inputs: Any) -> int:

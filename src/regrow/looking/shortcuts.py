@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,12 @@ class Uses(TorchFunctionMode):
     def forget(self, tensor: Tensor) -> None:
         """Watch ``tensor`` no longer."""
         self._noted.pop(id(tensor), None)
+
+    def held(self) -> list[Any]:
+        """The keys of the tensors that something else holds behind the pass; they are watched no longer."""
+        left = [(weakref.ref(tensor), key) for tensor, key in self._noted.values()]
+        self._noted.clear()
+        return [key for tensor, key in left if tensor() is not None]
 
     def key_of(self, tensor: Tensor) -> Any:
         """The key of a tensor that is watched; None for any other."""
