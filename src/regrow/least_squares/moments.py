@@ -56,7 +56,7 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = self._parts(), other._parts()
         sums = (a + b for a, b in zip(mine, theirs, strict=True))
-        return Moments(self.count + other.count, *sums, self.basis)
+        return Moments(self.count + other.count, *sums, basis=self.basis)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.x, self.r, self.xx, self.xr, self.rr
