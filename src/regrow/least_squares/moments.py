@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,8 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         mine, theirs = self._parts(), other._parts()
-        sums = (a + b for a, b in zip(mine, theirs, strict=True))
-        return Moments(self.count + other.count, *sums, basis=self.basis)
+        sums = Moments(self.count + other.count, *(a + b for a, b in zip(mine, theirs, strict=True)))
+        return replace(sums, basis=self.basis)
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.x, self.r, self.xx, self.xr, self.rr
