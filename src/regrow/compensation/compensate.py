@@ -174,5 +174,5 @@ def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     warnings.warn(
         f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
         f"the images give {rows} rows of them. Pass more images, a few hundred in all.",
-        stacklevel=4,  # torch.no_grad() adds a frame
+        stacklevel=3,
     )
