@@ -15,7 +15,7 @@ from regrow.criteria.bar import progress_bar
 from regrow.given import check_inputs
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
-from regrow.looking.images import check_batches, picked
+from regrow.looking.images import check_batches, inputs_needed, of_one_class, picked
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.structure.norms import own_norms
@@ -134,7 +134,8 @@ def compensate(
         return record
     given = list(calibration)
     batches = list(picked(given, example_inputs))
-    _warn_of_one_class(given)
+    if warning := of_one_class(given, inputs_needed(example_inputs)):
+        warnings.warn(warning, stacklevel=3)  # torch.no_grad() adds a frame
     norms = own_norms(model, example_inputs)
     cut = copied(model)
     removal.apply(cut)
@@ -167,26 +168,11 @@ def compensate(
     return record
 
 
-def _warn_of_one_class(calibration: list[Any]) -> None:
-    labels = [batch[1] for batch in calibration if isinstance(batch, tuple | list) and len(batch) == 2]
-    whole = [each for each in labels if isinstance(each, Tensor) and each.dim() == 1]
-    whole = [each for each in whole if not each.is_floating_point() and each.dtype != torch.bool]
-    if len(whole) < len(calibration) or sum(map(len, whole)) < 2:
-        return
-    classes = torch.cat([each.cpu() for each in whole]).unique()
-    if len(classes) == 1:
-        warnings.warn(
-            f"all calibration images have the label {classes.item()}: what other classes need is not "
-            "seen, and is lost. Shuffle the images before you take some of them.",
-            stacklevel=4,  # torch.no_grad() adds a frame
-        )
-
-
 def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     name = max(few, key=lambda each: few[each][1] / few[each][0])
     rows, columns = few[name]
     warnings.warn(
         f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
         f"the images give {rows} rows of them. Pass more images, a few hundred in all.",
-        stacklevel=4,  # torch.no_grad() adds a frame
+        stacklevel=3,
     )

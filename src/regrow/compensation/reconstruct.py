@@ -216,7 +216,7 @@ class _Work:
             one_each = images > 1 and len(before.output) == len(before.chosen)
             first = seen + (number if one_each else 0)
             rows: Any = after.inputs
-            basis = None
+            basis: Tensor | None = None
             if alone and rows.shape[1] < _FEW * rows.shape[2]:
                 rows, basis = in_span(rows)
             for half, (x, r) in enumerate(_halves(rows, lack, len(before.chosen), first)):

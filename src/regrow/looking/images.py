@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -23,29 +24,20 @@ def check_batches(batches: Any, argument: str) -> None:
 
 
 def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[Any]:
-    """The inputs in each batch of ``calibration``: the first items of ``parted``."""
-    return (inputs for inputs, *_ in parted(calibration, example_inputs))
-
-
-def parted(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[tuple[Any, ...]]:
-    """Yield the inputs in each batch of ``calibration`` (see ``compensate``), a tensor, a dict of keywords or
-    a tuple of arguments, and what stands behind them, such as labels.
+    """Yield the inputs in each batch of ``calibration`` (see ``compensate``): a tensor, a dict of keywords,
+    or a tuple of arguments.
 
     Args:
         example_inputs: of the model, where they are known. A tuple of several says that the model takes that
-            many, and that the first tensors of a batch are its arguments.
+            many, and that a batch of so many tensors is a tuple of arguments.
 
     Raises:
         ValueError: there is no batch, or a batch is of an unknown kind.
     """
-    several = len(example_inputs) if isinstance(example_inputs, tuple | list) else 0
+    several = inputs_needed(example_inputs)
     empty = True
     for batch in calibration:
-        inputs, behind = batch, ()
-        if isinstance(batch, tuple | list) and batch:
-            alone = several > 1 and len(batch) >= several and isinstance(batch[0], Tensor)
-            inputs = tuple(batch[:several]) if alone else batch[0]
-            behind = tuple(batch[several if alone else 1 :])
+        inputs = parted(batch, several)[0]
         if isinstance(inputs, tuple | list):
             inputs = tuple(inputs)
         if not isinstance(inputs, Tensor | Mapping) and not (
@@ -62,12 +54,52 @@ def parted(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[t
             )
         if count_images(inputs) == 0 and _first(inputs) is not None:
             raise ValueError("a calibration batch has no images in it: leave out empty batches.")
-        yield inputs, *behind
+        yield inputs
         empty = False
     if empty:
         raise ValueError(
             "calibration yields no batch: pass a few hundred images, not an iterator that was used before."
         )
+
+
+def inputs_needed(example_inputs: Any) -> int:
+    """How many arguments ``example_inputs`` say that a model takes; 0 where they are not a tuple of them."""
+    return len(example_inputs) if isinstance(example_inputs, tuple | list) else 0
+
+
+def parted(batch: Any, several: int) -> tuple[Any, Any]:
+    """The inputs and the labels in a batch; None without labels.
+
+    Args:
+        several: how many arguments the model takes (``inputs_needed``).
+    """
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch, None
+    if several > 1 and len(batch) >= several and isinstance(batch[0], Tensor):
+        return tuple(batch[:several]), batch[several] if len(batch) > several else None
+    return batch[0], batch[1] if len(batch) == 2 else None
+
+
+def of_one_class(calibration: Iterable[Any], several: int) -> str:
+    """A warning if all of two labels or more, one for each image, are the same; else empty.
+
+    Args:
+        several: how many arguments the model takes (``inputs_needed``).
+    """
+    found = []
+    for batch in calibration:
+        labels = parted(batch, several)[1]
+        if not isinstance(labels, Tensor) or labels.dim() != 1:
+            return ""
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            return ""
+        found.append(labels.cpu())
+    if sum(map(len, found)) < 2 or len(classes := torch.cat(found).unique()) > 1:
+        return ""
+    return (
+        f"all calibration images have the label {classes.item()}: what other classes need is not seen, and "
+        "is lost. Shuffle the images before you take some of them."
+    )
 
 
 def there(model: nn.Module, inputs: Any) -> Any:

@@ -23,7 +23,7 @@ from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
-from regrow.looking.images import check_batches, count_images, parted
+from regrow.looking.images import check_batches, count_images, inputs_needed, inputs_of, of_one_class, parted
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -176,7 +176,9 @@ def prune(
     unnamed = {name: left[name] for name in every if name not in shares}
     batches = None
     if calibration is not None and (compensate or ranking in DATA_CRITERIA):
-        batches = _first_batches(calibration, example_inputs)
+        batches = _first_batches(base, calibration, inputs_needed(example_inputs))
+        if compensate and (warning := of_one_class(batches, 0)):
+            warnings.warn(warning, stacklevel=2)
     scores = score(
         base,
         ranking,
@@ -197,7 +199,7 @@ def prune(
         added = ranking == "reconstruction"
         return choosing.Choice(within, floor, round_to, families, units, added, costs)
 
-    images = [inputs for inputs, *_ in batches] if compensate and batches is not None else None
+    images = list(inputs_of(base, batches)) if compensate and batches is not None else None
     if isinstance(validation, Iterator):  # an iterator yields its batches once; they are needed again
         validation = list(validation)
     accuracy, pictures = top1(base, validation) if validation is not None else (None, None)
@@ -287,16 +289,26 @@ def _warn_if_short(
         )
 
 
-def _first_batches(calibration: Iterable[Any], example_inputs: Any) -> list[tuple[Any, ...]]:
-    """Return the first batches, inputs and what stands behind them, with 512 images in all or a few more.
+def _first_batches(model: nn.Module, calibration: Iterable[Any], several: int) -> list[Any]:
+    """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``.
 
-    Raises the errors of ``compensate``.
+    Args:
+        several: how many arguments the model takes. Above 1, they are a tuple at the head of each batch.
     """
     check_batches(calibration, "calibration")
-    batches, images = [], 0
-    for batch in parted(calibration, example_inputs):
-        batches.append(batch)
-        images += count_images(batch[0]) or 1
+    batches: list[Any] = []
+    images = 0
+
+    def remembered() -> Iterator[Any]:
+        for batch in calibration:
+            inputs, labels = parted(batch, several)
+            if several > 1 and isinstance(inputs, tuple | list):
+                batch = (inputs,) if labels is None else (inputs, labels)
+            batches.append(batch)
+            yield batch
+
+    for inputs in inputs_of(model, remembered()):
+        images += count_images(inputs) or 1
         if images >= _CALIBRATION_IMAGES:
             break
     return batches
