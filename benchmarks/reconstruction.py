@@ -323,8 +323,9 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--weights", type=Path, required=True, help="folder of cifar10-resnet20.safetensors …"
+        "--table", type=Path, nargs="+", help="make the table of such files, and nothing else"
     )
+    parser.add_argument("--weights", type=Path, help="folder of cifar10-resnet20.safetensors …")
     parser.add_argument("--pictures", type=Path, help="npz file of CIFAR-10's pictures")
     parser.add_argument("--nets", type=int, nargs="+", default=[20, 56])
     parser.add_argument("--macs", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
