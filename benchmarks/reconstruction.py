@@ -2,12 +2,10 @@
 
     python benchmarks/reconstruction.py --weights FOLDER --pictures CIFAR10.npz
 
-A trained CIFAR ResNet loses filters until a share of its operations is left. Nothing is trained, and the
-images that make up for the loss have no labels. The script prints a row for each way, and writes all to
-reconstruction.json beside itself.
-
-The weights of ResNet-20 and ResNet-56 are those of pytorch_resnet_cifar10 (BSD-2-Clause) as safetensors, and
-the pictures a npz file with train_images, train_labels, test_images, test_labels of the original CIFAR-10.
+A trained net loses filters until a share of its operations is left. Nothing is trained, and the images that
+make up for the loss have no labels. The script prints a row for each way, and writes all to a file;
+``--table FILES`` makes reconstruction.md of such files. ``cifar_nets.py`` says where the weights are from,
+and which pictures are read.
 """
 
 from __future__ import annotations
@@ -20,88 +18,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 import regrow
+from cifar_nets import RESNETS, TRAINED_HERE, accuracy, groups, pictures, train, trained
 from regrow.compensation.reconstruct import reconstruct
 from regrow.pruning.cost import count_macs
 from regrow.structure.norms import own_norms
 from regrow.study.records import environment
 
 HERE = Path(__file__).parent
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batches = list[Tensor]
-
-
-class Block(nn.Module):
-    """Two convolutions on a shortcut that is padded with zeros where the width grows."""
-
-    def __init__(self, inputs: int, filters: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, filters, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(filters)
-        self.conv2 = nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(filters)
-        self.more = filters - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.more:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more // 2))
-        return F.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """The ResNet of the CIFAR family with ``depth`` layers."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        blocks = (depth - 2) // 6
-        for stage, (inputs, filters) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
-            first = Block(inputs, filters, 1 if stage == 1 else 2)
-            rest = [Block(filters, filters, 1) for _ in range(blocks - 1)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for stage in (1, 2, 3):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return self.linear(x.mean((2, 3)))
-
-
-def trained(depth: int, folder: Path) -> nn.Module:
-    """ResNet-``depth`` with the weights in ``folder``."""
-    net = ResNet(depth)
-    weights = load_file(folder / f"cifar10-resnet{depth}.safetensors")
-    net.load_state_dict({name.removeprefix("module."): values for name, values in weights.items()})
-    return net.eval()
-
-
-def pictures(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test pictures, normalised, and their labels; training pictures in a random order."""
-    file = np.load(path)
-    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, DEVIATION))
-    x, test = (
-        (torch.tensor(file[f"{part}_images"]).float() / 255 - mean) / deviation for part in ("train", "test")
-    )
-    y, labels = (torch.tensor(file[f"{part}_labels"]).long() for part in ("train", "test"))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return x[order], y[order], test, labels
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    """In per cent."""
-    net.eval()
-    right = sum(int((net(x[i : i + 500]).argmax(1) == y[i : i + 500]).sum()) for i in range(0, len(y), 500))
-    return 100 * right / len(y)
 
 
 def keep_at(net: nn.Module, macs: float, batches: Batches, **settings: Any) -> dict[str, Tensor]:
@@ -165,9 +94,11 @@ ROWS = [
 ]
 
 
-def through_torch_pruning(net: nn.Module, macs: float, batches: Batches, isomorphic: bool) -> nn.Module:
-    """A copy cut by Torch-Pruning in the inner channels of blocks: where shortcuts are padded, it adds up the
-    wrong channels once the streams are cut."""
+def through_torch_pruning(
+    name: str, net: nn.Module, macs: float, batches: Batches, isomorphic: bool
+) -> nn.Module:
+    """A copy cut by Torch-Pruning; of a ResNet only the inner channels of blocks: where shortcuts are padded,
+    it adds up the wrong channels once the streams are cut."""
     import torch_pruning
 
     example = batches[0][:1]
@@ -176,8 +107,9 @@ def through_torch_pruning(net: nn.Module, macs: float, batches: Batches, isomorp
         cut = copy.deepcopy(net)
         kept = [
             module
-            for name, module in cut.named_modules()
-            if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and ".conv1" not in name)
+            for at, module in cut.named_modules()
+            if isinstance(module, nn.Linear)
+            or (name in RESNETS and isinstance(module, nn.Conv2d) and ".conv1" not in at)
         ]
         pruner = torch_pruning.pruner.BasePruner(
             cut,
@@ -198,73 +130,77 @@ def through_torch_pruning(net: nn.Module, macs: float, batches: Batches, isomorp
     return cut_to(high)[0].eval()
 
 
-def merged(net: nn.Module, macs: float, batches: Batches) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Model folding (Wang et al., ICLR 2025): similar filters of a block's first layer become their mean,
-    which the next layer reads by the sum of their weights. Returns the network and the filters that stay.
+def merged(name: str, net: nn.Module, macs: float, batches: Batches) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Model folding (Wang et al., ICLR 2025): similar filters become their mean, which the next layer reads
+    by the sum of their weights. Every layer that can be folded keeps the same share of its filters. Returns
+    the network and the filters that stay.
     """
-    folded, example = copy.deepcopy(net), batches[0][:1]
-    blocks = [(name, each) for name, each in folded.named_modules() if isinstance(each, Block)]
-    inside = 0
-    for _, block in blocks:
-        side = 32 * 16 // block.conv2.out_channels
-        inside += side**2 * (block.conv1.weight.numel() + block.conv2.weight.numel())
-    share = (1 - macs) * count_macs(net, example) / inside
-    keep = {}
-    for name, block in blocks:
-        count = block.conv1.out_channels
-        scale = block.bn1.weight / (block.bn1.running_var + block.bn1.eps).sqrt()
-        rows = torch.cat([block.conv1.weight.flatten(1) * scale[:, None], block.bn1.bias[:, None]], 1)
-        clusters = max(1, count - round(share * count))
-        means = KMeans(clusters, n_init=4, random_state=0).fit(rows.detach().numpy())
-        alive = keep[f"{name}.conv1"] = torch.zeros(count, dtype=torch.bool)
-        for label in range(clusters):
-            those = torch.tensor(means.labels_ == label).nonzero().flatten()
-            alive[those[0]] = True
-            with torch.no_grad():
-                for tensor in (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean):
-                    tensor[those[0]] = tensor[those].mean(0)
-                block.bn1.running_var[those[0]] = block.bn1.running_var[those].mean()
-                block.conv2.weight[:, those[0]] = block.conv2.weight[:, those].sum(1)
-    return folded, keep
+    example = batches[0][:1]
+
+    def folded_to(share: float) -> tuple[nn.Module, dict[str, Tensor], float]:
+        folded = copy.deepcopy(net)
+        keep = {at: fold(layers, reader, share) for layers, reader, at in groups(name, folded)}
+        cut = copy.deepcopy(folded)
+        regrow.cut(cut, keep, example_inputs=example)
+        return folded, keep, count_macs(cut, example) / count_macs(net, example)
+
+    low, high = 0.02, 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        low, high = (middle, high) if folded_to(middle)[2] <= macs else (low, middle)
+    return folded_to(low)[:2]
+
+
+@torch.no_grad()
+def fold(layers: list[tuple[Any, Any]], reader: Any, share: float) -> Tensor:
+    """Merge the filters of ``layers``, whose channels are the same, until ``share`` is left; which stay."""
+    parts = []
+    for layer, norm in layers:
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        parts += [layer.weight.flatten(1) * scale[:, None], norm.bias[:, None]]
+    rows = torch.cat(parts, 1).cpu().numpy()
+    clusters = max(1, round(share * len(rows)))
+    found = KMeans(clusters, n_init=4, random_state=0).fit(rows)
+    keep = torch.zeros(len(rows), dtype=torch.bool)
+    for label in range(clusters):
+        those = torch.tensor(found.labels_ == label).nonzero().flatten()
+        keep[those[0]] = True
+        for layer, norm in layers:
+            for tensor in (layer.weight, *norm.parameters(), norm.running_mean, norm.running_var):
+                tensor[those[0]] = tensor[those].mean(0)
+        reader.weight[:, those[0]] = reader.weight[:, those].sum(1)
+    return keep
 
 
 def fine_tuned(net: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    """``net`` after one epoch over the training pictures, flipped and shifted at random."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
-    net.train()
-    order = torch.randperm(len(y), generator=generator).split(64)
-    for step, index in enumerate(order):
-        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / len(order))
-        pictures = x[index]
-        if torch.rand((), generator=generator) < 0.5:
-            pictures = pictures.flip(3)
-        across, down = torch.randint(0, 9, (2,), generator=generator).tolist()
-        pictures = F.pad(pictures, (4, 4, 4, 4))[:, :, down : down + 32, across : across + 32]
-        optimizer.zero_grad()
-        F.cross_entropy(net(pictures), y[index]).backward()
-        optimizer.step()
-    return net.eval()
+    """``net`` after one epoch over the first 5,000 training pictures."""
+    return train(net, x[:5000], y[:5000], epochs=1, rate=0.01, batch=64, decay=1e-4)
 
 
-def measure(depth: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each way and share of the multiply-accumulates."""
-    net = trained(depth, arguments.weights)
-    x, y, test, labels = pictures(arguments.pictures)
+    net = trained(name, arguments.weights).to(arguments.device)
+    x, y, test, labels = (each.to(arguments.device) for each in pictures(arguments.pictures))
     batches = list(x[: arguments.images].split(128))
     rows: list[dict[str, Any]] = []
+    inner = ", inner channels" if name in RESNETS else ""
 
-    def note(macs: float, choice: str, how: str, cut: nn.Module, seconds: float) -> None:
+    def note(
+        macs: float, choice: str, how: str, net: nn.Module, seconds: float, keep: dict[str, Tensor] | None
+    ) -> None:
         row = {
-            "net": f"ResNet-{depth}", "macs": macs, "choice": choice, "how": how, "images": arguments.images,
-            "accuracy": accuracy(cut, test, labels), "seconds": seconds,
+            "net": name, "macs": macs, "choice": choice, "how": how, "images": arguments.images,
+            "accuracy": accuracy(net, test, labels), "tests": len(labels), "seconds": seconds,
         }  # fmt: skip
         if arguments.tune:
+            cut = copy.deepcopy(net)
+            if keep:
+                regrow.cut(cut, keep, example_inputs=batches[0][:1])
             row["tuned"] = accuracy(fine_tuned(cut, x, y), test, labels)
         rows.append(row)
         print(*row.values(), sep=" | ", flush=True)
 
-    note(1.0, "", "uncut", copy.deepcopy(net), 0.0)
+    note(1.0, "", "uncut", net, 0.0, None)
     for macs in arguments.macs:
         keeps: dict[str, dict[str, Tensor]] = {}
         for choice, how in ROWS:
@@ -273,21 +209,28 @@ def measure(depth: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             if choice not in keeps:
                 keeps[choice] = keep_at(net, macs, batches, **CHOICES[choice])
-            note(macs, choice, how, without(net, keeps[choice], batches, how), time.perf_counter() - begun)
+            keep = keeps[choice]
+            made = without(net, keep, batches, how)
+            note(macs, choice, how, made, time.perf_counter() - begun, keep)
         if not arguments.quick:
             begun = time.perf_counter()
-            folded, keep = merged(net, macs, batches)
+            folded, keep = merged(name, net, macs, batches)
             for how in ("removed", "re-estimated", "least-squares"):
-                cut = without(folded, keep, batches, how, net)
-                note(macs, "k-means, inner channels", how, cut, time.perf_counter() - begun)
+                made = without(folded, keep, batches, how, net)
+                note(macs, "k-means, inner channels", how, made, time.perf_counter() - begun, keep)
         for isomorphic in () if arguments.quick else (False, True):
-            choice = "Torch-Pruning, " + ("isomorphic" if isomorphic else "magnitude") + ", inner channels"
+            choice = "Torch-Pruning, " + ("isomorphic" if isomorphic else "magnitude") + inner
             begun = time.perf_counter()
-            cut = through_torch_pruning(net, macs, batches, isomorphic)
-            note(macs, choice, "removed", copy.deepcopy(cut), time.perf_counter() - begun)
+            cut = through_torch_pruning(name, net, macs, batches, isomorphic)
+            note(macs, choice, "removed", cut, time.perf_counter() - begun, None)
             regrow.reestimate_norms(cut, batches)
-            note(macs, choice, "re-estimated", cut, time.perf_counter() - begun)
+            note(macs, choice, "re-estimated", cut, time.perf_counter() - begun, None)
     return rows
+
+
+def error(accuracy: float, count: int) -> str:
+    """The standard error of an accuracy in per cent on ``count`` pictures."""
+    return f"{(accuracy * (100 - accuracy) / count) ** 0.5:.1f}"
 
 
 def page(found: dict[str, Any]) -> str:
@@ -295,8 +238,8 @@ def page(found: dict[str, Any]) -> str:
     lines = [
         "# Accuracy right after a cut",
         "",
-        "Accuracy in % on 932 test pictures of CIFAR-10 (standard error 1 to 1.6 points), against the share",
-        "of multiply-accumulates that is left. Nothing was trained; the images have no labels. Machine: "
+        "Accuracy in % on test pictures of CIFAR-10, against the share of multiply-accumulates that is left.",
+        "Nothing was trained; the images have no labels. Machine: "
         f"{found['machine']}, {found['threads']} threads, torch {found['torch']}, regrow {found['regrow']}.",
     ]
     kinds = dict.fromkeys((row["net"], row["images"]) for row in found["rows"])
@@ -305,6 +248,11 @@ def page(found: dict[str, Any]) -> str:
         shares = sorted({row["macs"] for row in rows if row["macs"] < 1}, reverse=True)
         uncut = next(row["accuracy"] for row in rows if row["how"] == "uncut")
         lines += ["", f"## {net}, {images} images, uncut {uncut:.1f}", ""]
+        tests = rows[0]["tests"]
+        lines += [
+            f"{tests:,} test pictures: a standard error of {error(uncut, tests)} to {error(50, tests)}.",
+            "",
+        ]
         lines.append("| which filters | made up for | " + " | ".join(f"{share:g}" for share in shares) + " |")
         lines.append("|---|---|" + "--:|" * len(shares))
         for choice, how in dict.fromkeys(
@@ -325,25 +273,28 @@ def main() -> None:
     parser.add_argument(
         "--table", type=Path, nargs="+", help="make the table of such files, and nothing else"
     )
-    parser.add_argument("--weights", type=Path, help="folder of cifar10-resnet20.safetensors …")
-    parser.add_argument("--pictures", type=Path, help="npz file of CIFAR-10's pictures")
-    parser.add_argument("--nets", type=int, nargs="+", default=[20, 56])
+    parser.add_argument("--weights", type=Path, help="folder of cifar10-NET.safetensors")
+    parser.add_argument("--pictures", type=Path, help="CIFAR-10: a folder of pictures, or an npz file")
+    parser.add_argument("--nets", nargs="+", default=list(RESNETS), choices=[*RESNETS, *TRAINED_HERE])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--tune", action="store_true", help="train one epoch too, and measure again")
     parser.add_argument("--quick", action="store_true", help="least squares alone")
-    parser.add_argument("--out", type=Path, default=HERE / "reconstruction.json")
+    parser.add_argument("--out", type=Path, default=HERE / "reconstruction.json", help="for the rows")
     arguments = parser.parse_args()
     if arguments.table:
         found = [json.loads(path.read_text()) for path in arguments.table]
         rows = [row for each in found for row in each["rows"]]
         (HERE / "reconstruction.md").write_text(page({**found[0], "rows": rows}))
         return
-    rows = [row for depth in arguments.nets for row in measure(depth, arguments)]
+    rows = [row for name in arguments.nets for row in measure(name, arguments)]
     about = {"torch": torch.__version__, "regrow": regrow.__version__, "threads": torch.get_num_threads()}
-    found = {"machine": environment("cpu", torch.get_num_threads())["processor"], **about, "rows": rows}
-    arguments.out.write_text(json.dumps(found, indent=1))
-    (HERE / "reconstruction.md").write_text(page(found))
+    machine = environment("cpu", torch.get_num_threads())["processor"]
+    if torch.device(arguments.device).type == "cuda":
+        machine = torch.cuda.get_device_name(arguments.device)
+    found = {"machine": machine, **about, "rows": rows}
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

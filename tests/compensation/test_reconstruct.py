@@ -21,7 +21,7 @@ X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 @torch.no_grad()
 def outputs(net: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
-    return net.eval()(x)
+    return net.eval()(x.to(next(net.parameters()).device))
 
 
 class Residual(nn.Module):

@@ -53,7 +53,7 @@ def compare(model: nn.Module, batches: list[Any], loss: Any = None, exclude: Any
         assert largest > (1e-6 if double else 1e-4), f"{name} does not matter, so the test shows nothing"
         assert each.shape == expected[name].shape
         assert each.device == model.get_submodule(name).weight.device  # type: ignore[union-attr]
-        difference = float((each.cpu() - expected[name]).abs().max())
+        difference = float((each - expected[name].to(each)).abs().max())
         assert difference < (1e-6 * largest if double else 1e-5), name
     return scores
 

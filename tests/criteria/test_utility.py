@@ -46,7 +46,7 @@ def test_a_flattened_channel_counts_at_all_its_places() -> None:
         weights = model[3].weight.abs().sum(0).view(3, 4)
     utility = (arriving * weights).sum(1)
     found = score(model, "utility", batches=[x])["0"]
-    assert torch.allclose(found.float().cpu(), utility / utility.mean(), rtol=1e-5)
+    assert torch.allclose(found.to(utility), utility / utility.mean(), rtol=1e-5)
 
 
 def test_a_silent_filter_and_one_that_nothing_reads_have_utility_0() -> None:
@@ -61,7 +61,7 @@ def test_a_silent_filter_and_one_that_nothing_reads_have_utility_0() -> None:
     found = score(model, "utility", batches=[torch.randn(4, 1, 8, 8)])
     assert found["0"][1] == found["0"][2] == 0
     assert (found["0"][[0, 3]] > 0).all()
-    assert found["0"].mean() == pytest.approx(1)
+    assert found["0"].mean().item() == pytest.approx(1)
     # No layer reads the last convolution, so nothing is known of its filters.
     assert found["2"].tolist() == [0, 0]
 
@@ -80,4 +80,4 @@ def test_every_filter_of_a_sum_gets_all_of_it() -> None:
     torch.manual_seed(1)
     found = score(Sum(), "utility", batches=[torch.randn(3, 1, 4, 4)])
     assert torch.equal(found["left"], found["right"])
-    assert found["left"].mean() == pytest.approx(1)
+    assert found["left"].mean().item() == pytest.approx(1)
