@@ -42,15 +42,15 @@ def test_the_weights_of_a_sub_phase_compute_what_was_validated() -> None:
     splits = load_data("digits", train_size=200)
     torch.manual_seed(0)
     model = build_model("convnet", classes=10, channels=1, size=(8, 8), width=8)
-    device = next(model.parameters()).device
+    images = torch.randn(32, 1, 8, 8)
+    model.to(images.device)
     test = Batches(
-        splits.test, batch_size=200, mean=splits.mean, std=splits.std, shuffle=False, device=device
+        splits.test, batch_size=200, mean=splits.mean, std=splits.std, shuffle=False, device=images.device
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     cycle = regrow.RePr(
         model, optimizer, example_inputs=torch.zeros(1, 1, 8, 8), full=1, sub=1, cycles=1, seed=0
     )
-    images = torch.randn(32, 1, 8, 8)
     for _ in range(2):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), torch.arange(32) % 10).backward()

@@ -219,6 +219,7 @@ class _Work:
             basis: Tensor | None = None
             if alone and rows.shape[1] < _FEW * rows.shape[2]:
                 rows, basis = in_span(rows)
+                lack = lack.to(rows.device)  # coordinates are on the CPU, in double precision
             for half, (x, r) in enumerate(_halves(rows, lack, len(before.chosen), first)):
                 if r.shape[1]:
                     more, so_far = Moments.of(x, r, basis), halves[half]
