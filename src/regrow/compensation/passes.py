@@ -85,7 +85,8 @@ class _Follower:
                 else inputs_at(module, read[0], output, chosen)
             )
         calls.append(call)
-        self._last[name] = read[0], writes_to(read[0]), output
+        if self._reads:
+            self._last[name] = read[0], writes_to(read[0]), output
         if target.added:
             self.waiting[name].add(len(calls) - 1)
             if not target.norm:
@@ -113,12 +114,18 @@ class _Follower:
     def _remade(self, target: Target) -> Tensor | None:
         """What the layer, and the norm of a summand, make with the weights that ``met`` gave it; None for no
         change."""
-        if not self._met(target, self.calls[target.name]):
+        calls = self.calls[target.name]
+        changed = self._met(target, calls)
+        x, version, output = self._last.pop(target.name, (None, 0, None))
+        if self._reads:
+            for call in calls:  # they were looked at, and would fill the memory
+                call.inputs = call.other = None
+                call.output = call.output.new_empty(0)
+        if not changed or x is None or output is None:
             return None
         # Autocast keeps copies of weights, and would not see that these changed.
         torch.clear_autocast_cache()
         layer = self._modules[target.name]
-        x, version, output = self._last[target.name]
         written = writes_to(x) != version or (target.added and x.is_inference())  # then nobody knows
         if target.calls > 1 or target.why or written:
             raise Stale

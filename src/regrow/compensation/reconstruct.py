@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -23,6 +23,7 @@ from regrow.modules import CONSUMER_CLASSES, device_of
 
 # How many rows a system has, and how many times as many as it has columns, where the images have so many.
 _ROWS, _TIMES = 1 << 14, 32
+_NUMBERS = 1 << 27  # at most, in all rows of a layer's inputs
 _LIVE = 5  # outputs of the size of the largest one, which a pass holds at a time
 # A norm that scales a channel down by more than this, beside its largest channel, hides the shortcut's error.
 _HIDDEN = 1e-3
@@ -180,7 +181,8 @@ class _Work:
         columns = 1 if target.why else cast(Tensor, layer.weight)[0].numel()
         # The layer may take each picture in parts, as windows, or a part of the pictures.
         pictures = max(1, self._images, len(with_batch(layer, output)))
-        wanted = math.ceil(max(_ROWS, _TIMES * columns) / pictures)
+        numbers = columns * (1 if target.why else int(getattr(layer, "groups", 1)))
+        wanted = math.ceil(min(max(_ROWS, _TIMES * columns), max(1, _NUMBERS // numbers)) / pictures)
         return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
 
     def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
@@ -289,11 +291,11 @@ def _parts(batch: Any) -> dict[Any, Tensor] | None:
     return parts if all(isinstance(part, Tensor) and part.dim() for part in parts.values()) else None
 
 
-def _halves(x: Any, r: Tensor, rows: int, first: int) -> list[tuple[Tensor, Tensor]]:
+def _halves(x: Any, r: Tensor, rows: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of pictures with even numbers, and the others; the first picture has the number ``first``."""
     x, r = (each.unflatten(1, (-1, rows)) for each in (x, r))
-    starts = (first % 2, (first + 1) % 2)
-    return [(x[:, start::2].flatten(1, 2), r[:, start::2].flatten(1, 2)) for start in starts]
+    for start in (first % 2, (first + 1) % 2):
+        yield x[:, start::2].flatten(1, 2), r[:, start::2].flatten(1, 2)
 
 
 def _scale(model: nn.Module, target: Target) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Candidates for the penalty of ``fit``, as shares of the mean square of the columns.
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_AT_ONCE = 1 << 24  # numbers of the rows whose products are made at one time
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,22 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, r: Tensor, basis: Tensor | None = None) -> Moments:
         """The moments of ``x`` [groups, rows, columns] and ``r`` [groups, rows, outputs]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, r = x.to(wide), r.to(wide)
-        means = x.mean(1), r.mean(1)
-        # Beside large means, single precision would lose how much the numbers vary.
-        x, r = x - means[0][:, None], r - means[1][:, None]
-        across, count = x.transpose(1, 2), x.shape[1]
-        with torch.autocast(x.device.type, enabled=False):  # this may be called in the middle of a pass
-            parts = (*means, x.sum(1), r.sum(1), across @ x, across @ r, r.square().sum(1))
-        # Not every device has double precision.
-        mx, mr, sx, sr, xx, xr, rr = (part.cpu().double() for part in parts)
+        wide, count = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+        means = x.mean(1, dtype=wide), r.mean(1, dtype=wide)
+        groups, _, columns = x.shape
+        each = max(1, _AT_ONCE // max(1, groups * columns))
+        sums: list[Tensor] = []
+        for some, lack in zip(x.split(each, 1), r.split(each, 1), strict=True):
+            # Beside large means, single precision would lose how much the numbers vary.
+            a, b = some.to(wide) - means[0][:, None], lack.to(wide) - means[1][:, None]
+            across = a.transpose(1, 2)
+            with torch.autocast(x.device.type, enabled=False):  # this may be called in the middle of a pass
+                parts = (a.sum(1), b.sum(1), across @ a, across @ b, b.square().sum(1))
+            # Not every device has double precision.
+            now = [part.cpu().double() for part in parts]
+            sums = now if not sums else [one.add_(other) for one, other in zip(sums, now, strict=True)]
+        mx, mr = (mean.cpu().double() for mean in means)
+        sx, sr, xx, xr, rr = sums
         xx += _outer(sx, mx) + _outer(mx, sx + count * mx)
         xr += _outer(sx, mr) + _outer(mx, sr + count * mr)
         rr += mr * (2 * sr + count * mr)

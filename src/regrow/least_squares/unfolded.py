@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.modules import Transposed, channel_axis, channel_dim, grouped
+
+_AT_ONCE = 1 << 22  # numbers that are collected at one time
 
 
 def with_batch(layer: nn.Module, tensor: Tensor) -> Tensor:
@@ -61,9 +64,15 @@ def inputs_at(layer: Any, x: Tensor, output: Tensor, chosen: Tensor) -> Tensor:
         taps = torch.arange(kernel[dim], device=x.device) * layer.dilation[dim]
         at = place[:, None] * step[dim] + taps  # [chosen, taps]
         index.append(at.view(len(chosen), *(-1 if other == dim else 1 for other in range(len(kernel)))))
-    patches = x[tuple(index)]  # [pictures, channels, chosen, *kernel]
-    patches = patches.unflatten(1, (layer.groups, -1)).movedim(3, 1)  # [pictures, chosen, groups, …]
-    return patches.flatten(0, 1).movedim(1, 0).flatten(2)
+    columns = x.shape[1] // layer.groups * math.prod(kernel)
+    rows = x.new_empty(layer.groups, len(x), len(chosen), columns)
+    each = max(1, _AT_ONCE // max(1, len(chosen) * layer.groups * columns))
+    for some, made in zip(x.split(each), rows.split(each, 1), strict=True):
+        patches = some[tuple(index)].unflatten(
+            1, (layer.groups, -1)
+        )  # [pictures, groups, …, chosen, *kernel]
+        made.unflatten(3, (-1, *kernel)).copy_(patches.transpose(0, 1).movedim(3, 2))
+    return rows.flatten(1, 2)
 
 
 def matrix_of(layer: nn.Module, weight: Tensor) -> Tensor:
