@@ -75,8 +75,16 @@ def test_the_lines_about_bridgeout_run_as_printed() -> None:
     torch.testing.assert_close(model[1].running_mean, model[0](x).mean((0, 2, 3)))
 
 
+def test_the_first_line_halves_the_arithmetic() -> None:
+    block = next(block for block in python_blocks() if "macs=0.5" in block)
+    scope = {"regrow": regrow, "model": network().eval(), "x": torch.randn(64, 1, 8, 8)}
+    exec(block, scope)
+    macs = scope["report"]["macs"]
+    assert 0.4 * macs["before"] < macs["after"] <= 0.5 * macs["before"]
+
+
 def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = next(block for block in python_blocks() if "regrow.prune" in block)
+    block = next(block for block in python_blocks() if "regrow.save" in block)
     monkeypatch.chdir(tmp_path)
     model, x = network().eval(), torch.randn(6, 1, 8, 8)
     names = {"regrow": regrow, "model": model, "x": x, "MyNet": network}

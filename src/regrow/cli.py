@@ -54,7 +54,7 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(help="Train better convolutional filters with RePr, and find out whether it helps you.")
+@app.callback(help="Train better convolutional filters with RePr, and compare it with what else there is.")
 def _regrow(
     _version: Annotated[
         bool,
