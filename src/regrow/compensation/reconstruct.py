@@ -25,6 +25,7 @@ from regrow.modules import CONSUMER_CLASSES, device_of
 _ROWS, _TIMES = 1 << 14, 32
 _NUMBERS = 1 << 27  # at most, in all rows of a layer's inputs
 _LIVE = 5  # outputs of the size of the largest one, which a pass holds at a time
+_SHARE = 0.6  # of the memory, for a pass over all images
 # A norm that scales a channel down by more than this, beside its largest channel, hides the shortcut's error.
 _HIDDEN = 1e-3
 # With fewer rows than this for each column, a system is solved in the space that the rows span.
@@ -182,7 +183,7 @@ class _Work:
         # The layer may take each picture in parts, as windows, or a part of the pictures.
         pictures = max(1, self._images, len(with_batch(layer, output)))
         numbers = columns * (1 if target.why else int(getattr(layer, "groups", 1)))
-        wanted = math.ceil(min(max(_ROWS, _TIMES * columns), max(1, _NUMBERS // numbers)) / pictures)
+        wanted = math.ceil(min(_most_rows(columns), max(1, _NUMBERS // numbers)) / pictures)
         return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
 
     def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
@@ -254,8 +255,13 @@ class _Work:
         return True
 
 
+def _most_rows(columns: int) -> int:
+    """How many rows a system of so many columns is given at most."""
+    return max(_ROWS, _TIMES * columns)
+
+
 def _joined(model: nn.Module, batches: Sequence[Any]) -> Any:
-    """All batches in one; None where they do not fit together, or not into half of the memory."""
+    """All batches in one; None where they do not fit together, or not into a share of the memory."""
     parts = [_parts(batch) for batch in batches]
     for each, batch in zip(parts, batches, strict=True):
         pictures = count_images(batch)
@@ -265,16 +271,19 @@ def _joined(model: nn.Module, batches: Sequence[Any]) -> Any:
             key: tensor.shape[1:] for key, tensor in (parts[0] or {}).items()
         }:
             return None
-    largest = 0
+    images = sum(map(count_images, batches))
+    largest = kept = 0
 
-    def look(_name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal largest
+    def look(_name: str, module: Any, _inputs: Any, output: Tensor) -> None:
+        nonlocal largest, kept
         largest = max(largest, output.nbytes)
+        rows = min(_most_rows(module.weight[0].numel()), positions(module, output) * images)
+        kept += rows * module.weight.shape[0] * output.element_size()
 
     with hooked([each for each in model.named_modules() if isinstance(each[1], CONSUMER_CLASSES)], look):
         pictures = forward(model, there(model, batches[0]))
-    needed = _LIVE * largest * sum(map(count_images, batches)) / max(1, pictures)
-    if needed >= most_memory(device_of(model)) / 2:
+    needed = _LIVE * largest * images / max(1, pictures) + kept
+    if needed >= _SHARE * most_memory(device_of(model)):
         return None
     whole = {key: torch.cat([each[key] for each in parts if each]) for key in parts[0] or {}}
     if isinstance(batches[0], Tensor):
