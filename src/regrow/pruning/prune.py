@@ -166,7 +166,7 @@ def prune(
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = names_given(exclude, "exclude")
     left = (
-        {name: "fraction= gives no share for it" for name in every if name not in shares}
+        {name: "the fraction gives no share for it" for name in every if name not in shares}
         | dict.fromkeys(excluded(names, every), "excluded")
         | left_out(base)
         | fixed
