@@ -98,9 +98,10 @@ CALLS = {
     "score": (regrow.score, {}),
     "shrink_and_perturb": (regrow.shrink_and_perturb, {}),
 }  # fmt: skip
-# These take no model: a weight, activations, logits, scores, what RePr.step returns.
+# These take no model: a weight, activations, logits, scores, a run folder, what RePr.step returns.
 OTHERS = {
-    "Event", "bridgeout", "canonical_correlation", "distillation_loss", "off_map", "overlap", "select",
+    "Event", "bridgeout", "canonical_correlation", "distillation_loss", "load_run", "off_map", "overlap",
+    "select",
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from regrow.shipping.fold import fold_norms
     from regrow.shipping.onnx import export_onnx
     from regrow.shipping.plain import plain_layers
+    from regrow.study.load_run import load_run
     from regrow.surgery.cut import cut
 
 _HOMES = {
@@ -67,6 +68,7 @@ _HOMES = {
     "layer_correlations": "regrow.analysis.layers",
     "load": "regrow.shipping.checkpoint",
     "load_bridgeout_state": "regrow.noise.layers",
+    "load_run": "regrow.study.load_run",
     "match_norms": "regrow.compensation.norms",
     "off_map": "regrow.analysis.off_map",
     "orthogonal_loss": "regrow.losses",
@@ -110,6 +112,7 @@ __all__ = [
     "layer_correlations",
     "load",
     "load_bridgeout_state",
+    "load_run",
     "match_norms",
     "off_map",
     "orthogonal_loss",

@@ -18,6 +18,7 @@ from regrow import __version__
 from regrow.interrupts import exit_status, uninterrupted
 from regrow.short import line
 from regrow.study.config import RunConfig, make_config, read_settings
+from regrow.study.flags import in_flags
 from regrow.study.processes import is_first
 from regrow.study.stopped import what_now
 from regrow.study.typed import Mistyped, typed
@@ -342,7 +343,12 @@ def analyse(
 
 @_command()
 def prune(
-    network: Annotated[str, typer.Argument(help="Run folder, or the name of a torchvision or timm network.")],
+    network: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder, name of a torchvision or timm network, or module.path:function of your own."
+        ),
+    ],
     out: Annotated[Path, _output("Folder to write to.", "--out")],
     fraction: Annotated[
         str | None, _target("Share of the filters to remove: 0.5, or of layers: layer3=0.6,layer4=0.5.")
@@ -386,10 +392,14 @@ def prune(
     ] = True,
     weights: Annotated[
         str | None,
-        _network("Weights of a network by name: default, none (random), or IMAGENET1K_V1, …"),
+        _network(
+            "Weights of a network by name: default, none (random), or IMAGENET1K_V1, …; of your own: "
+            "a .safetensors, .pth or .pt file, or none (as the function returns it)."
+        ),
     ] = None,
     data: Annotated[
-        str | None, _network("Pictures for a network by name: folder, cifar10, … (a run has its own).")
+        str | None,
+        _network("Pictures for a network by name or function: folder, cifar10, … (a run has its own)."),
     ] = None,
     data_dir: Annotated[str | None, _network("Where the data lies.")] = None,
     image_size: Annotated[int | None, _network("Side of the pictures in pixels.")] = None,
@@ -407,6 +417,8 @@ def prune(
     """Make a trained network smaller for good, by a fraction or within a budget, without training.
 
     Example: regrow prune runs/one --max-drop 1 --out small
+
+    Of your own: regrow prune nets:build --weights my.pth --data folder --data-dir DIR --image-size 64 --out S
     """
     from regrow.study.fractions import parse_shares
 
@@ -439,14 +451,14 @@ def prune(
 
 def _show_warning(message: Warning | str, *_place: Any, **_more: Any) -> None:
     """Show only the message: a place in the source does not help a person who types a command."""
-    _complain(f"warning: {message}")
+    _complain(f"warning: {in_flags(str(message))}")
 
 
 def _message(error: Exception) -> str:
-    """The error's message; without its number if it is one of the system."""
+    """The error's message, in the words of the command; without its number if it is one of the system."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return in_flags(str(error))
 
 
 def main() -> None:

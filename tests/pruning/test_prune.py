@@ -211,7 +211,7 @@ def test_each_layer_its_share(make_net):
         "conv2": {"before": 8, "after": 4},
         "conv3": {"before": 8, "after": 8},
     }
-    assert report["left_out"] == {"conv1": "fraction= gives no share for it"}
+    assert report["left_out"] == {"conv1": "the fraction gives no share for it"}
     assert report["filters"] == {"before": 16, "after": 12}
 
 

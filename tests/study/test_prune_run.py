@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import forking
 from regrow.cli import app
 from regrow.pruning.accuracy import top1
+from regrow.pruning.report import count, size
 from regrow.shipping.checkpoint import load
 from regrow.study import records, trained
 from regrow.study.config import make_config
 from regrow.study.libraries import LibraryModel
-from regrow.study.prune_table import count, size
 from regrow.study.train import train
 from regrow.study.trained import by_name, from_run
 from regrow.surgery.cut import cut

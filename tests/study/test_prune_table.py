@@ -6,7 +6,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from regrow.study.prune_table import count, milliseconds, prune_tables, share, size
+from regrow.pruning.report import Report, count, milliseconds, share, size
+from regrow.study.prune_table import prune_tables
 
 LATENCY = {"median": 0.002, "lowest": 0.0015, "highest": 0.0125, "passes": 50}
 REPORT = {
@@ -73,6 +74,17 @@ def test_every_number_with_its_unit():
     ):
         assert line in lines, (line, lines)
     assert not any("test accuracy" in line for line in lines)
+
+
+@pytest.mark.parametrize("settings", [{}, {"settings": {"deployed": {"dtype": "float16"}}}])
+def test_the_report_prints_as_the_command_shows_it(settings: dict) -> None:
+    report = Report(REPORT | settings)
+    console = Console(width=200)
+    with console.capture() as capture:
+        for table in prune_tables(report):
+            console.print(table)
+    command = [line.rstrip() for line in capture.get().splitlines()]
+    assert [line for line in str(report).splitlines() if line] == command
 
 
 NETWORKS = [

@@ -31,6 +31,7 @@ from regrow.pruning.accuracy import top1
 from regrow.pruning.budget import Search, check_target, removed
 from regrow.pruning.cost import activation_bytes, count_macs, count_parameters, weight_bytes
 from regrow.pruning.latency import as_used, measure_latency
+from regrow.pruning.report import Report
 from regrow.pruning.shares import check_reach, layer_shares
 from regrow.pruning.trials import Bench, become, uncut
 from regrow.shipping.deploy import form_of
@@ -64,7 +65,7 @@ def prune(
     deployed: bool | Mapping[str, Any] = False,
     seed: int | None = None,
     progress: Callable[[float, str], object] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Make a trained network smaller in one call, in place: score, choose, cut for good, compensate.
 
     Give exactly one target. For a budget, ``prune`` searches on copies for the smallest cut that meets it
@@ -111,11 +112,11 @@ def prune(
         progress: called with the share done, 0 to 1, and the name of the present step.
 
     Returns:
-        JSON-able report: version; target {kind, value, reached}; settings, device and threads; filters
-        (before and after) and fraction removed; layers {name: filters before and after}; dropped {name:
-        indices}; left_out and masked {name: why}; parameters, macs, latency (seconds: median, lowest,
-        highest), memory (bytes of weights, peak bytes of activations), accuracy (0 to 1; None without
-        ``validation``), each before and after; compensation (what ``compensate`` did, or None).
+        JSON-able report, which prints as tables: version; target {kind, value, reached}; settings, device
+        and threads; filters (before and after) and fraction removed; layers {name: filters before and
+        after}; dropped {name: indices}; left_out and masked {name: why}; parameters, macs, latency (seconds:
+        median, lowest, highest), memory (bytes of weights, peak bytes of activations), accuracy (0 to 1;
+        None without ``validation``), each before and after; compensation (what ``compensate`` did, or None).
 
     Raises:
         ValueError: not exactly one target is given; an argument is unknown, missing or out of range; the
@@ -166,7 +167,7 @@ def prune(
     fixed = {name: reason for name in convolutions(base) if (reason := unremovable(readers, name))}
     names = names_given(exclude, "exclude")
     left = (
-        {name: "fraction= gives no share for it" for name in every if name not in shares}
+        {name: "the fraction gives no share for it" for name in every if name not in shares}
         | dict.fromkeys(excluded(names, every), "excluded")
         | left_out(base)
         | fixed
@@ -231,38 +232,40 @@ def prune(
     if timing is None:
         used = [as_used(each, example_inputs, form) for each in (base, small)]
         timing = measure_latency(used, example_inputs)
-    report: dict[str, Any] = {
-        "version": _VERSION,
-        "target": {"kind": kind, "value": value, "reached": reached},
-        "settings": {
-            "criterion": criterion_name(ranking),
-            "scope": within,
-            "coupled": coupled,
-            "round_to": round_to,
-            "floor": floor,
-            "exclude": names,
-            "compensate": compensate,
-            "deployed": form and form.record(),
-            "seed": seed,
-        },
-        "device": str(device_of(base)),
-        "threads": torch.get_num_threads(),
-        "filters": _pair(_count(trial.keep), _count(trial.keep) - removed(trial.keep)),
-        "fraction": removed(trial.keep) / _count(trial.keep),
-        "layers": {name: _pair(before[name], after[name]) for name in before},
-        "dropped": dict(trial.gone),
-        "left_out": left,
-        "masked": dict(trial.plan.masked),
-        "parameters": _pair(*map(count_parameters, (base, small))),
-        "macs": _pair(*(count_macs(each, example_inputs) for each in (base, small))),
-        "latency": _pair(*timing),
-        "memory": {
-            "weights": _pair(*map(weight_bytes, (base, small))),
-            "activations": _pair(*(activation_bytes(each, example_inputs) for each in (base, small))),
-        },
-        "accuracy": None,
-        "compensation": trial.compensation,
-    }
+    report = Report(
+        {
+            "version": _VERSION,
+            "target": {"kind": kind, "value": value, "reached": reached},
+            "settings": {
+                "criterion": criterion_name(ranking),
+                "scope": within,
+                "coupled": coupled,
+                "round_to": round_to,
+                "floor": floor,
+                "exclude": names,
+                "compensate": compensate,
+                "deployed": form and form.record(),
+                "seed": seed,
+            },
+            "device": str(device_of(base)),
+            "threads": torch.get_num_threads(),
+            "filters": _pair(_count(trial.keep), _count(trial.keep) - removed(trial.keep)),
+            "fraction": removed(trial.keep) / _count(trial.keep),
+            "layers": {name: _pair(before[name], after[name]) for name in before},
+            "dropped": dict(trial.gone),
+            "left_out": left,
+            "masked": dict(trial.plan.masked),
+            "parameters": _pair(*map(count_parameters, (base, small))),
+            "macs": _pair(*(count_macs(each, example_inputs) for each in (base, small))),
+            "latency": _pair(*timing),
+            "memory": {
+                "weights": _pair(*map(weight_bytes, (base, small))),
+                "activations": _pair(*(activation_bytes(each, example_inputs) for each in (base, small))),
+            },
+            "accuracy": None,
+            "compensation": trial.compensation,
+        }
+    )
     if validation is not None:
         report["accuracy"] = _pair(accuracy, top1(small, validation)[0]) | {"images": pictures}
     with uninterrupted():

@@ -52,7 +52,10 @@ def library_model(name: str, weights: str) -> LibraryModel:
         names += timm.list_models()
     hint = "" if importlib.util.find_spec("timm") else " timm is not installed: pip install 'regrow[timm]'."
     known = nearest(bare, dict.fromkeys(names))
-    raise Mistyped(f"{name!r} is neither a run folder nor a network of torchvision or timm{known}{hint}")
+    raise Mistyped(
+        f"{name!r} is neither a run folder nor a network of torchvision or timm, and does not have the form "
+        f"module.path:function{known}{hint}"
+    )
 
 
 def _torchvision(name: str, weights: str) -> LibraryModel:

@@ -30,8 +30,9 @@ from regrow.shipping.onnx import export_onnx
 from regrow.short import short
 from regrow.study import records
 from regrow.study.config import make_config
+from regrow.study.own_network import is_own
 from regrow.study.prune_table import prune_tables
-from regrow.study.trained import Loader, Trained, by_name, from_run
+from regrow.study.trained import Loader, Trained, by_function, by_name, from_run
 from regrow.study.typed import Mistyped, typed
 from regrow.suggest import nearest
 from regrow.surgery.cut import cut
@@ -68,12 +69,12 @@ def run_prune(
     after. Where accuracy can be measured, the last table also has the same cut without making up for it.
 
     Args:
-        network: a run folder, or a name of torchvision's or timm's.
+        network: a run folder, a name of torchvision's or timm's, or ``module.path:function``.
         out: folder for the files, made if missing.
         targets: the targets of ``prune``; one of them is not None.
         criterion, scope, coupled, round_to, floor, exclude, compensate: as ``prune``.
-        weights, data, image_size: for a network by name, as ``by_name``.
-        data_dir, device: as ``from_run`` or ``by_name``.
+        weights, data, image_size: for a network by name or by a function, as ``by_name`` or ``by_function``.
+        data_dir, device: as ``from_run``, ``by_name`` or ``by_function``.
         threads: CPU threads; None leaves their number as it is.
         onnx: write pruned.onnx as well.
         deploy: float32, float16 or bfloat16: the networks before and after are timed as ``deploy`` makes
@@ -88,8 +89,8 @@ def run_prune(
         networks have the same shapes, so ``prune`` timed one of them for both.
 
     Raises:
-        ValueError: as ``prune``, ``from_run`` or ``by_name``; options that do not go together. Nothing is
-            written then.
+        ValueError: as ``prune``, ``from_run``, ``by_name`` or ``by_function``; options that do not go
+            together. Nothing is written then.
     """
     with typed():
         if criterion is not None:
@@ -205,14 +206,10 @@ def _find(
         raise ValueError(f"{network} is not a run folder: it has no config.yaml.")
     if data is None and data_dir is not None:
         raise Mistyped("--data-dir is where the pictures of --data lie: pass --data too, or leave it out.")
-    return by_name(
-        network,
-        weights=weights or "default",
-        data=data,
-        data_dir=data_dir,
-        image_size=image_size,
-        device=device,
-    )
+    pictures: dict[str, Any] = {"data": data, "data_dir": data_dir, "image_size": image_size}
+    if is_own(network):
+        return by_function(network, weights=weights, device=device, **pictures)
+    return by_name(network, weights=weights or "default", device=device, **pictures)
 
 
 def _rows(uncut: nn.Module, trained: Trained, report: dict[str, Any], out: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Load trained networks, with the pictures that go with them, from a run folder or by name."""
+"""Load trained networks, with the pictures that go with them: of a run, by name, or by a function."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from regrow.study.building import build, device_of, load_splits
 from regrow.study.config import RunConfig, make_config
 from regrow.study.data import Images, Splits, load_data
 from regrow.study.feeding import Batches, labelled_batches
-from regrow.study.libraries import library_model
+from regrow.study.libraries import LibraryModel, library_model
 from regrow.study.models import model_channels
 from regrow.study.names import MODEL_FAMILIES
+from regrow.study.own_network import own_network
 from regrow.study.tasks import task_splits
 
 _BATCH = 500
@@ -172,17 +173,67 @@ def by_name(
     if name in MODEL_FAMILIES:
         raise ValueError(f"{name} has no published weights: train one, and give its run folder.")
     found = library_model(name, weights)
-    source = {"model": name, "weights": weights, "data": data}
     place = device_of(device or "auto")
-    if data is None:
+    source = {"model": name, "weights": weights, "data": data}
+    return _with_pictures(found, 3, source, place, data_dir, image_size)
+
+
+def by_function(
+    name: str,
+    *,
+    weights: str | None = None,
+    data: str | None = None,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    device: str | None = None,
+) -> Trained:
+    """Make a network by a function of the user's own, and load its weights.
+
+    Args:
+        name, weights: as ``own_network`` takes them.
+        data, data_dir, image_size, device: as ``by_name`` takes them. The pictures are normalised as those of
+            a run: by mean and standard deviation of each channel of the training pictures.
+
+    Raises:
+        ValueError: as ``own_network``; missing data.
+    """
+    model = own_network(name, weights)
+    source = {"function": name, "weights": weights, "data": data}
+    found = LibraryModel(model, None, None, None)
+    place = device_of(device or "auto")
+    return _with_pictures(found, _channels_read(model), source, place, data_dir, image_size)
+
+
+def _channels_read(model: nn.Module) -> int | None:
+    """How many channels the first convolution for pictures reads; None if there is none."""
+    return next((layer.in_channels for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+
+
+def _with_pictures(
+    found: LibraryModel,
+    channels: int | None,
+    source: dict[str, Any],
+    device: torch.device,
+    data_dir: str | None,
+    image_size: int | None,
+) -> Trained:
+    """The network with the pictures that ``source`` names as "data", or without.
+
+    Args:
+        channels: that the network reads; None for those of the pictures.
+    """
+    if source["data"] is None:
         side = image_size or found.side or _SIDE
-        example = torch.zeros(1, 3, side, side, device=place)
-        return Trained(found.model.to(place), example, None, None, None, source, 0, "there are no pictures")
-    splits = load_data(data, data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
+        example = torch.zeros(1, channels or 3, side, side, device=device)
+        model = found.model.to(device)
+        return Trained(model, example, None, None, None, source, 0, "there are no pictures")
+    splits = load_data(source["data"], data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
     mean, std = found.mean or splits.mean, found.std or splits.std
     if splits.channels == 1 and len(mean) > 1:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return _with_data(found.model, splits, mean, std, 3, place, source, 0)
+    if channels is None or splits.channels > 1:
+        channels = splits.channels
+    return _with_data(found.model, splits, mean, std, channels, device, source, 0)
 
 
 def _with_data(
@@ -200,14 +251,17 @@ def _with_data(
     example = torch.zeros(1, channels, *splits.size, device=device)
     with torch.no_grad():
         try:
-            classes = model(example).shape[-1]
+            scores = model(example)
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"the network does not take pictures of {splits.size[0]}×{splits.size[1]} ({reason})."
             ) from error
+    classes = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
     judged, known = classes == len(splits.classes), len(splits.classes)
     unjudged = "" if judged else f"the network tells {classes} classes apart, and the pictures have {known}"
+    if classes is None:
+        unjudged = "the network does not return one score for each class of a picture"
     labelled = labelled_batches(splits.train, **feed)
     return Trained(
         model,
