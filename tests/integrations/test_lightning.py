@@ -1,6 +1,5 @@
 """The callbacks for Lightning: what a fit with them does, saves, continues and leaves behind."""
 
-import copy
 import warnings
 
 import lightning.pytorch as pl
@@ -41,7 +40,7 @@ class Fits(pl.LightningModule):
         self.net, self.fails_in, self.passes_seen = net(), fails_in, 0
         self.example_input_array = X[:1]
 
-    def training_step(self, batch, index):
+    def training_step(self, batch, _):
         if self.current_epoch == self.fails_in:
             raise OverflowError("the user's own")
         self.passes_seen += 1
@@ -55,7 +54,7 @@ class Fits(pl.LightningModule):
 
 
 class Validates(Fits):
-    def validation_step(self, batch, index):
+    def validation_step(self, batch, _):
         self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def val_dataloader(self):
@@ -110,14 +109,16 @@ def test_a_fit_does_what_a_loop_of_ones_own_does():
     callback = RePr(**SETTINGS)
     fit = fitted(callback)
     assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
-    assert same(fit.net, own_loop()) and is_plain(fit)
+    assert same(fit.net, own_loop())
+    assert is_plain(fit)
 
 
 def test_with_noise_a_fit_does_what_a_loop_of_ones_own_does():
     for callbacks in [(RePr(**SETTINGS), Bridgeout(p=0.2)), (Bridgeout(p=0.2), RePr(**SETTINGS))]:
         fit = fitted(*callbacks)
         noisy = own_loop(noise=True)
-        assert same(fit.net, noisy) and is_plain(fit)
+        assert same(fit.net, noisy)
+        assert is_plain(fit)
 
 
 def test_steps_are_counted_in_steps_of_the_optimizer():
@@ -137,20 +138,24 @@ def test_a_fit_goes_on_where_the_checkpoint_was_written(tmp_path, module, epochs
     again = module()
     path = tmp_path / f"epoch={epochs - 1}.ckpt"
     trainer(*callbacks()).fit(again, ckpt_path=path, weights_only=True)
-    assert same(whole.net, again.net) and is_plain(again)
+    assert same(whole.net, again.net)
+    assert is_plain(again)
 
 
-def test_a_fit_goes_on_from_the_middle_of_an_epoch(tmp_path):
+@pytest.mark.parametrize("step", [3, 6, 9, 12])
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_a_fit_goes_on_from_the_last_step_of_an_epoch(tmp_path, per, step):
+    """Lightning saves ahead of the hook at the end of the epoch then, and goes on with the next epoch."""
+
+    def callback():
+        length = {"epoch": 1, "step": 3}[per]
+        return RePr(per=per, **{**SETTINGS, "full": 2 * length, "sub": 2 * length})
+
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    whole = fitted(RePr(per="step", **SETTINGS), saving, epochs=2, saves=True)
-    again = RePr(per="step", **SETTINGS)
-    fit = Fits()
-    fit.train_dataloader = lambda: torch.utils.data.DataLoader(  # the rest of the epoch, and the next
-        torch.utils.data.TensorDataset(X, Y), batch_size=4
-    )
-    trainer(again, epochs=2).fit(fit, ckpt_path=tmp_path / "step=3.ckpt")
-    assert [event.kind for event in again.events] == ["restore"]
-    assert same(whole.net, fit.net)
+    whole = fitted(callback(), saving, saves=True)
+    again = Fits()
+    trainer(callback()).fit(again, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert same(whole.net, again.net)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -160,7 +165,8 @@ def test_an_aborted_fit_leaves_a_plain_model_and_a_checkpoint_that_goes_on(tmp_p
     saving = OnExceptionCheckpoint(tmp_path)
     with pytest.raises(OverflowError, match="own"):
         trainer(*callbacks, saving, saves=True).fit(fit)
-    assert is_plain(fit) and silent(fit.net) > 0
+    assert is_plain(fit)
+    assert silent(fit.net) > 0
     again = RePr(**SETTINGS)
     whole = Fits()
     trainer(again, Bridgeout(p=0.2)).fit(whole, ckpt_path=saving.ckpt_path)
@@ -171,7 +177,8 @@ def test_an_aborted_fit_leaves_a_plain_model_and_a_checkpoint_that_goes_on(tmp_p
 def test_a_fit_that_ends_among_dropped_filters_says_so():
     with pytest.warns(UserWarning, match="while filters were dropped"):
         fit = fitted(RePr(**SETTINGS), epochs=3)
-    assert is_plain(fit) and silent(fit.net) > 0
+    assert is_plain(fit)
+    assert silent(fit.net) > 0
 
 
 def test_a_second_fit_starts_anew():
@@ -197,7 +204,8 @@ def test_averaged_weights_follow(averaging):
     fit = fitted(callback, averaging(), watches, module=Validates)
     dropped = len(callback.events[0].filters["3"])
     assert watches.found == [(0, 0), (dropped, dropped), (dropped, dropped), (0, 0), (0, 0)]
-    assert silent(fit.net) == 0 and is_plain(fit)
+    assert silent(fit.net) == 0
+    assert is_plain(fit)
 
 
 def test_averaged_weights_follow_after_a_resume(tmp_path):
@@ -221,21 +229,32 @@ def test_the_averages_of_swa_follow():
     dropped = len(callback.events[0].filters["3"])
     assert watches.found[1:4] == [(dropped, dropped), (dropped, dropped), (0, 0)]
     assert [event.step for event in callback.events] == [2, 4]
-    assert silent(fit.net) == 0 and is_plain(fit)
+    assert silent(fit.net) == 0
+    assert is_plain(fit)
+
+
+class WeightsWhenMeasured(pl.Callback):
+    """The model's values at the first pass that measures: Lightning steps the optimizer once after it."""
+
+    def on_train_batch_start(self, _, pl_module, __, index):
+        if index == 0:
+            self.found = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_statistics_that_swa_measures_are_those_without_noise(order):
-    fit = Fits()
-    trainer(*[swa(), Bridgeout(p=0.5)][::order], epochs=3).fit(fit)
-    # Its last epoch measures, and trains nothing: the same passes without noise have to find the same.
-    measured = copy.deepcopy(fit.net)
+    fit, before = Fits(), WeightsWhenMeasured()
+    trainer(*[swa(), Bridgeout(p=0.5)][::order], before, epochs=3).fit(fit)
+    measured = net()
+    measured.load_state_dict(before.found)
     torch.optim.swa_utils.update_bn(fit.train_dataloader(), measured)
     for norm in ("1", "4"):
-        torch.testing.assert_close(
-            fit.net.get_submodule(norm).running_mean, measured.get_submodule(norm).running_mean
-        )
-    assert torch.is_grad_enabled() and is_plain(fit)
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(
+                getattr(fit.net.get_submodule(norm), name), getattr(measured.get_submodule(norm), name)
+            )
+    assert torch.is_grad_enabled()
+    assert is_plain(fit)
 
 
 def test_the_epoch_in_which_swa_measures_is_not_counted():
@@ -269,16 +288,17 @@ class Called(Fits):
     def forward(self, x):
         return self.net(self.first(x))
 
-    def training_step(self, batch, index):
+    def training_step(self, batch, _):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
 def test_a_module_that_calls_itself_is_worked_on_as_a_whole():
-    assert network_name(Fits()) == "net" and network_name(Called()) == ""
+    assert network_name(Fits()) == "net"
+    assert network_name(Called()) == ""
     callback = RePr(**SETTINGS)
     fitted(callback, Bridgeout(p=0.2), module=Called)
     assert [event.kind for event in callback.events] == ["drop", "restore"]
-    assert list(callback.events[0].filters) == ["net.0"]
+    assert list(callback.events[0].filters) == ["net.3"]
 
 
 def test_two_parts_each_have_their_own_state(tmp_path):
@@ -301,14 +321,15 @@ def test_what_is_wrong_is_said_before_training():
         Bridgeout(strength=0.3)
     with pytest.raises(ValueError, match="no part of Fits, which has 'net'"):
         fitted(RePr(module="backbone"))
+
+
+def test_a_checkpoint_with_other_settings_is_refused_and_the_model_is_plain(tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}")
+    fitted(RePr(**SETTINGS), saving, epochs=1, saves=True)
+    fit = Fits()
+    again = trainer(RePr(**{**SETTINGS, "sub": 3}), Bridgeout())
     with pytest.raises(ValueError, match="other settings"):
-        fit = Fits()
-        callback = RePr(**SETTINGS)
-        callback.setup = lambda *_: callback.load_state_dict(state)
-        inner = regrow.RePr(fit.net, fit.configure_optimizers(), example_inputs=X[:1])
-        state = {"cycle": inner.state_dict(), "counted": 0}
-        inner.remove()
-        trainer(callback).fit(fit)
+        again.fit(fit, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert is_plain(fit)
 
 

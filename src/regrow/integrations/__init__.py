@@ -1,1 +1,1 @@
-"""regrow's methods as callbacks of other people's training loops; each file needs the package that it names."""
+"""regrow's methods as callbacks of others' training loops; a file needs the package of its name."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.given import kind_of
 from regrow.modules import CONVOLUTION_CLASSES
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -79,8 +78,8 @@ def optimizer_of(net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
     ]
     if len(found) != 1:
         raise ValueError(
-            f"RePr works on what one optimizer trains, and {len(found)} of {len(optimizers)} optimizers train "
-            f"this {kind_of(net)}: name another part by module=."
+            f"RePr works on what one optimizer trains, and {len(found)} of {len(optimizers)} optimizers "
+            f"train {type(net).__name__}: name another part by module=."
         )
     return found[0]
 
@@ -88,8 +87,8 @@ def optimizer_of(net: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
 def averaged_copies(callbacks: Iterable[Any], name: str) -> list[nn.Module]:
     """The averaged copies of the part ``name`` that Lightning's own callbacks keep.
 
-    ``WeightAveraging``, ``EMAWeightAveraging`` and ``StochasticWeightAveraging`` have it under a private name.
-    A test fails when one of them has another; the user can then call ``callback.cycle.follow``.
+    ``WeightAveraging``, ``EMAWeightAveraging`` and ``StochasticWeightAveraging`` have it under a private
+    name. A test fails when one of them has another; the user can then call ``callback.cycle.follow``.
     """
     copies = (getattr(callback, "_average_model", None) for callback in callbacks)
     inner = (

@@ -17,7 +17,7 @@ from regrow.integrations.fitting import (
     network_name,
     optimizer_of,
 )
-from regrow.integrations.measuring import WithoutGradients
+from regrow.integrations.measuring import WithoutGradients, measures, with_momentum
 from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
 from regrow.repr import cycle as own_loop
 from regrow.repr.events import Event
@@ -39,7 +39,7 @@ class _OnAPart(_Base):
     def state_key(self) -> str:
         return f"regrow.{type(self).__name__}({self._module!r})"
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, *_: Any, stage: str) -> None:
         """Start anew in each fit; Lightning loads the state of ``ckpt_path`` after this."""
         if stage == "fit":
             self._state = {}
@@ -57,17 +57,17 @@ class _OnAPart(_Base):
 class RePr(_OnAPart):
     """``regrow.RePr`` in a fit: its steps, its state in checkpoints, and a plain model at the end.
 
-    The model is plain again when the fit ends, also by an exception. A fit goes on from ``ckpt_path`` where the
-    checkpoint was written, even in the middle of a sub phase, and starts anew without. The averaged copies of
-    Lightning's weight averaging follow. With DDP the first process decides for all.
+    The model is plain again when the fit ends, also by an exception. A fit goes on from ``ckpt_path`` where
+    the checkpoint was written, even in the middle of a sub phase, and starts anew without. The averaged
+    copies of Lightning's weight averaging follow. With DDP the first process decides for all.
 
     Args:
         example_inputs: an input of the part (see ``module``); None takes the LightningModule's
             ``example_input_array``.
         module: qualified name of the part to work on, ``""`` for the LightningModule itself. None takes the
             only child that has trained convolutions, or the LightningModule if several have.
-        per: what ``full``, ``sub`` and ``cycles`` count: ``"epoch"``, or ``"step"`` of the optimizer. An epoch
-            without a step of the optimizer is not counted.
+        per: what ``full`` and ``sub`` count: ``"epoch"``, or ``"step"`` of the optimizer. An epoch without a
+            step of the optimizer is not counted, nor one in which weight averaging measures norms.
         settings: all other arguments of ``regrow.RePr``.
 
     Attributes:
@@ -90,7 +90,8 @@ class RePr(_OnAPart):
         self._example_inputs, self._per, self._settings = example_inputs, per, settings
         self.cycle: own_loop.RePr | None = None
         self.events: list[Event] = []
-        self._counted = 0
+        self._norms: list[nn.Module] = []
+        self._counted = self._epoch = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # By now the model is on its device, and its states and the optimizer's are loaded.
@@ -113,8 +114,13 @@ class RePr(_OnAPart):
         except ValueError:
             cycle.remove()
             raise
+        self.cycle, self._norms = cycle, with_momentum(net)
         self._counted = self._state.get("counted", trainer.global_step)
-        self.cycle = cycle
+        self._epoch = self._state.get("epoch", trainer.current_epoch)
+        if self._per == "epoch" and self._epoch < trainer.current_epoch:
+            # The checkpoint is from the last step of an epoch: Lightning goes on with the next epoch, and
+            # leaves out the hook at the end of that one.
+            self._count(trainer)
 
     def _inputs(self, trainer: Any, pl_module: Any) -> Any:
         inputs = self._example_inputs
@@ -126,6 +132,7 @@ class RePr(_OnAPart):
         return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(inputs))
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self._epoch = trainer.current_epoch
         if self._per == "step":
             self._count(trainer)
 
@@ -134,9 +141,8 @@ class RePr(_OnAPart):
             self._count(trainer)
 
     def _count(self, trainer: Any) -> None:
-        # The hooks also run after accumulated batches, in the epoch in which weight averaging measures norms,
-        # and again after a resume.
-        if self.cycle is None or trainer.global_step <= self._counted:
+        # The hooks also run after accumulated batches, and again after a resume.
+        if self.cycle is None or trainer.global_step <= self._counted or measures(self._norms):
             return
         self._counted = trainer.global_step
         if (event := self.cycle.step()) is not None:
@@ -147,8 +153,8 @@ class RePr(_OnAPart):
         self.give_back()
         if dropped:
             warnings.warn(
-                "the fit ended while filters were dropped, and they stay at 0. Choose full, sub and cycles so "
-                "that the last restore comes before the end, or go on from a checkpoint.",
+                "the fit ended while filters were dropped, and they stay at 0. Choose full, sub and cycles "
+                "so that the last restore comes before the end, or go on from a checkpoint.",
                 stacklevel=2,
             )
 
@@ -165,18 +171,19 @@ class RePr(_OnAPart):
     def state_dict(self) -> dict[str, Any]:
         if self.cycle is None:
             return dict(self._state)
-        return {"cycle": self.cycle.state_dict(), "counted": self._counted}
+        return {"cycle": self.cycle.state_dict(), "counted": self._counted, "epoch": self._epoch}
 
 
 class Bridgeout(_OnAPart):
-    """Batch Bridgeout in a fit (``regrow.add_bridgeout``), and a plain model at the end, also by an exception.
+    """``regrow.add_bridgeout`` in a fit: its state in checkpoints, and a plain model at the end.
 
+    The model is plain again when the fit ends, also by an exception.
     The state in checkpoints is the number of the next draw: a fit from ``ckpt_path`` draws what the other
     would have drawn.
 
     Args:
         p, q: see ``regrow.bridgeout``.
-        module: as in ``RePr``. The part must be what the training step calls, because its calls mark the passes.
+        module: as in ``RePr``. The training step must call the part, because its calls mark the passes.
         calibration: see ``regrow.remove_bridgeout``: unlabelled batches, on the device that the fit uses.
         settings: all other arguments of ``regrow.add_bridgeout``.
 
@@ -201,7 +208,7 @@ class Bridgeout(_OnAPart):
         self._net: nn.Module | None = None
         self._measuring: WithoutGradients | None = None
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, _: Any, pl_module: Any) -> None:
         # Ahead of RePr's on_train_start: no noise can be added while filters are dropped.
         net = pl_module.get_submodule(self._part(pl_module))
         add_bridgeout(net, **self._settings)
@@ -209,7 +216,7 @@ class Bridgeout(_OnAPart):
         if self._state:
             load_bridgeout_state(net, self._state["noise"])
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Any, *_: Any) -> None:
         # Behind RePr's on_train_end: no noise can be removed while filters are dropped.
         self._give_back(trainer, self._calibration)
 
