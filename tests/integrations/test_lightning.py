@@ -1,6 +1,8 @@
 """The callbacks for Lightning: what a fit with them does, saves, continues and leaves behind."""
 
+import re
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -341,3 +343,19 @@ def test_norms_are_measured_again_without_noise():
         warnings.simplefilter("error")
         regrow.reestimate_norms(other.net, [X])
     assert torch.equal(fit.net[1].running_mean, other.net[1].running_mean)
+
+
+def test_the_snippet_of_the_page_runs_as_printed():
+    page = Path(regrow.__file__).parents[2] / "docs" / "lightning.md"
+    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    scope = {"lightning": Short, "x": X, "module": Fits()}
+    exec(code, scope)
+    assert [event.step for event in scope["callbacks"][0].events] == [4, 6, 10, 12, 16, 18]
+
+
+class Short:
+    """Lightning, but silent and on the CPU."""
+
+    @staticmethod
+    def Trainer(*, max_epochs, callbacks):
+        return trainer(*callbacks, epochs=max_epochs)
