@@ -36,7 +36,7 @@ FLOORS = (
     ("criteria", "surgery"),
     ("compensation", "repr"),
     ("analysis", "noise", "restarts", "shipping"),
-    ("pruning",),
+    ("integrations", "pruning"),
     ("study",),
     ("cli",),
     ("__main__",),

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from regrow.criteria.score import Criterion
@@ -362,6 +363,15 @@ class RePr:
         except (NotCopied, PassFailed) as error:
             gave_up("judging whether leaving out dropped filters is worth it", error)
             return None
+
+    def join(self, group: dist.ProcessGroup) -> None:
+        """Let the first process of ``group`` decide for all, from the next call of ``step`` on.
+
+        A DDP wrapper given as ``model`` says by itself which processes train one network. Where the model is
+        a part of what is wrapped, say it before the first ``step``, in every process.
+        """
+        self._check_not_removed()
+        self._group = group
 
     def follow(self, averaged: nn.Module | Mapping[str, Tensor]) -> None:
         """Pass all further drops and restores on to an averaged copy of the model (EMA, SWA).
