@@ -3,8 +3,8 @@
     python benchmarks/coupled.py --weights FOLDER --pictures CIFAR10.npz
 
 Filters are chosen by reconstruction, with shares of their own; 512 images without labels make up for them.
-``cifar_nets.py`` says where the weights are from. Latency is that of the deployed cut net (``regrow.deploy``) as a
-share of the deployed uncut one's, in turns: for 1 picture and for 32.
+``cifar_nets.py`` says where the weights are from. Latency is that of the deployed cut net (``regrow.deploy``)
+as a share of the deployed uncut one's, in turns: for 1 picture and for 32.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ def main() -> None:
     batches = list(x[:512].split(128))
     lines = [
         "# Joint and individual cuts, with reconstruction", "",
-        f"`python benchmarks/coupled.py --nets {' '.join(arguments.nets)}`: {len(labels)} test pictures; latency is that of "
-        "the deployed cut net by the deployed uncut net's, medians of passes in turns.", "",
-        f"{environment('cpu', torch.get_num_threads())['processor']}, {torch.get_num_threads()} threads, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.", "",
+        f"`python benchmarks/coupled.py --nets {' '.join(arguments.nets)}`: {len(labels)} test pictures; "
+        "latency is that of the deployed cut net by the deployed uncut net's, medians of passes in turns.",
+        "",
+        f"{environment('cpu', torch.get_num_threads())['processor']}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, regrow {regrow.__version__}.",
+        "",
         "| net | multiply-accumulates | cut | accuracy, % | latency, 1 picture | latency, 32 pictures |",
         "|---|--:|---|--:|--:|--:|",
     ]  # fmt: skip
