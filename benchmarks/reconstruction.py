@@ -240,7 +240,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         "Accuracy in % on test pictures of CIFAR-10, against the share of multiply-accumulates that is left.",
         "Nothing was trained, but in the rows that say so: one epoch of at most 5,000 pictures, at a rate of",
-        "0.01 that falls to 0. It costs reconstructed networks accuracy at this rate. The images have no labels.",
+        "0.01 that falls to 0, which costs reconstructed networks accuracy. The images have no labels.",
         "The shares of VGG-16 and MobileNetV2 (both of half their width) were not all measured. Machine: "
         f"{found['machine']}, {found['threads']} threads, torch {found['torch']}, regrow {found['regrow']}.",
     ]
