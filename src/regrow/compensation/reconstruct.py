@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -179,11 +179,10 @@ class _Work:
 
     def _draw(self, target: Target, _number: int, layer: nn.Module, output: Tensor) -> Tensor:
         count = positions(layer, output)
-        columns = 1 if target.why else cast(Tensor, layer.weight)[0].numel()
+        rows = _most_rows(None if target.why else layer)
         # The layer may take each picture in parts, as windows, or a part of the pictures.
         pictures = max(1, self._images, len(with_batch(layer, output)))
-        numbers = columns * (1 if target.why else int(getattr(layer, "groups", 1)))
-        wanted = math.ceil(min(_most_rows(columns), max(1, _NUMBERS // numbers)) / pictures)
+        wanted = math.ceil(rows / pictures)
         return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
 
     def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
@@ -255,9 +254,13 @@ class _Work:
         return True
 
 
-def _most_rows(columns: int) -> int:
-    """How many rows a system of so many columns is given at most."""
-    return max(_ROWS, _TIMES * columns)
+def _most_rows(layer: Any) -> int:
+    """How many rows the system of a layer gets at most; None for a layer that gets a shift alone."""
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return _ROWS
+    columns = weight[0].numel()
+    return min(max(_ROWS, _TIMES * columns), max(1, _NUMBERS // (columns * getattr(layer, "groups", 1))))
 
 
 def _joined(model: nn.Module, batches: Sequence[Any]) -> Any:
@@ -272,13 +275,13 @@ def _joined(model: nn.Module, batches: Sequence[Any]) -> Any:
         }:
             return None
     images = sum(map(count_images, batches))
-    largest = kept = 0
+    largest, kept = 0, 0.0
 
     def look(_name: str, module: Any, _inputs: Any, output: Tensor) -> None:
         nonlocal largest, kept
         largest = max(largest, output.nbytes)
-        rows = min(_most_rows(module.weight[0].numel()), positions(module, output) * images)
-        kept += rows * module.weight.shape[0] * output.element_size()
+        share = min(1.0, _most_rows(module) / max(1, positions(module, output) * images))
+        kept += share * output.nbytes * images / max(1, count_images(batches[0]))
 
     with hooked([each for each in model.named_modules() if isinstance(each[1], CONSUMER_CLASSES)], look):
         pictures = forward(model, there(model, batches[0]))
