@@ -100,7 +100,7 @@ def compensate(
             ignored), or a dict of keywords. For a model of several inputs, whose ``example_inputs`` are a
             tuple of them, a batch is such a tuple too, or a pair of it and labels. A few hundred images in
             all are enough, 64 or more a batch. All are used, on the model's device: in one pass where they
-            fit into half of its memory, else in a pass for each layer. Under data parallelism give every
+            fit into 60 % of its memory, else in a pass for each layer. Under data parallelism give every
             rank the same batches.
         example_inputs: inputs of ``model``; one picture is enough.
         method: ``"least-squares"`` or ``"means"``.
