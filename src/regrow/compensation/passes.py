@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow.compensation.targets import Target
-from regrow.least_squares.unfolded import inputs_at, outputs_at
+from regrow.least_squares.unfolded import inputs_at, outputs_at, with_batch
 from regrow.looking.hooks import hooked
 from regrow.looking.images import forward
 from regrow.looking.shortcuts import Uses
 from regrow.torch_private import writes_to
+
+_AT_ONCE = 1 << 24  # numbers of a layer's output that are made anew at one time
 
 
 @dataclass
@@ -58,23 +60,23 @@ class _Follower:
         self.calls: dict[str, list[Call]] = {name: [] for name in self._targets}
         self.waiting: dict[str, set[int]] = {name: set() for name in self._targets}
         self._normed = dict.fromkeys(self._targets, 0)
-        # The last call of each layer: its input, how often that was written to, and its output.
-        self._last: dict[str, tuple[Tensor, int, Tensor]] = {}
+        # The last call of each layer: its input, and how often that was written to.
+        self._last: dict[str, tuple[Tensor, int]] = {}
         self.watcher = Uses(self._summed)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         return [(name, self._modules[name]) for name in (*self._targets, *self._norms)]
 
     @torch.no_grad()  # the model's own code may switch gradients on
-    def after(self, name: str, module: Any, read: Any, output: Tensor) -> Tensor | None:
+    def after(self, name: str, module: Any, read: Any, output: Tensor) -> None:
         if name not in self._targets:  # a norm
             name = self._norms[name].name
             self._note(name, self._normed[name], output)
             self._normed[name] += 1
-            return None
+            return
         target, calls = self._targets[name], self.calls[name]
         if self._reads and len(calls) == target.calls:
-            return None  # the uncut network does not call it as often
+            return  # the uncut network does not call it as often
         chosen = self._choose(target, len(calls), module, output)
         # Clones, because the activation behind the layer may work in place.
         call = Call(chosen, outputs_at(module, output, chosen).clone())
@@ -86,13 +88,13 @@ class _Follower:
             )
         calls.append(call)
         if self._reads:
-            self._last[name] = read[0], writes_to(read[0]), output
+            self._last[name] = read[0], writes_to(read[0])
         if target.added:
             self.waiting[name].add(len(calls) - 1)
             if not target.norm:
                 self._note(name, len(calls) - 1, output)
-            return None
-        return self._remade(target) if self._is_complete(target) else None
+        elif self._is_complete(target):
+            self._remake(target, output)
 
     def _note(self, name: str, number: int, output: Tensor) -> None:
         self.watcher.note(output, (name, number, output))
@@ -105,37 +107,48 @@ class _Follower:
         target, call = self._targets[name], self.calls[name][number]
         self.waiting[name].remove(number)
         call.other = outputs_at(self._modules[name], other, call.chosen).clone()
-        if self._is_complete(target) and (remade := self._remade(target)) is not None:
-            made.copy_(remade)  # the sum is its only reader
+        if self._is_complete(target):
+            self._remake(target, made)  # the sum is its only reader
 
     def _is_complete(self, target: Target) -> bool:
         return len(self.calls[target.name]) == target.calls and not self.waiting[target.name]
 
-    def _remade(self, target: Target) -> Tensor | None:
-        """What the layer, and the norm of a summand, make with the weights that ``met`` gave it; None for no
-        change."""
+    def _remake(self, target: Target, made: Tensor) -> None:
+        """Write into ``made`` what the layer, and the norm of a summand, make with the weights that ``met``
+        gave it."""
         calls = self.calls[target.name]
         changed = self._met(target, calls)
-        x, version, output = self._last.pop(target.name, (None, 0, None))
+        x, version = self._last.pop(target.name, (None, 0))
         if self._reads:
             for call in calls:  # they were looked at, and would fill the memory
                 call.inputs = call.other = None
                 call.output = call.output.new_empty(0)
-        if not changed or x is None or output is None:
-            return None
+        if not changed or x is None:
+            return
         # Autocast keeps copies of weights, and would not see that these changed.
         torch.clear_autocast_cache()
-        layer = self._modules[target.name]
         written = writes_to(x) != version or (target.added and x.is_inference())  # then nobody knows
         if target.calls > 1 or target.why or written:
             raise Stale
-        made: Tensor = type(layer).forward(layer, x)
-        if made.shape != output.shape:  # it was asked for another size
-            raise Stale
-        if target.added and target.norm:
-            norm = self._modules[target.norm]
-            made = type(norm).forward(norm, made)
-        return made
+        layer = self._modules[target.name]
+        norm = self._modules[target.norm] if target.added and target.norm else None
+        for some, place in _in_parts(layer, norm, x, made):
+            part = type(layer).forward(layer, some)
+            if norm is not None:
+                part = type(norm).forward(norm, part)
+            if part.shape != place.shape:  # it was asked for another size
+                raise Stale
+            place.copy_(part)
+
+
+def _in_parts(layer: nn.Module, norm: Any, x: Tensor, made: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some pictures at a time of a layer's input and output, so that no second output lies in the memory."""
+    by_batch = norm is not None and norm.running_var is None  # its statistics are those of all pictures
+    if by_batch or with_batch(layer, x) is not x or len(x) != len(made):
+        yield x, made
+        return
+    each = max(1, len(x) * _AT_ONCE // max(1, made.numel()))
+    yield from zip(x.split(each), made.split(each), strict=True)
 
 
 def follow(
