@@ -33,10 +33,11 @@ def outputs_at(layer: nn.Module, output: Tensor, chosen: Tensor) -> Tensor:
         chosen: int64, indices of positions, which count the last dimension first.
     """
     output = with_batch(layer, output)
-    each = (
-        output.movedim(channel_dim(layer, output), -1).flatten(1, -2) if output.dim() > 2 else output[:, None]
-    )
-    return each[:, chosen].flatten(0, 1)
+    if isinstance(layer, nn.Linear):
+        each = (output.flatten(1, -2) if output.dim() > 2 else output[:, None])[:, chosen]
+    else:  # the channels move behind the positions once these are chosen: all of them would be a copy
+        each = output.flatten(2)[:, :, chosen].transpose(1, 2)
+    return each.flatten(0, 1)
 
 
 def inputs_at(layer: Any, x: Tensor, output: Tensor, chosen: Tensor) -> Tensor:
