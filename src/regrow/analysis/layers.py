@@ -44,8 +44,8 @@ def layer_correlations(
         grid: cells along each side; 1 averages over the whole picture.
 
     Returns:
-        JSON-able record: version; layers_a, layers_b: the names; mean, weighted: matrices [layers of a]
-        [layers of b] of the two means of ``canonical_correlation``, in which None says that a layer's output
+        JSON-able record: version; layers_a, layers_b: the names; mean, weighted: for each
+        layer of a a list over the layers of b, the two means of ``canonical_correlation``, in which None says that a layer's output
         never varies, is not finite, or has too many directions for the samples; samples: how many there are.
 
     Raises:
