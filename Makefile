@@ -9,7 +9,7 @@ SEEDS ?= 0-2
 help:
 	@echo "make demo   train, compare, report (runs/demo/report.html) and cut on the bundled digits"
 	@echo "make docs   the pages in site/ (site/index.html), without a network; a warning is an error"
-	@echo "make test   lint, types, the pages and the tests; the report in a browser too after: apt-get install chromium"
+	@echo "make test   lint, types and the tests, the pages among them; the report in a browser too after: apt-get install chromium"
 
 setup: $(READY)
 
@@ -26,7 +26,7 @@ demo: $(READY)
 	$(BIN)/regrow report runs/demo
 	$(BIN)/regrow prune runs/demo/standard-seed0 --macs 0.5 --out runs/demo-half
 
-test: $(READY) lint types docs check
+test: $(READY) lint types check
 
 lint: $(READY)
 	$(BIN)/ruff check .

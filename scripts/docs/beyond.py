@@ -1,7 +1,7 @@
 """A hook of mkdocs: the files outside of docs/ that pages link to become part of the site.
 
-The pages of docs/ link to measurements and examples as they lie in the repository, ``../benchmarks/gpu.md``. Such
-Markdown becomes a page, a script or YAML file a page that shows it, anything else is copied.
+The pages of docs/ link to measurements and examples as they lie in the repository: ``../benchmarks/gpu.md``.
+Such Markdown becomes a page, a script or YAML file a page that shows it, anything else is copied.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from mkdocs.structure.files import File, Files
 _HEAD = """\
 # The command
 
-Made from the texts of `regrow --help`. Every flag of `regrow train` is a key of the YAML file that `--config` takes, too.
+Made from the texts of `regrow --help`. Every flag of `regrow train` is also a key of the
+YAML file that `--config` takes.
 """
 
 

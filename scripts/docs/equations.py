@@ -1,4 +1,4 @@
-"""A hook of mkdocs: equations become MathML while the pages are built, so that no page loads a script for them.
+"""A hook of mkdocs: equations become MathML at build time, so that no page needs a script for them.
 
 Pages have them between dollars, as code hosts do: ``$x^2$`` in a line, ``$$x^2$$`` on lines of its own.
 """
