@@ -1,4 +1,4 @@
-"""Draw docs/after-the-cut.svg from benchmarks/reconstruction.json: ``python scripts/docs/after_the_cut.py``."""
+"""Draw docs/after-the-cut.svg from benchmarks/reconstruction.json; it takes no arguments."""
 
 from __future__ import annotations
 
