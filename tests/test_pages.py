@@ -224,6 +224,8 @@ def test_equations_are_mathml(site: Path) -> None:
     text = (site / "methods.html").read_text(encoding="utf-8")
     assert text.count("<math") > 20
     assert "arithmatex" not in text
+    equations = re.findall(r"<math.*?</math>", text, re.DOTALL)
+    assert [each for each in equations if "\\" in each] == []  # a command that the converter does not know
 
 
 def test_every_flag_is_on_the_page_of_the_command(site: Path) -> None:
