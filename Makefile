@@ -4,11 +4,12 @@ BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0-2
 
-.PHONY: help setup demo test lint types check clean
+.PHONY: help setup demo test lint types docs check clean
 
 help:
 	@echo "make demo   train, compare, report (runs/demo/report.html) and cut on the bundled digits"
-	@echo "make test   lint, types and the tests; the report in a browser too after: apt-get install chromium"
+	@echo "make docs   the pages in site/ (site/index.html), without a network; a warning is an error"
+	@echo "make test   lint, types and the tests, the pages among them; the report in a browser too after: apt-get install chromium"
 
 setup: $(READY)
 
@@ -34,9 +35,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 check: $(READY)
 	$(BIN)/python scripts/fetch_fashion_mnist.py
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs site .mypy_cache .ruff_cache .pytest_cache

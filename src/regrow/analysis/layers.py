@@ -44,9 +44,10 @@ def layer_correlations(
         grid: cells along each side; 1 averages over the whole picture.
 
     Returns:
-        JSON-able record: version; layers_a, layers_b: the names; mean, weighted: matrices [layers of a]
-        [layers of b] of the two means of ``canonical_correlation``, in which None says that a layer's output
-        never varies, is not finite, or has too many directions for the samples; samples: how many there are.
+        JSON-able record: version; layers_a, layers_b: the names; mean, weighted: for each layer of a, a list
+        over the layers of b of the two means of ``canonical_correlation``, in which None says that a layer's
+        output never varies, is not finite, or has too many directions for the samples; samples: how many
+        there are.
 
     Raises:
         ValueError: no convolution, arguments out of range, or inputs that a model does not take.
