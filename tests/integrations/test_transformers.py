@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -109,14 +110,11 @@ def test_the_last_checkpoint_is_found_where_it_was_written_and_where_it_was_move
         return trained(folder, *both(), save_strategy="epoch", **resume, **more)
 
     whole = saved(tmp_path / "one")
-    for later in range(4, 6):
-        shutil.rmtree(next(path for path in checkpoints(tmp_path / "one")[later - 2 :][1:2]))
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert len(checkpoints(tmp_path / "two")) == 3
-    assert same(whole, saved(tmp_path / "two", resume=True))
-    moved = tmp_path / "elsewhere"
-    shutil.move(checkpoints(tmp_path / "one")[-1], moved)
-    assert same(whole, saved(tmp_path / "three", resume=moved))
+    for later in checkpoints(tmp_path / "one")[3:]:
+        shutil.rmtree(later)
+    moved = shutil.copytree(checkpoints(tmp_path / "one")[-1], tmp_path / "elsewhere")
+    assert same(whole, saved(tmp_path / "one", resume=True))
+    assert same(whole, saved(tmp_path / "two", resume=moved))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -159,7 +157,7 @@ def test_steps_are_counted_in_steps_of_the_optimizer(tmp_path):
 
 
 class Fails(TrainerCallback):
-    """Raises ``error`` once, in the epoch that follows three."""
+    """Raises ``error`` once, in the fourth epoch."""
 
     def __init__(self, error) -> None:
         self.error = error
@@ -251,13 +249,6 @@ def test_an_epoch_that_is_cut_short_is_not_counted_and_a_longer_training_goes_on
     assert same(whole, trained(tmp_path, *both(), resume=True))
 
 
-def test_a_compiled_model_is_trained(tmp_path):
-    callbacks = both()
-    model = trained(tmp_path, *callbacks, torch_compile=True, torch_compile_backend="eager")
-    assert [event.kind for event in callbacks[0].events] == ["drop", "restore"]
-    assert is_plain(model)
-
-
 def test_a_checkpoint_with_other_settings_is_refused_before_a_step_is_made(tmp_path):
     trained(tmp_path, *both(), epochs=1, save_strategy="epoch")
     one, two = RePr(X[:1], **{**SETTINGS, "sub": 3}), Bridgeout(p=0.2)
@@ -287,3 +278,20 @@ def test_norms_are_measured_again_without_noise(tmp_path):
     assert same(model, other)
 
 
+
+
+def test_the_snippet_of_the_page_runs_as_printed(tmp_path, monkeypatch):
+    page = Path(regrow.__file__).parents[2] / "docs" / "transformers.md"
+    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+
+    def short(model, arguments, *, train_dataset, callbacks):
+        assert train_dataset is PICTURES
+        epochs = arguments.num_train_epochs
+        return trainer(tmp_path, *callbacks, model=model, epochs=epochs, save_strategy=arguments.save_strategy)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers, "Trainer", short)
+    scope = {"model": resnet(), "x": X, "dataset": PICTURES}
+    exec(code, scope)
+    assert [event.step for event in scope["cycle"].events] == [4, 6, 10, 12]
+    assert is_plain(scope["model"])
