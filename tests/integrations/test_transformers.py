@@ -90,7 +90,9 @@ def test_a_training_does_what_a_loop_of_ones_own_does(tmp_path, order):
     assert is_plain(model)
 
 
-@pytest.mark.parametrize(("per", "step"), [("epoch", 6), ("epoch", 7), ("epoch", 9), ("epoch", 12), ("step", 7)])
+@pytest.mark.parametrize(
+    ("per", "step"), [("epoch", 6), ("epoch", 7), ("epoch", 9), ("epoch", 12), ("step", 7)]
+)
 def test_a_training_goes_on_in_the_middle_of_a_cycle(tmp_path, per, step):
     """At the last step of an epoch the checkpoint is written ahead of the end of that epoch."""
     length = {"epoch": 1, "step": 3}[per]
@@ -127,7 +129,8 @@ def test_a_checkpoint_in_the_sub_phase_is_one_of_a_plain_model(tmp_path):
     stored = load_file(third / "model.safetensors")
     assert stored.keys() == resnet().state_dict().keys()
     assert silent(stored) > 0
-    assert json.loads((third / "config.json").read_text())["architectures"] == ["ResNetForImageClassification"]
+    config = json.loads((third / "config.json").read_text())
+    assert config["architectures"] == ["ResNetForImageClassification"]
     loaded = type(resnet()).from_pretrained(third)
     assert is_plain(loaded)
     torch.load(third / "regrow_repr.pt", weights_only=True)
@@ -162,7 +165,7 @@ class Fails(TrainerCallback):
     def __init__(self, error) -> None:
         self.error = error
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, _, state, *__, **___):
         error = self.error
         if state.global_step == 10 and error is not None:
             self.error = None
@@ -221,8 +224,9 @@ class Scores(Trainer):
 
 def best_of(folder, epoch: int, epochs: int) -> nn.Module:
     return trained(
-        folder, *both(), kind=type("Scores", (Scores,), {"best": epoch}), epochs=epochs, save_strategy="epoch",
-        eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True,
+        folder, *both(), kind=type("Scores", (Scores,), {"best": epoch}), epochs=epochs,
+        save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="score", greater_is_better=True,
     )  # fmt: skip
 
 
@@ -278,16 +282,14 @@ def test_norms_are_measured_again_without_noise(tmp_path):
     assert same(model, other)
 
 
-
-
 def test_the_snippet_of_the_page_runs_as_printed(tmp_path, monkeypatch):
     page = Path(regrow.__file__).parents[2] / "docs" / "transformers.md"
     code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
 
     def short(model, arguments, *, train_dataset, callbacks):
         assert train_dataset is PICTURES
-        epochs = arguments.num_train_epochs
-        return trainer(tmp_path, *callbacks, model=model, epochs=epochs, save_strategy=arguments.save_strategy)
+        given = {"epochs": arguments.num_train_epochs, "save_strategy": arguments.save_strategy}
+        return trainer(tmp_path, *callbacks, model=model, **given)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers, "Trainer", short)
