@@ -52,8 +52,8 @@ def train_as_one_of_two(folder, rank, with_trainer):
             callback, model = RePr(X[:1], **settings), resnet()
             arguments = TrainingArguments(
                 f"{folder}/out", num_train_epochs=3, per_device_train_batch_size=3, use_cpu=True,
-                report_to=[], disable_tqdm=True, dataloader_pin_memory=False, save_strategy="epoch", ddp_backend="gloo",
-                lr_scheduler_type="constant",
+                report_to=[], disable_tqdm=True, dataloader_pin_memory=False, save_strategy="epoch",
+                ddp_backend="gloo", lr_scheduler_type="constant",
             )  # fmt: skip
             pictures = [{"pixel_values": x, "labels": y} for x, y in zip(X, Y, strict=True)]
             Trainer(model, arguments, train_dataset=pictures, callbacks=[callback]).train(resume)

@@ -119,8 +119,8 @@ class RePr(_Working):
         cycle = own_loop.RePr(net, optimizer, example_inputs=inputs, **self._settings)
         self._counted = state.global_step
         try:
-            if args.world_size > 1:
-                cycle.join(dist.group.WORLD)
+            if args.world_size > 1 and (group := dist.group.WORLD) is not None:
+                cycle.join(group)
             if (file := self._found(args, state)) is not None:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
                 cycle.load_state_dict(saved["cycle"])
