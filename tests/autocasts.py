@@ -92,6 +92,9 @@ class _ToFloat32:
     def __call__(self, *args):
         return self.function(*args).float()
 
+    def __getstate__(self):
+        raise TypeError("prepared for mixed precision, and not to be copied")  # as Accelerate's
+
 
 def prepared_twice(net: nn.Module) -> nn.Module:
     """As Accelerate prepares a forward method that is no method any more: by objects and closures."""

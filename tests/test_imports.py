@@ -15,6 +15,7 @@ HEAVY = (
     "typer",
     "lightning",
     "transformers",
+    "accelerate",
     "torch_pruning",
     "scipy",
     "ray",

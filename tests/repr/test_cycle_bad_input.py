@@ -20,11 +20,11 @@ def partial(model):
 
 
 def wrapped(model):
-    class Wrapper(torch.optim.Optimizer):  # as Accelerate's: no hooks of its own
-        def __init__(self, optimizer):
-            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+    class Wrapper(torch.optim.Optimizer):  # no hooks of its own, and nobody knows which of the two steps
+        def __init__(self, one, other):
+            self.one, self.other, self.param_groups = one, other, one.param_groups
 
-    return {"optimizer": Wrapper(sgd(model))}
+    return {"optimizer": Wrapper(sgd(model), sgd(model))}
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from regrow.given import names_given
+from regrow.integrations.arguments import check_bridgeout, check_repr, warn_of_dropped
 from regrow.integrations.fitting import (
     averaged_copies,
     callback_bases,
@@ -84,9 +83,7 @@ class RePr(_OnAPart):
         self, example_inputs: Any = None, *, module: str | None = None, per: str = "epoch", **settings: Any
     ) -> None:
         super().__init__(module)
-        if per not in ("epoch", "step"):
-            raise ValueError(f"per must be 'epoch' or 'step', got {per!r}.")
-        inspect.signature(own_loop.RePr).bind(None, None, example_inputs=example_inputs, **settings)
+        check_repr(example_inputs, per, settings)
         self._example_inputs, self._per, self._settings = example_inputs, per, settings
         self.cycle: own_loop.RePr | None = None
         self.events: list[Event] = []
@@ -152,11 +149,7 @@ class RePr(_OnAPart):
         dropped = self.cycle is not None and self.cycle.phase == "sub"
         self.give_back()
         if dropped:
-            warnings.warn(
-                "the fit ended while filters were dropped, and they stay at 0. Choose full, sub and cycles "
-                "so that the last restore comes before the end, or go on from a checkpoint.",
-                stacklevel=2,
-            )
+            warn_of_dropped("the fit ended while filters were dropped")
 
     def on_exception(self, *_: Any) -> None:
         self.give_back()
@@ -203,7 +196,7 @@ class Bridgeout(_OnAPart):
     ) -> None:
         super().__init__(module)
         self._settings: Mapping[str, Any] = {"p": p, "q": q, **settings}
-        inspect.signature(add_bridgeout).bind(None, **self._settings)
+        check_bridgeout(self._settings)
         self._calibration = calibration
         self._net: nn.Module | None = None
         self._measuring: WithoutGradients | None = None

@@ -88,6 +88,16 @@ class _Rebound:
         values = self._values(vars(value))
         if all(values[key] is mine for key, mine in vars(value).items()):
             return value
-        self._made[id(value)] = again = copy.copy(value)
+        self._made[id(value)] = again = _twin(value)
         vars(again).update(values)
         return again
+
+
+def _twin(value: Any) -> Any:
+    """A second object with the attributes of ``value``, which may refuse to be copied, as Accelerate's."""
+    kind = type(value)
+    if kind.__new__ is not object.__new__ or any(vars(base).get("__slots__") for base in kind.__mro__):
+        return copy.copy(value)
+    again = object.__new__(kind)
+    vars(again).update(vars(value))
+    return again

@@ -57,7 +57,7 @@ class RePr:
             left alone; ``left_out`` names every convolution that is left alone, and why. With DDP, give the
             wrapper and call ``step`` in every process: the first process decides for all, and after each
             drop and restore all processes have its weights and buffers, bit for bit.
-        optimizer: the optimizer that trains ``model``.
+        optimizer: the optimizer that trains ``model``, also as Accelerate prepares it.
         fraction: share of the ranked filters to drop, 0 ≤ fraction < 1.
         full, sub: lengths of the two phases of a cycle, in calls of ``step``. With ``sub=0`` there is no
             phase without the dropped filters, and ``compact`` has no effect.
@@ -126,11 +126,7 @@ class RePr:
         check_restoring(consumers, rows)
         if not isinstance(seed, int):
             raise ValueError(f"seed must be a whole number, got {seed!r}.")
-        if not _is_seen(optimizer):
-            raise ValueError(
-                f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
-                "such as optimizer.optimizer."
-            )
+        optimizer = _seen(optimizer)
         if compact is not None and not isinstance(compact, bool):
             raise ValueError(f"compact must be True, False or None (what is quicker), got {compact!r}.")
         exclude = names_given(exclude, "exclude")
@@ -571,13 +567,24 @@ def _outside_inference_mode() -> AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-def _is_seen(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the steps of ``optimizer`` can be seen, its own or those of an optimizer inside it.
+def _seen(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose steps can be seen: ``optimizer``, or the one in a wrapper such as Accelerate's.
 
     A wrapper that takes no hooks and keeps nothing of its own only hides the optimizer inside.
+
+    Raises:
+        ValueError: such a wrapper does not hold exactly one optimizer.
     """
     own = takes_step_hooks(optimizer) or "state" in vars(optimizer) or keeps_tensors(optimizer)
-    return own and bool(stepping(optimizer))
+    if own and stepping(optimizer):
+        return optimizer
+    inside = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if own or len(inside) != 1:
+        raise ValueError(
+            f"{type(optimizer).__name__} wraps an optimizer and takes no hooks: pass the one inside it, "
+            "such as optimizer.optimizer."
+        )
+    return _seen(inside[0])
 
 
 def _seed(seed: int, cycle: int, part: int) -> int:

@@ -1,0 +1,28 @@
+"""Files of callbacks in checkpoints of the Trainer of transformers, and where a training goes on from."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+
+def saved_in(args: Any, state: Any) -> Path:
+    """The folder of the checkpoint that the Trainer writes after ``state.global_step`` steps."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def resumed_from(args: Any, state: Any) -> Path | None:
+    """The folder of the checkpoint that the running ``Trainer.train`` goes on from; None if it starts anew.
+
+    The Trainer tells its callbacks the number of the step, and not the folder, which may be one that was
+    copied from elsewhere. The folder is an argument of the methods that run now, ``train`` among them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if "resume_from_checkpoint" in frame.f_locals and "self" in frame.f_locals:
+            given = frame.f_locals["resume_from_checkpoint"]
+            if not isinstance(given, bool):
+                return None if given is None else Path(given)
+        frame = frame.f_back
+    return saved_in(args, state) if state.global_step else None
