@@ -206,8 +206,9 @@ def latency_bars(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def curve(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """Validation accuracy against the share of multiply-accumulates left; None where neither is known.
 
-    The points are the cuts that the search judged, and the networks of the report's last table. Places are
-    shares of the picture's width and height.
+    The points are the cuts that the search judged, and the networks of the report's last table. Beside a
+    search the cut without reconstruction is left out: it lies far below, and would press the others together.
+    Places are shares of the picture's width and height.
     """
     points: list[dict[str, Any]] = [
         {"macs": row["macs"], "accuracy": row["accuracy"], "look": "tried", "filters": row["filters"]}
@@ -228,7 +229,7 @@ def curve(report: Mapping[str, Any]) -> dict[str, Any] | None:
     points += [
         {"macs": macs / before, "accuracy": accuracy, "look": _LOOKS[name], "name": name}
         for name, macs, accuracy in named
-        if accuracy is not None and before
+        if accuracy is not None and before and not (points and len(named) > 2 and name == "cut")
     ]
     if not points:
         return None
@@ -243,8 +244,7 @@ def curve(report: Mapping[str, Any]) -> dict[str, Any] | None:
         "points": points,
         "line": line if any(p["look"] == "tried" for p in points) else [],
         "ticks": [{"y": (tick - low) / (high - low), "text": f"{100 * tick:.4g} %"} for tick in ticks],
-        "kinds": list(dict.fromkeys(p["look"] for p in points)),
-        "last": named[-1][0] if named else "",
+        "kinds": {p["look"] for p in points},
     }
 
 
@@ -270,8 +270,11 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(wanted))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if last - first < 2:
-        first, last = first - (last * step >= 1), last + (last * step < 1)
+    while last - first < 2:
+        if (last + 1) * step <= 1 + 1e-9:
+            last += 1
+        else:
+            first -= 1
     return [round(step * number, 9) for number in range(first, last + 1)]
 
 
