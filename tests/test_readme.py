@@ -191,6 +191,14 @@ def test_the_recipe_runs_as_printed_and_trains_on() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_the_page_of_a_cut_is_written_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "prune.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "write_prune_page" in b)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"regrow": regrow, "model": network().eval(), "x": torch.randn(128, 1, 8, 8)})
+    assert "small.safetensors" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_example_of_ddp_runs_in_two_processes(tmp_path: Path) -> None:
     def run(variables: dict[str, object]) -> CompletedProcess[str]:
         folder = tmp_path / str(variables["RANK"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import regrow
@@ -54,6 +55,12 @@ def test_it_is_a_plain_dict_in_all_other_ways(report: Report) -> None:
     assert json.loads(json.dumps(report)) == report
     assert report | {} == plain
     assert list(report) == list(plain)
+
+
+def test_yaml_takes_it_as_a_plain_dict(report: Report) -> None:
+    with pytest.raises(yaml.representer.RepresenterError):
+        yaml.safe_dump(report)
+    assert yaml.safe_load(yaml.safe_dump(dict(report))) == report  # as docs/prune.md says
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, Report])

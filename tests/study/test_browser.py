@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from cut_reports import REPORT
 from regrow.study import records
+from regrow.study.prune_page import prune_page
 from regrow.study.report import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -39,6 +41,8 @@ window.addEventListener("load", () => {
   seen.focus = document.activeElement === button(1) && button(1).tabIndex === 0;
   seen.pictures = [...document.images].map(image => [image.alt, image.naturalWidth, image.clientWidth]);
   seen.width = [window.innerWidth, document.documentElement.scrollWidth];
+  seen.hints = [...document.querySelectorAll(".scroll")].map(box =>
+    [box.scrollWidth > box.clientWidth + 1, !box.previousElementSibling.hidden]);
   seen.links = [...document.querySelectorAll("nav a")].map(a => document.querySelector(a.hash) !== null);
   const probe = document.createElement("pre");
   probe.id = "probe";
@@ -139,6 +143,34 @@ def test_on_a_phone_it_has_pictures_of_its_own_and_does_not_scroll_sideways(
     width, scrolled = seen["width"]
     assert scrolled <= width
     assert all(natural < 400 and shown <= width for _, natural, shown in seen["pictures"])
+    assert any(wider for wider, _ in seen["hints"])
+    assert all(wider == hinted for wider, hinted in seen["hints"])
+
+
+WIDTHS = """
+<script>
+const shown = document.createElement("pre");
+const inside = [...document.querySelectorAll("td, th, i, pre")].every(each =>
+  each.getBoundingClientRect().right <= window.innerWidth || each.tagName === "PRE");
+shown.id = "probe";
+shown.textContent = JSON.stringify([window.innerWidth, document.documentElement.scrollWidth, inside]);
+document.body.append(shown);
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_of_a_cut_fits_the_screen(tmp_path: Path, width: int) -> None:
+    name = "features.stages.12.0.a_rather_long_name_of_a_branch.conv1"
+    report = REPORT | {"layers": REPORT["layers"] | {name: {"before": 2048, "after": 1024}}}
+    text = prune_page(report).replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    (tmp_path / "cut.html").write_text(text.replace("</body>", f"{WIDTHS}</body>"), encoding="utf-8")
+    done = browse(tmp_path / "cut.html", tmp_path, "--dump-dom", f"--window-size={width},900")
+    assert console(done) == []
+    found = re.search(r'<pre id="probe">\[(\d+),(\d+),(\w+)\]</pre>', done.stdout)
+    assert found, done.stderr
+    assert int(found[2]) <= int(found[1])
+    assert found[3] == "true"
 
 
 def test_it_prints(page: Path, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_holm_keeps_the_order_and_never_makes_smaller(ps):
 
 
 def of_size(size):
-    """Two differences whose mean is ``size`` standard deviations."""
-    return [size + math.sqrt(0.5), size - math.sqrt(0.5)]
+    """Three differences whose mean is ``size`` standard deviations."""
+    return [size + 1, size, size - 1]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ def test_seeds_needed_as_published(size, n):
 def test_seeds_needed_at_the_ends():
     assert seeds_needed([1.0]) is None
     assert seeds_needed([1.0, -1.0]) is None
+    assert seeds_needed([0.1, 1.0]) is None  # two differences have a spread by chance
     assert seeds_needed([0.0, 0.0]) is None
     assert seeds_needed([2.0, 2.0, 2.0]) is None
     assert seeds_needed(of_size(1000)) == 2

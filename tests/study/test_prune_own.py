@@ -63,6 +63,9 @@ def test_to_small_files(weights: Path, tmp_path: Path) -> None:
     assert "cut and reconstructed" in done.stdout
     small = load(sys.modules["own_nets"].build(), tmp_path / "small" / "pruned.safetensors")
     assert small.get_submodule("0").weight.shape[0] == 4
+    page = (tmp_path / "small" / "report.html").read_text(encoding="utf-8")
+    assert "from own_nets import build" in page
+    assert "<h1>A smaller network: own_nets:build</h1>" in page
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,15 @@ def test_from_a_run_folder_to_small_files(run: Path, tmp_path: Path) -> None:
     done = forking.regrow("prune", run, *settings, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a progress bar outside a terminal"
-    assert sorted(path.name for path in out.iterdir()) == ["prune.json", "pruned.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "prune.json",
+        "pruned.safetensors",
+        "report.html",
+    ]
     lines = done.stdout.splitlines()
-    assert lines[-1] == f"Written: pruned.safetensors, prune.json in {out}"
-    assert max(map(len, lines[:-1])) <= 80
+    assert lines[-2] == f"Written: pruned.safetensors, report.html, prune.json in {out}"
+    assert lines[-1] == f"report: {out / 'report.html'}"
+    assert max(map(len, lines[:-2])) <= 80
     report = json.loads((out / "prune.json").read_text())
     assert report["version"] == 1
     assert report["target"] == {"kind": "fraction", "value": 0.25, "reached": 0.25}
@@ -97,10 +102,10 @@ def test_ends_in_the_table_of_uncut_cut_and_reconstructed(longer: Path, tmp_path
     assert plain["test_accuracy"] == top1(network.model, network.test)[0]
 
     lines = [" ".join(line.split()) for line in done.output.splitlines()]
-    for line, row in zip(lines[-5:-2], report["networks"], strict=True):
+    for line, row in zip(lines[-6:-3], report["networks"], strict=True):
         assert line.startswith(f"{row['network']} {row['test_accuracy']:.2%} {count(row['macs'])} ")
         assert line.endswith(f" ms {size(row['file_size'])}")
-    assert lines[-1].startswith("Written")
+    assert lines[-2].startswith("Written")
     assert "\x1b" not in done.output, "colours outside a terminal"
 
 
@@ -138,6 +143,17 @@ def test_within_a_drop_that_the_validation_pictures_decide(run: Path, tmp_path: 
     assert report["layers"]["features.0.conv"] == {"before": 8, "after": 8}
     assert report["left_out"] == {"features.0.conv": "excluded"}
     assert report["filters"]["after"] < report["filters"]["before"] == 16
+    tried = report["tried"]
+    assert len(tried) > 1
+    for row in tried:
+        assert 0 < row["macs"] < 1
+        assert row["value"] == pytest.approx(100 * (accuracy["before"] - row["accuracy"]))
+    gone = report["filters"]["before"] - report["filters"]["after"]
+    [found] = [row for row in tried if row["filters"] == gone]
+    assert found["accuracy"] == pytest.approx(accuracy["after"])
+    assert found["macs"] == pytest.approx(report["macs"]["after"] / report["macs"]["before"], abs=0.05)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<i class="dot tried" style') == len(tried)
 
 
 def test_a_library_network_without_pictures(tmp_path: Path) -> None:
@@ -245,11 +261,14 @@ def _folder(tmp_path: Path) -> dict[str, object]:
 def test_what_does_not_go_together_is_refused_and_nothing_written(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / "results.json").write_text("{}")
     out = ["--out", tmp_path / "out"]
     for arguments, message in (
         ([run, *out], "exactly one"),
         ([run, "--fraction", 0.5, "--macs", 0.5, *out], "got fraction and macs"),
         ([run, "--fraction", 0.5, "--out", tmp_path / "file"], "is a file"),
+        ([run, "--fraction", 0.5, "--out", tmp_path / "compared"], "has the report of a comparison"),
         ([run, "--fraction", 0.5, "--data", "digits", *out], "leave --data out"),
         ([run, "--fraction", 0.5, "--weights", "default", *out], "leave --weights out"),
         ([run, "--fraction", 0.5, "--image-size", 8, *out], "leave --image-size out"),

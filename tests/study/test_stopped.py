@@ -84,7 +84,7 @@ def test_prune_writes_all_once_it_has_begun_to(trained: Path, tmp_path: Path) ->
     command = ["prune", trained, "--fraction", 0.5, "--no-compensate", "--out", tmp_path / "small"]
     stopped = forking.regrow(*command, folder=tmp_path, stop=("moved", 1, INT))
     assert stopped.returncode == 130
-    assert sorted(contents(tmp_path / "small")) == ["prune.json", "pruned.safetensors"]
+    assert sorted(contents(tmp_path / "small")) == ["prune.json", "pruned.safetensors", "report.html"]
     json.loads((tmp_path / "small" / "prune.json").read_text())
 
 
@@ -98,6 +98,7 @@ def test_what_a_killed_prune_leaves_is_swept_by_the_next(trained: Path, tmp_path
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == [
         "prune.json",
         "pruned.safetensors",
+        "report.html",
     ]
 
 

@@ -91,7 +91,7 @@ class GradientWatch:
     def records(self) -> list[dict[str, Any]]:
         """A JSON-able record for each restore.
 
-        ``event`` is the restore. ``steps`` are the steps after it that were looked at, from 1. ``regrown``
+        ``event`` is the restore. ``steps`` are the steps after it that were measured, from 1. ``regrown``
         and ``kept`` are the mean L2 norms of the gradients of regrown and other rows in each of these steps,
         over all layers that have regrown filters; ``layers`` has both for each layer, with the numbers of
         ``rows``. None stands for a gradient that is not finite, and for a layer without such rows. ``seen``

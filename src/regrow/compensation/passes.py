@@ -120,7 +120,7 @@ class _Follower:
         changed = self._met(target, calls)
         x, version = self._last.pop(target.name, (None, 0))
         if self._reads:
-            for call in calls:  # they were looked at, and would fill the memory
+            for call in calls:  # they have been read, and would fill the memory
                 call.inputs = call.other = None
                 call.output = call.output.new_empty(0)
         if not changed or x is None:

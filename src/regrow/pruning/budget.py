@@ -73,11 +73,20 @@ def check_target(targets: Mapping[str, Any], scope: str = "layer") -> tuple[str,
 
 @dataclass(frozen=True)
 class Met:
-    """The cut that meets a budget, the value it reached, and its timing if the budget was latency."""
+    """The cut that meets a budget.
+
+    Attributes:
+        trial: the cut.
+        reached: its value.
+        timing: its timing, if the budget was latency.
+        tried: the cuts that the search measured, in order: filters (how many are removed), macs (estimated
+            share that is left), value (of the budget's kind), accuracy (0 to 1; None but for ``max_drop``).
+    """
 
     trial: Trial
     reached: float
     timing: Timing | None
+    tried: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,7 @@ class Search:
         rungs = self._rungs(kind)
         looks = 2 * math.ceil(math.log2(rungs + 1)) + 2
         known: dict[int, float] = {}
+        tried: list[dict[str, Any]] = []
 
         def choose(rung: int) -> dict[str, Tensor]:
             # The value falls from rung to rung: for a drop, the first rung is the largest cut.
@@ -126,6 +136,7 @@ class Search:
                 share = 0.1 + 0.7 * min(1.0, len(known) / looks)
                 self.tell(share, f"trying without {count / self.filters:.1%} of the filters")
                 known[count] = self._value(kind, keep)
+                tried.append(self._row(kind, keep, known[count]))
             return known[count]
 
         start, guess = math.inf if kind == "max_drop" else 1.0, None
@@ -142,7 +153,7 @@ class Search:
                 break
             reached, timing = self._look(kind, trial.model)
             if reached <= limit:
-                return Met(trial, reached, timing)
+                return Met(trial, reached, timing, tried)
         raise ValueError(
             f"{kind}={limit} was met in the search, but not when measured again ({reached:.3g}): the "
             "measurements vary too much. Stop other work on this machine, or ask for a little less."
@@ -171,6 +182,14 @@ class Search:
         if kind == "max_drop":
             return self._look(kind, self.bench.masked(keep)[0])[0]
         return self._look(kind, self.bench.cut(keep, compensated=False).model)[0]
+
+    def _row(self, kind: str, keep: Mapping[str, Tensor], value: float) -> dict[str, Any]:
+        return {
+            "filters": removed(keep),
+            "macs": value if kind == "macs" else self.bench.estimate(keep)["macs"],
+            "value": value,
+            "accuracy": self.accuracy - value / 100 if kind == "max_drop" else None,
+        }
 
     def _look(self, kind: str, small: nn.Module) -> tuple[float, Timing | None]:
         if kind == "max_drop":

@@ -116,7 +116,9 @@ def prune(
         and threads; filters (before and after) and fraction removed; layers {name: filters before and
         after}; dropped {name: indices}; left_out and masked {name: why}; parameters, macs, latency (seconds:
         median, lowest, highest), memory (bytes of weights, peak bytes of activations), accuracy (0 to 1;
-        None without ``validation``), each before and after; compensation (what ``compensate`` did, or None).
+        None without ``validation``), each before and after; compensation (what ``compensate`` did, or None);
+        tried (the cuts that the search for a budget measured: filters removed, estimated share of MACs left,
+        value, and for ``max_drop`` accuracy).
 
     Raises:
         ValueError: not exactly one target is given; an argument is unknown, missing or out of range; the
@@ -215,7 +217,7 @@ def prune(
         tell(0.1, "comparing two ways to cut")
         coupled = min(choosing.COUPLED, key=lambda way: searching(way).latency_at(value))
     coupled = coupled or choosing.COUPLED[0]
-    timing = None
+    timing, tried = None, []
     if kind == "fraction":
         tell(0.1, "cutting")
         choice = choices(coupled)
@@ -225,7 +227,7 @@ def prune(
         _warn_if_short(keep, shares, value, choice, f"floor={floor}, {rounding} or coupled={coupled!r}")
     else:
         met = searching(coupled).run(kind, value)
-        trial, reached, timing = met.trial, met.reached, met.timing
+        trial, reached, timing, tried = met.trial, met.reached, met.timing, met.tried
     tell(0.9, "measuring")
     small = trial.model
     before, after = filter_counts(base), filter_counts(small)
@@ -264,6 +266,7 @@ def prune(
             },
             "accuracy": None,
             "compensation": trial.compensation,
+            "tried": tried,
         }
     )
     if validation is not None:

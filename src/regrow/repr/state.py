@@ -22,7 +22,7 @@ def phase_at(settings: Mapping[str, Any], step: int) -> str:
 
 
 def check_state(state: Any, settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless ``state`` is of a RePr with ``settings``; tensors are not looked at."""
+    """Raise ``ValueError`` unless ``state`` is of a RePr with ``settings``; tensors are not checked."""
     if not isinstance(state, Mapping):
         raise ValueError(f"not a state of RePr, what cycle.state_dict() gives, but {kind_of(state)}.")
     missing = {"version", "settings", "step", "highest_rate", "sub_phase"} - set(state)

@@ -267,7 +267,7 @@ def table(summaries: Sequence[MethodSummary]) -> Table:
     shown.add_column("method", overflow="fold")
     sequence = summaries[0].measure != measure(1)
     accuracy = "after switches" if sequence else "test accuracy"
-    for column in ("n", accuracy, "points [95 % interval]", "time", "×"):
+    for column in ("n", accuracy, "points [95 % interval]", "time", "ratio"):
         shown.add_column(column, justify="right", no_wrap=True)
     for summary in summaries:
         difference = summary.difference

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from regrow.study.figures import Series
 from regrow.study.paired import Spread
 from regrow.study.pruned import CurveSet
 from regrow.study.records import RunRecord
+from regrow.study.templates import environment, resource
 from regrow.study.variants import variant_styles
 
 if TYPE_CHECKING:
@@ -69,17 +69,10 @@ class Content:
 
 def render(content: Content) -> str:
     """The page as HTML."""
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: drawing.printable(value) if type(value) is str else value,
-    )
-    environment.filters.update(
+    templates = environment()
+    templates.filters.update(
         label=words.label,
         mention=words.mention,
         percent=words.percent,
@@ -97,14 +90,15 @@ def render(content: Content) -> str:
         # "95 %" and "n = 3" must not be split at the end of a line.
         unbroken=lambda text: text.replace(" %", "\u00a0%").replace("n = ", "n\u00a0=\u00a0"),
     )
-    environment.globals.update(bounds=words.bounds, markers=drawing.MARKERS)
-    source = resources.files("regrow.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    templates.globals.update(bounds=words.bounds, markers=drawing.MARKERS)
+    source = resource("report.html.j2")
     summaries, runs, home = content.summaries, content.runs, content.home
     finished = [run for run in runs if run.result is not None]
     series = _series(content)
     drawings = _drawings(series, summaries, content.curves)
     drawings |= _analysis_drawings(content.analyses, series)
-    return environment.from_string(source).render(
+    return templates.from_string(source).render(
+        css=Markup(resource("page.css")),
         title=content.title,
         baseline=summaries[0].baseline,
         measure=summaries[0].measure,

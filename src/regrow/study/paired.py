@@ -171,9 +171,10 @@ def seeds_needed(differences: Sequence[float]) -> int | None:
     """The smallest number of paired seeds that would show such a difference with 80 % power.
 
     By the two-sided paired t test at 5 %, if the true mean and standard deviation were those of
-    ``differences``. None for fewer than two, for a mean of 0, and for equal differences.
+    ``differences``. None for fewer than three, whose spread says next to nothing, for a mean of 0, and for
+    equal differences.
     """
-    if len(differences) < 2 or _equal(differences):
+    if len(differences) < 3 or _equal(differences):
         return None
     size = abs(statistics.fmean(differences)) / statistics.stdev(differences)
     if size <= 1e-12:

@@ -31,6 +31,7 @@ from regrow.short import short
 from regrow.study import records
 from regrow.study.config import make_config
 from regrow.study.own_network import is_own
+from regrow.study.prune_page import WEIGHTS_FILE, write_prune_page
 from regrow.study.prune_table import prune_tables
 from regrow.study.trained import Loader, Trained, by_function, by_name, from_run
 from regrow.study.typed import Mistyped, typed
@@ -38,7 +39,7 @@ from regrow.suggest import nearest
 from regrow.surgery.cut import cut
 
 _PRECISIONS = ("float32", "float16", "bfloat16")
-WEIGHTS_FILE, REPORT_FILE, ONNX_FILE = "pruned.safetensors", "prune.json", "pruned.onnx"
+REPORT_FILE, ONNX_FILE, PAGE_FILE = "prune.json", "pruned.onnx", "report.html"
 _UNCUT, _CUT, _RECONSTRUCTED = "uncut", "cut", "cut and reconstructed"
 
 
@@ -63,7 +64,7 @@ def run_prune(
     onnx: bool = False,
     deploy: str | None = None,
 ) -> dict[str, Any]:
-    """Prune a network, print what that changed, and write pruned.safetensors and prune.json.
+    """Prune a network, print what that changed, and write pruned.safetensors, prune.json and report.html.
 
     Validation pictures decide; if there are test pictures, accuracy on them is measured once before and once
     after. Where accuracy can be measured, the last table also has the same cut without making up for it.
@@ -105,6 +106,11 @@ def run_prune(
             make_config({"data": data})
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
+    if (out / "results.json").exists():  # stands beside the page of a comparison
+        raise ValueError(
+            f"--out {out} has the report of a comparison, which the page of the cut would replace: "
+            "give another folder."
+        )
     given = {"threads": threads, "image_size": image_size, "device": device, "data_dir": data_dir}
     make_config({key: value for key, value in given.items() if value is not None})
     if threads is not None:
@@ -184,7 +190,8 @@ def run_prune(
     for table in prune_tables(report):
         console.print(table)
         console.print()
-    console.print(f"Written: {', '.join(written)} in {out}", highlight=False, markup=False, soft_wrap=True)
+    for line in (f"Written: {', '.join(written)} in {out}", f"report: {out / PAGE_FILE}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -255,8 +262,9 @@ def _write(trained: Trained, report: dict[str, Any], out: Path, onnx: bool) -> l
         if onnx:
             export_onnx(trained.model, folder / ONNX_FILE, example_inputs=trained.example)
             written.append(ONNX_FILE)
+        write_prune_page(report, folder / PAGE_FILE, weights=str(out / WEIGHTS_FILE))
         records.write_json(folder / REPORT_FILE, report)
-        written.append(REPORT_FILE)
+        written += [PAGE_FILE, REPORT_FILE]
         # The report goes first and comes last: a folder that has it has all files that it describes.
         with uninterrupted():
             (out / REPORT_FILE).unlink(missing_ok=True)

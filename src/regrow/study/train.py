@@ -166,7 +166,7 @@ def _run(
     done: dict[str, Any] = {
         "epoch": 0, "epochs": [], "events": [], "measured": {}, "seconds": 0.0, "environment": environment,
         "task_accuracies": [],
-        # The test pictures of a task are looked at once, so in a sequence no epoch is the best.
+        # The test pictures of a task are used once, so in a sequence no epoch is the best.
         "best": {} if config.tasks == 1 else None,
     }  # fmt: skip
     observer = Observer(model, folder, config.snapshots, ranks)
