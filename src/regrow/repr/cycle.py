@@ -508,7 +508,11 @@ class RePr:
         return self._model.get_submodule(name)
 
     def _rate(self) -> float:
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+        """The highest rate at which filters train; biases may have a rate of their own while they warm up."""
+        filters = {id(self._conv(name).weight) for name in self._layers}
+        groups = self._optimizer.param_groups
+        training = [group for group in groups if not filters.isdisjoint(map(id, group["params"]))]
+        return max(float(group["lr"]) for group in training or groups)
 
     def _warn_if_rate_is_low(self, what: str) -> None:
         rate = self._rate()
