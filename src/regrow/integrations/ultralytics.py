@@ -70,8 +70,7 @@ def prune(
 ) -> Report:
     """Cut ``yolo.model`` in place by ``regrow.prune``; ``yolo`` then validates, predicts and saves this one.
 
-    Call it before ``yolo.predict``, ``val`` and ``export``, which fold the norms of ``yolo.model``. To train
-    on afterwards: ``yolo.train(trainer=trainer_for(yolo))``.
+    To train on afterwards: ``yolo.train(trainer=trainer_for(yolo))``.
 
     Args:
         yolo: a trained ``ultralytics.YOLO``.
@@ -87,14 +86,21 @@ def prune(
     head = head_of(net)
     if net.is_fused():
         raise ValueError(
-            "the norms of this network are folded, as yolo.predict, val and export do it: load it anew, "
-            "YOLO('best.pt'), and cut it before any of them."
+            "the norms of this network are folded, as yolo.fuse() does: load it anew, YOLO('best.pt'), and cut "
+            "it before that."
         )
     if example_inputs is None:
         example_inputs = pictures_like(net, int(getattr(net, "args", {}).get("imgsz") or 640))
-    report = pruning.prune(
-        net, example_inputs=example_inputs, exclude=[head] if exclude is None else exclude, **settings
-    )
+    frozen = not any(each.requires_grad for each in net.parameters())  # as Ultralytics' checkpoints are
+    try:
+        if frozen:
+            net.requires_grad_(True)
+        report = pruning.prune(
+            net, example_inputs=example_inputs, exclude=[head] if exclude is None else exclude, **settings
+        )
+    finally:
+        if frozen:
+            net.requires_grad_(False)
     keep_placed_norms(net)
     yolo.predictor = None
     return report
