@@ -198,6 +198,27 @@ def test_a_run_without_a_state_is_not_resumed(
         again.train(resume=True)
 
 
+def test_a_loss_of_nan_takes_the_cycle_back_with_the_checkpoint(
+    new: Callable[[], Any], data: Path, tmp_path: Path
+) -> None:
+    yolo, spoilt = new(), []
+
+    def spoil(trainer: Any) -> None:
+        if trainer.epoch == 1 and not spoilt:
+            spoilt.append(trainer.epoch)
+            trainer.loss = trainer.loss * float("nan")
+
+    yolo.add_callback("on_train_epoch_end", spoil)
+    add_bridgeout(yolo, p=0.05)
+    added = add_repr(yolo, **{**CYCLE, "cycles": 1})
+    watch = Watch(yolo)
+    yolo.train(data=data, project=tmp_path, name="nan", **{**TRAINING, "epochs": 3})
+    assert [(each.kind, each.step) for each in added.events] == [("drop", 1), ("restore", 2)]
+    dropped = sum(map(len, added.events[0].filters.values()))
+    assert watch.zero == [0, 0] + [dropped] * 4 + [0, 0]
+    assert b"regrow." not in (watch.folder / "last.pt").read_bytes()  # no class of regrow's
+
+
 @pytest.fixture(scope="module")
 def cut(yolo_class: Any, trained: Any, data: Path) -> Callable[[], Any]:
     folder = trained[2].folder

@@ -86,8 +86,8 @@ def prune(
     head = head_of(net)
     if net.is_fused():
         raise ValueError(
-            "the norms of this network are folded, as yolo.fuse() does: load it anew, YOLO('best.pt'), and cut "
-            "it before that."
+            "the norms of this network are folded, as yolo.fuse() does: load it anew, YOLO('best.pt'), and "
+            "cut it before that."
         )
     if example_inputs is None:
         example_inputs = pictures_like(net, int(getattr(net, "args", {}).get("imgsz") or 640))

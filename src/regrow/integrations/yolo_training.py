@@ -28,6 +28,7 @@ class InTraining:
         head_of(yolo.model)
         self._settings = settings
         self._net: nn.Module | None = None
+        self._ema: nn.Module | None = None
         for event, call in (
             ("on_train_start", self.on_train_start),
             ("on_train_epoch_start", self.on_train_epoch_start),
@@ -45,7 +46,7 @@ class InTraining:
             settings["exclude"] = [head_of(net)]
         saved = self._saved(trainer)  # before anything is put on the network
         self._put_on(trainer, net, settings)
-        self._net = net
+        self._net, self._ema = net, trainer.ema.ema
         if saved is not None:
             self._load(saved)
 
@@ -61,7 +62,11 @@ class InTraining:
             )
         return states[self.key]
 
-    def on_train_epoch_start(self, trainer: Any) -> None: ...
+    def on_train_epoch_start(self, trainer: Any) -> None:
+        if self._net is not None and trainer.ema.ema is not self._ema:
+            # After a loss of NaN Ultralytics goes back to its last checkpoint, with a new EMA.
+            self._ema = trainer.ema.ema
+            self._go_back(trainer.ema.ema)
 
     def on_train_epoch_end(self, trainer: Any) -> None: ...
 
@@ -82,12 +87,15 @@ class InTraining:
     def teardown(self, _: Any) -> None:
         if self._net is not None:
             self._take_off(self._net)
-            self._net = None
+            self._net = self._ema = None
 
     def _put_on(self, trainer: Any, net: nn.Module, settings: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _take_off(self, net: nn.Module) -> None:
+        raise NotImplementedError
+
+    def _go_back(self, ema: Any) -> None:
         raise NotImplementedError
 
     def _state(self) -> Any:
@@ -111,7 +119,6 @@ class RePr(InTraining):
         super().__init__(yolo, settings)
         self.cycle: own_loop.RePr | None = None
         self.events: list[Event] = []
-        self._followed: Any = None
         self._last_saved: Any = None
 
     def _put_on(self, trainer: Any, net: nn.Module, settings: dict[str, Any]) -> None:
@@ -120,18 +127,12 @@ class RePr(InTraining):
         self.cycle = own_loop.RePr(trainer.model, trainer.optimizer, **settings)
         self.events = []
         self._last_saved = self.cycle.state_dict()
-        self._follow(trainer)
-
-    def _follow(self, trainer: Any) -> None:
-        assert self.cycle is not None
         self.cycle.follow(trainer.ema.ema)
-        self._followed = trainer.ema.ema
 
-    def on_train_epoch_start(self, trainer: Any) -> None:
-        if self.cycle is not None and trainer.ema.ema is not self._followed:
-            # After a loss of NaN Ultralytics goes back to its last checkpoint, with a new EMA.
-            self.cycle.load_state_dict(self._last_saved)
-            self._follow(trainer)
+    def _go_back(self, ema: Any) -> None:
+        assert self.cycle is not None
+        self.cycle.load_state_dict(self._last_saved)
+        self.cycle.follow(ema)
 
     def on_train_epoch_end(self, trainer: Any) -> None:
         if self.cycle is None or not trainer.loss.isfinite():
@@ -150,7 +151,7 @@ class RePr(InTraining):
     def _take_off(self, _: nn.Module) -> None:
         assert self.cycle is not None
         self.cycle.remove()
-        self.cycle = self._followed = None
+        self.cycle = None
 
     def _state(self) -> Any:
         assert self.cycle is not None
@@ -174,6 +175,9 @@ class Bridgeout(InTraining):
 
     def _take_off(self, net: nn.Module) -> None:
         remove_bridgeout(net)
+
+    def _go_back(self, ema: Any) -> None:
+        remove_bridgeout(ema)  # the noise has come along with the copy
 
     def _state(self) -> Any:
         assert self._net is not None
