@@ -92,7 +92,7 @@ class Watch:
             raise KeyboardInterrupt
 
 
-# Blocks of YOLO11 in all their kinds, but few of each: regrow reads yolo11n.yaml in some ten seconds.
+# Blocks of YOLO11 in all their kinds, but few of each: regrow reads yolo11n.yaml in five seconds or more.
 SMALL = """
 nc: 1
 scales: {n: [1.0, 1.0, 128]}
