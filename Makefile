@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 SEEDS ?= 0-2
+# For tests alone, and without its requirements: those are in the extra yolo-tests (pyproject.toml).
+ULTRALYTICS := ultralytics ultralytics-thop ultralytics-platform
 
 .PHONY: help setup demo test lint types docs check clean
 
@@ -16,6 +18,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps $(ULTRALYTICS)
 	touch $@
 
 demo: $(READY)

@@ -136,11 +136,12 @@ def test_the_lines_about_analysis_run_as_printed() -> None:
     assert len(found["record"]["mean"]) == 2
 
 
-CUTTING = ROOT / "examples" / "cut_and_finetune.py"  # has a test of its own
+CUTTING = ROOT / "examples" / "cut_and_finetune.py"
+TESTED = {CUTTING, ROOT / "examples" / "timm_training.py"}  # have tests of their own
 
 
 @pytest.mark.parametrize(
-    "script", sorted({*(ROOT / "examples").glob("*.py")} - {CUTTING}), ids=lambda path: path.name
+    "script", sorted({*(ROOT / "examples").glob("*.py")} - TESTED), ids=lambda path: path.name
 )
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     done = forking.script(script, folder=tmp_path)

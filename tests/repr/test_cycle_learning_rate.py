@@ -59,6 +59,20 @@ def test_the_highest_rate_is_that_of_any_group_and_outlives_a_resume():
         resumed.step()
 
 
+def test_a_warm_up_of_the_biases_alone_does_not_count():
+    model = build()
+    biases = [each for each in model.parameters() if each.dim() == 1]
+    weights = [each for each in model.parameters() if each.dim() > 1]
+    optimizer = torch.optim.SGD([{"params": weights}, {"params": biases, "lr": 0.1}], lr=0.005)
+    cycle = repr_on(model, optimizer)
+    cycle.step()
+    optimizer.param_groups[1]["lr"] = 0.005
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cycle.step().kind == "drop"
+    cycle.remove()
+
+
 def test_a_scheduler_on_the_optimizer_is_no_obstacle():
     model = build()
     optimizer = sgd(model, lr=0.1)

@@ -504,7 +504,10 @@ class RePr:
         return self._model.get_submodule(name)
 
     def _rate(self) -> float:
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+        """The highest rate of weights; biases and norms may have rates of their own while they warm up."""
+        groups = self._optimizer.param_groups
+        weights = [group for group in groups if any(each.dim() > 1 for each in group["params"])]
+        return max(float(group["lr"]) for group in weights or groups)
 
     def _warn_if_rate_is_low(self, what: str) -> None:
         rate = self._rate()
