@@ -18,6 +18,7 @@ FLOORS = (
     ("short",),
     (
         "atomic",
+        "callers",
         "given",
         "interrupts",
         "log",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.compensation.means import fold, mean_shifts
 from regrow.compensation.reconstruct import reconstruct
 from regrow.criteria.bar import progress_bar
@@ -136,7 +136,7 @@ def compensate(
     given = list(calibration)
     batches = list(picked(given, example_inputs))
     if warning := of_one_class(given, inputs_needed(example_inputs)):
-        warnings.warn(warning, stacklevel=3)  # torch.no_grad() adds a frame
+        warn(warning)
     norms = own_norms(model, example_inputs)
     cut = copied(model)
     removal.apply(cut)
@@ -172,8 +172,7 @@ def compensate(
 def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     name = max(few, key=lambda each: few[each][1] / few[each][0])
     rows, columns = few[name]
-    warnings.warn(
+    warn(
         f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
-        f"the images give {rows} rows of them. Pass more images, a few hundred in all.",
-        stacklevel=3,
+        f"the images give {rows} rows of them. Pass more images, a few hundred in all."
     )

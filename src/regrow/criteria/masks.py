@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.filters import convolutions
 from regrow.given import check_module
 from regrow.modules import filters_first
@@ -44,11 +43,10 @@ def keep_of_masks(model: nn.Module) -> dict[str, Tensor]:
         bias = _bias(conv)
         loud = gone & (bias != 0) if bias is not None else gone & False
         if loud.any():
-            warnings.warn(
+            warn(
                 f"{int(loud.sum())} filters of {name!r} have all of their weights masked, but not their "
                 "biases, which they still emit: they are kept. To cut them, mask the biases first: "
-                "torch.nn.utils.prune.custom_from_mask(layer, 'bias', layer.weight_mask.flatten(1).any(1)).",
-                stacklevel=3,
+                "torch.nn.utils.prune.custom_from_mask(layer, 'bias', layer.weight_mask.flatten(1).any(1))."
             )
         if (gone & ~loud).all():
             raise ValueError(f"all {len(gone)} filters of {name!r} are masked: leave at least one.")

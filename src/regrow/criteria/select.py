@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from regrow.callers import warn
 from regrow.filters import excluded
 from regrow.given import check_mapping, tensor_given
 from regrow.numbers import together
@@ -100,10 +100,9 @@ def select(
         flat[order[~spared[order]][:got]] = False
         keep = dict(zip(ranked, flat.split(list(sizes.values())), strict=True))
     if got < asked:
-        warnings.warn(
+        warn(
             f"floor={floor} leaves {got} of the {asked} filters to drop that fraction={fraction} asks for: "
-            f"{got} are dropped. Lower the floor or the fraction.",
-            stacklevel=2,
+            f"{got} are dropped. Lower the floor or the fraction."
         )
     return keep
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from regrow.callers import warn
 from regrow.noise.layers import add_bridgeout
 from regrow.repr.cycle import RePr
 
@@ -25,8 +25,7 @@ def check_bridgeout(settings: Mapping[str, Any]) -> None:
 
 def warn_of_dropped(what: str) -> None:
     """Warn that filters are at 0 at the end, because of ``what``; called from a callback's method."""
-    warnings.warn(
+    warn(
         f"{what}, and they stay at 0. Choose full, sub and cycles so that the last restore comes before the "
-        "end, or go on from a checkpoint.",
-        stacklevel=3,
+        "end, or go on from a checkpoint."
     )

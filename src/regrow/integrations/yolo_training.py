@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from regrow.atomic import temporary_folder
+from regrow.callers import warn
 from regrow.integrations.yolo_network import head_of, pictures_like
 from regrow.modules import unwrap
 from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
@@ -142,10 +142,9 @@ class RePr(InTraining):
 
     def on_train_end(self, _: Any) -> None:
         if self.cycle is not None and self.cycle.phase == "sub":
-            warnings.warn(
+            warn(
                 "the training ended while filters were dropped, and they stay at 0. Choose full, sub and "
-                "cycles so that the last restore comes before the last epoch.",
-                stacklevel=2,
+                "cycles so that the last restore comes before the last epoch."
             )
 
     def _take_off(self, _: nn.Module) -> None:

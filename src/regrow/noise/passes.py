@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.marks import Mark
 from regrow.together import Together
 from regrow.torch_private import (
@@ -132,10 +132,9 @@ class Passes(Mark):
         self._whole = False
         if averaging and not self.measuring and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 "batch norms with momentum None average what they read under Bridgeout's noise. If these "
-                "passes only measure statistics, run them under torch.no_grad(): then there is no noise.",
-                stacklevel=2,
+                "passes only measure statistics, run them under torch.no_grad(): then there is no noise."
             )
 
     def _succeeded(self, *_: Any) -> None:

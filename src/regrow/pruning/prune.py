@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.criteria.batches import Loss
 from regrow.criteria.score import (
     DATA_CRITERIA,
@@ -181,7 +181,7 @@ def prune(
     if calibration is not None and (compensate or ranking in DATA_CRITERIA):
         batches = _first_batches(base, calibration, inputs_needed(example_inputs))
         if compensate and (warning := of_one_class(batches, 0)):
-            warnings.warn(warning, stacklevel=2)
+            warn(warning)
     scores = score(
         base,
         ranking,
@@ -288,10 +288,9 @@ def _warn_if_short(
         asked = f"fraction={value:g} asks for"
     if short:
         gone, count = removed({name: keep[name] for name in short}), sum(len(keep[name]) for name in short)
-        warnings.warn(
+        warn(
             f"fewer filters are removed than {asked}: {gone} of {count} ({gone / count:.1%}), because of "
-            f"{reasons}.",
-            stacklevel=3,
+            f"{reasons}."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.criteria.score import Criterion
 from regrow.criteria.select import check_selection
 from regrow.filters import check_finite
@@ -215,7 +215,7 @@ class RePr:
     def _drop(self, cycle: int) -> Event:
         decided = self._first_decides(lambda: self._choose(cycle))
         for warning in decided["warnings"]:
-            warnings.warn(warning, stacklevel=4)
+            warn(warning)
         self._warn_if_rate_is_low("dropped")
         self._copy_from_first()
         plan = decided["plan"] and CutPlan.from_dict(decided["plan"])
@@ -246,7 +246,7 @@ class RePr:
         """Drop filters and restore them at once."""
         dropped, said = self._first_decides(lambda: self._choose_weakest(cycle))
         for warning in said:
-            warnings.warn(warning, stacklevel=4)
+            warn(warning)
         self._warn_if_rate_is_low("restarted")
         self._copy_from_first()
         before = largest_outputs(self._model, self._inputs())
@@ -341,7 +341,7 @@ class RePr:
         what = "restore" if self._settings["sub"] else "restart"
         after = largest_outputs(self._model, self._inputs())
         if warning := jump(before, after, self._settings["consumers"], what, "build RePr"):
-            warnings.warn(warning, stacklevel=5)
+            warn(warning)
 
     def _begin(self, dropped: Any, memory: Any, plan: CutPlan | None, silenced: Any) -> SubPhase:
         model, consumers = self._model, self._settings["consumers"]
@@ -395,19 +395,17 @@ class RePr:
         if self._sub is None:
             return
         if names := self._sub.moved_now(last=(self._step + 1) % self._length == 0):
-            warnings.warn(
+            warn(
                 f"dropped filters of {listed(names)} held other values than 0: something beside the steps "
                 "of the optimizer moves them. They are at 0 again. If one optimizer wraps another, give RePr "
                 "the outer one; if averaged weights are swapped in, call cycle.follow(the averaged copy); if "
-                "a CUDA graph was captured before the drop, capture it again after each drop and restore.",
-                stacklevel=4,
+                "a CUDA graph was captured before the drop, capture it again after each drop and restore."
             )
         if self._sub.missed_steps():
-            warnings.warn(
+            warn(
                 f"the weights are trained, but no step of {type(self._optimizer).__name__} was seen since "
                 "filters were dropped, so nothing holds them at 0 between the calls of cycle.step(). Give "
-                "RePr the optimizer whose step() is called.",
-                stacklevel=4,
+                "RePr the optimizer whose step() is called."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -512,11 +510,10 @@ class RePr:
     def _warn_if_rate_is_low(self, what: str) -> None:
         rate = self._rate()
         if rate < _LOW_RATE * self._highest_rate * (1 - 1e-6):
-            warnings.warn(
+            warn(
                 f"filters are {what} at a learning rate of {rate:.3g}, far below the highest "
                 f"so far ({self._highest_rate:.3g}): the network may not heal. Keep the rate high until the "
-                "last restore, and lower it after that.",
-                stacklevel=5,
+                "last restore, and lower it after that."
             )
 
 

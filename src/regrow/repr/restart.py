@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.criteria.score import Criterion
 from regrow.criteria.select import check_selection
 from regrow.given import check_inputs, check_optimizer, check_seed, names_given
@@ -116,7 +116,7 @@ def restart(
         lambda: weakest.of(inner, settings, exclude=layers.left_out, seed=seed), group, device
     )
     for warning in said:
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     agree()
     before = largest_outputs(inner, inputs)
     generator = torch.Generator().manual_seed(seed % 2**63)
@@ -131,7 +131,7 @@ def restart(
             agree=agree,
         )
     if warning := jump(before, largest_outputs(inner, inputs), consumers, "restart", "call restart"):
-        warnings.warn(warning, stacklevel=2)
+        warn(warning)
     return {
         "version": VERSION,
         "kind": "restart",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.callers import warn
 from regrow.indexing import Where, index_tensor
 from regrow.marks import Mark, marks_on
 from regrow.modules import filters_first
@@ -188,11 +188,10 @@ class SubPhase:
         # Weights that were swapped in for an evaluation are back in their place when the cycle steps.
         looks = self.plan is not None and not training and not self._looked
         if looks and readable() and (names := self.moved()):
-            warnings.warn(
+            warn(
                 f"dropped filters of {listed(names)} hold other values than 0 in an evaluation, which leaves "
                 "them out. Averaged weights that are swapped in must be dropped with the model: call "
-                "cycle.follow(the averaged copy).",
-                stacklevel=2,
+                "cycle.follow(the averaged copy)."
             )
         self._looked = not training
 

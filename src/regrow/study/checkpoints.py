@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from regrow.atomic import write_bytes
+from regrow.callers import warn
 from regrow.reading import from_json, read_file
 from regrow.short import line, short
 
@@ -79,7 +79,7 @@ def read_checkpoint(
                 check(state)
         except (OSError, ValueError) as error:
             rest = "trying the one before it" if path != paths[-1] else "starting from the beginning"
-            warnings.warn(f"{path} is damaged ({line(error)}): {rest}.", stacklevel=2)
+            warn(f"{path} is damaged ({line(error)}): {rest}.")
         else:
             return data
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from regrow.atomic import move, temporary_folder
+from regrow.callers import warn
 from regrow.criteria.score import DATA_CRITERIA, LABELLED_CRITERIA, check_criterion
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
@@ -141,7 +141,7 @@ def run_prune(
             )
         )
     if trained.validation is None and data is not None:
-        warnings.warn(f"the accuracy is not measured: {trained.unjudged}.", stacklevel=2)
+        warn(f"the accuracy is not measured: {trained.unjudged}.")
     console = Console()
     before = top1(trained.model, trained.test) if trained.test is not None else None
     form = {} if deploy is None else {"dtype": getattr(torch, deploy)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from regrow.atomic import sweep, write_bytes
+from regrow.callers import warn
 from regrow.reading import from_json, read_file
 from regrow.shipping.stored import CHECKSUM, checksum
 from regrow.study import analysed, records
@@ -90,10 +90,9 @@ def begin(
     before = state["environment"]
     if other := [key for key in _ALIKE if before.get(key) != environment.get(key)]:
         changes = ", ".join(f"{key} {before.get(key)} → {environment.get(key)}" for key in other)
-        warnings.warn(
+        warn(
             f"{folder}: the run goes on under other conditions ({changes}): its result need not be the same "
-            "bit for bit.",
-            stacklevel=2,
+            "bit for bit."
         )
     resumed = _resumed(folder, state) + 1
     records.write_json(records.environment_path(folder), {**environment, "resumed": resumed})
