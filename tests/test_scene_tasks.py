@@ -207,3 +207,47 @@ def test_a_detector_is_reconstructed_from_pictures_of_several_sizes() -> None:
     assert done["images"] == 16
     assert done["unfolded"] == {}
     assert "roi_heads.box_head.fc6" in done["layers"]
+
+
+def lines_about(words: str) -> str:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- runs as a test -->\n```python\n(.*?)```", page, re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # there are few pictures, and a step is no training
+@pytest.mark.parametrize("name", NAMES)
+def test_the_lines_of_the_page_run_as_printed(name: str) -> None:
+    task = TASKS[name]
+    net = random_net(task)
+    variable = {"detection": "detector", "segmentation": "segmenter", "questions": "answerer"}[name]
+    pictures, targets = TASKS["detection"].training_inputs(SCENES, torch.arange(8))
+    filters = []
+
+    def train_one_epoch(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        task.loss(net.train(), SCENES, torch.arange(4)).backward()
+        optimizer.step()
+        filters.append(sum(bool(row.any()) for each in convs(net) for row in each.weight))
+
+    scope: dict[str, Any] = {
+        "regrow": regrow,
+        variable: net,
+        "optimizer": torch.optim.SGD(net.parameters(), 0.01),
+        "train_one_epoch": train_one_epoch,
+        "epochs": 20,
+        "x": SCENES.pictures,
+        "questions": SCENES.questions,
+        "pictures": pictures,
+        "targets": targets,
+        "batches": [pictures[:4], pictures[4:]],
+    }
+    exec(lines_about(f"({variable},"), scope)
+    assert filters[0] > filters[4] == filters[5] < filters[6] == filters[0]  # dropped for two epochs
+    macs = scope["report"]["macs"]
+    assert macs["after"] < 0.72 * macs["before"]
+    assert set(heads(net)) <= scope["report"]["left_out"].keys()
+
+
+def convs(net: nn.Module) -> list[nn.Conv2d]:
+    return [each for each in net.modules() if isinstance(each, nn.Conv2d)]

@@ -38,19 +38,31 @@ HELD = 9  # epochs at the full rate, which then falls to 0
 HELD_OUT = 10_000  # training garments that are for validation scenes alone
 MACS = 0.7
 CALIBRATION = 512
+SETTINGS = (
+    f"Both methods train for {EPOCHS} epochs with AdamW, and the rate falls to 0 in the last "
+    f"{EPOCHS - HELD}. RePr drops {100 * REPR['fraction']:.0f} % of the filters by `ortho` {REPR['cycles']} "
+    f"times, after {REPR['full']} epochs each, for {REPR['sub']} epoch: its last restore is after {HELD} "
+    "epochs. Scenes for training, validation and test have garments that no other of them has. Test scenes "
+    "were looked at once."
+)
 
 
 def splits(task: Task) -> dict[str, Scenes]:
     """Scenes for training, validation and test, of garments that no other split has."""
-    source = fashion_mnist(default_folder())
-    train, test = source.train, source.test
-    assert test is not None
+    train = fashion_mnist(default_folder()).train
     few = len(train) - HELD_OUT
     return {
         "train": compose(train.pixels[:few], train.labels[:few], task.scenes, 1),
         "validation": compose(train.pixels[few:], train.labels[few:], 500, 2),
-        "test": compose(test.pixels, test.labels, 1000, 3),
+        "test": test_scenes(1000),
     }
+
+
+def test_scenes(count: int) -> Scenes:
+    """The first test scenes."""
+    test = fashion_mnist(default_folder()).test
+    assert test is not None
+    return compose(test.pixels, test.labels, count, 3)
 
 
 def trained(task: Task, scenes: Scenes, method: str, seed: int, rate: float) -> tuple[nn.Module, list[Any]]:
@@ -179,13 +191,22 @@ def best_rate(results: Results, name: str, method: str) -> float:
     return float(max(of_this, key=lambda row: row["validation"])["rate"])
 
 
+def standard_net(results: Results, name: str) -> nn.Module | None:
+    """The first standard network of a task; None before it is trained."""
+    row = results.find(part="train", task=name, method="standard", seed=SEEDS[0])
+    if row is None:
+        return None
+    net: nn.Module = TASKS[name].build(WIDTH)
+    path = results.folder / f"{name}-standard-{SEEDS[0]}-{row['rate']}.pt"
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/tasks"), help="a folder for results and weights"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/tasks"), help="for results and weights")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--table", type=Path, help="write this page of the results instead")
     given = parser.parse_args()
@@ -195,7 +216,7 @@ def main() -> None:
     if given.table:
         from page import write
 
-        write(given.table, results)
+        write(given.table, results, SETTINGS)
         return
     for name in given.tasks:
         work(results, name)
