@@ -43,6 +43,8 @@ def spread(values: Sequence[float]) -> str:
 
 def interval(differences: Sequence[float]) -> str:
     """The mean of paired differences in points, with its 95 % t interval."""
+    if not differences:
+        return ""
     middle = 100 * mean(differences)
     if len(differences) < 2:
         return f"{middle:+.1f}"
@@ -68,11 +70,12 @@ def table(cuts: Rows) -> list[str]:
     for name, task in TASKS.items():
         found = {method: by_seed(cuts, name, method) for method in METHODS}
         both = sorted(found["standard"].keys() & found["repr"].keys())
-        if not both:
+        seeds = {"standard": both or sorted(found["standard"]), "repr": both}
+        if not seeds["standard"]:
             continue
         for way, words in WAYS.items():
-            values = {method: [rows[seed][way] for seed in both] for method, rows in found.items()}
-            apart = [b - a for a, b in zip(*values.values(), strict=True)]
+            values = {method: [rows[seed][way] for seed in seeds[method]] for method, rows in found.items()}
+            apart = [b - a for a, b in zip(*values.values(), strict=False)]
             said = verdict(apart) if way == "uncut" else ""
             lines.append(
                 f"| {name} ({task.metric}), {words} | {spread(values['standard'])} | "
@@ -94,11 +97,15 @@ def short_table(cuts: Rows) -> list[str]:
     for name, task in TASKS.items():
         found = {method: by_seed(cuts, name, method) for method in METHODS}
         both = sorted(found["standard"].keys() & found["repr"].keys())
-        if not both:
+        seeds = {"standard": both or sorted(found["standard"]), "repr": both}
+        if not seeds["standard"]:
             continue
-        uncut = {method: [rows[seed]["uncut"] for seed in both] for method, rows in found.items()}
-        apart = [b - a for a, b in zip(*uncut.values(), strict=True)]
-        cut = [spread([found["standard"][seed][way] for seed in both]) for way in ("l2", "reconstructed")]
+        uncut = {method: [rows[seed]["uncut"] for seed in seeds[method]] for method, rows in found.items()}
+        apart = [b - a for a, b in zip(*uncut.values(), strict=False)]
+        cut = [
+            spread([found["standard"][seed][way] for seed in seeds["standard"]])
+            for way in ("l2", "reconstructed")
+        ]
         lines.append(
             f"| {name}: {NAMES[name]}, {task.metric} | {spread(uncut['standard'])} | {spread(uncut['repr'])} "
             f"| {interval(apart)} ({verdict(apart)}) | {cut[0]} | {cut[1]} |"
@@ -133,12 +140,12 @@ def costs(cuts: Rows, results: Any) -> list[str]:
             for key in ("macs", "parameters")
         ]
         seconds = [
-            mean(row["seconds"] for row in results.rows if is_training(row, name, method))
-            for method in METHODS
+            [row["seconds"] for row in results.rows if is_training(row, name, method)] for method in METHODS
         ]
+        shown = [f"{mean(each):.0f}" if each else "" for each in seconds]
         lines.append(
             f"| {name} | {shares[0]} | {shares[1]} | {mean(row['seconds'] for row in rows):.0f} | "
-            f"{seconds[0]:.0f} | {seconds[1]:.0f} |"
+            f"{shown[0]} | {shown[1]} |"
         )
     return lines
 
@@ -182,7 +189,8 @@ def write(path: Path, results: Any, settings: str) -> None:
         *table(cuts),
         "",
         *wrapped(
-            "Mean ± standard deviation over the seeds that both methods have finished (finished trainings, "
+            "Mean ± standard deviation over the seeds that both methods have finished, or those of standard "
+            "training where RePr has none yet (finished trainings, "
             f"standard and RePr: {numbers}; 3 each are wanted), and the paired difference with its 95 % t "
             "interval. *No gain shown* is where the interval holds 0. mAP is the mean over IoU 0.5 to 0.95 "
             "(torchmetrics), mIoU the mean over the kinds and the background, of all pixels."

@@ -30,8 +30,8 @@ from regrow.structure.readers import (
 from regrow.structure.sums import silence_norms
 from regrow.suggest import nearest
 
-# The weight of a norm that hides a channel. Where all summands of a channel are hidden, a sum of exactly 0 would
-# meet a ReLU, whose gradient is 0 there: the channel would be silent for ever.
+# The weight of a norm that hides a channel. Where all summands of a channel are hidden, a sum of exactly 0
+# would meet a ReLU, whose gradient is 0 there: the channel would be silent for ever.
 _BARELY = 1e-6
 CONSUMERS = ("zero", "keep", "init")
 ROWS = ("orthogonal", "init")
