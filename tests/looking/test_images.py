@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from regrow.looking.calls import evaluating
-from regrow.looking.images import check_batches, check_finite_results, forward, inputs_of
+from regrow.looking.images import check_batches, check_finite_results, count_images, forward, inputs_of
 
 
 def test_the_input_is_a_tensor_the_first_item_or_all_keywords() -> None:
@@ -61,3 +61,11 @@ def test_every_module_gets_its_own_mode_back_even_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     assert [module.training for module in model.modules()] == before == [True, True, True, False, True]
+
+
+def test_lists_of_pictures_count_as_detectors_take_them() -> None:
+    pictures = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 6)]
+    assert count_images({"images": pictures, "targets": [{}, {}]}) == 2
+    assert count_images((pictures,)) == 2
+    assert count_images({"scale": torch.tensor(1.0)}) == count_images(torch.tensor(1.0)) == 0
+    assert count_images((torch.zeros(5, 3), pictures)) == 5

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
+from regrow.compensation.selections import Selections
 from regrow.compensation.targets import Target
 from regrow.least_squares.unfolded import inputs_at, outputs_at, with_batch
 from regrow.looking.hooks import hooked
@@ -26,6 +27,7 @@ class Call:
     Attributes:
         chosen: the positions.
         output: [rows, channels].
+        shape: of the whole output.
         inputs: [groups, rows, columns], where they were asked for.
         other: [rows, channels], the other summand of the sum that the output goes into; None where none is
             known.
@@ -33,6 +35,7 @@ class Call:
 
     chosen: Tensor
     output: Tensor
+    shape: Size
     inputs: Tensor | None = None
     other: Tensor | None = None
 
@@ -45,21 +48,29 @@ class Stale(Ended):
     """What follows a layer was computed with its old weights, and cannot be computed anew from here."""
 
 
-Choose = Callable[[Target, int, nn.Module, Tensor], Tensor]
+Choose = Callable[[Target, int, nn.Module, Tensor], Tensor | None]
 Met = Callable[[Target, list[Call]], bool]
 
 
 class _Follower:
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], choose: Choose, met: Met, reads: bool
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        choose: Choose,
+        met: Met,
+        selections: Selections,
+        reads: bool,
     ) -> None:
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._targets = {target.name: target for target in targets}
         self._norms = {target.norm: target for target in targets if target.added and target.norm}
         self._choose, self._met, self._reads = choose, met, reads
+        self._selections = selections
         self.calls: dict[str, list[Call]] = {name: [] for name in self._targets}
         self.waiting: dict[str, set[int]] = {name: set() for name in self._targets}
         self._normed = dict.fromkeys(self._targets, 0)
+        self._apart: set[str] = set()  # layers that make outputs of other shapes than in the uncut network
         # The last call of each layer: its input, and how often that was written to.
         self._last: dict[str, tuple[Tensor, int]] = {}
         self.watcher = Uses(self._summed)
@@ -69,6 +80,10 @@ class _Follower:
 
     @torch.no_grad()  # the model's own code may switch gradients on
     def after(self, name: str, module: Any, read: Any, output: Tensor) -> None:
+        with self._selections.paused():
+            self._after(name, module, read, output)
+
+    def _after(self, name: str, module: Any, read: Any, output: Tensor) -> None:
         if name not in self._targets:  # a norm
             name = self._norms[name].name
             self._note(name, self._normed[name], output)
@@ -78,8 +93,12 @@ class _Follower:
         if self._reads and len(calls) == target.calls:
             return  # the uncut network does not call it as often
         chosen = self._choose(target, len(calls), module, output)
+        if chosen is None:  # the calls of this layer are never complete
+            self._apart.add(name)
+        if chosen is None or name in self._apart:
+            return
         # Clones, because the activation behind the layer may work in place.
-        call = Call(chosen, outputs_at(module, output, chosen).clone())
+        call = Call(chosen, outputs_at(module, output, chosen).clone(), output.shape)
         if self._reads:
             call.inputs = (
                 call.output.new_zeros(1, len(call.output), 0)
@@ -106,9 +125,10 @@ class _Follower:
             return
         target, call = self._targets[name], self.calls[name][number]
         self.waiting[name].remove(number)
-        call.other = outputs_at(self._modules[name], other, call.chosen).clone()
-        if self._is_complete(target):
-            self._remake(target, made)  # the sum is its only reader
+        with self._selections.paused():
+            call.other = outputs_at(self._modules[name], other, call.chosen).clone()
+            if self._is_complete(target):
+                self._remake(target, made)  # the sum is its only reader
 
     def _is_complete(self, target: Target) -> bool:
         return len(self.calls[target.name]) == target.calls and not self.waiting[target.name]
@@ -152,15 +172,24 @@ def _in_parts(layer: nn.Module, norm: Any, x: Tensor, made: Tensor) -> Iterator[
 
 
 def follow(
-    model: nn.Module, targets: Sequence[Target], inputs: Any, choose: Choose, met: Met, *, reads: bool
+    model: nn.Module,
+    targets: Sequence[Target],
+    inputs: Any,
+    choose: Choose,
+    met: Met,
+    selections: Selections,
+    *,
+    reads: bool,
 ) -> dict[str, list[Call]]:
     """One pass, which shows what each of ``targets`` read and made.
 
     Args:
-        choose: (layer, number of the call, module, output) → positions.
+        choose: (layer, number of the call, module, output) → positions, or None where the call cannot be
+            compared with the uncut network's.
         met: called as soon as all calls of a layer, and the sums that its outputs go into, are known. If it
             changed the weights it returns True, and the pass goes on with what they make.
-        reads: whether ``Call.inputs`` are wanted.
+        selections: of the uncut network.
+        reads: whether ``Call.inputs`` are wanted, and the selections are repeated; else they are noted.
 
     Returns:
         The calls of the layers of which all sums are known; there may be more or fewer than ``Target.calls``.
@@ -169,7 +198,8 @@ def follow(
         PassFailed: the model's forward pass fails.
         Stale: the pass went too far with the old weights of a layer that ``met`` changed.
     """
-    follower = _Follower(model, targets, choose, met, reads)
-    with hooked(follower.layers(), follower.after), follower.watcher:
+    follower = _Follower(model, targets, choose, met, selections, reads)
+    selecting = selections.repeated() if reads else selections.noted()
+    with selecting, hooked(follower.layers(), follower.after), follower.watcher:
         forward(model, inputs)
     return {name: calls for name, calls in follower.calls.items() if calls and not follower.waiting[name]}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.compensation.passes import Call, Ended, Stale, follow
+from regrow.compensation.passes import Call, Ended, Met, Stale, follow
+from regrow.compensation.selections import Selections
 from regrow.compensation.targets import Target, shift_holders, survey
 from regrow.least_squares.moments import Moments, fit, in_span
 from regrow.least_squares.unfolded import positions, weight_of, with_batch
@@ -109,12 +110,13 @@ class _Work:
         self._advance = advance
         self._generator = torch.Generator().manual_seed(0)
         self._whole: dict[str, list[Call]] = {}  # what layers make in the uncut network
+        self._selections = Selections()  # of the uncut network
         self.targets: list[Target] = []
         self.done = Reconstruction({}, {}, self._images, {})
 
     def all_at_once(self, inputs: Any) -> None:
         """All images in one pass, in which each layer gets its weights as soon as it was called."""
-        self._whole = follow(self._model, self.targets, inputs, self._draw, lambda *_: False, reads=False)
+        self._whole = self._shown(self.targets, inputs, lambda *_: False)
         # More pictures may take more calls than the survey saw.
         left = {
             target.name: replace(target, calls=len(self._whole[target.name]))
@@ -135,7 +137,7 @@ class _Work:
         while left:
             before = len(left)
             try:
-                follow(self._cut, list(left.values()), inputs, self._drawn, met, reads=True)
+                self._follow_cut(list(left.values()), inputs, met)
             except Stale:
                 continue
             if len(left) == before:
@@ -162,17 +164,24 @@ class _Work:
             inputs = there(self._model, batch)
             self._whole.clear()
             with suppress(Ended):
-                self._whole |= follow(self._model, [target], inputs, self._draw, keep, reads=False)
+                self._whole |= self._shown([target], inputs, keep)
             if calls := self._whole.get(target.name):  # fewer pictures may take fewer calls
                 now = replace(target, calls=len(calls))
                 with suppress(Ended):
-                    follow(self._cut, [now], inputs, self._drawn, met, reads=True)
+                    self._follow_cut([now], inputs, met)
             seen += count_images(batch)
         if any(halves):
             self._solve(target, halves)
         else:
             self._not_met(target)
         self._advance((self.targets.index(target) + 1) / len(self.targets))
+
+    def _shown(self, targets: Sequence[Target], inputs: Any, met: Met) -> dict[str, list[Call]]:
+        """What layers make in the uncut network."""
+        return follow(self._model, targets, inputs, self._draw, met, self._selections, reads=False)
+
+    def _follow_cut(self, targets: Sequence[Target], inputs: Any, met: Met) -> None:
+        follow(self._cut, targets, inputs, self._drawn, met, self._selections, reads=True)
 
     def _not_met(self, target: Target) -> None:
         self.done.unfolded[target.name] = target.why or _NOT_CALLED
@@ -185,8 +194,9 @@ class _Work:
         wanted = math.ceil(rows / pictures)
         return torch.randperm(count, generator=self._generator)[:wanted].to(output.device)
 
-    def _drawn(self, target: Target, number: int, _layer: nn.Module, _output: Tensor) -> Tensor:
-        return self._whole[target.name][number].chosen
+    def _drawn(self, target: Target, number: int, _layer: nn.Module, output: Tensor) -> Tensor | None:
+        whole = self._whole[target.name][number]
+        return whole.chosen if whole.shape == output.shape else None
 
     def _add_moments(
         self,

@@ -136,9 +136,14 @@ def output_of(model: nn.Module, inputs: Any) -> Any:
 
 
 def count_images(inputs: Any) -> int:
-    """Return the length of the first tensor in ``inputs``; 0 if there is no tensor."""
+    """Return the length of the first tensor in ``inputs``, or else of the first list of tensors, as detectors
+    take pictures; 0 if there is neither."""
     first = _first(inputs)
-    return 0 if first is None else len(first)
+    if first is not None or isinstance(inputs, Tensor):
+        return 0 if first is None else len(first)
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+    lists = (each for each in parts if isinstance(each, list | tuple))
+    return next((len(each) for each in lists if each and isinstance(each[0], Tensor)), 0)
 
 
 def _first(inputs: Any) -> Tensor | None:

@@ -30,6 +30,9 @@ from regrow.structure.readers import (
 from regrow.structure.sums import silence_norms
 from regrow.suggest import nearest
 
+# The weight of a norm that hides a channel. Where all summands of a channel are hidden, a sum of exactly 0
+# would meet a ReLU, whose gradient is 0 there: the channel would be silent for ever.
+_BARELY = 1e-6
 CONSUMERS = ("zero", "keep", "init")
 ROWS = ("orthogonal", "init")
 
@@ -229,12 +232,12 @@ class Filters:
     def _wake_norms(self, name: str, indices: list[int], consumers: str) -> None:
         """Reset the norms behind restored filters: weight 1, bias 0, running mean 0 and variance 1."""
         readers = self.readers[name]
-        # No column can hide a channel that is added to others, but a norm weight of 0 before the sum can.
+        # No column can hide a channel that is added to others, but a small norm weight before the sum can.
         hide = consumers == "zero" and bool(readers.mixed) and readers.norm_first
         for norm_name, reads in readers.norms.items():
             norm: Any = self.model.get_submodule(norm_name)
             for tensor, value in (
-                (norm.weight, 0 if hide else 1),
+                (norm.weight, _BARELY if hide else 1),
                 (norm.bias, 0),
                 (getattr(norm, "running_mean", None), 0),
                 (getattr(norm, "running_var", None), 1),
