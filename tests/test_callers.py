@@ -17,8 +17,8 @@ def network() -> nn.Sequential:
 
 
 def test_a_warning_from_here_names_this_line() -> None:
+    line = inspect.currentframe().f_lineno + 2
     with pytest.warns(UserWarning, match="now") as seen:
-        line = inspect.currentframe().f_lineno + 1
         warn("now")
     assert (seen[0].filename, seen[0].lineno) == (__file__, line)
 
@@ -27,7 +27,8 @@ def test_few_images_are_told_at_the_call_of_the_public_function() -> None:
     # compensate runs under torch.no_grad(), and prune calls it from inside.
     model, x = network(), torch.randn(2, 1, 8, 8)
     keep = regrow.select(regrow.score(model, "l2"), 0.3)
-    with pytest.warns(UserWarning, match="images are few") as seen:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
         regrow.compensate(network(), keep, [x], example_inputs=x[:1])
         regrow.prune(model, fraction=0.3, example_inputs=x[:1], calibration=[x])
     found = [each for each in seen if "images are few" in str(each.message)]
