@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from regrow.looking.calls import evaluating
-from regrow.looking.images import check_batches, check_finite_results, count_images, forward, inputs_of
+from regrow.looking.images import (
+    check_batches,
+    check_finite_results,
+    count_images,
+    forward,
+    inputs_of,
+    parted,
+    there,
+)
 
 
 def test_the_input_is_a_tensor_the_first_item_or_all_keywords() -> None:
@@ -69,3 +77,26 @@ def test_lists_of_pictures_count_as_detectors_take_them() -> None:
     assert count_images((pictures,)) == 2
     assert count_images({"scale": torch.tensor(1.0)}) == count_images(torch.tensor(1.0)) == 0
     assert count_images((torch.zeros(5, 3), pictures)) == 5
+
+
+def test_a_list_of_pictures_is_one_argument_where_example_inputs_are_such_a_list() -> None:
+    pictures, targets = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 6)], [{}, {}]
+    example = (pictures[:1],)
+    assert parted((pictures, targets), example) == ((pictures,), targets)  # as detection loaders give it
+    assert parted(pictures, example) == ((pictures,), None)
+    assert parted((pictures,), example) == ((pictures,), None)
+    assert parted(((pictures,), targets), example) == ((pictures,), targets)
+    assert parted((pictures, targets), (pictures, targets)) == ((pictures, targets), None)
+    assert parted((pictures, targets), {"images": pictures}) == ((pictures,), targets)
+    x, labels = torch.zeros(5, 3, 8, 8), torch.zeros(5)
+    inputs, found = parted((x, labels), example)  # pictures of one size in one tensor
+    assert inputs is x
+    assert found is labels
+
+
+def test_lists_of_pictures_go_to_the_model_s_device() -> None:
+    model = nn.Linear(3, 2, device="meta")
+    for inputs in (([torch.zeros(3)],), {"images": [torch.zeros(3)]}):
+        moved = there(model, inputs)
+        (pictures,) = moved.values() if isinstance(moved, dict) else moved
+        assert pictures[0].device.type == "meta"

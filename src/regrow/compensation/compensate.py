@@ -15,7 +15,7 @@ from regrow.criteria.bar import progress_bar
 from regrow.given import check_inputs
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
-from regrow.looking.images import check_batches, inputs_needed, of_one_class, picked
+from regrow.looking.images import check_batches, of_one_class, picked
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.structure.norms import own_norms
@@ -135,7 +135,7 @@ def compensate(
         return record
     given = list(calibration)
     batches = list(picked(given, example_inputs))
-    if warning := of_one_class(given, inputs_needed(example_inputs)):
+    if warning := of_one_class(given, example_inputs):
         warn(warning)
     norms = own_norms(model, example_inputs)
     cut = copied(model)

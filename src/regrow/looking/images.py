@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from regrow.given import kind_of
 from regrow.looking.calls import PassFailed, call
 from regrow.modules import device_of
+from regrow.torch_private import tree_map_only
 
 
 def check_batches(batches: Any, argument: str) -> None:
@@ -28,8 +29,7 @@ def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[A
     or a tuple of arguments.
 
     Args:
-        example_inputs: of the model, where they are known. A tuple of several says that the model takes that
-            many, and that a batch of so many tensors is a tuple of arguments.
+        example_inputs: of the model, where they are known (see ``parted``).
 
     Raises:
         ValueError: there is no batch, or a batch is of an unknown kind.
@@ -37,11 +37,12 @@ def picked(calibration: Iterable[Any], example_inputs: Any = None) -> Iterator[A
     several = inputs_needed(example_inputs)
     empty = True
     for batch in calibration:
-        inputs = parted(batch, several)[0]
+        inputs = parted(batch, example_inputs)[0]
         if isinstance(inputs, tuple | list):
             inputs = tuple(inputs)
         if not isinstance(inputs, Tensor | Mapping) and not (
-            isinstance(inputs, tuple) and any(isinstance(each, Tensor) for each in inputs)
+            isinstance(inputs, tuple)
+            and any(isinstance(each, Tensor) or _are_tensors(each) for each in inputs)
         ):
             raise ValueError(
                 "a calibration batch is a tensor, a tuple or list whose first item is the input, or a dict "
@@ -67,28 +68,46 @@ def inputs_needed(example_inputs: Any) -> int:
     return len(example_inputs) if isinstance(example_inputs, tuple | list) else 0
 
 
-def parted(batch: Any, several: int) -> tuple[Any, Any]:
+def parted(batch: Any, example_inputs: Any) -> tuple[Any, Any]:
     """The inputs and the labels in a batch; None without labels.
 
     Args:
-        several: how many arguments the model takes (``inputs_needed``).
+        example_inputs: of the model, where they are known. A tuple of several says that the model takes that
+            many, and that a batch of so many tensors is a tuple of arguments. If the first of them is a list
+            of pictures, as detectors take them, such a list in a batch is one argument.
     """
     if not isinstance(batch, tuple | list) or not batch:
         return batch, None
-    if several > 1 and len(batch) >= several and isinstance(batch[0], Tensor):
+    several = inputs_needed(example_inputs)
+    dims = _dims_of_pictures(example_inputs)
+    if dims and _are_tensors(batch) and all(each.dim() == dims for each in batch):
+        return (batch,), None
+    pictures = dims and _are_tensors(batch[0])
+    if several > 1 and len(batch) >= several and (pictures or isinstance(batch[0], Tensor)):
         return tuple(batch[:several]), batch[several] if len(batch) > several else None
-    return batch[0], batch[1] if len(batch) == 2 else None
+    return (batch[0],) if pictures else batch[0], batch[1] if len(batch) == 2 else None
 
 
-def of_one_class(calibration: Iterable[Any], several: int) -> str:
+def _dims_of_pictures(example_inputs: Any) -> int:
+    """How many dimensions the pictures have that a model takes in a list; 0 where it takes no list."""
+    given = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    first = None if isinstance(given, Tensor | None) else next(iter(given), None)
+    return first[0].dim() if first is not None and _are_tensors(first) else 0
+
+
+def _are_tensors(given: Any) -> bool:
+    return isinstance(given, tuple | list) and bool(given) and all(isinstance(each, Tensor) for each in given)
+
+
+def of_one_class(calibration: Iterable[Any], example_inputs: Any) -> str:
     """A warning if all of two labels or more, one for each image, are the same; else empty.
 
     Args:
-        several: how many arguments the model takes (``inputs_needed``).
+        example_inputs: see ``parted``.
     """
     found = []
     for batch in calibration:
-        labels = parted(batch, several)[1]
+        labels = parted(batch, example_inputs)[1]
         if not isinstance(labels, Tensor) or labels.dim() != 1:
             return ""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -105,11 +124,13 @@ def of_one_class(calibration: Iterable[Any], several: int) -> str:
 def there(model: nn.Module, inputs: Any) -> Any:
     """``inputs``, as ``picked`` yields them, on the device of ``model``."""
     device = device_of(model)
-    if isinstance(inputs, Mapping):
-        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in inputs.items()}
-    if isinstance(inputs, tuple):
-        return tuple(v.to(device) if isinstance(v, Tensor) else v for v in inputs)
-    return inputs.to(device)
+
+    def moved(value: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+
+    return (
+        {key: moved(value) for key, value in inputs.items()} if isinstance(inputs, Mapping) else moved(inputs)
+    )
 
 
 def inputs_of(model: nn.Module, calibration: Iterable[Any]) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from regrow.filters import convolutions, excluded, left_out
 from regrow.given import check_inputs, kind_of, names_given
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
-from regrow.looking.images import check_batches, count_images, inputs_needed, inputs_of, of_one_class, parted
+from regrow.looking.images import check_batches, count_images, inputs_of, of_one_class, parted
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.pruning import choosing
@@ -179,8 +179,8 @@ def prune(
     unnamed = {name: left[name] for name in every if name not in shares}
     batches = None
     if calibration is not None and (compensate or ranking in DATA_CRITERIA):
-        batches = _first_batches(base, calibration, inputs_needed(example_inputs))
-        if compensate and (warning := of_one_class(batches, 0)):
+        batches = _first_batches(base, calibration, example_inputs)
+        if compensate and (warning := of_one_class(batches, None)):
             warn(warning)
     scores = score(
         base,
@@ -294,11 +294,12 @@ def _warn_if_short(
         )
 
 
-def _first_batches(model: nn.Module, calibration: Iterable[Any], several: int) -> list[Any]:
+def _first_batches(model: nn.Module, calibration: Iterable[Any], example_inputs: Any) -> list[Any]:
     """Return the first batches, with 512 images in all or a few more. Raises the errors of ``compensate``.
 
     Args:
-        several: how many arguments the model takes. Above 1, they are a tuple at the head of each batch.
+        example_inputs: if the model takes several arguments, or a list of pictures, the arguments are a tuple
+            at the head of each batch that is returned.
     """
     check_batches(calibration, "calibration")
     batches: list[Any] = []
@@ -306,8 +307,8 @@ def _first_batches(model: nn.Module, calibration: Iterable[Any], several: int) -
 
     def remembered() -> Iterator[Any]:
         for batch in calibration:
-            inputs, labels = parted(batch, several)
-            if several > 1 and isinstance(inputs, tuple | list):
+            inputs, labels = parted(batch, example_inputs)
+            if isinstance(inputs, tuple | list):
                 batch = (inputs,) if labels is None else (inputs, labels)
             batches.append(batch)
             yield batch
