@@ -1,4 +1,4 @@
-"""Training loops as people write them with PyTorch alone, around one small net: a class for each kind of loop.
+"""Training loops as people write them with PyTorch alone, around one small net: a class for each kind.
 
 ``Loop`` is the plain one. The others say only what they do otherwise.
 """
@@ -158,7 +158,7 @@ class Compiled(Loop):
     """The model in ``torch.compile``; the backend needs no compiler."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        return torch.compile(model, backend="aot_eager")
+        return torch.compile(model, backend="eager")
 
 
 class Averaged(Loop):
@@ -207,7 +207,7 @@ class RecomputingReentrant(Recomputing):
 
 
 class Checkpointed(Loop):
-    """``torch.utils.checkpoint`` around the block. Its norms see each batch twice, which no weight depends on."""
+    """``torch.utils.checkpoint`` around the block. Its norms see each batch twice, as without regrow."""
 
     def build(self) -> nn.Module:
         return Recomputing(8, 8)

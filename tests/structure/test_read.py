@@ -517,6 +517,7 @@ def test_norms_within_an_operation_of_the_users_are_found():
 
     found = read_structure(Hides(4, 6), X)
     for name, filters in (("a", 6), ("b", 4)):
-        assert {norm: pairs(reads) for norm, reads in found[name].norms.items()} == {f"norm_{name}": same(filters)}
+        norms = {norm: pairs(reads) for norm, reads in found[name].norms.items()}
+        assert norms == {f"norm_{name}": same(filters)}
         assert found[name].consumers == {}
         assert found[name].mixed == found[name].blocked == "its output does not reach the network's"

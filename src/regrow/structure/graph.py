@@ -73,7 +73,7 @@ class Graph:
         return readers
 
     def has(self, conv: nn.Module) -> bool:
-        """Whether the graph has a convolution of the probe; it lacks those within an operation of the user's."""
+        """Whether the graph has a convolution of the probe: not if an operation of the user's hides it."""
         return conv in self._graph.module2node
 
     def close(self) -> None:
