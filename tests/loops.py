@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -252,7 +251,7 @@ class DistributedCheckpoint(Loop):
         lines = [line for line in code.splitlines() if not any(word in line for word in absent)]
         self.page = {
             "model": self.net, "optimizer": self.optimizer, "cycle": self.cycle, "regrow": regrow,
-            "torch": torch, "io": io,
+            "torch": torch,
         }  # fmt: skip
         exec(compile("\n".join(lines), "resume.md", "exec"), self.page)
 
