@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from nets import Drawn, Scores, conv, head
+from nets import Drawn, Residual, Scores, conv, head
 from regrow.structure.read import read_structure
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -476,3 +477,47 @@ def test_what_bilinear_weights_hand_on_to_the_output_is_output(kind, fixed):
     with torch.no_grad():
         model[3].weight.zero_()  # as many heads begin
     assert not read_structure(model, X)["2"].output
+
+
+def block(net, x):
+    return net.norm_b(net.b(F.relu(net.norm_a(net.a(x)))))
+
+
+class Hidden(torch.autograd.Function):
+    """Runs a block as one operation of autograd's."""
+
+    @staticmethod
+    def forward(_, x, net):
+        return block(net, x)
+
+    @staticmethod
+    def backward(_, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_part_is_read_as_any_other(reentrant):
+    class Checkpointed(Residual):
+        def forward(self, x):
+            x = F.relu(self.norm(self.stem(x)))
+            part = checkpoint(lambda x: block(self, x), x, use_reentrant=reentrant)
+            return self.head(F.relu(x + part))
+
+    before = dict(vars(CheckpointFunction))
+    found = read_structure(Checkpointed(4, 6), X)
+    assert found == read_structure(Residual(4, 6), X)
+    assert dict(vars(CheckpointFunction)) == before
+
+
+def test_norms_within_an_operation_of_the_users_are_found():
+    class Hides(Residual):
+        def forward(self, x):
+            x = F.relu(self.norm(self.stem(x)))
+            return self.head(F.relu(x + Hidden.apply(x, self)))
+
+    found = read_structure(Hides(4, 6), X)
+    for name, filters in (("a", 6), ("b", 4)):
+        norms = {norm: pairs(reads) for norm, reads in found[name].norms.items()}
+        assert norms == {f"norm_{name}": same(filters)}
+        assert found[name].consumers == {}
+        assert found[name].mixed == found[name].blocked == "its output does not reach the network's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from regrow.log import first_line
 from regrow.looking.dropout import NoDropout
@@ -195,6 +197,28 @@ class GradientKept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if func is set_grad_enabled else func(*args, **(kwargs or {}))
+
+
+_open = threading.RLock()
+
+
+@contextmanager
+def checkpoints_open() -> Iterator[None]:
+    """While it lasts, parts checkpointed by ``use_reentrant=True`` run as the rest of a model does.
+
+    Autograd has one node for such a part, which hides the operations inside from whoever reads its graph. The
+    parts of models in other threads run so too, and keep their tensors, if their pass begins meanwhile.
+    """
+    with _open:
+        before = vars(CheckpointFunction).get("apply")
+        CheckpointFunction.apply = staticmethod(lambda part, _preserve, *inputs: part(*inputs))
+        try:
+            yield
+        finally:
+            if before is None:
+                del CheckpointFunction.apply
+            else:
+                CheckpointFunction.apply = before
 
 
 def mapped(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

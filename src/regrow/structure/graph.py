@@ -72,6 +72,10 @@ class Graph:
             return None
         return readers
 
+    def has(self, conv: nn.Module) -> bool:
+        """Whether the graph has a convolution of the probe: not if an operation of the user's hides it."""
+        return conv in self._graph.module2node
+
     def close(self) -> None:
         """Take the nodes apart: they refer to each other, and would wait for Python's garbage collector."""
         for node in self._graph.module2node.values():

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from regrow.log import gave_up
-from regrow.looking.calls import GradientKept, PassFailed, call, floating, mapped, switch, undisturbed
+from regrow.looking.calls import (
+    GradientKept,
+    PassFailed,
+    call,
+    checkpoints_open,
+    floating,
+    mapped,
+    switch,
+    undisturbed,
+)
 from regrow.looking.copies import NotCopied, copied
 from regrow.looking.hooks import hooked
 from regrow.looking.noise import noise_like
@@ -113,7 +122,7 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
             if name in followed.escapes:  # the model may return it without its gradient, or not at all
                 ends.append(made)
 
-        with hooked(channel_layers(probe), after), GradientKept():
+        with hooked(channel_layers(probe), after), GradientKept(), checkpoints_open():
             output = call(probe, example_inputs)
         return [tensor for tensor in (*floating(output), *ends) if tensor.requires_grad]
 
@@ -131,8 +140,9 @@ def propose_structure(model: nn.Module, example_inputs: Any) -> Proposal:
         if not isinstance(conv, Convolution):
             continue
         found = None if graph is None else graph.readers(conv)
-        if found is None:
-            why = reason or "torch-pruning could not follow its channels"
+        if found is None or (graph is not None and not graph.has(conv)):
+            lost = "torch-pruning could not follow its channels"
+            why = reason or (lost if found is None else found.blocked)
             every = range(conv.out_channels)
             alike = [norm for norm in behind if channels_read(modules[norm]) == len(every)]
             found = Readers(norms={norm: Reads(every, every) for norm in alike}, mixed=why, blocked=why)
