@@ -6,7 +6,7 @@ import sys
 from regrow import __version__, interrupts, terminal
 
 # For an installation without the study extra. All else of the command's help is typer's.
-HELP = f"""regrow {__version__}: better convolutional filters, and networks without those that they do not need.
+HELP = f"""regrow {__version__}: better convolutional filters, and networks without those that are not needed.
 
 The library is installed (import regrow). The command, with train, compare, study, curve, analyse, prune and
 report, needs more: {{missing}}. This installs it:
