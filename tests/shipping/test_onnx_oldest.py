@@ -16,9 +16,7 @@ def _old(monkeypatch):
 
 @pytest.mark.usefixtures("_old")
 def test_an_older_pytorch_is_named_and_nothing_is_written(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"export_onnx needs PyTorch 99\.1 or newer, and this is 2\."
-    ) as refusal:
+    with pytest.raises(ValueError, match=r"^export_onnx needs PyTorch 99\.1 or newer, and this") as refusal:
         onnx.export_onnx(chain(), tmp_path / "net.onnx", example_inputs=X)
     assert "regrow.save" in str(refusal.value)
     assert list(tmp_path.iterdir()) == []

@@ -52,8 +52,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
         compared), difference (the largest one, as a share of the output's largest value).
 
     Raises:
-        ValueError: the extra ``onnx`` is not installed, PyTorch is older than 2.13, ``example_inputs`` do not fit, the model cannot be
-            exported or onnxruntime cannot run it, or the results differ. Nothing is written then.
+        ValueError: the extra ``onnx`` is not installed, PyTorch is older than 2.13, ``example_inputs`` do
+            not fit, the model cannot be exported or onnxruntime cannot run it, or the results differ.
+            Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     check(model, "export_onnx")
@@ -93,8 +94,8 @@ def _check_installed() -> None:
 def _check_torch() -> None:
     if torch.__version__ < _OLDEST:
         raise ValueError(
-            f"export_onnx needs PyTorch {_OLDEST} or newer, and this is {torch.__version__}: save the model with "
-            "regrow.save, and export it where PyTorch is newer."
+            f"export_onnx needs PyTorch {_OLDEST} or newer, and this is {torch.__version__}: save the model "
+            "with regrow.save, and export it where PyTorch is newer."
         )
 
 
