@@ -54,6 +54,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture(autouse=True)
+def _new_enough(request: pytest.FixtureRequest) -> None:
+    for marker in request.node.iter_markers("needs_torch"):
+        version, what = marker.args
+        if torch.__version__ < version:
+            pytest.skip(f"{what} needs PyTorch {version}")
+
+
+@pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 

@@ -83,6 +83,20 @@ def test_help_names_the_commands_and_needs_no_torch():
         assert command in done.stdout
 
 
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("train", 1)])
+def test_without_the_study_extra_the_command_says_how_to_get_it(argument, status, monkeypatch, capsys):
+    from regrow import __main__ as command
+
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "typer" else name)
+    monkeypatch.setattr(sys, "argv", ["regrow", argument])
+    with pytest.raises(SystemExit) as stop:
+        command.main()
+    said = capsys.readouterr().out if status == 0 else stop.value.code
+    assert "pip install 'regrow[study]'" in said
+    assert "needs typer" in said or "needs more: typer" in said
+    assert (status == 0) == (stop.value.code == 0)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import regrow
 

@@ -138,7 +138,8 @@ def masked(net, _):
 
 
 OPERATIONS = [
-    prune, compensate, cut, cut_twice, reestimate, save_and_load, export, bridgeout, compact, masked,
+    prune, compensate, cut, cut_twice, reestimate, save_and_load, bridgeout, compact, masked,
+    pytest.param(export, marks=pytest.mark.needs_torch("2.13", "export_onnx")),
 ]  # fmt: skip
 
 

@@ -525,10 +525,19 @@ def make(case, operation):
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "operation",
+    [
+        pytest.param(each, marks=[pytest.mark.needs_torch("2.13", each)] * (each == "export_onnx"))
+        for each in OPERATIONS
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_every_operation_in_every_state(case, operation, tmp_path):
     state, _ = CASES[case]
+    runs = operation in REFUSED[state] or hasattr(torch.cpu.Stream, "record_event")
+    if case == "sharded" and not runs:
+        pytest.skip("this PyTorch runs no sharded model on a CPU")
     situation = make(case, operation)
     with context(state):
         assert state in states_of(situation.model)

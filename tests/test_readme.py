@@ -83,6 +83,7 @@ def test_the_first_line_halves_the_arithmetic() -> None:
     assert 0.4 * macs["before"] < macs["after"] <= 0.5 * macs["before"]
 
 
+@pytest.mark.needs_torch("2.13", "export_onnx")
 def test_the_lines_about_cutting_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block = next(block for block in python_blocks() if "regrow.save" in block)
     monkeypatch.chdir(tmp_path)

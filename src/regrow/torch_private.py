@@ -52,31 +52,31 @@ set_grad_enabled: Any = getattr(torch._C, "_set_grad_enabled", None)
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """The parameters of ``module`` itself by name, None where one was left out (``bias=False``)."""
-    found = vars(module).get("_parameters")
+    found = module.__dict__.get("_parameters")
     return dict(module.named_parameters(recurse=False)) if found is None else found
 
 
 def own_buffers(module: nn.Module) -> dict[str, Any]:
     """The buffers of ``module`` itself by name, None where one was left out."""
-    found = vars(module).get("_buffers")
+    found = module.__dict__.get("_buffers")
     return dict(module.named_buffers(recurse=False)) if found is None else found
 
 
 def own_modules(module: nn.Module) -> dict[str, Any]:
     """The direct children of ``module`` by name, a child with two names under both."""
-    found = vars(module).get("_modules")
+    found = module.__dict__.get("_modules")
     return dict(module.named_children()) if found is None else found
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody registered a forward hook on ``module``; True where that cannot be seen."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return any(vars(module).get(kind, True) for kind in kinds)
+    return any(module.__dict__.get(kind, True) for kind in kinds)
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
     """Whether somebody's hook runs ahead of the forward method of ``module``; True if that is unknown."""
-    return bool(vars(module).get("_forward_pre_hooks", True))
+    return bool(module.__dict__.get("_forward_pre_hooks", True))
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -113,7 +113,7 @@ def compiled_from(model: nn.Module) -> nn.Module | None:
 
 def is_compiled_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called; False where that cannot be seen."""
-    return vars(module).get("_compiled_call_impl") is not None
+    return module.__dict__.get("_compiled_call_impl") is not None
 
 
 def takes_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -177,6 +177,15 @@ def is_transformed(tensor: Tensor) -> bool:
     if _in_transform():
         return True
     return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_exporting() -> bool:
+    # What torch.export compiles in its strict way counts as compiled, and is refused there by its own words.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+# Whether torch.export runs. PyTorch 2.6 has no function for it.
+is_exporting: Any = getattr(torch.compiler, "is_exporting", _is_exporting)
 
 
 def is_noted() -> bool:

@@ -39,7 +39,7 @@ OF_PYTORCH = {
     "AdamW": of(optim.AdamW, lr=0.01, amsgrad=True),
     "Adamax": of(optim.Adamax, lr=0.01),
     "LBFGS": of(optim.LBFGS, lr=0.1, max_iter=4),
-    "Muon": muon_and_adam,
+    **({"Muon": muon_and_adam} if hasattr(optim, "Muon") else {}),
     "NAdam": of(optim.NAdam, lr=0.01),
     "RAdam": of(optim.RAdam, lr=0.01),
     "RMSprop": of(optim.RMSprop, lr=0.001, centered=True, momentum=0.9, weight_decay=0.1),

@@ -20,6 +20,7 @@ def test_norms_are_folded(form) -> None:
     torch.testing.assert_close(smaller(X).float(), expected(X), rtol=0.05, atol=0.02)
 
 
+@pytest.mark.needs_torch("2.13", "export_onnx")
 @pytest.mark.parametrize("form", ["nested", "prepared"])
 def test_an_exported_file_computes_in_float32(form, tmp_path) -> None:
     plain, model, _ = pair(form)

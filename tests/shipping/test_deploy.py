@@ -129,6 +129,7 @@ def test_compiled(make_net, monkeypatch):
     assert record["mode"] == "compile"
 
 
+@pytest.mark.needs_torch("2.13", "export_onnx")
 def test_a_file_for_onnxruntime_too(make_net, tmp_path):
     net = settled(make_net())
     _, record = deploy(net, example_inputs=X, dtype=torch.bfloat16, onnx=tmp_path / "net.onnx")

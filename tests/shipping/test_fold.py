@@ -93,7 +93,8 @@ def test_a_cut_network_with_norms_that_place(coupled, tmp_path):
     assert close(model(fresh), folded(fresh))
     program = torch.export.export(folded, (X,))
     assert close(program.module()(X), model(X))
-    assert export_onnx(folded, tmp_path / "small.onnx", example_inputs=X)["difference"] <= 1e-4
+    if torch.__version__ >= "2.13":
+        assert export_onnx(folded, tmp_path / "small.onnx", example_inputs=X)["difference"] <= 1e-4
 
 
 @pytest.mark.devices
@@ -277,6 +278,7 @@ def test_a_folded_transposed_convolution_by_hand():
     assert folded[0].bias.tolist() == pytest.approx([2, -5, 0])
 
 
+@pytest.mark.needs_torch("2.13", "export_onnx")
 @pytest.mark.parametrize("name", ["u-net", "generator", "sum", "depthwise"])
 def test_a_cut_decoder_folds_and_is_exported(name, tmp_path):
     net, x = decoder(name)

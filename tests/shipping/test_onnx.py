@@ -24,6 +24,7 @@ from regrow.surgery.cut import cut
 from regrow.surgery.layers import apply_plan
 from regrow.surgery.plan import CutPlan
 
+pytestmark = pytest.mark.needs_torch("2.13", "export_onnx")  # what older ones are told: test_onnx_oldest.py
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

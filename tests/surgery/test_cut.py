@@ -213,7 +213,7 @@ def test_a_cut_model_is_compiled_and_exported():
     net = small_net()
     expected = net(X)
     torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(X), expected)
-    batch = torch.export.Dim("batch", min=2)
+    batch = torch.export.Dim("batch", min=2, max=1024)  # PyTorch 2.6 takes no open end in the strict way
     for strict in (False, True):
         exported = torch.export.export(net, (X,), dynamic_shapes=({0: batch},), strict=strict)
         torch.testing.assert_close(exported.module()(X[:3]), expected[:3])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from regrow.repr.parts import Parts
-from regrow.torch_private import backward_node
+from regrow.torch_private import backward_node, is_exporting
 
 Before = Callable[[bool, Any], None]
 
@@ -61,9 +61,10 @@ class _Passed(nn.Module):
         """Do not tell the user's class, which may ask for arguments or keep a list of its subclasses."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        passing = vars(self).get("_regrow_passing")
+        # ``vars(self)`` ends a compiled graph in PyTorch 2.6.
+        passing = self.__dict__.get("_regrow_passing")
         # What is exported has to be made of PyTorch's operations.
-        if passing is None or torch.compiler.is_exporting() or backward_node() is not None:
+        if passing is None or is_exporting() or backward_node() is not None:
             return super().forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             passing.parts.begin_compiled()

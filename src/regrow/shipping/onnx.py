@@ -30,6 +30,8 @@ from regrow.torch_private import tree_leaves, tree_map
 _VERSION = 1
 _TOLERANCE = 1e-4
 _CUDNN_BATCH = 65535
+# The oldest release of PyTorch with which the exports of the tests were right.
+_OLDEST = "2.13"
 
 
 @torch.no_grad()
@@ -50,14 +52,16 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], *, example_input
         compared), difference (the largest one, as a share of the output's largest value).
 
     Raises:
-        ValueError: the extra ``onnx`` is not installed, ``example_inputs`` do not fit, the model cannot be
-            exported or onnxruntime cannot run it, or the results differ. Nothing is written then.
+        ValueError: the extra ``onnx`` is not installed, PyTorch is older than 2.13, ``example_inputs`` do
+            not fit, the model cannot be exported or onnxruntime cannot run it, or the results differ.
+            Nothing is written then.
         FileNotFoundError: the folder of ``path`` does not exist.
     """
     check(model, "export_onnx")
     check_path(path, "export_onnx")
     check_inputs(example_inputs, "export_onnx")
     _check_installed()
+    _check_torch()
     model = unwrap(model)
     inputs = _Inputs(example_inputs)
     # torch.export would make a first dimension of 1 a constant.
@@ -84,6 +88,14 @@ def _check_installed() -> None:
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"export_onnx needs {' and '.join(missing)}, not installed here: pip install 'regrow[onnx]'."
+        )
+
+
+def _check_torch() -> None:
+    if torch.__version__ < _OLDEST:
+        raise ValueError(
+            f"export_onnx needs PyTorch {_OLDEST} or newer, and this is {torch.__version__}: save the model "
+            "with regrow.save, and export it where PyTorch is newer."
         )
 
 
