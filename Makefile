@@ -71,6 +71,7 @@ test-floor: .venv-floor/ready
 .venv-floor/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install --quiet --disable-pip-version-check -c constraints-floor.txt -e '.[dev]'
+	.venv-floor/bin/pip install --quiet --disable-pip-version-check -c constraints-floor.txt --no-deps $(ULTRALYTICS)
 	touch $@
 
 clean:
