@@ -43,7 +43,8 @@ class Block(nn.Module):
 def make() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), Block(16, 16),
-        Block(16, 32, stride=2), Block(32, 64, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+        Block(16, 32, stride=2), Block(32, 64, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
 
 
@@ -122,7 +123,9 @@ def main() -> None:
     uncut = make()
     train(uncut, images, splits.train.labels)
     reconstructed, cut = copy.deepcopy(uncut), copy.deepcopy(uncut)
-    report = regrow.prune(reconstructed, macs=0.5, example_inputs=images[:2], calibration=[calibration])
+    report = regrow.prune(
+        reconstructed, macs=0.5, round_to=8, example_inputs=images[:2], calibration=[calibration]
+    )
     keep = {
         name: torch.ones(len(cut.get_submodule(name).weight), dtype=torch.bool) for name in report["dropped"]
     }

@@ -9,7 +9,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "cut_then_int8.py"
 TINY = f"""
 import runpy
 example = runpy.run_path({str(EXAMPLE)!r})
-example["main"].__globals__.update(STEPS=60, PASSES=3)
+example["main"].__globals__.update(STEPS=60, PASSES=3, CALIBRATION=200)
 example["main"]()
 """
 

@@ -137,10 +137,11 @@ def test_the_lines_about_analysis_run_as_printed() -> None:
 
 
 CUTTING = ROOT / "examples" / "cut_and_finetune.py"  # has a test of its own
+INT8 = ROOT / "examples" / "cut_then_int8.py"  # tests/test_int8.py
 
 
 @pytest.mark.parametrize(
-    "script", sorted({*(ROOT / "examples").glob("*.py")} - {CUTTING}), ids=lambda path: path.name
+    "script", sorted({*(ROOT / "examples").glob("*.py")} - {CUTTING, INT8}), ids=lambda path: path.name
 )
 def test_examples_run(script: Path, tmp_path: Path) -> None:
     done = forking.script(script, folder=tmp_path)

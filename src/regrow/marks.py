@@ -50,7 +50,7 @@ STATES = {
     "folded": ("has its norms folded", "Do this before fold_norms, on the model that was given to it."),
     "observed": (
         "is prepared for quantisation, with ranges for the channels that it has",
-        "Do this before prepare_qat or prepare, on the model that was given to it, and prepare it after this.",
+        "Do this before prepare_qat or prepare, on the model that was given to it. Prepare it afterwards.",
     ),
     "data parallel": (
         "is wrapped in DataParallel or DistributedDataParallel, which holds on to its parameters",
