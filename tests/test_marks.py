@@ -129,6 +129,18 @@ def folded(model):
     return Situation(deployed, model)
 
 
+def observed(model):
+    from torch.ao import quantization
+
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = quantization.prepare_qat(model.train())
+    prepared(X)
+    prepared.apply(quantization.disable_observer)
+    return Situation(prepared, copy.deepcopy(prepared), fresh=lambda: copy.deepcopy(prepared))
+
+
 class Doubled(nn.Module):
     def forward(self, weight):
         return 2 * weight
@@ -196,6 +208,7 @@ CASES = {
     "bridgeout": ("bridgeout", with_bridgeout),
     "placed": ("placed", placed),
     "folded": ("folded", folded),
+    "observed": ("observed", observed),
     "DataParallel": ("data parallel", lambda model: Situation(nn.DataParallel(model), copy.deepcopy(model))),
     "DDP": (
         "data parallel",
@@ -533,7 +546,9 @@ def make(case, operation):
     ],
 )
 @pytest.mark.parametrize("case", CASES)
-def test_every_operation_in_every_state(case, operation, tmp_path):
+def test_every_operation_in_every_state(case, operation, tmp_path, request):
+    if (case, operation) == ("observed", "RePr"):  # ranges of whole layers do not fit narrow ones
+        request.applymarker(pytest.mark.gives_up)
     state, _ = CASES[case]
     runs = operation in REFUSED[state] or hasattr(torch.cpu.Stream, "record_event")
     if case == "sharded" and not runs:

@@ -76,6 +76,16 @@ def plain() -> dict[str, object]:
     return names()
 
 
+def wide() -> dict[str, object]:
+    """As ``plain``, with layers that ``round_to=8`` can make narrower."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.Flatten(), nn.Linear(256, 4),
+    )  # fmt: skip
+    return {**names(), "model": model, "uncut": copy.deepcopy(model)}
+
+
 def analysis() -> dict[str, object]:
     model = network().eval()
     x = torch.randn(256, 1, 8, 8)
@@ -106,6 +116,7 @@ GIVEN = {
     "bridgeout.md": plain,
     "criteria.md": plain,
     "index.md": plain,
+    "int8.md": wide,
     "own-criterion.md": plain,
     "own-loop.md": plain,
     "prune.md": plain,

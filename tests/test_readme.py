@@ -138,7 +138,8 @@ def test_the_lines_about_analysis_run_as_printed() -> None:
 
 
 CUTTING = ROOT / "examples" / "cut_and_finetune.py"
-TESTED = {CUTTING, ROOT / "examples" / "timm_training.py"}  # have tests of their own
+# These have tests of their own.
+TESTED = {CUTTING, ROOT / "examples" / "timm_training.py", ROOT / "examples" / "cut_then_int8.py"}
 
 
 @pytest.mark.parametrize(

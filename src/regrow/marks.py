@@ -48,6 +48,10 @@ STATES = {
         "Call regrow.prune(model, …), which cuts again and compensates, or compensate before the cut.",
     ),
     "folded": ("has its norms folded", "Do this before fold_norms, on the model that was given to it."),
+    "observed": (
+        "is prepared for quantisation, with ranges for the channels that it has",
+        "Do this before prepare_qat or prepare, on the model that was given to it. Prepare it afterwards.",
+    ),
     "data parallel": (
         "is wrapped in DataParallel or DistributedDataParallel, which holds on to its parameters",
         "Give model.module, in every process, and wrap it anew afterwards.",
@@ -94,6 +98,7 @@ REFUSED: dict[str, set[str]] = {
     "bridgeout": {"add_bridgeout", "cut", "prune"},
     "placed": {"compensate", "read_as"},
     "folded": {*_STRUCTURE, *_RESTARTS, "add_bridgeout", "save", "load"},
+    "observed": {"cut", "prune", "compensate", "read_as", "fold_norms", "export_onnx"},
     "data parallel": {"cut", "prune"},
     "sharded": {*OPERATIONS} - {"reestimate_norms", "match_norms"},
     "compiled": set(),
@@ -215,6 +220,13 @@ def is_folded(module: nn.Module) -> bool:
     return "_regrow_folded" in vars(module)
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether this module measures ranges for quantisation, or rounds numbers as quantisation would."""
+    kind: Any = type(module)
+    # Known by name: torch.ao and torchao have a class each, and neither need be there.
+    return any(base.__name__ in ("FakeQuantizeBase", "ObserverBase") for base in kind.__mro__)
+
+
 def borrowed_weight(layer: nn.Module) -> str:
     """Empty, or why the weight of ``layer`` is no parameter of its own, and the call that ends that."""
     if own_parameters(layer).get("weight") is not None:
@@ -263,6 +275,7 @@ def _is_lazy(module: nn.Module) -> bool:
 _SIGNS: dict[str, Callable[[nn.Module], bool]] = {
     "placed": is_placed,
     "folded": is_folded,
+    "observed": is_observed,
     "data parallel": _is_parallel,
     "sharded": is_sharded,
     "compiled": lambda module: compiled_from(module) is not None or is_compiled_in_place(module),
