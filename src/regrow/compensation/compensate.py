@@ -15,7 +15,7 @@ from regrow.criteria.bar import progress_bar
 from regrow.given import check_inputs
 from regrow.interrupts import uninterrupted
 from regrow.looking.copies import copied
-from regrow.looking.images import check_batches, of_one_class, picked
+from regrow.looking.images import check_batches, of_another_size, of_one_class, picked
 from regrow.marks import check
 from regrow.modules import unwrap
 from regrow.structure.norms import own_norms
@@ -120,8 +120,8 @@ def compensate(
             model or yields NaN. The model is unchanged then.
 
     Warns:
-        UserWarning: there are fewer images (and positions in them) than a layer has inputs, or all labels
-            that come with the images are the same.
+        UserWarning: there are fewer images (and positions in them) than a layer has inputs, all labels that
+            come with the images are the same, or the images are of another size than ``example_inputs``.
     """
     check(model, "compensate")
     check_inputs(example_inputs, "compensate")
@@ -135,8 +135,9 @@ def compensate(
         return record
     given = list(calibration)
     batches = list(picked(given, example_inputs))
-    if warning := of_one_class(given, example_inputs):
-        warn(warning)
+    for warning in (of_one_class(given, example_inputs), of_another_size(batches, example_inputs)):
+        if warning:
+            warn(warning)
     norms = own_norms(model, example_inputs)
     cut = copied(model)
     removal.apply(cut)

@@ -121,6 +121,25 @@ def of_one_class(calibration: Iterable[Any], example_inputs: Any) -> str:
     )
 
 
+def of_another_size(batches: Iterable[Any], example_inputs: Any) -> str:
+    """A warning if images are of another size than the example inputs; else empty.
+
+    Args:
+        batches: as ``picked`` yields them.
+    """
+    example = _first(example_inputs)
+    if example is None or example.dim() < 4:
+        return ""
+    for images in map(_first, batches):
+        if images is not None and images.dim() == example.dim() and images.shape[1:] != example.shape[1:]:
+            given, wanted = ("×".join(map(str, each.shape[1:])) for each in (images, example))
+            return (
+                f"calibration images are {given}, and example_inputs {wanted}: what is measured at one size "
+                "need not fit another. Give both the size at which the network is used."
+            )
+    return ""
+
+
 def there(model: nn.Module, inputs: Any) -> Any:
     """``inputs``, as ``picked`` yields them, on the device of ``model``."""
     device = device_of(model)
