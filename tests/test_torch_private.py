@@ -206,3 +206,18 @@ def test_an_optimizer_that_takes_no_hooks():
     assert private.takes_step_hooks(optimizer)
     assert not private.takes_step_hooks(Wrapper(optimizer))
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_an_export_is_known_without_pytorch_s_function_for_it():
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, x):
+            seen.append((private._is_exporting(), private.is_exporting()))
+            return x + 1
+
+    net = Net()
+    net(torch.ones(2))
+    torch.export.export(net, (torch.ones(2),), strict=False)
+    assert seen[0] == (False, False)
+    assert seen[-1] == (True, True)

@@ -89,6 +89,7 @@ def traced_by_fx(net):
     graph = torch.fx.symbolic_trace(net)
     for node in graph.graph.nodes:
         node.type = None  # PyTorch 2.6 does not pickle types that are written as text
+    graph.recompile()
     return pickle.loads(pickle.dumps(graph))(X)
 
 

@@ -26,7 +26,7 @@ from regrow.torch_private import (
     writes_to,
 )  # fmt: skip
 
-_STOCK = set(CONSUMER_CLASSES)
+_STOCK = tuple(CONSUMER_CLASSES)
 
 
 class Noise(Mark):
@@ -136,7 +136,9 @@ def grouped(model: nn.Module, passes: Passes) -> Together[Any]:
 def reads_alone(layer: nn.Module) -> bool:
     """Whether only one convolution or linear product reads w̃ in ``layer``."""
     # No class was put in front since add_bridgeout, and the layer's own class is PyTorch's.
-    return vars(type(layer)).get("_plain") in _STOCK and "_conv_forward" not in vars(layer)
+    # In words that torch.compile follows in PyTorch 2.6 too.
+    kind: Any = type(layer)
+    return kind.__bases__[0] is Bridged and kind._plain in _STOCK and "_conv_forward" not in layer.__dict__
 
 
 def _make(layers: Sequence[nn.Module]) -> list[_Made | None]:
