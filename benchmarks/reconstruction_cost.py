@@ -88,7 +88,7 @@ def main() -> None:
         f"{environment('cpu', threads)['processor']}, {threads} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, regrow {regrow.__version__}.",
         "",
-        f"| net | pictures | {' | '.join(f'{way}: GB | s' for way in WAYS.values())} |",
+        f"| net | pictures | {' | '.join(f'{way}, GB | …, s' for way in WAYS.values())} |",
         f"|---|---|{'--:|' * 2 * len(WAYS)}",
     ]  # fmt: skip
     for name in arguments.nets:
