@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 
 
 def warn(message: str) -> None:
     """Issue a ``UserWarning`` at the innermost line that is neither regrow's nor PyTorch's."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _package(frame.f_globals) in ("regrow", "torch"):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _package(frame.f_globals) in ("regrow", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
