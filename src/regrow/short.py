@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _VALUE, _LINE = 80, 200
@@ -45,6 +46,12 @@ def line(text: object, most: int = _LINE) -> str:
         return plain
     tail = most // 3
     return f"{plain[: most - tail - 1]}…{plain[-tail:]}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(short, names[:3])) + more
 
 
 def said(error: OSError, path: str | os.PathLike[str], done: str) -> OSError:

@@ -1,10 +1,20 @@
-"""Files of callbacks in checkpoints of the Trainer of transformers, and where a training goes on from."""
+"""Files of callbacks in checkpoints, and from which checkpoint the Trainer of transformers resumes."""
 
 from __future__ import annotations
 
 import inspect
+import io
 from pathlib import Path
 from typing import Any
+
+import torch
+
+
+def as_bytes(state: dict[str, Any]) -> bytes:
+    """A state as a file of ``torch.save`` has it, which ``torch.load`` reads with ``weights_only=True``."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
 
 
 def saved_in(args: Any, state: Any) -> Path:

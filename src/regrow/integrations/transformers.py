@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ except ImportError as error:
 
 from regrow.atomic import write_bytes
 from regrow.integrations.arguments import check_bridgeout, check_repr, warn_of_dropped
-from regrow.integrations.checkpoints import resumed_from, saved_in
+from regrow.integrations.checkpoints import as_bytes, resumed_from, saved_in
 from regrow.modules import filters_first
 from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
 from regrow.reading import from_json
@@ -173,9 +172,7 @@ class RePr(_Working):
     def _content(self) -> bytes | None:
         if self.cycle is None:
             return None
-        file = io.BytesIO()
-        torch.save({"cycle": self.cycle.state_dict(), "counted": self._counted}, file)
-        return file.getvalue()
+        return as_bytes({"cycle": self.cycle.state_dict(), "counted": self._counted})
 
 
 class Bridgeout(_Working):

@@ -5,18 +5,16 @@ Nothing here imports ultralytics: the model and the trainer that the user has ar
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from regrow.integrations.arguments import check_bridgeout, check_repr
 from regrow.integrations.yolo_network import head_of, keep_placed_norms, pictures_like
 from regrow.integrations.yolo_training import Bridgeout, RePr
-from regrow.noise.layers import add_bridgeout as put_bridgeout
 from regrow.pruning import prune as pruning
 from regrow.pruning.report import Report
-from regrow.repr import cycle as own_loop
 
 
 def add_repr(
@@ -42,7 +40,7 @@ def add_repr(
             a resumed run has no state beside its checkpoint.
         TypeError: ``regrow.RePr`` takes no such argument.
     """
-    inspect.signature(own_loop.RePr).bind(None, None, example_inputs=example_inputs, **settings)
+    check_repr(example_inputs, "epoch", settings)
     return RePr(yolo, {"exclude": exclude, "example_inputs": example_inputs, **settings})
 
 
@@ -61,8 +59,9 @@ def add_bridgeout(
         ValueError: as in ``add_repr``.
         TypeError: ``regrow.add_bridgeout`` takes no such argument.
     """
-    inspect.signature(put_bridgeout).bind(None, p, q, **settings)
-    Bridgeout(yolo, {"p": p, "q": q, "exclude": exclude, **settings})
+    settings = {"p": p, "q": q, "exclude": exclude, **settings}
+    check_bridgeout(settings)
+    Bridgeout(yolo, settings)
 
 
 def prune(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.atomic import temporary_folder
-from regrow.callers import warn
+from regrow.atomic import write_bytes
+from regrow.integrations.arguments import warn_of_dropped
+from regrow.integrations.checkpoints import as_bytes
 from regrow.integrations.yolo_network import head_of, pictures_like
 from regrow.modules import unwrap
 from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_state, remove_bridgeout
@@ -78,9 +79,7 @@ class InTraining:
         if states.get("epoch") != trainer.epoch:
             states = {"epoch": trainer.epoch}
         states[self.key] = self._state()
-        with temporary_folder(trainer.wdir, _STATE) as folder:
-            torch.save(states, folder / _STATE)
-            (folder / _STATE).replace(path)
+        write_bytes(path, as_bytes(states))
 
     def on_train_end(self, trainer: Any) -> None: ...
 
@@ -142,10 +141,7 @@ class RePr(InTraining):
 
     def on_train_end(self, _: Any) -> None:
         if self.cycle is not None and self.cycle.phase == "sub":
-            warn(
-                "the training ended while filters were dropped, and they stay at 0. Choose full, sub and "
-                "cycles so that the last restore comes before the last epoch."
-            )
+            warn_of_dropped("the training ended while filters were dropped")
 
     def _take_off(self, _: nn.Module) -> None:
         assert self.cycle is not None

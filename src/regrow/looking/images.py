@@ -182,8 +182,7 @@ def count_images(inputs: Any) -> int:
     if first is not None or isinstance(inputs, Tensor):
         return 0 if first is None else len(first)
     parts = inputs.values() if isinstance(inputs, Mapping) else inputs
-    lists = (each for each in parts if isinstance(each, list | tuple))
-    return next((len(each) for each in lists if each and isinstance(each[0], Tensor)), 0)
+    return next((len(each) for each in parts if _are_tensors(each)), 0)
 
 
 def _first(inputs: Any) -> Tensor | None:

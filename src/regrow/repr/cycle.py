@@ -31,9 +31,10 @@ from regrow.repr.ranks import copy_from_first, first_decides, group_of
 from regrow.repr.restoring import Filters, check_restoring, restart_filters
 from regrow.repr.slots import Copies, keeps_tensors, stepping
 from regrow.repr.state import VERSION, check_state, phase_at
-from regrow.repr.subphase import SubPhase, check_memory, listed, phases_on
+from regrow.repr.subphase import SubPhase, check_memory, phases_on
 from regrow.repr.weakest import Batches, Weakest
 from regrow.repr.worth import judge
+from regrow.short import listed
 from regrow.surgery.plan import CutPlan, NoPlan, PlanUnfit
 from regrow.surgery.planning import plan_removal_and_cut
 from regrow.surgery.removal import plan_removal

@@ -12,6 +12,7 @@ from torch import nn
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.modules import unwrap
 from regrow.repr.slots import stepping
+from regrow.short import listed
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, silent_entries
 from regrow.torch_private import own_parameters
@@ -82,9 +83,9 @@ def _left_out(
             if any(not parameter.requires_grad for parameter in affine):
                 reasons.setdefault(name, f"the norm behind it, {norm!r}, is frozen")
     if len(reasons) == len(every):
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        left = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
-            f"no convolution is left to work on ({listed}). Exclude fewer layers, or pass skip_first=False."
+            f"no convolution is left to work on ({left}). Exclude fewer layers, or pass skip_first=False."
         )
     return reasons
 
@@ -98,8 +99,7 @@ def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer, usable: Mapp
     missing = [name for name, p in model.named_parameters() if id(p) in needed - held]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {', '.join(map(repr, missing[:3]))}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + ". Build it from all of this model's parameters, after the model has been moved to its "
-            "device; or list in exclude= the layers that it does not train, or freeze them."
+            f"the optimizer does not hold {listed(missing)}. Build it from all of this model's parameters, "
+            "after the model has been moved to its device; or list in exclude= the layers that it does not "
+            "train, or freeze them."
         )

@@ -18,7 +18,7 @@ from regrow.repr.hold import Hold
 from regrow.repr.narrow import Narrowing, narrow
 from regrow.repr.restoring import Filters
 from regrow.repr.slots import Copies, capturing, readable
-from regrow.short import short
+from regrow.short import listed, short
 from regrow.structure.readers import Readers, per_channel_tensors, place_in, silent_entries
 from regrow.surgery.plan import CutPlan
 from regrow.torch_private import own_parameters
@@ -237,12 +237,6 @@ class SubPhase:
                 if bias is not None:
                     entries.append((bias, place_in(module, bias, index_tensor(reads.of(self.dropped[name])))))
         return entries
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
 
 
 def check_memory(

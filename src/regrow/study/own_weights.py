@@ -16,7 +16,7 @@ from regrow.given import kind_of
 from regrow.reading import check_plain
 from regrow.shipping.checkpoint import load
 from regrow.shipping.stored import CHECKSUM
-from regrow.short import line, said, short
+from regrow.short import line, listed, said, short
 from regrow.study.typed import Mistyped
 
 _PICKLED = (".pth", ".pt")
@@ -78,9 +78,9 @@ def load_own_weights(model: nn.Module, weights: Path, name: str) -> None:
     if not wrong:
         found = model.load_state_dict(state, strict=False)
         if found.missing_keys:
-            reasons.append(f"it lacks {_first(found.missing_keys)}")
+            reasons.append(f"it lacks {listed(found.missing_keys)}")
         if found.unexpected_keys:
-            reasons.append(f"the network has no {_first(found.unexpected_keys)}")
+            reasons.append(f"the network has no {listed(found.unexpected_keys)}")
     if reasons:
         raise ValueError(f"{line(weights)} does not fit the network of {name}: {'; '.join(reasons)}.")
 
@@ -103,14 +103,9 @@ def _pickled(weights: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
         kind = (
-            f"a dict with {_first(list(map(str, found)))}" if isinstance(found, Mapping) else kind_of(found)
+            f"a dict with {listed(list(map(str, found)))}" if isinstance(found, Mapping) else kind_of(found)
         )
         raise ValueError(
             f'{line(weights)} holds {kind}, and not a state dict, nor one under "state_dict" or "model".'
         )
     return found
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(map(short, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")
