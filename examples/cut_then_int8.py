@@ -114,8 +114,9 @@ def times(networks: list[onnxruntime.InferenceSession], images: Tensor) -> list[
 
 def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's advice to do what is done here
-    seed, data = (*sys.argv[1:], *("0", "digits")[len(sys.argv) - 1 :])
-    torch.manual_seed(int(seed))
+    seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    data = sys.argv[2] if len(sys.argv) > 2 else "digits"
+    torch.manual_seed(seed)
     splits = load_data(data)
     images, unseen = (part.pixels.float() / 255 for part in (splits.train, splits.test))
     labels, calibration = splits.test.labels.numpy(), images[:CALIBRATION]

@@ -1,4 +1,4 @@
-"""A report of ``regrow prune`` with a name in it that would like to be obeyed."""
+"""A report of ``regrow prune`` with a layer whose name is HTML: a page must show it as text."""
 
 HOSTILE = "<b onclick=alert(1)>&\"'"
 LATENCY = {"median": 0.002, "lowest": 0.0015, "highest": 0.0125, "passes": 50}

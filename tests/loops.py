@@ -85,7 +85,11 @@ class Loop:
             self.optimizer.zero_grad()
             self.loss(number).backward()
             self.optimizer.step()
-            self.watch()
+            self.stepped()
+
+    def stepped(self) -> None:
+        """After each step of the optimizer."""
+        self.watch()
 
     def epoch(self, number: int) -> regrow.Event | None:
         self.net.train()
@@ -129,7 +133,7 @@ class Accumulated(Loop):
         for number in numbers:
             (self.loss(number) / len(numbers)).backward()
         self.optimizer.step()
-        self.watch()
+        self.stepped()
 
 
 class MixedPrecision(Loop):
@@ -150,7 +154,7 @@ class MixedPrecision(Loop):
             self.scaler.scale(self.loss(number)).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.watch()
+            self.stepped()
 
 
 class Compiled(Loop):
@@ -169,15 +173,9 @@ class Averaged(Loop):
         if self.cycle is not None:
             self.cycle.follow(self.ema)
 
-    def step(self, numbers: range) -> None:
-        watch, self.watch = self.watch, self.average
-        self.watch_too = watch
-        super().step(numbers)
-        self.watch = watch
-
-    def average(self) -> None:
+    def stepped(self) -> None:
         self.ema.update_parameters(self.model)
-        self.watch_too()
+        super().stepped()
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {**super().weights(), "ema": self.ema.module.state_dict()}

@@ -71,13 +71,8 @@ def names() -> dict[str, object]:
     }
 
 
-def plain() -> dict[str, object]:
-    """Each block begins anew, with the names above."""
-    return names()
-
-
 def wide() -> dict[str, object]:
-    """As ``plain``, with layers that ``round_to=8`` can make narrower."""
+    """As ``names``, with layers that ``round_to=8`` can make narrower."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16),
@@ -113,15 +108,15 @@ def masked() -> dict[str, object]:
 # What the blocks of each page take as given. The blocks of other pages run in tests that name their page.
 GIVEN = {
     "analysis.md": analysis,
-    "bridgeout.md": plain,
-    "criteria.md": plain,
-    "index.md": plain,
+    "bridgeout.md": names,
+    "criteria.md": names,
+    "index.md": names,
     "int8.md": wide,
-    "own-criterion.md": plain,
-    "own-loop.md": plain,
-    "prune.md": plain,
-    "records.md": plain,
-    "several-processes.md": plain,
+    "own-criterion.md": names,
+    "own-loop.md": names,
+    "prune.md": names,
+    "records.md": names,
+    "several-processes.md": names,
 }
 # Pages whose blocks build on those before them.
 JOINED = {"own-criterion.md", "records.md"}

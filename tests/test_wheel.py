@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -131,8 +132,6 @@ def test_what_the_citation_says_is_the_version() -> None:
 
 
 def test_the_floors_are_those_that_are_tried() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["study"]]
     tried = re.findall(r"^([a-z-]+)={2,3}(.*)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,6 +16,7 @@ from matplotlib import pyplot
 from scipy import stats
 from torch import nn
 
+from run import TRYING, standard_net, test_scenes
 from scenes import ANSWERS, GARMENTS, Scenes, read
 from tasks import TASKS
 
@@ -67,21 +68,39 @@ def table(cuts: Rows) -> list[str]:
         "| % on test scenes | standard | RePr | RePr − standard | |",
         "|---|--:|--:|--:|---|",
     ]
-    for name, task in TASKS.items():
-        found = {method: by_seed(cuts, name, method) for method in METHODS}
-        both = sorted(found["standard"].keys() & found["repr"].keys())
-        seeds = {"standard": both or sorted(found["standard"]), "repr": both}
-        if not seeds["standard"]:
-            continue
+    for name, standard, repr_ in compared(cuts):
         for way, words in WAYS.items():
-            values = {method: [rows[seed][way] for seed in seeds[method]] for method, rows in found.items()}
-            apart = [b - a for a, b in zip(*values.values(), strict=False)]
+            apart = differences(standard, repr_, way)
             said = verdict(apart) if way == "uncut" else ""
             lines.append(
-                f"| {name} ({task.metric}), {words} | {spread(values['standard'])} | "
-                f"{spread(values['repr'])} | {interval(apart)} | {said} |"
+                f"| {name} ({TASKS[name].metric}), {words} | {spread(values(standard, way))} | "
+                f"{spread(values(repr_, way))} | {interval(apart)} | {said} |"
             )
     return lines
+
+
+def compared(cuts: Rows) -> Iterator[tuple[str, Rows, Rows]]:
+    """Each task that has results, with its rows of standard training and of RePr, in order of the seeds.
+
+    The seeds are those that both methods have finished. Where there are none, the rows of standard training
+    are all that there are, and RePr has no rows.
+    """
+    for name in TASKS:
+        standard, repr_ = (by_seed(cuts, name, method) for method in METHODS)
+        both = sorted(standard.keys() & repr_.keys())
+        seeds = both or sorted(standard)
+        if seeds:
+            yield name, [standard[seed] for seed in seeds], [repr_[seed] for seed in both]
+
+
+def values(rows: Rows, way: str) -> list[float]:
+    """The metric of each row after a cut of one of ``WAYS``."""
+    return [row[way] for row in rows]
+
+
+def differences(standard: Rows, repr_: Rows, way: str) -> list[float]:
+    """RePr minus standard, for each seed; none where RePr has no rows."""
+    return [b[way] - a[way] for a, b in zip(standard, repr_, strict=bool(repr_))]
 
 
 def by_seed(cuts: Rows, name: str, method: str) -> dict[int, dict[str, Any]]:
@@ -94,21 +113,14 @@ def short_table(cuts: Rows) -> list[str]:
         "| % on test scenes | standard | RePr | RePr − standard | standard, cut | … reconstructed |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, task in TASKS.items():
-        found = {method: by_seed(cuts, name, method) for method in METHODS}
-        both = sorted(found["standard"].keys() & found["repr"].keys())
-        seeds = {"standard": both or sorted(found["standard"]), "repr": both}
-        if not seeds["standard"]:
-            continue
-        uncut = {method: [rows[seed]["uncut"] for seed in seeds[method]] for method, rows in found.items()}
-        apart = [b - a for a, b in zip(*uncut.values(), strict=False)]
-        cut = [
-            spread([found["standard"][seed][way] for seed in seeds["standard"]])
-            for way in ("l2", "reconstructed")
-        ]
+    for name, standard, repr_ in compared(cuts):
+        apart = differences(standard, repr_, "uncut")
+        uncut, cut, reconstructed = (
+            spread(values(standard, way)) for way in ("uncut", "l2", "reconstructed")
+        )
         lines.append(
-            f"| {name}: {NAMES[name]}, {task.metric} | {spread(uncut['standard'])} | {spread(uncut['repr'])} "
-            f"| {interval(apart)} ({verdict(apart)}) | {cut[0]} | {cut[1]} |"
+            f"| {name}: {NAMES[name]}, {TASKS[name].metric} | {uncut} | {spread(values(repr_, 'uncut'))} "
+            f"| {interval(apart)} ({verdict(apart)}) | {cut} | {reconstructed} |"
         )
     return lines
 
@@ -116,7 +128,7 @@ def short_table(cuts: Rows) -> list[str]:
 def chosen(results: Any) -> list[str]:
     """The learning rates, and what they gave on validation scenes."""
     lines = ["| % on validation scenes, one seed apart | rate | |", "|---|--:|--:|"]
-    tried = [row for row in results.rows if row["part"] == "train" and row["seed"] == 100]
+    tried = [row for row in results.rows if row["part"] == "train" and row["seed"] == TRYING]
     for row in sorted(tried, key=lambda row: [*TASKS].index(row["task"])):
         lines.append(
             f"| {row['task']}, {METHODS[row['method']]} | {row['rate']:g} | {100 * row['validation']:.1f} |"
@@ -235,8 +247,6 @@ def write(path: Path, results: Any, settings: str) -> None:
 @torch.no_grad()
 def draw(path: Path, results: Any) -> None:
     """Some test scenes, with what the first standard networks say."""
-    from run import standard_net, test_scenes
-
     matplotlib.use("agg")
     figure, axes = pyplot.subplots(3, SHOWN, figsize=(1.7 * SHOWN, 5.4), layout="constrained")
     scenes = test_scenes(SHOWN)

@@ -150,14 +150,24 @@ class Results:
         return row
 
 
+def weights_path(results: Results, name: str, method: str, seed: int, rate: float) -> Path:
+    """The file of the weights of one training."""
+    return results.folder / f"{name}-{method}-{seed}-{rate}.pt"
+
+
+def loaded(name: str, path: Path) -> nn.Module:
+    """The network of a task with the weights of a file, in evaluation mode."""
+    net = TASKS[name].build(WIDTH)
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net.eval()
+
+
 def train_one(results: Results, name: str, data: dict[str, Scenes], **key: Any) -> nn.Module:
     """The network of one training, from its file if it is there."""
     task = TASKS[name]
-    path = results.folder / f"{name}-{key['method']}-{key['seed']}-{key['rate']}.pt"
+    path = weights_path(results, name, **key)
     if results.find(part="train", task=name, **key) and path.exists():
-        net = task.build(WIDTH)
-        net.load_state_dict(torch.load(path, weights_only=True))
-        return net.eval()
+        return loaded(name, path)
     began = time.perf_counter()
     net, events = trained(task, data["train"], **key)
     seconds = time.perf_counter() - began
@@ -197,10 +207,7 @@ def standard_net(results: Results, name: str) -> nn.Module | None:
     row = results.find(part="train", task=name, method="standard", seed=SEEDS[0])
     if row is None:
         return None
-    net: nn.Module = TASKS[name].build(WIDTH)
-    path = results.folder / f"{name}-standard-{SEEDS[0]}-{row['rate']}.pt"
-    net.load_state_dict(torch.load(path, weights_only=True))
-    return net.eval()
+    return loaded(name, weights_path(results, name, "standard", SEEDS[0], row["rate"]))
 
 
 def main() -> None:

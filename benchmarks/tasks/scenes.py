@@ -162,8 +162,8 @@ def ask(things: list[Thing], drawn: np.random.Generator) -> tuple[str, str]:
 
 def lies(things: list[Thing], side: str, asked: int) -> str | None:
     """What lies on one side of a garment, by the boxes' centres; None where that is several, or unclear."""
-    axis, sign = (0, 1) if side in ("left", "right") else (1, 1)
-    sign = -sign if side in ("left", "above") else sign
+    axis = 0 if side in ("left", "right") else 1
+    sign = -1 if side in ("left", "above") else 1
     centres = {kind: (box[axis] + box[axis + 2]) / 2 for kind, box in things}
     ahead = {kind: sign * (at - centres[asked]) for kind, at in centres.items() if kind != asked}
     if any(abs(by) < CLEARLY for by in ahead.values()):

@@ -55,12 +55,11 @@ def _table(panel: str, rows: list[tuple[str, str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Plain text as Markdown that shows it as it is; the line that begins with "Example:" as code."""
-    lines = [line.strip() for line in text.split("\n\n")]
+    """Plain text as Markdown that shows it as it is; the paragraph that begins with "Example:" as code."""
     found = []
-    for line in lines:
-        if line.startswith("Example: "):
-            found.append(f"Example: `{' '.join(line.removeprefix('Example: ').split())}`")
+    for paragraph in map(str.strip, text.split("\n\n")):
+        if paragraph.startswith("Example: "):
+            found.append(f"Example: `{' '.join(paragraph.removeprefix('Example: ').split())}`")
         else:
-            found.append(re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", line))
+            found.append(re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", paragraph))
     return "\n\n".join(found)

@@ -217,10 +217,8 @@ def test_images_of_one_class_are_named() -> None:
 
 
 def test_images_of_another_size_are_named() -> None:
-    net, keep = (
-        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), mean()),
-        {"0": keep_but(4, 1)},
-    )
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), mean())
+    keep = {"0": keep_but(4, 1)}
     larger = torch.nn.functional.pad(X, (0, 1))
     sizes = ["×".join(map(str, each.shape[1:])) for each in (larger, X)]
     with pytest.warns(UserWarning, match=f"images are {sizes[0]}, and example_inputs {sizes[1]}"):

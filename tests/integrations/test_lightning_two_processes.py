@@ -1,27 +1,23 @@
 """Two processes of a DDP fit of Lightning's drop and restore the same filters of a part of the module."""
 
 import gc
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import forking
+from killing import variables_of_two
 
 
 def test_the_first_of_two_processes_decides_for_all(tmp_path):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-
-    def train(rank):
-        (tmp_path / f"in{rank}").mkdir()
-        variables = {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return forking.script(__file__, tmp_path, rank, folder=tmp_path / f"in{rank}", variables=variables)
+    def train(variables):
+        rank = variables["RANK"]
+        (folder := tmp_path / f"in{rank}").mkdir()
+        return forking.script(__file__, tmp_path, rank, folder=folder, variables=variables)
 
     with ThreadPoolExecutor() as pool:
-        for done in pool.map(train, range(2)):
+        for done in pool.map(train, variables_of_two()):
             assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["events"] == two["events"]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 import traceback
@@ -49,7 +50,7 @@ def check_plain(loop: Loop, expected: Tensor) -> None:
     plain.load_state_dict(loop.model.state_dict())
     assert all(tensor.isfinite().all() for tensors in loop.weights().values() for tensor in tensors.values())
     with torch.no_grad():
-        computed = loop.model.eval()(X)
+        computed = evaluated(loop)
         assert torch.equal(computed, plain.eval()(X))
     torch.testing.assert_close(computed, expected)
     with torch.no_grad():  # last, because DDP takes over the statistics of the first process
@@ -185,26 +186,30 @@ def run_as_one_of_two(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    found = {}
-    for name, loop in IN_TWO_PROCESSES.items():
-        for method in METHODS:
-            for end, check in ENDS.items():
-                cell = f"{name}/{method}/{end}"
-                place = folder / str(len(found))
-                place.mkdir(exist_ok=True)
-                try:
-                    check(loop, method, place)
-                    found[cell] = ""
-                    continue
-                except Exception:
-                    found[cell] = traceback.format_exc()
-                # The other process waits for this one in this cell: both end.
-                (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-                return
+    found = run_cells(folder)
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    if any(found.values()):
+        return
     dist.barrier()
     dist.destroy_process_group()
     gc.collect()
+
+
+def run_cells(folder: Path) -> dict[str, str]:
+    """{cell: what went wrong, or nothing}, up to the first cell that fails.
+
+    The other process waits for this one in that cell, so neither can go on.
+    """
+    found: dict[str, str] = {}
+    for name, method, end in itertools.product(IN_TWO_PROCESSES, METHODS, ENDS):
+        cell, place = f"{name}/{method}/{end}", folder / str(len(found))
+        place.mkdir(exist_ok=True)
+        try:
+            ENDS[end](IN_TWO_PROCESSES[name], method, place)
+            found[cell] = ""
+        except Exception:
+            return {**found, cell: traceback.format_exc()}
+    return found
 
 
 if __name__ == "__main__":

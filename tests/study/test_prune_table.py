@@ -6,10 +6,10 @@ import sys
 import pytest
 from rich.console import Console
 
+from cut_reports import LATENCY
 from regrow.pruning.report import Report, count, milliseconds, share, size
 from regrow.study.prune_table import prune_tables
 
-LATENCY = {"median": 0.002, "lowest": 0.0015, "highest": 0.0125, "passes": 50}
 REPORT = {
     "layers": {
         "a": {"before": 64, "after": 32},
