@@ -81,6 +81,10 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def same_models(one, other):
+    return same_weights(one.state_dict(), other.state_dict())
+
+
 def hooks(model, optimizer):
     return (
         len(optimizer._optimizer_step_post_hooks)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import regrow
 from cycles import X, batch, sgd
 from nets import Residual
+from pages import running
 
 # method → (with RePr, with Bridgeout)
 METHODS = {"RePr": (True, False), "Bridgeout": (False, True), "both": (True, True)}
@@ -242,9 +242,7 @@ class DistributedCheckpoint(Loop):
     """Saved and loaded as docs/resume.md shows it for torch.distributed.checkpoint."""
 
     def prepare(self) -> None:
-        page = (Path(__file__).parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
-        blocks = re.findall(r"<!-- runs as a test -->\n```python\n(.*?)```", page, re.DOTALL)
-        (code,) = [block for block in blocks if "distributed.checkpoint" in block]
+        (code,) = [block for block in running("resume.md") if "distributed.checkpoint" in block]
         absent = [word for word, there in (("cycle", self.cycle), ("noise", self.with_noise)) if not there]
         lines = [line for line in code.splitlines() if not any(word in line for word in absent)]
         self.page = {

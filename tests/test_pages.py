@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import nbformat
@@ -17,18 +16,10 @@ from nbclient import NotebookClient
 from torch import nn
 
 import regrow
+from pages import DOCS, NOT_RUN, RUN, blocks, running
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-_RUN, _NOT_RUN = "<!-- runs as a test", "<!-- not run as a test: "
-_BLOCK = re.compile(r"(?P<before>[^\n]*)\n(?P<indent> *)```python\n(?P<code>.*?)\n(?P=indent)```", re.DOTALL)
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    """(the line before it, the code) of each block of Python on ``page``."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return [(found["before"].strip(), textwrap.dedent(found["code"])) for found in _BLOCK.finditer(text)]
 
 
 def network() -> nn.Sequential:
@@ -127,13 +118,13 @@ def test_each_block_of_python_says_whether_it_runs(page: Path) -> None:
     found = blocks(page.name)
     assert len(found) == page.read_text(encoding="utf-8").count("```python\n")
     for before, code in found:
-        assert before.startswith((_RUN, _NOT_RUN)), f"no mark before this block:\n{code}"
+        assert before.startswith((RUN, NOT_RUN)), f"no mark before this block:\n{code}"
 
 
 def test_every_page_with_blocks_that_run_has_its_test() -> None:
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for page in PAGES:
-        if any(before.startswith(_RUN) for before, _ in blocks(page.name)):
+        if running(page.name):
             assert f'"{page.name}"' in tests, (
                 f"no test runs the Python of {page.name}: give it a row in GIVEN"
             )
@@ -149,9 +140,7 @@ def test_the_python_of_a_page_runs_as_printed(
     if page == "records.md":
         train_a_run(tmp_path / "runs" / "one")
     scope = None
-    for before, code in blocks(page):
-        if not before.startswith(_RUN):
-            continue
+    for code in running(page):
         if scope is None or page not in JOINED:
             scope = masked() if "keep_of_masks" in code else GIVEN[page]()
             if page == "own-loop.md":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import regrow
+from pages import running
 from regrow.looking.calls import floating
 from regrow.looking.noise import unsettle
 from regrow.surgery.removal import remove_filters
@@ -210,9 +211,7 @@ def test_a_detector_is_reconstructed_from_pictures_of_several_sizes() -> None:
 
 
 def lines_about(words: str) -> str:
-    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- runs as a test -->\n```python\n(.*?)```", page, re.DOTALL)
-    return next(block for block in blocks if words in block)
+    return next(block for block in running("tasks.md") if words in block)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # there are few pictures, and a step is no training

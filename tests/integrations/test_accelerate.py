@@ -1,8 +1,5 @@
 """RePr and Bridgeout in a loop with Accelerate: prepared on either side, accumulated, saved and loaded."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +7,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import regrow
+from cycles import same_models
+from pages import running
 from regrow.integrations.accelerate import BridgeoutState
 from resnets import X, Y, resnet
 
@@ -56,13 +55,8 @@ class Training:
         return self.plain
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    theirs = b.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in a.state_dict().items())
-
-
 def test_built_on_either_side_of_prepare_it_is_the_same():
-    assert same(Training(behind=True).epochs(5), Training(behind=False).epochs(5))
+    assert same_models(Training(behind=True).epochs(5), Training(behind=False).epochs(5))
 
 
 @pytest.mark.parametrize("behind", [True, False])
@@ -80,7 +74,7 @@ def test_a_saved_state_goes_on_bit_for_bit(tmp_path, behind, epoch):
     AcceleratorState._reset_state(reset_partial_state=True)
     again = Training(**settings)
     again.accelerator.load_state(tmp_path)
-    assert same(whole, again.epochs(5 - epoch))
+    assert same_models(whole, again.epochs(5 - epoch))
 
 
 def test_accelerates_wrapper_hides_no_step():
@@ -100,8 +94,7 @@ def test_the_state_of_noise_wants_a_model_with_noise():
 
 
 def test_the_snippet_of_the_page_runs_as_printed(tmp_path, monkeypatch):
-    page = Path(regrow.__file__).parents[2] / "docs" / "accelerate.md"
-    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    code = running("accelerate.md")[0]
     monkeypatch.chdir(tmp_path)
     model = resnet()
     scope = {

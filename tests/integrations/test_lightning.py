@@ -1,8 +1,6 @@
 """The callbacks for Lightning: what a fit with them does, saves, continues and leaves behind."""
 
-import re
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +15,8 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 import regrow
+from cycles import same_models
+from pages import running
 from regrow.integrations.fitting import averaged_copies, network_name
 from regrow.integrations.lightning import Bridgeout, RePr
 
@@ -92,11 +92,6 @@ def own_loop(epochs: int = 5, noise: bool = False) -> nn.Module:
     return fit.net
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    theirs = b.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in a.state_dict().items())
-
-
 def silent(model: nn.Module) -> int:
     return int((model.get_submodule("3").weight.flatten(1) == 0).all(1).sum())
 
@@ -111,7 +106,7 @@ def test_a_fit_does_what_a_loop_of_ones_own_does():
     callback = RePr(**SETTINGS)
     fit = fitted(callback)
     assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
-    assert same(fit.net, own_loop())
+    assert same_models(fit.net, own_loop())
     assert is_plain(fit)
 
 
@@ -119,7 +114,7 @@ def test_with_noise_a_fit_does_what_a_loop_of_ones_own_does():
     for callbacks in [(RePr(**SETTINGS), Bridgeout(p=0.2)), (Bridgeout(p=0.2), RePr(**SETTINGS))]:
         fit = fitted(*callbacks)
         noisy = own_loop(noise=True)
-        assert same(fit.net, noisy)
+        assert same_models(fit.net, noisy)
         assert is_plain(fit)
 
 
@@ -140,7 +135,7 @@ def test_a_fit_goes_on_where_the_checkpoint_was_written(tmp_path, module, epochs
     again = module()
     path = tmp_path / f"epoch={epochs - 1}.ckpt"
     trainer(*callbacks()).fit(again, ckpt_path=path, weights_only=True)
-    assert same(whole.net, again.net)
+    assert same_models(whole.net, again.net)
     assert is_plain(again)
 
 
@@ -157,7 +152,7 @@ def test_a_fit_goes_on_from_the_last_step_of_an_epoch(tmp_path, per, step):
     whole = fitted(callback(), saving, saves=True)
     again = Fits()
     trainer(callback()).fit(again, ckpt_path=tmp_path / f"step={step}.ckpt")
-    assert same(whole.net, again.net)
+    assert same_models(whole.net, again.net)
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -186,7 +181,7 @@ def test_a_fit_that_ends_among_dropped_filters_says_so():
 def test_a_second_fit_starts_anew():
     callback = RePr(**SETTINGS)
     first, second = fitted(callback), fitted(callback)
-    assert same(first.net, second.net)
+    assert same_models(first.net, second.net)
 
 
 class Watches(pl.Callback):
@@ -218,7 +213,7 @@ def test_averaged_weights_follow_after_a_resume(tmp_path):
     whole = fitted(*callbacks(), saving, saves=True)
     again = Fits()
     trainer(*callbacks()).fit(again, ckpt_path=tmp_path / "epoch=2.ckpt")
-    assert same(whole.net, again.net)
+    assert same_models(whole.net, again.net)
 
 
 def swa() -> StochasticWeightAveraging:
@@ -311,7 +306,7 @@ def test_two_parts_each_have_their_own_state(tmp_path):
     whole = fitted(*callbacks(), saving, module=Called, epochs=3, saves=True)
     again = Called()
     trainer(*callbacks(), epochs=3).fit(again, ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert same(whole, again)
+    assert same_models(whole, again)
 
 
 def test_what_is_wrong_is_said_before_training():
@@ -346,8 +341,7 @@ def test_norms_are_measured_again_without_noise():
 
 
 def test_the_snippet_of_the_page_runs_as_printed():
-    page = Path(regrow.__file__).parents[2] / "docs" / "lightning.md"
-    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    code = running("lightning.md")[0]
     scope = {"lightning": Short, "x": X, "module": Fits()}
     exec(code, scope)
     assert [event.step for event in scope["callbacks"][0].events] == [4, 6, 10, 12, 16, 18]

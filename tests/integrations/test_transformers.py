@@ -1,7 +1,6 @@
 """The callbacks for the Trainer of transformers: what a training with them does, saves and leaves."""
 
 import json
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -14,6 +13,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import regrow
+from cycles import same_models
+from pages import running
 from regrow.integrations.transformers import Bridgeout, RePr
 from resnets import X, Y, resnet
 
@@ -39,11 +40,6 @@ def trained(folder, *callbacks, resume=None, **more) -> nn.Module:
     ours = trainer(folder, *callbacks, **more)
     ours.train(resume_from_checkpoint=resume)
     return ours.model
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    theirs = b.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in a.state_dict().items())
 
 
 def silent(weights: dict[str, torch.Tensor]) -> int:
@@ -83,10 +79,10 @@ def test_a_training_does_what_a_loop_of_ones_own_does(tmp_path, order):
     callback = RePr(X[:1], **SETTINGS)
     model = trained(tmp_path, callback, **plainly)
     assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
-    assert same(model, own_loop(noise=False))
+    assert same_models(model, own_loop(noise=False))
     assert is_plain(model)
     model = trained(tmp_path, *both()[::order], **plainly)
-    assert same(model, own_loop(noise=True))
+    assert same_models(model, own_loop(noise=True))
     assert is_plain(model)
 
 
@@ -102,7 +98,7 @@ def test_a_training_goes_on_in_the_middle_of_a_cycle(tmp_path, per, step):
 
     whole = trained(tmp_path, *callbacks(), epochs=4, save_strategy="steps", save_steps=1)
     again = trained(tmp_path / "again", *callbacks(), epochs=4, resume=str(tmp_path / f"checkpoint-{step}"))
-    assert same(whole, again)
+    assert same_models(whole, again)
     assert is_plain(again)
 
 
@@ -115,8 +111,8 @@ def test_the_last_checkpoint_is_found_where_it_was_written_and_where_it_was_move
     for later in checkpoints(tmp_path / "one")[3:]:
         shutil.rmtree(later)
     moved = shutil.copytree(checkpoints(tmp_path / "one")[-1], tmp_path / "elsewhere")
-    assert same(whole, saved(tmp_path / "one", resume=True))
-    assert same(whole, saved(tmp_path / "two", resume=moved))
+    assert same_models(whole, saved(tmp_path / "one", resume=True))
+    assert same_models(whole, saved(tmp_path / "two", resume=moved))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -191,7 +187,7 @@ def test_after_an_error_the_next_training_of_the_same_callbacks_goes_on(tmp_path
         ours.train()
     assert not is_plain(ours.model)
     ours.train(resume_from_checkpoint=True)
-    assert same(whole, ours.model)
+    assert same_models(whole, ours.model)
     assert is_plain(ours.model)
 
 
@@ -250,7 +246,7 @@ def test_an_epoch_that_is_cut_short_is_not_counted_and_a_longer_training_goes_on
     whole = trained(tmp_path / "whole", *both())
     with pytest.warns(UserWarning, match="while filters were dropped"):
         trained(tmp_path, *both(), max_steps=10, save_strategy="epoch")
-    assert same(whole, trained(tmp_path, *both(), resume=True))
+    assert same_models(whole, trained(tmp_path, *both(), resume=True))
 
 
 def test_a_checkpoint_with_other_settings_is_refused_before_a_step_is_made(tmp_path):
@@ -277,14 +273,13 @@ def test_what_is_wrong_is_said_when_the_callback_is_made():
 def test_norms_are_measured_again_without_noise(tmp_path):
     model = trained(tmp_path, Bridgeout(p=0.5, calibration=[X]), epochs=1)
     other = trained(tmp_path, Bridgeout(p=0.5), epochs=1)
-    assert not same(model, other)
+    assert not same_models(model, other)
     regrow.reestimate_norms(other, [X])
-    assert same(model, other)
+    assert same_models(model, other)
 
 
 def test_the_snippet_of_the_page_runs_as_printed(tmp_path, monkeypatch):
-    page = Path(regrow.__file__).parents[2] / "docs" / "transformers.md"
-    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    code = running("transformers.md")[0]
 
     def short(model, arguments, *, train_dataset, callbacks):
         assert train_dataset is PICTURES

@@ -2,8 +2,6 @@
 
 import io
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from safetensors.torch import load, save
 
 import regrow
 from cycles import batch, build, fit, repr_on, same_weights, sgd
+from pages import running
 
 SETTINGS = {"p": 0.2, "q": 2.0, "target_fraction": 0.5, "linear": True, "exclude": ["conv1"], "seed": 7}
 
@@ -133,14 +132,13 @@ def test_the_names_are_public() -> None:
 
 
 def test_what_the_docs_show_goes_on_bit_for_bit(tmp_path) -> None:
-    page = Path(regrow.__file__).parents[2] / "docs" / "resume.md"
-    code = re.search(r"<!-- runs as a test -->\n```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)[1]
+    code = running("resume.md")[0]
 
     def start():
         model, optimizer = noisy()
         cycle = repr_on(model, optimizer)
         parts = {"model": model, "optimizer": optimizer, "cycle": cycle, "regrow": regrow, "torch": torch}
-        exec(compile(code, str(page), "exec"), parts)
+        exec(code, parts)
         return parts
 
     def train(parts, steps):
