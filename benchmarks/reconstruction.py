@@ -239,8 +239,9 @@ def page(found: dict[str, Any]) -> str:
         "# Accuracy right after a cut",
         "",
         "Accuracy in % on test pictures of CIFAR-10, against the share of multiply-accumulates that is left.",
-        "Nothing was trained, but in the rows that say so: one epoch of at most 5,000 pictures, at a rate of",
-        "0.01 that falls to 0, which costs reconstructed networks accuracy. The images have no labels.",
+        "Nothing was trained, except in the rows that say so. They had one epoch of at most 5,000 pictures,",
+        "at a rate that falls from 0.01 to 0; it costs reconstructed networks accuracy. The images have no",
+        "labels.",
         "The shares of VGG-16 and MobileNetV2 (both of half their width) were not all measured. Machine: "
         f"{found['machine']}, {found['threads']} threads, torch {found['torch']}, regrow {found['regrow']}.",
     ]

@@ -43,8 +43,8 @@ SETTINGS = (
     f"{EPOCHS - HELD}. RePr drops {100 * REPR['fraction']:.0f} % of the filters by `ortho` {REPR['cycles']} "
     f"times, after {REPR['full']} epochs each, for {REPR['sub']} epoch: its last restore is after {HELD} "
     "epochs. Scenes for training, validation and test have garments that no other of them has. Test scenes "
-    "were used once, but for RePr's segmentation: it was trained again after a fault of regrow, which left "
-    "channels silent, was mended, and nothing else was changed."
+    "were used once, except for RePr's segmentation. A fault of regrow had left channels silent there: it "
+    "was mended, and the networks were trained again with nothing else changed."
 )
 
 
