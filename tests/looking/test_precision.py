@@ -100,6 +100,7 @@ def test_tf32_is_off_in_the_block_and_as_before_behind_the_last(precision, allow
     assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.needs_torch("2.9", "fp32_precision")
 @pytest.mark.usefixtures("_settings_as_before")
 def test_tf32_switched_by_its_newer_names() -> None:
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
