@@ -9,7 +9,6 @@ import torch
 import forking
 from killing import variables_of_two
 
-
 LOADS = pytest.mark.needs_torch("2.13", "the Trainer's own torch.load, for a device named cpu:0,")
 
 
