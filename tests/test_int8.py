@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import forking
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cut_then_int8.py"
@@ -14,6 +16,7 @@ example["main"]()
 """
 
 
+@pytest.mark.needs_torch("2.13", "export_onnx")
 def test_eight_bits_are_smaller_and_answer_alike(tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(TINY)
     done = forking.script(tmp_path / "tiny.py", 1, folder=tmp_path)

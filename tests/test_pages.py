@@ -130,7 +130,13 @@ def test_every_page_with_blocks_that_run_has_its_test() -> None:
             )
 
 
-@pytest.mark.parametrize("page", GIVEN)
+def needs(page: str) -> list[pytest.MarkDecorator]:
+    """The mark of a page whose Python wants a newer PyTorch than the rest of them."""
+    exports = "export_onnx(" in (DOCS / page).read_text()
+    return [pytest.mark.needs_torch("2.13", "export_onnx")] * exports
+
+
+@pytest.mark.parametrize("page", [pytest.param(each, marks=needs(each)) for each in GIVEN])
 def test_the_python_of_a_page_runs_as_printed(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

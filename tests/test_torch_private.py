@@ -49,9 +49,13 @@ NAMES = {
     "_schema": torch.ops.aten.relu.default,
     "_should_skip_dynamo": torch.utils._python_dispatch.TorchDispatchMode,
 }
+LATER = ("_top_saved_tensors_default_hooks", "_should_skip_dynamo")  # PyTorch 2.6 has not got them
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[pytest.mark.needs_torch("2.13", each)] * (each in LATER)) for each in NAMES],
+)
 def test_a_private_name_is_still_there(name):
     assert hasattr(NAMES[name], name), f"{name} is gone: torch_private falls back; look for a successor"
 
@@ -153,6 +157,24 @@ def test_fallbacks(monkeypatch):
     assert not private.has_hooks(net)
     net.register_forward_hook(lambda *_: None)
     assert private.has_hooks(net)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_hooks_on_saved_tensors_are_seen(monkeypatch, shown):
+    if not shown:
+        monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks", raising=False)
+    packed, x = [], torch.ones(2, requires_grad=True)
+    assert not private.saved_tensors_go_elsewhere()
+    with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda _: x):
+        assert private.saved_tensors_go_elsewhere()
+        assert packed == []
+        x * x
+        assert len(packed) == 2
+    assert not private.saved_tensors_go_elsewhere()
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
+        assert not private.saved_tensors_go_elsewhere()
+        with pytest.raises(RuntimeError, match="no hooks"), torch.autograd.graph.save_on_cpu():
+            pass
 
 
 def test_deepcopy_has_a_book_of_memories():

@@ -230,9 +230,18 @@ def operator_arguments(operation: Any) -> tuple[tuple[str, bool], ...]:
 
 def saved_tensors_go_elsewhere() -> bool:
     """Whether autograd hands the tensors that it saves to somebody's hooks, as in a checkpointed part of a
-    model; True where that cannot be seen."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None
+    model."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", _hooks_are_there)
+    return top(False) is not None
+
+
+def _hooks_are_there(_: bool) -> bool | None:
+    # PyTorch 2.6 does not show the hooks, but refuses to forbid them where there are some.
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("never seen"):
+            return None
+    except RuntimeError:
+        return True
 
 
 def modes_running() -> tuple[int, int] | None:

@@ -9,8 +9,12 @@ import torch
 import forking
 from killing import variables_of_two
 
+LOADS = pytest.mark.needs_torch("2.13", "the Trainer's own torch.load, for a device named cpu:0,")
 
-@pytest.mark.parametrize("with_trainer", [1, 0], ids=["Trainer", "Accelerate"])
+
+@pytest.mark.parametrize(
+    "with_trainer", [pytest.param(1, id="Trainer", marks=LOADS), pytest.param(0, id="Accelerate")]
+)
 def test_the_first_of_two_processes_decides_for_all(tmp_path, with_trainer):
     def train(variables):
         rank = variables["RANK"]

@@ -6,7 +6,7 @@ from torch import nn
 
 from autocasts import HALVES
 from regrow.looking.calls import call, undisturbed
-from regrow.looking.precision import full_precision, without_tf32
+from regrow.looking.precision import full_precision, rounds_to_tf32, without_tf32
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -100,6 +100,18 @@ def test_tf32_is_off_in_the_block_and_as_before_behind_the_last(precision, allow
     assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.usefixtures("_settings_as_before")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_rounding_to_tf32_is_known(precision, allowed) -> None:
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = allowed
+    assert rounds_to_tf32() is (allowed or precision == "high")
+    with without_tf32():
+        assert not rounds_to_tf32()
+
+
+@pytest.mark.needs_torch("2.9", "fp32_precision")
 @pytest.mark.usefixtures("_settings_as_before")
 def test_tf32_switched_by_its_newer_names() -> None:
     settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn

@@ -274,7 +274,9 @@ def test_exported_programs_and_traces_hold_pytorch_s_operations_alone(compact, s
     model.eval()
     expected = model(X)
     program, traced = torch.export.export(model, (X,), strict=strict), torch.jit.trace(model, X)
-    assert "ops.regrow" not in str(program.graph)
+    # PyTorch 2.6 does not say that it exports in the strict way.
+    hidden = strict and not hasattr(torch.compiler, "is_exporting")
+    assert ("ops.regrow" in str(program.graph)) is hidden
     assert "regrow::" not in str(traced.inlined_graph)
     torch.export.save(program, io.BytesIO())
     cycle.remove()

@@ -62,6 +62,15 @@ def without_tf32() -> Iterator[None]:
                     each()
 
 
+def rounds_to_tf32() -> bool:
+    """Whether a GPU rounds the inputs of convolutions or of matrix products to TF32."""
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):  # PyTorch before 2.9
+        return backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32
+    settings = (backends.cudnn.conv, backends.cuda.matmul)
+    return any(each.fp32_precision == "tf32" for each in settings)
+
+
 def _convolutions_in_full() -> Callable[[], None]:
     """Switch TF32 off for cuDNN; return what switches it back."""
     cudnn: Any = torch.backends.cudnn

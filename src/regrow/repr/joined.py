@@ -208,11 +208,12 @@ class Layout:
 
 
 _numbers = itertools.count()
+# PyTorch 2.6 compiles a second layout with a symbol for its number, which is no key: int() fixes the number.
 _layouts: weakref.WeakValueDictionary[int, Layout] = weakref.WeakValueDictionary()
 
 
 def _layout(number: int) -> Layout:
-    if (found := _layouts.get(number)) is None:
+    if (found := _layouts.get(int(number))) is None:
         raise RuntimeError(
             "a compiled pass of a sub phase of RePr that has ended cannot go on: call backward() before "
             "cycle.step(), and run the model anew after it."
@@ -265,7 +266,7 @@ def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
 
 @_take_parts.register_fake
 def _(whole: Sequence[Tensor], layout: int) -> Tensor:
-    return whole[0].new_empty(_layouts[layout].small.length)
+    return whole[0].new_empty(_layouts[int(layout)].small.length)
 
 
 @torch.library.custom_op("regrow::spread_parts", mutates_args=())
@@ -284,7 +285,7 @@ def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
 
 @_spread_parts.register_fake
 def _(small: Sequence[Tensor], layout: int) -> Tensor:
-    return small[0].new_empty(_layouts[layout].whole.length)
+    return small[0].new_empty(_layouts[int(layout)].whole.length)
 
 
 def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -317,13 +318,13 @@ def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
 
 @_write_parts.register_fake
 def _(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:  # noqa: ARG001
-    return small.new_empty(_layouts[layout].whole.length)
+    return small.new_empty(_layouts[int(layout)].whole.length)
 
 
 @torch.library.custom_op("regrow::store_parts", mutates_args=("whole",))
 def _store_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> None:
     """``write_parts`` in place."""
-    copy_all(list(whole), _layouts[layout].whole.parts(_write_parts(whole, small, layout)))
+    copy_all(list(whole), _layouts[int(layout)].whole.parts(_write_parts(whole, small, layout)))
 
 
 class _Take(torch.autograd.Function):

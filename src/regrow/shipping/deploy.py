@@ -14,7 +14,7 @@ from regrow.given import check_inputs, kind_of
 from regrow.log import first_line
 from regrow.looking.calls import PassFailed, call, evaluating, floating, undisturbed
 from regrow.looking.copies import dtypes
-from regrow.looking.precision import without_tf32
+from regrow.looking.precision import rounds_to_tf32, without_tf32
 from regrow.marks import check
 from regrow.modules import device_of, unwrap
 from regrow.shipping.agreement import difference
@@ -220,15 +220,9 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
 
 def _tolerance(model: nn.Module, form: Form) -> float:
     used = {form.dtype} if form.dtype is not None else dtypes(model) or {torch.float32}
-    if torch.float32 in used and device_of(model).type == "cuda" and _rounds_to_tf32():
+    if torch.float32 in used and device_of(model).type == "cuda" and rounds_to_tf32():
         used = {*used, torch.float16}  # TF32 has as many bits behind the point
     return max(_TOLERANCE.get(each, _TOLERANCE[torch.bfloat16]) for each in used)
-
-
-def _rounds_to_tf32() -> bool:
-    backends: Any = torch.backends
-    settings = (backends.cudnn.conv, backends.cuda.matmul)
-    return any(each.fp32_precision == "tf32" for each in settings)
 
 
 def _confirmed(expected: list[Tensor], found: list[Tensor], allowed: float, form: Form) -> float:
