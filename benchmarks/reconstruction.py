@@ -249,8 +249,8 @@ def page(found: dict[str, Any]) -> str:
         "Accuracy in % on test pictures of CIFAR-10, against the share of multiply-accumulates that is left.",
         "Nothing was trained, except in the rows that say so, and the images have no labels. The rows that",
         "say so had one epoch of 4,000 training pictures with their labels, at a rate that falls from",
-        f"{RATES[0]} or {RATES[1]} to 0, whichever was better on the next 1,000 training pictures (660 for the",
-        "ResNets). The uncut networks had been trained on all these pictures.",
+        f"{RATES[0]} or {RATES[1]} to 0, whichever was better on the next 1,000 training pictures (660 for",
+        "the ResNets). The uncut networks had been trained on all these pictures.",
         "VGG-16 and MobileNetV2 have half their usual width. Machine: "
         f"{found['machine']}, {found['threads']} thread, torch {found['torch']}, regrow {found['regrow']}.",
     ]

@@ -174,6 +174,6 @@ def _warn_of_few(few: Mapping[str, tuple[int, int]]) -> None:
     name = max(few, key=lambda each: few[each][1] / few[each][0])
     rows, columns = few[name]
     warn(
-        f"the calibration images are few for {len(few)} layers: {name!r} has {columns} inputs, and "
-        f"the images give {rows} rows of them. Pass more images, a few hundred in all."
+        f"the calibration images are few for {len(few)} layer{'s' * (len(few) > 1)}: {name!r} has {columns} "
+        f"inputs, and the images give {rows} rows of them. Pass more images, a few hundred in all."
     )

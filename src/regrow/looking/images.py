@@ -131,7 +131,7 @@ def of_another_size(batches: Iterable[Any], example_inputs: Any) -> str:
     if example is None or example.dim() < 4:
         return ""
     for images in map(_first, batches):
-        if images is not None and images.dim() == example.dim() and images.shape[1:] != example.shape[1:]:
+        if images is not None and images.dim() == example.dim() and images.shape[2:] != example.shape[2:]:
             given, wanted = ("×".join(map(str, each.shape[1:])) for each in (images, example))
             return (
                 f"calibration images are {given}, and example_inputs {wanted}: what is measured at one size "
