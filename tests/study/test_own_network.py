@@ -1,6 +1,7 @@
 """Networks that a function of the user's own makes, and weights from a file."""
 
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,55 @@ def trained_state() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "parallel", "safetensors"])
-def test_weights(tmp_path: Path, kind: str) -> None:
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return OrderedDict((prefix + name, tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "stored"),
+    [
+        ("w.pth", lambda s: s),
+        ("w.ckpt", lambda s: {"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": prefixed("net.", s)}),
+        ("w.bin", lambda s: {"model": s, "ema": prefixed("module.", s)}),
+        ("w.pth.tar", lambda s: {"model_state_dict": s, "best": torch.ones(1)}),
+        (
+            "w.pt",
+            lambda s: {"model": {"state_dict": s}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+        ),
+        ("w.pth", lambda s: prefixed("module.", s)),
+        ("w.pth", lambda s: prefixed("_orig_mod.module.", s)),
+        ("w.pth", lambda s: {"n_averaged": torch.ones(1), **prefixed("module.", s)}),
+        ("w.safetensors", lambda s: s),
+        ("w.safetensors", lambda s: prefixed("_orig_mod.", s)),
+    ],
+)
+def test_weights(tmp_path: Path, file: str, stored: Any) -> None:
     state = trained_state()
-    file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-    if kind == "safetensors":
-        save_file(state, file)
-    else:
-        prefix = "module." if kind == "parallel" else ""
-        stored: Any = OrderedDict((prefix + name, tensor) for name, tensor in state.items())
-        epoch = {"epoch": 3, "optimizer": {"lr": 0.1}}
-        torch.save({**epoch, kind: stored} if kind in ("state_dict", "model") else stored, file)
-    found = own_network("own_package.nets:build", str(file)).state_dict()
+    (save_file if file == "w.safetensors" else torch.save)(stored(state), tmp_path / file)
+    found = own_network("own_package.nets:build", str(tmp_path / file)).state_dict()
     assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_compiled_network_takes_weights_saved_without_the_wrapper(tmp_path: Path) -> None:
+    model = torch.compile(nn.Linear(2, 2))
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
+    load_own_weights(model, tmp_path / "w.pth", "nets:compiled")
+    assert torch.equal(model.weight, torch.load(tmp_path / "w.pth")["weight"])
+
+
+def test_a_network_whose_layers_have_no_shape_yet(tmp_path: Path) -> None:
+    model, trained = nn.LazyLinear(2), nn.Linear(3, 2)
+    torch.save(prefixed("net.", trained.state_dict()), tmp_path / "w.pth")
+    load_own_weights(model, tmp_path / "w.pth", "nets:lazy")
+    assert torch.equal(model.weight, trained.weight)
+
+
+def test_what_is_not_the_networks_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    state = trained_state()
+    torch.save({**prefixed("net.", state), "loss.weight": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="begins with 'net.' is loaded, and 'loss.weight' left out"):
+        found = own_network("own_package.nets:build", str(tmp_path / "w.pth")).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
@@ -170,7 +207,12 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
             lambda s: {**s, "head.weight": torch.ones(3, 4)},
             r"'head.weight' has shape \[3, 4\] in the file and \[10, 4\] in the network[.]",
         ),
-        (lambda s: {"net": s, "epoch": 3}, "holds a dict with 'net', 'epoch', and not a state dict"),
+        (lambda s: {**s, "epoch": 3}, "the network has no 'epoch'[.]"),
+        (lambda s: {"net": s, "ema": s}, "more than once, under 'net', 'ema': save the one that you mean"),
+        (lambda s: prefixed("a.", s) | prefixed("b.", s), "more than once, under 'a', 'b': save"),
+        (lambda s: prefixed("a.", without(s, "head.bias")), "w.pth does not fit .* it lacks 'head.bias'[.]"),
+        (lambda _: {"lr": 0.1, "epoch": 3}, "holds a dict with 'lr', 'epoch', and no state dict in it"),
+        (lambda s: {"state_dict": s, "args": Namespace(lr=1)}, r"more than tensors [(]argparse.Namespace[)]"),
         (lambda _: [1], "holds a list, and not a state dict"),
         (lambda _: nn.Linear(2, 2), r"holds more than tensors.*save model.state_dict\(\)"),
     ],
@@ -181,16 +223,19 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> N
         own_network("own_package.nets:build", str(tmp_path / "w.pth"))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("file", "message"),
     [
         (None, "pass the weights of own_package.nets:build: --weights FILE"),
         ("missing.pth", "there is no file --weights missing.pth"),
-        ("IMAGENET1K_V1", "must end in .safetensors, .pth or .pt"),
+        ("IMAGENET1K_V1", "must end in .safetensors, .pth, .pt, .ckpt, .bin or .tar"),
         ("folder.pt", "folder.pt is a folder"),
         ("empty.pth", "empty.pth is not a whole file of torch.save"),
         ("empty.safetensors", "empty.safetensors is not a whole safetensors file"),
-        ("text.pth", "text.pth is damaged, or holds more than tensors"),
+        ("text.pth", "text.pth is damaged, or holds more than tensors, which"),
+        ("half.pth", "half.pth is not a whole file of torch.save"),
+        ("script.pt", "script.pt holds a program of TorchScript"),
     ],
 )
 def test_files_that_are_no_weights(file: str | None, message: str) -> None:
@@ -198,6 +243,10 @@ def test_files_that_are_no_weights(file: str | None, message: str) -> None:
     Path("empty.pth").write_bytes(b"")
     Path("empty.safetensors").write_bytes(b"")
     Path("text.pth").write_text("weights")
+    torch.save({"a": torch.ones(9)}, "half.pth")
+    Path("half.pth").write_bytes(Path("half.pth").read_bytes()[:800])
+    if file == "script.pt":
+        torch.jit.save(torch.jit.trace(nn.Identity(), torch.ones(1)), file)
     with pytest.raises(ValueError, match=message):
         own_network("own_package.nets:build", file)
 
