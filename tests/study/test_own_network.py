@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import regrow
-from regrow.study.own_network import is_own, own_network
+from regrow.study.own_network import is_own, meant, own_network
 from regrow.study.own_weights import load_own_weights
 from regrow.study.trained import by_function
 from regrow.study.typed import Mistyped
@@ -49,6 +49,24 @@ def sized(classes, *, width):
 def forgets():
     Net()
 
+def wrong():
+    raise ValueError("my own")
+
+def ends():
+    raise SystemExit(3)
+
+def two_inputs():
+    class Two(Net):
+        def forward(self, x, y):
+            return super().forward(x) + y
+    return Two()
+
+def program():
+    return torch.jit.ScriptModule()
+
+def on_meta():
+    return Net().to("meta")
+
 made = Net()
 number = 3
 """
@@ -61,6 +79,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (home / "__init__.py").write_text("")
     (home / "sizes.py").write_text("WIDTH = 4\n")
     (home / "nets.py").write_text(NETS)
+    (home / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['x'])\n")
     (home / "broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
@@ -98,6 +117,7 @@ def test_a_function_and_a_class(function: str, width: int) -> None:
         ("own_package.nets:sized", r"takes the arguments classes, width: write a function that takes none"),
         ("own_package.nets:forgets", r"own_package.nets:forgets returned None, and not a network"),
         ("own_package.nets:Other", r"returned an Other, and not a network"),
+        ("own_package.nets:program", r"a ScriptModule, and not a network.* that makes what was scripted"),
         ("own_package.nets:made", r"is a network: give a function that takes no arguments and returns it"),
         ("own_package.nets:number", r"own_package.nets:number is an int: give a function"),
     ],
@@ -110,6 +130,50 @@ def test_what_makes_no_network(name: str, message: str) -> None:
 def test_an_error_in_the_users_own_code_surfaces() -> None:
     with pytest.raises(ModuleNotFoundError, match="No module named 'not_there_at_all'"):
         own_network("own_package.broken:build", "none")
+
+
+def test_a_value_error_in_the_users_own_code_keeps_its_traceback() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"own_package.nets:wrong raised an error: ValueError: my own"
+    ) as error:
+        own_network("own_package.nets:wrong", "none")
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("name", ["own_package.script:Net", "own_package.nets:ends"])
+def test_a_script_that_ends_python(name: str) -> None:
+    with pytest.raises(Mistyped, match=r'own_package.* ended Python .* below if __name__ == "__main__"'):
+        own_network(name, "none")
+
+
+def test_a_package_in_src() -> None:
+    Path("src/package_in_src").mkdir(parents=True)
+    with pytest.raises(Mistyped, match="It is in src: install your package, or write PYTHONPATH=src regrow"):
+        own_network("package_in_src.nets:build", "none")
+
+
+def test_a_network_without_numbers() -> None:
+    with pytest.raises(ValueError, match=r"own_package.nets:on_meta has tensors without numbers"):
+        own_network("own_package.nets:on_meta", "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_package/nets.py:Net", ": write own_package.nets:Net, with the function"),
+        ("./nets.py", ": write nets:build, with the function"),
+        ("own_package.nets.build", ": did you mean own_package.nets:build?"),
+        ("own_package.nets", ": write own_package.nets:build, with the function"),
+        ("./own_package.nets:build()", ": write own_package.nets:build"),
+        ("resnet50.a1_in1k", ""),
+        ("mine.pth", ": name the function that builds its network, and add --weights mine.pth"),
+        ("runs/one", ": there is no such folder"),
+        ("resnet19", ""),
+    ],
+)
+def test_what_a_name_may_have_been_meant_as(name: str, message: str) -> None:
+    assert meant(name).startswith(message)
+    assert bool(meant(name)) == bool(message)
 
 
 def trained_state() -> dict[str, Tensor]:
@@ -277,3 +341,12 @@ def test_a_network_that_gives_no_scores_of_classes() -> None:
 def test_without_pictures() -> None:
     found = by_function("own_package.nets:build", weights="none", image_size=12, device="cpu")
     assert found.example.shape == (1, 1, 12, 12)
+
+
+@pytest.mark.parametrize("data", ["digits", None])
+def test_a_network_that_takes_no_pictures(data: str | None) -> None:
+    message = (
+        r"not take pictures of .* with 1 channel \(TypeError: .*missing.* 'y'\): .*regrow.prune in Python"
+    )
+    with pytest.raises(ValueError, match=message):
+        by_function("own_package.nets:two_inputs", weights="none", data=data, device="cpu")

@@ -24,13 +24,14 @@ from regrow.study.own_names import parts_for, same_shape
 from regrow.study.typed import Mistyped
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".tar")
+SUFFIXES = (".safetensors", *_PICKLED)
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _NAMED = 3  # keys of each kind that a message names
 
 
 def check_file(weights: Path) -> None:
     """Raise ``ValueError`` unless ``weights`` is a plain file with a name that ``load_own_weights`` takes."""
-    if weights.suffix not in (".safetensors", *_PICKLED):
+    if weights.suffix not in SUFFIXES:
         raise Mistyped(
             f"--weights {line(weights)} is no file of weights: its name must end in .safetensors, "
             f"{', '.join(_PICKLED[:-1])} or {_PICKLED[-1]}."
