@@ -130,6 +130,10 @@ NO_MODELS = {
     "an array": (np.zeros(3), "an? ndarray"),
     "a number": (3, "an int"),
     "a function": (lambda: Net(), "Pass the model that it builds"),
+    "a program": (
+        torch.jit.ScriptModule(),
+        r"a ScriptModule\. TorchScript .*pass the model that was scripted",
+    ),
     "an optimizer": (sgd(Net()), "an? SGD"),
     "a loader": (DataLoader(DATA), "a DataLoader"),
     "weights": (Net().parameters(), "a generator"),

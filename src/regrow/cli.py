@@ -425,7 +425,8 @@ def prune(
     with uninterrupted():
         from regrow.study.prune_run import run_prune
 
-    shares = None if fraction is None else parse_shares(fraction)
+    with typed():
+        shares = None if fraction is None else parse_shares(fraction)
     targets = {"fraction": shares, "max_drop": max_drop, "macs": macs, "params": params, "latency": latency}
     run_prune(
         network,

@@ -36,11 +36,13 @@ def kind_of(value: Any) -> str:
 
 
 def check_module(model: Any, called: str) -> None:
-    """Raise ``ValueError`` unless ``model`` is an ``nn.Module``."""
-    if isinstance(model, nn.Module):
+    """Raise ``ValueError`` unless ``model`` is an ``nn.Module``, and no program of TorchScript."""
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         return
     hint = "Pass the model itself."
-    if isinstance(model, str | os.PathLike):
+    if isinstance(model, torch.jit.ScriptModule):
+        hint = "TorchScript fixes the shapes: pass the model that was scripted or traced."
+    elif isinstance(model, str | os.PathLike):
         hint = "Build the model first, for example torchvision.models.resnet18(), and pass that."
     elif isinstance(model, type) and issubclass(model, nn.Module):
         hint = f"Pass an instance of it: {model.__name__}(…)."

@@ -1,6 +1,7 @@
 """Networks that a function of the user's own makes, and weights from a file."""
 
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import regrow
-from regrow.study.own_network import is_own, own_network
+from regrow.study.own_network import is_own, meant, own_network
 from regrow.study.own_weights import load_own_weights
 from regrow.study.trained import by_function
 from regrow.study.typed import Mistyped
@@ -48,6 +49,24 @@ def sized(classes, *, width):
 def forgets():
     Net()
 
+def wrong():
+    raise ValueError("my own")
+
+def ends():
+    raise SystemExit(3)
+
+def two_inputs():
+    class Two(Net):
+        def forward(self, x, y):
+            return super().forward(x) + y
+    return Two()
+
+def program():
+    return torch.jit.ScriptModule()
+
+def on_meta():
+    return Net().to("meta")
+
 made = Net()
 number = 3
 """
@@ -60,6 +79,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (home / "__init__.py").write_text("")
     (home / "sizes.py").write_text("WIDTH = 4\n")
     (home / "nets.py").write_text(NETS)
+    (home / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['x'])\n")
     (home / "broken.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
@@ -97,6 +117,7 @@ def test_a_function_and_a_class(function: str, width: int) -> None:
         ("own_package.nets:sized", r"takes the arguments classes, width: write a function that takes none"),
         ("own_package.nets:forgets", r"own_package.nets:forgets returned None, and not a network"),
         ("own_package.nets:Other", r"returned an Other, and not a network"),
+        ("own_package.nets:program", r"a ScriptModule, and not a network.* that makes what was scripted"),
         ("own_package.nets:made", r"is a network: give a function that takes no arguments and returns it"),
         ("own_package.nets:number", r"own_package.nets:number is an int: give a function"),
     ],
@@ -111,6 +132,50 @@ def test_an_error_in_the_users_own_code_surfaces() -> None:
         own_network("own_package.broken:build", "none")
 
 
+def test_a_value_error_in_the_users_own_code_keeps_its_traceback() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"own_package.nets:wrong raised an error: ValueError: my own"
+    ) as error:
+        own_network("own_package.nets:wrong", "none")
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("name", ["own_package.script:Net", "own_package.nets:ends"])
+def test_a_script_that_ends_python(name: str) -> None:
+    with pytest.raises(Mistyped, match=r'own_package.* ended Python .* below if __name__ == "__main__"'):
+        own_network(name, "none")
+
+
+def test_a_package_in_src() -> None:
+    Path("src/package_in_src").mkdir(parents=True)
+    with pytest.raises(Mistyped, match="It is in src: install your package, or write PYTHONPATH=src regrow"):
+        own_network("package_in_src.nets:build", "none")
+
+
+def test_a_network_without_numbers() -> None:
+    with pytest.raises(ValueError, match=r"own_package.nets:on_meta has tensors without numbers"):
+        own_network("own_package.nets:on_meta", "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own_package/nets.py:Net", ": write own_package.nets:Net, with the function"),
+        ("./nets.py", ": write nets:build, with the function"),
+        ("own_package.nets.build", ": did you mean own_package.nets:build?"),
+        ("own_package.nets", ": write own_package.nets:build, with the function"),
+        ("./own_package.nets:build()", ": write own_package.nets:build"),
+        ("resnet50.a1_in1k", ""),
+        ("mine.pth", ": name the function that builds its network, and add --weights mine.pth"),
+        ("runs/one", ": there is no such folder"),
+        ("resnet19", ""),
+    ],
+)
+def test_what_a_name_may_have_been_meant_as(name: str, message: str) -> None:
+    assert meant(name).startswith(message)
+    assert bool(meant(name)) == bool(message)
+
+
 def trained_state() -> dict[str, Tensor]:
     model = own_network("own_package.nets:build", "none")
     with torch.no_grad():
@@ -119,19 +184,55 @@ def trained_state() -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "parallel", "safetensors"])
-def test_weights(tmp_path: Path, kind: str) -> None:
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return OrderedDict((prefix + name, tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("file", "stored"),
+    [
+        ("w.pth", lambda s: s),
+        ("w.ckpt", lambda s: {"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": prefixed("net.", s)}),
+        ("w.bin", lambda s: {"model": s, "ema": prefixed("module.", s)}),
+        ("w.pth.tar", lambda s: {"model_state_dict": s, "best": torch.ones(1)}),
+        (
+            "w.pt",
+            lambda s: {"model": {"state_dict": s}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+        ),
+        ("w.pth", lambda s: prefixed("module.", s)),
+        ("w.pth", lambda s: prefixed("_orig_mod.module.", s)),
+        ("w.pth", lambda s: {"n_averaged": torch.ones(1), **prefixed("module.", s)}),
+        ("w.safetensors", lambda s: s),
+        ("w.safetensors", lambda s: prefixed("_orig_mod.", s)),
+    ],
+)
+def test_weights(tmp_path: Path, file: str, stored: Any) -> None:
     state = trained_state()
-    file = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
-    if kind == "safetensors":
-        save_file(state, file)
-    else:
-        prefix = "module." if kind == "parallel" else ""
-        stored: Any = OrderedDict((prefix + name, tensor) for name, tensor in state.items())
-        epoch = {"epoch": 3, "optimizer": {"lr": 0.1}}
-        torch.save({**epoch, kind: stored} if kind in ("state_dict", "model") else stored, file)
-    found = own_network("own_package.nets:build", str(file)).state_dict()
+    (save_file if file == "w.safetensors" else torch.save)(stored(state), tmp_path / file)
+    found = own_network("own_package.nets:build", str(tmp_path / file)).state_dict()
     assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_a_compiled_network_takes_weights_saved_without_the_wrapper(tmp_path: Path) -> None:
+    model = torch.compile(nn.Linear(2, 2))
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
+    load_own_weights(model, tmp_path / "w.pth", "nets:compiled")
+    assert torch.equal(model.weight, torch.load(tmp_path / "w.pth")["weight"])
+
+
+def test_a_network_whose_layers_have_no_shape_yet(tmp_path: Path) -> None:
+    model, trained = nn.LazyLinear(2), nn.Linear(3, 2)
+    torch.save(prefixed("net.", trained.state_dict()), tmp_path / "w.pth")
+    load_own_weights(model, tmp_path / "w.pth", "nets:lazy")
+    assert torch.equal(model.weight, trained.weight)
+
+
+def test_what_is_not_the_networks_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    state = trained_state()
+    torch.save({**prefixed("net.", state), "loss.weight": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="begins with 'net.' is loaded, and 'loss.weight' left out"):
+        found = own_network("own_package.nets:build", str(tmp_path / "w.pth")).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
@@ -170,7 +271,12 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
             lambda s: {**s, "head.weight": torch.ones(3, 4)},
             r"'head.weight' has shape \[3, 4\] in the file and \[10, 4\] in the network[.]",
         ),
-        (lambda s: {"net": s, "epoch": 3}, "holds a dict with 'net', 'epoch', and not a state dict"),
+        (lambda s: {**s, "epoch": 3}, "the network has no 'epoch'[.]"),
+        (lambda s: {"net": s, "ema": s}, "more than once, under 'net', 'ema': save the one that you mean"),
+        (lambda s: prefixed("a.", s) | prefixed("b.", s), "more than once, under 'a', 'b': save"),
+        (lambda s: prefixed("a.", without(s, "head.bias")), "w.pth does not fit .* it lacks 'head.bias'[.]"),
+        (lambda _: {"lr": 0.1, "epoch": 3}, "holds a dict with 'lr', 'epoch', and no state dict in it"),
+        (lambda s: {"state_dict": s, "args": Namespace(lr=1)}, r"more than tensors [(]argparse.Namespace[)]"),
         (lambda _: [1], "holds a list, and not a state dict"),
         (lambda _: nn.Linear(2, 2), r"holds more than tensors.*save model.state_dict\(\)"),
     ],
@@ -181,16 +287,19 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Any, message: str) -> N
         own_network("own_package.nets:build", str(tmp_path / "w.pth"))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("file", "message"),
     [
         (None, "pass the weights of own_package.nets:build: --weights FILE"),
         ("missing.pth", "there is no file --weights missing.pth"),
-        ("IMAGENET1K_V1", "must end in .safetensors, .pth or .pt"),
+        ("IMAGENET1K_V1", "must end in .safetensors, .pth, .pt, .ckpt, .bin or .tar"),
         ("folder.pt", "folder.pt is a folder"),
         ("empty.pth", "empty.pth is not a whole file of torch.save"),
         ("empty.safetensors", "empty.safetensors is not a whole safetensors file"),
-        ("text.pth", "text.pth is damaged, or holds more than tensors"),
+        ("text.pth", "text.pth is damaged, or holds more than tensors, which"),
+        ("half.pth", "half.pth is not a whole file of torch.save"),
+        ("script.pt", "script.pt holds a program of TorchScript"),
     ],
 )
 def test_files_that_are_no_weights(file: str | None, message: str) -> None:
@@ -198,6 +307,10 @@ def test_files_that_are_no_weights(file: str | None, message: str) -> None:
     Path("empty.pth").write_bytes(b"")
     Path("empty.safetensors").write_bytes(b"")
     Path("text.pth").write_text("weights")
+    torch.save({"a": torch.ones(9)}, "half.pth")
+    Path("half.pth").write_bytes(Path("half.pth").read_bytes()[:800])
+    if file == "script.pt":
+        torch.jit.save(torch.jit.trace(nn.Identity(), torch.ones(1)), file)
     with pytest.raises(ValueError, match=message):
         own_network("own_package.nets:build", file)
 
@@ -228,3 +341,12 @@ def test_a_network_that_gives_no_scores_of_classes() -> None:
 def test_without_pictures() -> None:
     found = by_function("own_package.nets:build", weights="none", image_size=12, device="cpu")
     assert found.example.shape == (1, 1, 12, 12)
+
+
+@pytest.mark.parametrize("data", ["digits", None])
+def test_a_network_that_takes_no_pictures(data: str | None) -> None:
+    message = (
+        r"not take pictures of .* with 1 channel \(TypeError: .*missing.* 'y'\): .*regrow.prune in Python"
+    )
+    with pytest.raises(ValueError, match=message):
+        by_function("own_package.nets:two_inputs", weights="none", data=data, device="cpu")

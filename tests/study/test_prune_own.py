@@ -75,13 +75,20 @@ def test_to_small_files(weights: Path, tmp_path: Path) -> None:
         (["own_nets:make", "--weights", "mine.pth"], "own_nets has no function 'make'"),
         (["own_nets:nn.Linear", "--weights", "mine.pth"], "takes the arguments in_features, out_features"),
         (["own_nets:nn.Identity", "--weights", "mine.pth"], "the network has no '0.weight', '0.bias', "),
+        (["own_nets.build", "--weights", "none"], "did you mean own_nets:build?"),
+        (["own_nets:build", "--weights", "none", "--data", "pictures"], "--data folder --data-dir pictures"),
+        (
+            ["own_nets:build", "--weights", "none", "--fraction", "50%"],
+            "--fraction takes a share such as 0.5",
+        ),
+        (["own_nets:build", "--weights", "none", "--image-size", "2"], "image_size: input should be greater"),
         (["own_nets:build"], "pass the weights of own_nets:build: --weights FILE"),
         (["own_nets:build", "--weights", "other.pth"], "there is no file --weights other.pth"),
     ],
 )
 @pytest.mark.usefixtures("weights")
 def test_what_is_refused_before_anything_is_written(arguments: list[str], message: str) -> None:
-    refused = CliRunner().invoke(app, ["prune", *arguments, *PICTURES, "--fraction", "0.5", "--out", "out"])
+    refused = CliRunner().invoke(app, ["prune", *PICTURES, "--fraction", "0.5", "--out", "out", *arguments])
     assert isinstance(refused.exception, ValueError)
     assert message in str(refused.exception)
     assert not Path("out").exists()

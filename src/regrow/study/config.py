@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -403,7 +404,9 @@ def _check_names(settings: Mapping[str, Any]) -> None:
         kind = RunConfig.model_fields[key].annotation if key in RunConfig.model_fields else None
         names = get_args(kind) if get_origin(kind) is Literal else ()
         if names and isinstance(value, str) and value not in names:
-            raise ValueError(f"{key}: unknown name{nearest(value, names)} (got {value[:80]!r})")
+            folder = key == "data" and os.path.isdir(value)
+            hint = f". That is a folder: write --data folder --data-dir {line(value)}" if folder else ""
+            raise ValueError(f"{key}: unknown name{nearest(value, names)} (got {value[:80]!r}){hint}")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

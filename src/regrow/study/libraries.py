@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow.study.own_network import meant
 from regrow.study.typed import Mistyped
 from regrow.suggest import nearest
 
@@ -51,7 +52,7 @@ def library_model(name: str, weights: str) -> LibraryModel:
             return _timm(bare, weights)
         names += timm.list_models()
     hint = "" if importlib.util.find_spec("timm") else " timm is not installed: pip install 'regrow[timm]'."
-    known = nearest(bare, dict.fromkeys(names))
+    known = meant(name) or nearest(bare, dict.fromkeys(names))
     raise Mistyped(
         f"{name!r} is neither a run folder nor a network of torchvision or timm, and does not have the form "
         f"module.path:function{known}{hint}"

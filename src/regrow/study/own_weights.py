@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch import nn
 
+from regrow.callers import warn
 from regrow.given import kind_of
+from regrow.modules import unwrap
 from regrow.reading import check_plain
 from regrow.shipping.checkpoint import load
 from regrow.shipping.stored import CHECKSUM
 from regrow.short import line, listed, said, short
+from regrow.study.own_names import parts_for, same_shape
 from regrow.study.typed import Mistyped
 
-_PICKLED = (".pth", ".pt")
-_PARALLEL = "module."
+_PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".tar")
+SUFFIXES = (".safetensors", *_PICKLED)
+_AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _NAMED = 3  # keys of each kind that a message names
 
 
 def check_file(weights: Path) -> None:
     """Raise ``ValueError`` unless ``weights`` is a plain file with a name that ``load_own_weights`` takes."""
-    if weights.suffix not in (".safetensors", *_PICKLED):
+    if weights.suffix not in SUFFIXES:
         raise Mistyped(
-            f"--weights {line(weights)} is no file of weights: its name must end in .safetensors, .pth or "
-            ".pt."
+            f"--weights {line(weights)} is no file of weights: its name must end in .safetensors, "
+            f"{', '.join(_PICKLED[:-1])} or {_PICKLED[-1]}."
         )
     try:
         check_plain(weights, os.stat(weights))
@@ -44,14 +49,14 @@ def load_own_weights(model: nn.Module, weights: Path, name: str) -> None:
 
     Args:
         weights: safetensors, also as ``regrow.save`` writes them, with cuts; or what ``torch.save`` wrote: a
-            state dict, or a dict that has it as "state_dict" or "model". It is read with ``weights_only``.
-            Where all names begin with ``module.``, as ``DataParallel`` makes them, that is taken off.
+            state dict, or a dict that has it somewhere in it. It is read with ``weights_only``. A prefix of
+            all the network's names is taken off, such as ``module.`` or ``_orig_mod.``.
 
     Raises:
         ValueError: the file cannot be read, or does not fit; the message names the first keys.
     """
     if weights.suffix in _PICKLED:
-        state = _pickled(weights)
+        state: Mapping[str, Any] = _pickled(weights)
     else:
         try:
             with safe_open(weights, framework="pt") as file:
@@ -63,20 +68,20 @@ def load_own_weights(model: nn.Module, weights: Path, name: str) -> None:
         if CHECKSUM in described and "regrow" in described:
             load(model, weights)
             return
-    expected = model.state_dict()
-    if not all(each.startswith(_PARALLEL) for each in expected):
-        consume_prefix_in_state_dict_if_present(state, _PARALLEL)
+    network = unwrap(model)
+    expected = network.state_dict()
+    state = _part_for(state, expected, weights)
     wrong = [
         f"{short(each)} has shape {list(state[each].shape)} in the file and {list(tensor.shape)} in the "
         "network"
         for each, tensor in expected.items()
-        if each in state and isinstance(tensor, Tensor) and state[each].shape != tensor.shape
+        if each in state and not same_shape(state[each], tensor)
     ]
     reasons = wrong[:_NAMED]
     if len(wrong) > _NAMED:
         reasons.append(f"{len(wrong) - _NAMED} more have other shapes")
     if not wrong:
-        found = model.load_state_dict(state, strict=False)
+        found = network.load_state_dict(state, strict=False)
         if found.missing_keys:
             reasons.append(f"it lacks {listed(found.missing_keys)}")
         if found.unexpected_keys:
@@ -85,27 +90,53 @@ def load_own_weights(model: nn.Module, weights: Path, name: str) -> None:
         raise ValueError(f"{line(weights)} does not fit the network of {name}: {'; '.join(reasons)}.")
 
 
-def _pickled(weights: Path) -> dict[str, Tensor]:
+def _part_for(content: Mapping[str, Any], expected: Mapping[str, Any], weights: Path) -> Mapping[str, Any]:
+    """The state dict in ``content`` that is the network's, by the network's own names."""
+    parts = parts_for(content, expected)
+    if not parts:
+        raise ValueError(
+            f"{line(weights)} holds a dict with {listed(list(map(str, content)))}, and no state dict in it."
+        )
+    if len(parts) > 1:
+        raise ValueError(
+            f"{line(weights)} holds weights for the network more than once, under "
+            f"{listed([part.place for part in parts])}: save the one that you mean in a file by itself."
+        )
+    part = parts[0]
+    if part.others and part.others != [_AVERAGED]:
+        warn(
+            f"{line(weights)} holds more than the network: what begins with {short(part.prefix)} is loaded, "
+            f"and {listed(part.others)} left out."
+        )
+    return part.state
+
+
+def _pickled(weights: Path) -> Mapping[str, Any]:
     try:
-        found = torch.load(weights, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of TorchScript, and of protocols of pickle
+            warnings.simplefilter("ignore")
+            found = torch.load(weights, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{line(weights)} is damaged, or holds more than tensors, which could run code: save "
-            "model.state_dict() instead of the model."
+            f"{line(weights)} is damaged, or holds more than tensors{_more_than_tensors(weights)}, which "
+            "could run code: save model.state_dict() and nothing else."
         ) from None
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"{line(weights)} holds a program of TorchScript: save the state_dict() of the network that "
+                "was scripted or traced."
+            ) from None
         raise ValueError(f"{line(weights)} is not a whole file of torch.save: {line(error)}.") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-            break
-    if not isinstance(found, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
-        kind = (
-            f"a dict with {listed(list(map(str, found)))}" if isinstance(found, Mapping) else kind_of(found)
-        )
-        raise ValueError(
-            f'{line(weights)} holds {kind}, and not a state dict, nor one under "state_dict" or "model".'
-        )
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{line(weights)} holds {kind_of(found)}, and not a state dict.")
     return found
+
+
+def _more_than_tensors(weights: Path) -> str:
+    """The classes and functions that the file names, in brackets; empty where the file cannot be read."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(weights)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError):
+        return ""
+    return f" ({', '.join(sorted(named)[:_NAMED])})" if named else ""

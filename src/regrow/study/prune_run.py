@@ -102,8 +102,9 @@ def run_prune(
         check_choice(settled_scope, floor, round_to, "jointly" if coupled is None else coupled)
         if deploy not in (None, *_PRECISIONS):
             raise ValueError(f"unknown precision {short(deploy)}{nearest(str(deploy), _PRECISIONS)}")
-        if data is not None:
-            make_config({"data": data})
+        given = {"data": data, "threads": threads, "image_size": image_size}
+        given |= {"device": device, "data_dir": data_dir}
+        make_config({key: value for key, value in given.items() if value is not None})
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
     if (out / "results.json").exists():  # stands beside the page of a comparison
@@ -111,8 +112,6 @@ def run_prune(
             f"--out {out} has the report of a comparison, which the page of the cut would replace: "
             "give another folder."
         )
-    given = {"threads": threads, "image_size": image_size, "device": device, "data_dir": data_dir}
-    make_config({key: value for key, value in given.items() if value is not None})
     if threads is not None:
         torch.set_num_threads(threads)
     trained = _find(network, weights, data, data_dir, image_size, device)

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from regrow.log import first_line
+from regrow.looking.calls import PassFailed, call
 from regrow.reading import check_plain
 from regrow.shipping.stored import CHECKSUM, check_stored, checksum
 from regrow.short import line, said
@@ -225,7 +227,8 @@ def _with_pictures(
     if source["data"] is None:
         side = image_size or found.side or _SIDE
         example = torch.zeros(1, channels or 3, side, side, device=device)
-        model = found.model.to(device)
+        model = found.model.to(device).eval()
+        _scores(model, example, "pass another --image-size, or --data, or call regrow.prune in Python")
         return Trained(model, example, None, None, None, source, 0, "there are no pictures")
     splits = load_data(source["data"], data_dir=Path(data_dir) if data_dir else None, image_size=image_size)
     mean, std = found.mean or splits.mean, found.std or splits.std
@@ -234,6 +237,21 @@ def _with_pictures(
     if channels is None or splits.channels > 1:
         channels = splits.channels
     return _with_data(found.model, splits, mean, std, channels, device, source, 0)
+
+
+def _scores(model: nn.Module, example: Tensor, hint: str) -> Any:
+    """What ``model`` returns for ``example``. ``ValueError`` with ``hint`` if its pass fails."""
+    try:
+        with torch.no_grad():
+            return call(model, example)
+    except PassFailed as error:
+        channels, height, width = example.shape[1:]
+        cause = error.__cause__
+        reason = f"{type(cause).__name__}: {first_line(cause)}" if cause else first_line(error)
+        raise ValueError(
+            f"the network does not take pictures of {height}×{width} with {channels} "
+            f"channel{'' if channels == 1 else 's'} ({reason.rstrip('.')}): {hint}."
+        ) from cause
 
 
 def _with_data(
@@ -249,14 +267,7 @@ def _with_data(
     model = model.to(device).eval()
     feed: dict[str, Any] = {"mean": mean, "std": std, "device": device, "channels": channels}
     example = torch.zeros(1, channels, *splits.size, device=device)
-    with torch.no_grad():
-        try:
-            scores = model(example)
-        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"the network does not take pictures of {splits.size[0]}×{splits.size[1]} ({reason})."
-            ) from error
+    scores = _scores(model, example, "if it takes other inputs, call regrow.prune in Python")
     classes = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 2 else None
     judged, known = classes == len(splits.classes), len(splits.classes)
     unjudged = "" if judged else f"the network tells {classes} classes apart, and the pictures have {known}"
