@@ -91,7 +91,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 
 
 def test_nothing_left_says_what_there_was():
-    with pytest.raises(ValueError, match=r"the model has 1, 0 are excluded.*0: grouped"):
+    with pytest.raises(ValueError, match=r"the model has 1, 0 are excluded.*'0': grouped"):
         eligible(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)))
     with pytest.raises(ValueError, match="the model has 0"):
         eligible(nn.Linear(2, 2))

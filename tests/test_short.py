@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.short import line, said, short
+from regrow.short import by_reason, line, said, short
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -48,6 +48,11 @@ def test_a_text_becomes_one_line_that_keeps_both_ends():
     assert (len(cut), cut[:6], cut[-4:]) == (60, "beginx", "xend")
     assert line("q" * 200) == "q" * 200
     assert len(line("q" * 201)) == 200
+
+
+def test_a_reason_is_given_once_with_the_first_names_that_have_it():
+    reasons = {"a": "frozen", "b": "grouped", **dict.fromkeys("cdef", "frozen")}
+    assert by_reason(reasons) == "'a', 'c', 'd' and 2 more: frozen; 'b': grouped"
 
 
 def test_an_error_of_the_system_names_the_users_file_and_no_number():

@@ -12,6 +12,7 @@ from regrow.given import check_mapping, names_given, tensor_given
 from regrow.marks import borrowed_weight, check_whole
 from regrow.modules import CONVOLUTION_CLASSES, Convolution, unwrap
 from regrow.numbers import at_least_float32, numbers
+from regrow.short import by_reason
 from regrow.suggest import nearest
 from regrow.torch_private import own_parameters
 
@@ -110,12 +111,12 @@ def eligible(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, Convolu
             )
     if not found:
         why = {name: reason for name, reason in unusable.items() if name not in dropped}
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in {**why, **known}.items())
+        reasons = by_reason({**why, **known})
         raise ValueError(
             f"no convolution is left to work on: the model has {len(every)}, {len(dropped)} are excluded"
             + (f", and these cannot be used: {reasons}" if reasons else "")
-            + ". Exclude fewer layers, or pass a model with convolutions (Conv1d to Conv3d, ConvTranspose1d "
-            "to ConvTranspose3d) of two or more filters."
+            + ". Exclude fewer layers, unfreeze some (requires_grad_(True)), or pass a model with "
+            "convolutions (Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d) of two or more filters."
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _VALUE, _LINE = 80, 200
@@ -52,6 +52,14 @@ def listed(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(short, names[:3])) + more
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Each reason once, behind the first names that have it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{listed(those)}: {reason}" for reason, those in names.items())
 
 
 def said(error: OSError, path: str | os.PathLike[str], done: str) -> OSError:

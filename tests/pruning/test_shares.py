@@ -52,6 +52,6 @@ def test_what_shares_cannot_be(shares: dict, scope: str, message: str) -> None:
 def test_a_name_that_means_only_whole_layers_is_refused_with_the_reasons() -> None:
     whole = {"stem": "excluded", "head": "the output", "layer1.0.a": "grouped"}
     check_reach({"layer1": 0.5, "layer1.0": 0.5}, NAMES, whole)
-    for name, reason in (("stem", "stem: excluded"), ("head", "head: the output")):
+    for name, reason in (("stem", "'stem': excluded"), ("head", "'head': the output")):
         with pytest.raises(ValueError, match=f"fraction names '{name}', where .*{reason}"):
             check_reach({"layer1": 0.5, name: 0.1}, NAMES, whole)

@@ -84,7 +84,7 @@ def test_models_there_is_nothing_to_do_on():
     )
     grouped(X)
     for model, message in (
-        (grouped, "the model has 2, 0 are excluded, and these cannot be used: 0: grouped"),
+        (grouped, "the model has 2, 0 are excluded, and these cannot be used: '0', '1': grouped"),
         (nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), "the model has 0"),
         (build().requires_grad_(False), "its weight is frozen"),
         (FullyShardedDataParallel(build()), "Use DDP instead of FSDP"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from regrow.criteria.select import check_selection
 from regrow.filters import excluded
+from regrow.short import by_reason
 
 
 def check_shares(shares: Mapping[Any, Any], scope: str) -> None:
@@ -55,8 +56,7 @@ def check_reach(shares: Mapping[str, float], names: Iterable[str], whole: Mappin
     for name in shares:
         meant = sorted(excluded(name, names))
         if all(layer in whole for layer in meant):
-            reasons = "; ".join(f"{layer}: {whole[layer]}" for layer in meant[:3])
+            reasons = by_reason({layer: whole[layer] for layer in meant})
             raise ValueError(
-                f"fraction names {name!r}, where no filter can be removed ({reasons}"
-                f"{'; …' if len(meant) > 3 else ''}). Leave it out."
+                f"fraction names {name!r}, where no filter can be removed ({reasons}). Leave it out."
             )

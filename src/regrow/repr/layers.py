@@ -12,7 +12,7 @@ from torch import nn
 from regrow.filters import check_finite, convolutions, eligible, excluded, left_out
 from regrow.modules import unwrap
 from regrow.repr.slots import stepping
-from regrow.short import listed
+from regrow.short import by_reason, listed
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, silent_entries
 from regrow.torch_private import own_parameters
@@ -83,9 +83,9 @@ def _left_out(
             if any(not parameter.requires_grad for parameter in affine):
                 reasons.setdefault(name, f"the norm behind it, {norm!r}, is frozen")
     if len(reasons) == len(every):
-        left = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(
-            f"no convolution is left to work on ({left}). Exclude fewer layers, or pass skip_first=False."
+            f"no convolution is left to work on ({by_reason(reasons)}). Exclude fewer layers, unfreeze some "
+            "(requires_grad_(True)), or pass skip_first=False."
         )
     return reasons
 

@@ -17,6 +17,7 @@ from regrow.repr.ranks import copy_from_first, group_of
 from regrow.restarts.fresh import Fresh, fresh_values
 from regrow.restarts.memory import Memory
 from regrow.restarts.saved import VERSION
+from regrow.short import by_reason
 from regrow.suggest import nearest
 from regrow.torch_private import own_parameters
 
@@ -189,5 +190,5 @@ def _told(found: Fresh, notes: list[str]) -> dict[str, Any]:
 
 
 def _nothing(found: Fresh) -> str:
-    listed = "; ".join(f"{name}: {why}" for name, why in list(found.left_out.items())[:3])
-    return f"no parameter is left to draw anew{f' ({listed})' if listed else ''}."
+    reasons = by_reason(found.left_out)
+    return f"no parameter is left to draw anew{f' ({reasons})' if reasons else ''}."

@@ -22,6 +22,7 @@ from regrow.modules import (
 from regrow.restarts.fresh import drawn_rows
 from regrow.restarts.linear import linear_readers
 from regrow.restarts.seeds import seed_of
+from regrow.short import by_reason
 from regrow.structure.read import read_structure
 from regrow.structure.readers import Readers, column_mask, per_channel_tensors
 from regrow.torch_private import own_parameters
@@ -62,8 +63,7 @@ def find_units(model: nn.Module, example_inputs: Any) -> Units:
         else:
             layers[name] = found
     if not layers:
-        listed = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-        raise ValueError(f"no layer is left to work on ({listed}).")
+        raise ValueError(f"no layer is left to work on ({by_reason(reasons)}).")
     return Units(layers, reasons)
 
 
