@@ -62,9 +62,9 @@ def own_network(name: str, weights: str | None) -> nn.Module:
 
     Raises:
         ValueError: there is no such module or function, it takes arguments, or what it returns is no network;
-            the errors of ``load_own_weights``. Other
-            errors of the user's own code surface with their traceback: a ``ValueError`` as the cause of a
-            ``RuntimeError``.
+            the errors of ``load_own_weights``.
+        RuntimeError: the user's own code raised a ``ValueError``, an ``ArithmeticError`` or an ``OSError``,
+            which is the cause. Its other errors surface as they are.
     """
     if weights is None:
         raise Mistyped(
