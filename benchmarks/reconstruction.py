@@ -251,7 +251,9 @@ def page(found: dict[str, Any]) -> str:
         "say so had one epoch of 4,000 training pictures with their labels, at a rate that falls from",
         f"{RATES[0]} or {RATES[1]} to 0, whichever was better on the next 1,000 training pictures (660 for",
         "the ResNets). The uncut networks had been trained on all these pictures.",
-        "VGG-16 and MobileNetV2 have half their usual width. Machine: "
+        "VGG-16 and MobileNetV2 have half their usual width. `python benchmarks/reconstruction.py --weights",
+        "FOLDER --pictures CIFAR10 --nets NET` measures the rows of a network, `--tune` those with training",
+        "too, and `--images 128 --quick` those of another number of images. Machine: "
         f"{found['machine']}, {found['threads']} thread, torch {found['torch']}, regrow {found['regrow']}.",
     ]
     kinds = dict.fromkeys((row["net"], row["images"]) for row in found["rows"])
