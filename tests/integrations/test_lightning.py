@@ -154,7 +154,7 @@ def test_only_steps_of_the_nets_optimizer_count_also_those_that_lightning_does_n
 
 
 class StepsTwice(StepsByHand):
-    def training_step(self, batch, number):
+    def training_step(self, batch, _):
         super().training_step(batch, 2)
         super().training_step(batch, 2)
 

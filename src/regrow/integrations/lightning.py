@@ -66,8 +66,8 @@ class RePr(_OnAPart):
             ``example_input_array``.
         module: qualified name of the part to work on, ``""`` for the LightningModule itself. None takes the
             only child that has trained convolutions, or the LightningModule if several have.
-        per: what ``full`` and ``sub`` count: ``"epoch"``, or ``"step"`` of the optimizer that trains the part.
-            An epoch without such a step is not counted, nor one in which weight averaging measures norms.
+        per: what ``full`` and ``sub`` count: ``"epoch"``, or ``"step"`` of the part's optimizer. An epoch
+            without such a step is not counted, nor one in which weight averaging measures norms.
         settings: all other arguments of ``regrow.RePr``.
 
     Attributes:
