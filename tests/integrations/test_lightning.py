@@ -365,7 +365,9 @@ def test_what_is_wrong_is_said_before_training():
 def test_a_checkpoint_from_before_the_callbacks_is_one_to_begin_with(tmp_path):
     fitted(ModelCheckpoint(tmp_path, filename="plain"), saves=True, epochs=1)
     callback, fit = RePr(**SETTINGS), Fits()
-    trainer(callback, Bridgeout(p=0.2), epochs=6).fit(fit, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    trainer(callback, Bridgeout(p=0.2), epochs=6).fit(
+        fit, ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+    )
     assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
     assert callback.state_dict()["cycle"]["step"] == 5
     assert is_plain(fit)
