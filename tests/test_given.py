@@ -163,6 +163,8 @@ NO_INPUTS = {
     "an iterator": (iter([X]), "a list_iterator"),
     "a generator": ((x for x in X), "a generator"),
     "a model": (Net(), "a Net"),
+    "an empty batch": (X[:0], r"a tensor \[0, .*There are no numbers in it"),
+    "a dictionary of empty batches": ({"x": X[:0], "flag": None}, r"a dict\. There are no numbers in it"),
 }
 
 

@@ -56,7 +56,10 @@ def check_module(model: Any, called: str) -> None:
 
 
 def check_inputs(example_inputs: Any, called: str) -> None:
-    """Raise ``ValueError`` if ``example_inputs`` are of a kind that no model takes: a loader, an array, …"""
+    """Raise ``ValueError`` if ``example_inputs`` are of a kind that no model takes: a loader, an array, …
+
+    Tensors without numbers are refused too: on these, all networks are equal.
+    """
     hint = ""
     if isinstance(example_inputs, DataLoader):
         hint = "Pass one batch of it without the labels, such as next(iter(loader))[0][:1]."
@@ -66,11 +69,22 @@ def check_inputs(example_inputs: Any, called: str) -> None:
         hint = "Pass a tensor, such as torch.from_numpy(array)[:1]."
     elif example_inputs is None or isinstance(example_inputs, _NO_INPUTS):
         hint = "Pass one picture, such as x[:1]."
+    elif _are_empty(example_inputs):
+        hint = "There are no numbers in it: pass one picture, such as x[:1]."
     if hint:
         raise ValueError(
             f"{called} takes as example_inputs what the model takes: a tensor, a tuple of arguments, a dict "
             f"of keywords, and got {kind_of(example_inputs)}. {hint}"
         )
+
+
+def _are_empty(inputs: Any) -> bool:
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    elif not isinstance(inputs, tuple | list):
+        inputs = [inputs]
+    sizes = [value.numel() for value in inputs if isinstance(value, Tensor)]
+    return bool(sizes) and not any(sizes)
 
 
 def check_optimizer(optimizer: Any, called: str) -> None:

@@ -124,6 +124,48 @@ def test_steps_are_counted_in_steps_of_the_optimizer():
     assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
 
 
+class StepsByHand(Fits):
+    """Two optimizers: that of the head steps in each batch, that of the net once an epoch, past Lightning."""
+
+    def __init__(self, raw: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.raw, self.head = False, raw, nn.Linear(3, 3)
+
+    def training_step(self, batch, number):
+        for_net, for_head = self.optimizers(use_pl_optimizer=not self.raw)
+        self.manual_backward(nn.functional.cross_entropy(self.head(self.net(batch[0])), batch[1]))
+        for_head.step()
+        if number == 2:
+            for_net.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.net, self.head)]
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_only_steps_of_the_nets_optimizer_count_also_those_that_lightning_does_not_see(per, raw):
+    callback, fit = RePr(per=per, **SETTINGS), StepsByHand(raw)
+    trainer(callback).fit(fit)
+    assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
+    assert callback.state_dict()["cycle"]["step"] == 5
+    optimizer = fit.optimizers(use_pl_optimizer=False)[0]
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class StepsTwice(StepsByHand):
+    def training_step(self, batch, _):
+        super().training_step(batch, 2)
+        super().training_step(batch, 2)
+
+
+def test_several_steps_in_a_batch_all_count():
+    callback = RePr(per="step", **{**SETTINGS, "full": 6, "sub": 6})
+    trainer(callback, epochs=3).fit(StepsTwice(False))  # 6 steps an epoch
+    assert [(event.kind, event.step) for event in callback.events] == [("drop", 6), ("restore", 12)]
+    assert callback.state_dict()["cycle"]["step"] == 18
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4])
 @pytest.mark.parametrize("module", [Fits, Validates], ids=["at the epoch's end", "after the validation"])
 def test_a_fit_goes_on_where_the_checkpoint_was_written(tmp_path, module, epochs):
@@ -318,6 +360,17 @@ def test_what_is_wrong_is_said_before_training():
         Bridgeout(strength=0.3)
     with pytest.raises(ValueError, match="no part of Fits, which has 'net'"):
         fitted(RePr(module="backbone"))
+
+
+def test_a_checkpoint_from_before_the_callbacks_is_one_to_begin_with(tmp_path):
+    fitted(ModelCheckpoint(tmp_path, filename="plain"), saves=True, epochs=1)
+    callback, fit = RePr(**SETTINGS), Fits()
+    trainer(callback, Bridgeout(p=0.2), epochs=6).fit(
+        fit, ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+    )
+    assert [(event.kind, event.step) for event in callback.events] == [("drop", 2), ("restore", 4)]
+    assert callback.state_dict()["cycle"]["step"] == 5
+    assert is_plain(fit)
 
 
 def test_a_checkpoint_with_other_settings_is_refused_and_the_model_is_plain(tmp_path):

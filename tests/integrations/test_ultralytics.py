@@ -185,6 +185,30 @@ def test_a_training_that_broke_off_goes_on_in_the_sub_phase(
     assert watch.zero == [sum(map(len, restored.filters.values()))] * 2 + [0] * 2
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_both_may_break_off_in_the_sub_phase_and_go_on_in_either_order(
+    yolo_class: Any, new: Callable[[], Any], data: Path, tmp_path: Path, order: int
+) -> None:
+    def add(yolo: Any) -> Any:
+        adding = [lambda: add_bridgeout(yolo, p=0.05), lambda: add_repr(yolo, **CYCLE)][::order]
+        return next(filter(None, [call() for call in adding]))
+
+    first = new()
+    add(first)
+    watch = Watch(first, stop_after=0)
+    with pytest.raises(KeyboardInterrupt):  # and no error of regrow's
+        first.train(data=data, project=tmp_path, name="run", **{**TRAINING, "epochs": 2})
+    assert regrow_classes(watch.net) == set()
+    again = yolo_class(tmp_path / "run" / "weights" / "last.pt")
+    after = add(again)
+    again.train(resume=True)
+    assert [(each.kind, each.step) for each in after.events] == [("restore", 2)]
+    with pytest.raises(ValueError, match=r"callbacks of RePr already; yolo\.reset_callbacks\(\)"):
+        add_repr(again, **CYCLE)
+    again.reset_callbacks()
+    add(again)
+
+
 def test_a_run_without_a_state_is_not_resumed(
     yolo_class: Any, new: Callable[[], Any], data: Path, tmp_path: Path
 ) -> None:

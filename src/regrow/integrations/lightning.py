@@ -21,6 +21,7 @@ from regrow.noise.layers import add_bridgeout, bridgeout_state, load_bridgeout_s
 from regrow.repr import cycle as own_loop
 from regrow.repr.events import Event
 from regrow.repr.ranks import group_of
+from regrow.repr.slots import stepping
 
 _Base: Any = type("_Base", callback_bases(), {})
 
@@ -65,8 +66,8 @@ class RePr(_OnAPart):
             ``example_input_array``.
         module: qualified name of the part to work on, ``""`` for the LightningModule itself. None takes the
             only child that has trained convolutions, or the LightningModule if several have.
-        per: what ``full`` and ``sub`` count: ``"epoch"``, or ``"step"`` of the optimizer. An epoch without a
-            step of the optimizer is not counted, nor one in which weight averaging measures norms.
+        per: what ``full`` and ``sub`` count: ``"epoch"``, or ``"step"`` of the part's optimizer. An epoch
+            without such a step is not counted, nor one in which weight averaging measures norms.
         settings: all other arguments of ``regrow.RePr``.
 
     Attributes:
@@ -88,19 +89,17 @@ class RePr(_OnAPart):
         self.cycle: own_loop.RePr | None = None
         self.events: list[Event] = []
         self._norms: list[nn.Module] = []
-        self._counted = self._epoch = 0
+        self._steps = self._counted = self._epoch = 0
+        self._handle: Any = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # By now the model is on its device, and its states and the optimizer's are loaded.
         name = self._part(pl_module)
         net = pl_module.get_submodule(name)
         self.cycle, self.events = None, []
-        cycle = own_loop.RePr(
-            net,
-            optimizer_of(net, trainer.optimizers),
-            example_inputs=self._inputs(trainer, pl_module),
-            **self._settings,
-        )
+        optimizer = optimizer_of(net, trainer.optimizers)
+        inputs = self._inputs(trainer, pl_module)
+        cycle = own_loop.RePr(net, optimizer, example_inputs=inputs, **self._settings)
         try:
             if (group := group_of(trainer.model)) is not None:
                 cycle.join(group)
@@ -112,12 +111,18 @@ class RePr(_OnAPart):
             cycle.remove()
             raise
         self.cycle, self._norms = cycle, with_momentum(net)
-        self._counted = self._state.get("counted", trainer.global_step)
+        # Lightning's global_step counts the steps of all optimizers, and none that goes past Lightning.
+        self._steps = self._state.get("steps", trainer.global_step)
+        self._counted = self._state.get("counted", self._steps)
+        self._handle = stepping(optimizer)[0].register_step_post_hook(self._note_step)
         self._epoch = self._state.get("epoch", trainer.current_epoch)
         if self._per == "epoch" and self._epoch < trainer.current_epoch:
             # The checkpoint is from the last step of an epoch: Lightning goes on with the next epoch, and
             # leaves out the hook at the end of that one.
-            self._count(trainer)
+            self._count()
+
+    def _note_step(self, *_: Any) -> None:
+        self._steps += 1
 
     def _inputs(self, trainer: Any, pl_module: Any) -> Any:
         inputs = self._example_inputs
@@ -131,19 +136,21 @@ class RePr(_OnAPart):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self._epoch = trainer.current_epoch
         if self._per == "step":
-            self._count(trainer)
+            self._count()
 
-    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_epoch_end(self, *_: Any) -> None:
         if self._per == "epoch":
-            self._count(trainer)
+            self._count()
 
-    def _count(self, trainer: Any) -> None:
+    def _count(self) -> None:
         # The hooks also run after accumulated batches, and again after a resume.
-        if self.cycle is None or trainer.global_step <= self._counted or measures(self._norms):
+        if self.cycle is None or self._steps <= self._counted or measures(self._norms):
             return
-        self._counted = trainer.global_step
-        if (event := self.cycle.step()) is not None:
-            self.events.append(event)
+        times = self._steps - self._counted if self._per == "step" else 1
+        self._counted = self._steps
+        for _ in range(times):
+            if (event := self.cycle.step()) is not None:
+                self.events.append(event)
 
     def on_train_end(self, *_: Any) -> None:
         dropped = self.cycle is not None and self.cycle.phase == "sub"
@@ -158,13 +165,15 @@ class RePr(_OnAPart):
         """End the cycle: a plain model and a plain optimizer. A second call does nothing."""
         if self.cycle is not None:
             self._state = self.state_dict()  # for checkpoints that are written later
+            self._handle.remove()
             self.cycle.remove()
             self.cycle = None
 
     def state_dict(self) -> dict[str, Any]:
         if self.cycle is None:
             return dict(self._state)
-        return {"cycle": self.cycle.state_dict(), "counted": self._counted, "epoch": self._epoch}
+        counts = {"steps": self._steps, "counted": self._counted, "epoch": self._epoch}
+        return {"cycle": self.cycle.state_dict(), **counts}
 
 
 class Bridgeout(_OnAPart):

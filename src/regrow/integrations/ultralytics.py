@@ -36,8 +36,8 @@ def add_repr(
         An object with ``events``, what happened, and ``cycle``, the ``regrow.RePr`` while training lasts.
 
     Raises:
-        ValueError: this is no network of Ultralytics. When training begins: what ``regrow.RePr`` raises, or
-            a resumed run has no state beside its checkpoint.
+        ValueError: this is no network of Ultralytics, or one with the callbacks of ``add_repr``. When
+            training begins: what ``regrow.RePr`` raises, or a resumed run has no state beside its checkpoint.
         TypeError: ``regrow.RePr`` takes no such argument.
     """
     check_repr(example_inputs, "epoch", settings)
@@ -50,13 +50,14 @@ def add_bridgeout(
     """Let ``yolo.train()`` draw Batch Bridgeout's noise: ``regrow.add_bridgeout`` on the backbone and neck.
 
     Args:
-        yolo: as in ``add_repr``. Call ``add_bridgeout`` ahead of ``add_repr`` where you want both.
+        yolo: as in ``add_repr``. You may call both, in either order.
         p, q: see ``regrow.bridgeout``.
         exclude: as in ``add_repr``.
         settings: all other arguments of ``regrow.add_bridgeout``.
 
     Raises:
-        ValueError: as in ``add_repr``.
+        ValueError: this is no network of Ultralytics, or one with the callbacks of ``add_bridgeout``. When
+            training begins: as in ``add_repr``.
         TypeError: ``regrow.add_bridgeout`` takes no such argument.
     """
     settings = {"p": p, "q": q, "exclude": exclude, **settings}

@@ -18,6 +18,7 @@ from regrow.repr import cycle as own_loop
 from regrow.repr.events import Event
 
 _STATE = "last.regrow.pt"
+_BEGIN = "on_train_start"
 
 
 class InTraining:
@@ -27,11 +28,16 @@ class InTraining:
 
     def __init__(self, yolo: Any, settings: dict[str, Any]) -> None:
         head_of(yolo.model)
+        if any(type(getattr(call, "__self__", None)) is type(self) for call in yolo.callbacks[_BEGIN]):
+            raise ValueError(
+                f"this model has the callbacks of {self.key} already; yolo.reset_callbacks() takes off all "
+                "callbacks, also those of others."
+            )
         self._settings = settings
         self._net: nn.Module | None = None
         self._ema: nn.Module | None = None
         for event, call in (
-            ("on_train_start", self.on_train_start),
+            (_BEGIN, self.on_train_start),
             ("on_train_epoch_start", self.on_train_epoch_start),
             ("on_train_epoch_end", self.on_train_epoch_end),
             ("on_model_save", self.on_model_save),
@@ -164,11 +170,18 @@ class Bridgeout(InTraining):
 
     key = "Bridgeout"
 
+    def __init__(self, yolo: Any, settings: dict[str, Any]) -> None:
+        super().__init__(yolo, settings)
+        # Ahead of a RePr's: no noise can be added while filters are dropped, as they are after a resume.
+        calls = yolo.callbacks[_BEGIN]
+        calls.insert(0, calls.pop())
+
     def _put_on(self, trainer: Any, net: nn.Module, settings: dict[str, Any]) -> None:
         del trainer
         add_bridgeout(net, **settings)
 
     def _take_off(self, net: nn.Module) -> None:
+        own_loop.release(net)  # no noise can be removed while filters are dropped
         remove_bridgeout(net)
 
     def _go_back(self, ema: Any) -> None:
