@@ -1,5 +1,6 @@
 """What every test shares: one thread, reproducible draws, and small nets to work on."""
 
+import gc
 import logging
 import os
 import sys
@@ -33,6 +34,12 @@ def _server() -> None:
 
 def pytest_configure() -> None:
     devices.device_wanted()  # a name that makes no sense ends the run before it begins
+
+
+def pytest_collection_finish() -> None:
+    # A collection of garbage walks all objects but the frozen ones: the imported modules have a million.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
