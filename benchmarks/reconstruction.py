@@ -87,6 +87,7 @@ CHOICES: dict[str, dict[str, Any]] = {
         "criterion": "reconstruction", "scope": "balanced", "coupled": "jointly",
     },
 }  # fmt: skip
+IMAGES = 512  # of the tables by shares
 RATES = (0.01, 0.001)  # at which one epoch of training begins
 HOWS = ("removed", "re-estimated", "means", "matched", "least-squares")
 ROWS = [
@@ -256,33 +257,67 @@ def page(found: dict[str, Any]) -> str:
         "too, and `--images 128 --quick` those of another number of images. Machine: "
         f"{found['machine']}, {found['threads']} thread, torch {found['torch']}, regrow {found['regrow']}.",
     ]
-    kinds = dict.fromkeys((row["net"], row["images"]) for row in found["rows"])
-    for net, images in kinds:
-        rows = [row for row in found["rows"] if (row["net"], row["images"]) == (net, images)]
-        shares = sorted({row["macs"] for row in rows if row["macs"] < 1}, reverse=True)
-        whole = next(row for row in rows if row["how"] == "uncut")
-        uncut = whole["accuracy"]
-        trained_on = f", and {whole['tuned']:.1f} after one epoch of training" if "tuned" in whole else ""
-        lines += ["", f"## {net}, {images} images, uncut {uncut:.1f}{trained_on}", ""]
-        tests = rows[0]["tests"]
-        lines += [
-            f"{tests:,} test pictures: a standard error of {error(uncut, tests)} to {error(50, tests)}.",
-            "",
-        ]
-        lines.append("| which filters | made up for | " + " | ".join(f"{share:g}" for share in shares) + " |")
-        lines.append("|---|---|" + "--:|" * len(shares))
-        for choice, how in dict.fromkeys(
-            (row["choice"], row["how"]) for row in rows if row["how"] != "uncut"
-        ):
-            cells = {row["macs"]: row for row in rows if (row["choice"], row["how"]) == (choice, how)}
-            shown = [f"{cells[share]['accuracy']:.1f}" if share in cells else "" for share in shares]
-            tuned = [
-                f"{cells[share]['tuned']:.1f}" if "tuned" in cells.get(share, ()) else "" for share in shares
-            ]
-            lines.append(f"| {choice} | {how} | " + " | ".join(shown) + " |")
-            if any(tuned):
-                lines.append(f"| | … and one epoch of training | {' | '.join(tuned)} |")
+    for net in dict.fromkeys(row["net"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["net"] == net]
+        lines += of_shares(net, [row for row in rows if row["images"] == IMAGES])
+        lines += of_images(net, [row for row in rows if row["how"] == "least-squares"])
     return "\n".join(lines) + "\n"
+
+
+def of_shares(net: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The table of a network: a column for each share of the multiply-accumulates."""
+    shares = sorted({row["macs"] for row in rows if row["macs"] < 1}, reverse=True)
+    whole = next(row for row in rows if row["how"] == "uncut")
+    uncut, tests = whole["accuracy"], whole["tests"]
+    trained_on = f", and {whole['tuned']:.1f} after one epoch of training" if "tuned" in whole else ""
+    lines = [
+        "",
+        f"## {net}, {IMAGES} images, uncut {uncut:.1f}{trained_on}",
+        "",
+        f"{tests:,} test pictures: a standard error of {error(uncut, tests)} to {error(50, tests)}.",
+        "",
+        *head([f"{share:g}" for share in shares]),
+    ]
+    for choice, how in ways(rows):
+        cells = {row["macs"]: row for row in rows if (row["choice"], row["how"]) == (choice, how)}
+        shown = [f"{cells[share]['accuracy']:.1f}" if share in cells else "" for share in shares]
+        tuned = [
+            f"{cells[share]['tuned']:.1f}" if "tuned" in cells.get(share, ()) else "" for share in shares
+        ]
+        lines.append(f"| {choice} | {how} | " + " | ".join(shown) + " |")
+        if any(tuned):
+            lines.append(f"| | … and one epoch of training | {' | '.join(tuned)} |")
+    return lines
+
+
+def of_images(net: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The table of a network at the share where there are several numbers of images: a column for each."""
+    macs = {row["macs"] for row in rows if row["images"] != IMAGES}
+    if len(macs) != 1:
+        return []
+    rows = [row for row in rows if row["macs"] in macs]
+    counts = sorted({row["images"] for row in rows})
+    lines = [
+        "",
+        f"### {net} at {macs.pop():g}, by the number of images",
+        "",
+        *head([f"{n:,}" for n in counts]),
+    ]
+    for choice, how in ways([row for row in rows if row["images"] != IMAGES]):
+        cells = {row["images"]: row for row in rows if (row["choice"], row["how"]) == (choice, how)}
+        shown = [f"{cells[count]['accuracy']:.1f}" if count in cells else "" for count in counts]
+        lines.append(f"| {choice} | {how} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def head(columns: list[str]) -> list[str]:
+    """The two lines above the rows of a table."""
+    return [f"| which filters | made up for | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
+
+
+def ways(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Which filters were chosen and how they were made up for, each pair once, in the order of ``rows``."""
+    return list(dict.fromkeys((row["choice"], row["how"]) for row in rows if row["how"] != "uncut"))
 
 
 def main() -> None:
@@ -296,7 +331,7 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(RESNETS), choices=[*RESNETS, *TRAINED_HERE])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument(
         "--tune", action="store_true", help="train one epoch at two rates too, and measure again"
     )
