@@ -53,6 +53,7 @@ def test_a_text_becomes_one_line_that_keeps_both_ends():
 def test_a_reason_is_given_once_with_the_first_names_that_have_it():
     reasons = {"a": "frozen", "b": "grouped", **dict.fromkeys("cdef", "frozen")}
     assert by_reason(reasons) == "'a', 'c', 'd' and 2 more: frozen; 'b': grouped"
+    assert by_reason({name: name.upper() for name in "abcde"}) == "'a': A; 'b': B; 'c': C; and 2 more reasons"
 
 
 def test_an_error_of_the_system_names_the_users_file_and_no_number():

@@ -55,11 +55,13 @@ def listed(names: Sequence[str]) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """Each reason once, behind the first names that have it."""
+    """The first three reasons, each once behind the names that have it, and how many more reasons there are."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    return "; ".join(f"{listed(those)}: {reason}" for reason, those in names.items())
+    given = [f"{listed(having)}: {reason}" for reason, having in names.items()]
+    more = [f"and {len(given) - 3} more reasons"] if len(given) > 3 else []
+    return "; ".join(given[:3] + more)
 
 
 def said(error: OSError, path: str | os.PathLike[str], done: str) -> OSError:

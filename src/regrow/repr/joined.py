@@ -266,7 +266,7 @@ def _take_parts(whole: Sequence[Tensor], layout: int) -> Tensor:
 
 @_take_parts.register_fake
 def _(whole: Sequence[Tensor], layout: int) -> Tensor:
-    return whole[0].new_empty(_layouts[int(layout)].small.length)
+    return whole[0].new_empty(_layout(layout).small.length)
 
 
 @torch.library.custom_op("regrow::spread_parts", mutates_args=())
@@ -285,7 +285,7 @@ def _spread_parts(small: Sequence[Tensor], layout: int) -> Tensor:
 
 @_spread_parts.register_fake
 def _(small: Sequence[Tensor], layout: int) -> Tensor:
-    return small[0].new_empty(_layouts[int(layout)].whole.length)
+    return small[0].new_empty(_layout(layout).whole.length)
 
 
 def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -318,13 +318,13 @@ def _write_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:
 
 @_write_parts.register_fake
 def _(whole: Sequence[Tensor], small: Tensor, layout: int) -> Tensor:  # noqa: ARG001
-    return small.new_empty(_layouts[int(layout)].whole.length)
+    return small.new_empty(_layout(layout).whole.length)
 
 
 @torch.library.custom_op("regrow::store_parts", mutates_args=("whole",))
 def _store_parts(whole: Sequence[Tensor], small: Tensor, layout: int) -> None:
     """``write_parts`` in place."""
-    copy_all(list(whole), _layouts[int(layout)].whole.parts(_write_parts(whole, small, layout)))
+    copy_all(list(whole), _layout(layout).whole.parts(_write_parts(whole, small, layout)))
 
 
 class _Take(torch.autograd.Function):
