@@ -15,7 +15,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "regrow"
 # The ground floor first. docs/architecture.md says what each room is for.
 FLOORS = (
-    ("short",),
+    ("short", "torch_private"),
     (
         "atomic",
         "callers",
@@ -27,7 +27,6 @@ FLOORS = (
         "reading",
         "suggest",
         "terminal",
-        "torch_private",
     ),
     ("indexing", "together"),
     ("modules",),

@@ -165,6 +165,7 @@ NO_INPUTS = {
     "a model": (Net(), "a Net"),
     "an empty batch": (X[:0], r"a tensor \[0, .*There are no numbers in it"),
     "a dictionary of empty batches": ({"x": X[:0], "flag": None}, r"a dict\. There are no numbers in it"),
+    "a list of empty pictures": (([X[0][:, :0]],), r"a tuple\. There are no numbers in it"),
 }
 
 

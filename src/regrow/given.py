@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from regrow.torch_private import tree_leaves
+
 _SHOWN = 40  # letters of a text that a message repeats
 _NO_INPUTS = (
     *(str, bytes, bool, int, float, os.PathLike, set, range, type, Iterator),
@@ -79,11 +81,7 @@ def check_inputs(example_inputs: Any, called: str) -> None:
 
 
 def _are_empty(inputs: Any) -> bool:
-    if isinstance(inputs, Mapping):
-        inputs = inputs.values()
-    elif not isinstance(inputs, tuple | list):
-        inputs = [inputs]
-    sizes = [value.numel() for value in inputs if isinstance(value, Tensor)]
+    sizes = [leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
     return bool(sizes) and not any(sizes)
 
 

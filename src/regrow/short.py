@@ -55,7 +55,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> str:
-    """The first three reasons, each once behind the names that have it, and how many more reasons there are."""
+    """The first three reasons, each once behind the names that have it, and how many more there are."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)

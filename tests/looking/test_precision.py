@@ -91,24 +91,15 @@ def _settings_as_before():
 def test_tf32_is_off_in_the_block_and_as_before_behind_the_last(precision, allowed) -> None:
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = allowed
+    assert rounds_to_tf32() is (allowed or precision == "high")
     with without_tf32():
         with without_tf32():
             pass
+        assert not rounds_to_tf32()
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == allowed
     assert torch.get_float32_matmul_precision() == precision
-
-
-@pytest.mark.usefixtures("_settings_as_before")
-@pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("allowed", [True, False])
-def test_rounding_to_tf32_is_known(precision, allowed) -> None:
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = allowed
-    assert rounds_to_tf32() is (allowed or precision == "high")
-    with without_tf32():
-        assert not rounds_to_tf32()
 
 
 @pytest.mark.needs_torch("2.9", "fp32_precision")

@@ -194,7 +194,7 @@ def test_a_model_on_a_gpu(cut_net, tmp_path):
     ("model", "inputs", "message"),
     [
         (nn.Conv2d(3, 4, 3), torch.tensor(1.0), "batch as first dimension"),
-        (nn.Conv2d(3, 4, 3), ([X[:0]],), "not empty"),
+        (nn.Conv2d(3, 4, 3), (X[:0], torch.tensor(1.0)), "not empty"),
         (Several(), (X, torch.randn(2, 4)), r"sizes \[1, 2\]"),
         (nn.Conv2d(3, 4, 3), {"input": None}, r"sizes \[\]"),
         (nn.Conv2d(3, 4, 3), X[:, :2], "fails on a batch of 1 .* to have 3 channels"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 _FIRST = ("state_dict", "model")  # the usual names, which settle it where several dicts fit
+_USUAL = [(key,) for key in _FIRST]
 _DEPTH = 3
 
 
@@ -47,23 +48,24 @@ def parts_for(content: Mapping[str, Any], expected: Mapping[str, Any]) -> list[P
         Empty if there is no dict with tensors. Names as they are come before prefixes, and "state_dict" and
         "model" before other dicts.
     """
-    found: list[tuple[int, int, Part]] = []
+    whole = (len(expected), len(expected))
+    found: list[tuple[tuple[int, int], Part]] = []
     for where, state in _states(content, ()):
-        counts = _prefixes(state, expected)
-        whole = [prefix for prefix, count in counts.items() if count == (len(expected), len(expected))]
-        if "" in whole or not counts:
-            whole = [""]
-        for prefix in whole or [max(counts, key=lambda each: counts[each])]:
-            found.append((*counts.get(prefix, (0, 0)), _part(where, prefix, state)))
+        counts = _prefixes(state, expected) or {"": (0, 0)}
+        fitting = [prefix for prefix, count in counts.items() if count == whole]
+        if "" in fitting:
+            fitting = [""]
+        for prefix in fitting or [max(counts, key=lambda each: counts[each])]:
+            found.append((counts[prefix], _part(where, prefix, state)))
     if not found:
         return []
-    found.sort(key=lambda each: not each[2].where or each[2].where[0] not in _FIRST)
-    best = max(fit[:2] for fit in found)
-    parts = [part for *fit, part in found if tuple(fit) == best]
-    first = [part for part in parts if part.where == parts[0].where]
-    if best != (len(expected), len(expected)):
+    found.sort(key=lambda each: each[1].where[:1] not in _USUAL)
+    best = max(count for count, _ in found)
+    parts = [part for count, part in found if count == best]
+    if best != whole:
         return parts[:1]
-    return first if parts[0].where and parts[0].where[0] in _FIRST else parts
+    usual = parts[0].where[:1] in _USUAL
+    return [part for part in parts if part.where == parts[0].where] if usual else parts
 
 
 def _states(content: Mapping[str, Any], where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -102,8 +102,13 @@ def run_prune(
         check_choice(settled_scope, floor, round_to, "jointly" if coupled is None else coupled)
         if deploy not in (None, *_PRECISIONS):
             raise ValueError(f"unknown precision {short(deploy)}{nearest(str(deploy), _PRECISIONS)}")
-        given = {"data": data, "threads": threads, "image_size": image_size}
-        given |= {"device": device, "data_dir": data_dir}
+        given = {
+            "data": data,
+            "data_dir": data_dir,
+            "threads": threads,
+            "image_size": image_size,
+            "device": device,
+        }
         make_config({key: value for key, value in given.items() if value is not None})
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: give a folder.")
